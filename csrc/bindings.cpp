@@ -1,0 +1,161 @@
+// The only pybind11 file: argument structs are filled field by field from Python and handed to the CPU or CUDA op.
+// Compiled for fastalign/_C (FA_WITH_CPU, FA_WITH_CUDA when nvcc was found) and for the test emulator (FA_WITH_CUDA only).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <stdexcept>
+#include <string>
+#include <vector>
+#include "cpu/isa.h"
+#include "math/pair.h"
+#include "math/row_state.h"
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace fastalign;
+
+namespace {
+
+template <class T> T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// (data, rows, inner, stride_outer, stride_inner, vocab)
+using RowsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+RowsView rows_view(const RowsTuple& t) {
+  return {ptr<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t)};
+}
+using PairTuple = std::pair<uintptr_t, int64_t>;
+PairTensor pair_tensor(const PairTuple& t) { return {ptr<void>(t.first), t.second}; }
+
+void check_params(const std::vector<double>& scalars, const std::vector<int>& switches) {
+  if (scalars.size() != size_t(kPairScalars) || switches.size() != size_t(kPairSwitches))
+    throw std::invalid_argument("fastalign: PairParams of fastalign/losses.py and csrc/math/pair.h differ; rebuild the extension");
+}
+
+// device < 0: CPU. Otherwise the CUDA op on that device and stream. The GIL is released while the op runs.
+template <class Args, class Cpu, class Cuda> void dispatch(const Args& a, int device, uintptr_t stream, Cpu cpu_op, Cuda cuda_op) {
+  py::gil_scoped_release release;
+  if (device < 0) cpu_op(a); else cuda_op(a, device, ptr<void>(stream));
+}
+#ifdef FA_WITH_CPU
+#define FA_CPU(name) [](const auto& a) { cpu::name(a); }
+#else
+#define FA_CPU(name) [](const auto&) { throw std::runtime_error("this build holds no CPU kernels"); }
+#endif
+#ifdef FA_WITH_CUDA
+#define FA_CUDA(name) [](const auto& a, int device, void* stream) { cuda::name(a, device, stream); }
+#else
+#define FA_CUDA(name) [](const auto&, int, void*) { throw std::runtime_error("this build holds no CUDA kernels"); }
+#endif
+#define FA_DISPATCH(name) dispatch(a, device, stream, FA_CPU(name), FA_CUDA(name))
+
+py::dict build_info() {
+  py::dict d;
+#ifdef FA_WITH_CPU
+  d["cpu"] = true;
+  d["cpu_isa"] = cpu::isa_name();
+#else
+  d["cpu"] = false;
+#endif
+#ifdef FA_WITH_CUDA
+  d["cuda"] = true;
+  d["cuda_archs"] = FA_CUDA_ARCHS;
+  d["cuda_compiler"] = FA_CUDA_COMPILER;
+#else
+  d["cuda"] = false;
+#endif
+  d["compiler"] = __VERSION__;
+  d["version"] = FA_VERSION;
+  return d;
+}
+
+std::vector<std::string> pair_scalar_names() {
+#define FA_NAME(name) #name,
+  return {FA_PAIR_SCALARS(FA_NAME)};
+}
+std::vector<std::string> pair_switch_names() {
+  return {FA_PAIR_SWITCHES(FA_NAME)};
+#undef FA_NAME
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FA_MODULE, m) {
+  m.doc() = "fastalign's compiled kernels; called through fastalign/ffi.py only";
+  m.def("build_info", &build_info);
+  m.def("pair_scalar_names", &pair_scalar_names);
+  m.def("pair_switch_names", &pair_switch_names);
+#ifdef FA_WITH_CPU
+  m.def("set_cpu_isa", &cpu::set_isa, "avx512 | avx2 | generic | auto: override the choice made at load");
+  m.def("cpu_isas", &cpu::available_isas);
+#endif
+#ifdef FA_WITH_CUDA
+  m.def("set_cluster_size", &cuda::set_cluster_size, "blocks per row of token_stats_fwd: 1, 2, 4 or 8; 0 restores the choice by row length");
+#endif
+#ifdef FA_EMU
+  m.def("_emu_set_seed", [](unsigned seed) { emu::machine.seed = seed; }, "another seed, another interleaving of the emulated threads");
+#endif
+  m.attr("state_width") = int(kStateWidth);
+  m.attr("sum_width") = int(kSumWidth);
+  m.attr("table_width") = int(kTableWidth);
+
+  m.def("token_stats_fwd", [](int device, uintptr_t stream, RowsTuple logits, int dtype, uintptr_t labels, int64_t targets, uintptr_t mask,
+                              int64_t ignore_index, double factor, double cap_scale, uintptr_t temperature_ptr, double temperature,
+                              int64_t vocab_start, int64_t vocab_total, int outputs, uintptr_t state_in, uintptr_t target_in, uintptr_t logprob,
+                              uintptr_t entropy, uintptr_t logsumexp, uintptr_t log_sum_sq, uintptr_t mean_logit, uintptr_t is_top1,
+                              uintptr_t state, uintptr_t target) {
+    TokenStatsArgs a{rows_view(logits), dtype, ptr<int64_t>(labels), targets, ptr<uint8_t>(mask), ignore_index, factor, cap_scale,
+                     ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total, outputs, ptr<void>(state_in), ptr<void>(target_in),
+                     ptr<void>(logprob), ptr<void>(entropy), ptr<void>(logsumexp), ptr<void>(log_sum_sq), ptr<void>(mean_logit),
+                     ptr<void>(is_top1), ptr<void>(state), ptr<void>(target)};
+    FA_DISPATCH(token_stats_fwd);
+  });
+  m.def("token_stats_bwd", [](int device, uintptr_t stream, RowsTuple logits, RowsTuple grad, int dtype, uintptr_t labels, int64_t targets,
+                              uintptr_t mask, int64_t ignore_index, double factor, double cap_scale, uintptr_t temperature_ptr,
+                              double temperature, int64_t vocab_start, int64_t vocab_total, uintptr_t state, uintptr_t g_logprob,
+                              uintptr_t g_entropy, uintptr_t g_logsumexp) {
+    TokenStatsBackwardArgs a{rows_view(logits), rows_view(grad), dtype, ptr<int64_t>(labels), targets, ptr<uint8_t>(mask), ignore_index, factor,
+                             cap_scale, ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total, ptr<void>(state),
+                             ptr<void>(g_logprob), ptr<void>(g_entropy), ptr<void>(g_logsumexp)};
+    FA_DISPATCH(token_stats_bwd);
+  });
+  m.def("sequence_sum_fwd", [](int device, uintptr_t stream, uintptr_t x, uintptr_t cu_seqlens, int64_t tokens, int64_t sequences, int dtype,
+                               uintptr_t mask, uintptr_t weights, uintptr_t sums, uintptr_t counts) {
+    SequenceSumArgs a{ptr<void>(x), ptr<int32_t>(cu_seqlens), tokens, sequences, dtype, ptr<uint8_t>(mask), ptr<void>(weights), ptr<void>(sums),
+                      ptr<void>(counts)};
+    FA_DISPATCH(sequence_sum_fwd);
+  });
+  m.def("sequence_sum_bwd", [](int device, uintptr_t stream, uintptr_t grad, uintptr_t cu_seqlens, int64_t tokens, int64_t sequences, int dtype,
+                               uintptr_t mask, uintptr_t weights, uintptr_t grad_x) {
+    SequenceSumBackwardArgs a{ptr<void>(grad), ptr<int32_t>(cu_seqlens), tokens, sequences, dtype, ptr<uint8_t>(mask), ptr<void>(weights),
+                              ptr<void>(grad_x)};
+    FA_DISPATCH(sequence_sum_bwd);
+  });
+  m.def("kl_estimate_fwd", [](int device, uintptr_t stream, uintptr_t logprobs, uintptr_t ref_logprobs, int64_t n, int dtype, int kind,
+                              uintptr_t value, uintptr_t slope) {
+    KlEstimateArgs a{ptr<void>(logprobs), ptr<void>(ref_logprobs), n, dtype, kind, ptr<void>(value), ptr<void>(slope)};
+    FA_DISPATCH(kl_estimate_fwd);
+  });
+  m.def("preference_fwd", [](int device, uintptr_t stream, uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t kl, uintptr_t cu_seqlens,
+                             int64_t tokens, int64_t sequences, int64_t pairs, uintptr_t pair_index, uintptr_t mask, uintptr_t weights, int dtype,
+                             PairTuple beta, PairTuple omega, PairTuple soft_label, PairTuple gamma_ext, PairTuple target, PairTuple anchor,
+                             uintptr_t valid, uintptr_t num_items, uintptr_t num_sft_tokens, const std::vector<double>& scalars,
+                             const std::vector<int>& switches, int stages, uintptr_t sums, uintptr_t loss, uintptr_t pair_loss, uintptr_t table,
+                             uintptr_t counter) {
+    check_params(scalars, switches);
+    PreferenceArgs a{ptr<void>(logprobs), ptr<void>(ref_logprobs), ptr<void>(kl), ptr<int32_t>(cu_seqlens), tokens, sequences, pairs,
+                     ptr<int32_t>(pair_index), ptr<uint8_t>(mask), ptr<void>(weights), dtype, pair_tensor(beta), pair_tensor(omega),
+                     pair_tensor(soft_label), pair_tensor(gamma_ext), pair_tensor(target), pair_tensor(anchor), ptr<uint8_t>(valid),
+                     ptr<void>(num_items), ptr<void>(num_sft_tokens), scalars.data(), switches.data(), stages, ptr<void>(sums), ptr<void>(loss),
+                     ptr<void>(pair_loss), ptr<void>(table), ptr<uint32_t>(counter)};
+    FA_DISPATCH(preference_fwd);
+  });
+  m.def("preference_bwd", [](int device, uintptr_t stream, uintptr_t grad, int64_t grad_stride, uintptr_t logprobs, uintptr_t ref_logprobs,
+                             uintptr_t cu_seqlens, int64_t tokens, int64_t sequences, int64_t pairs, uintptr_t pair_index, uintptr_t mask,
+                             uintptr_t weights, int dtype, const std::vector<double>& scalars, const std::vector<int>& switches, uintptr_t sums,
+                             uintptr_t table, uintptr_t grad_logprobs, uintptr_t grad_kl) {
+    check_params(scalars, switches);
+    PreferenceBackwardArgs a{ptr<void>(grad), grad_stride, ptr<void>(logprobs), ptr<void>(ref_logprobs), ptr<int32_t>(cu_seqlens), tokens,
+                             sequences, pairs, ptr<int32_t>(pair_index), ptr<uint8_t>(mask), ptr<void>(weights), dtype, scalars.data(),
+                             switches.data(), ptr<void>(sums), ptr<void>(table), ptr<void>(grad_logprobs), ptr<void>(grad_kl)};
+    FA_DISPATCH(preference_bwd);
+  });
+}

@@ -1,0 +1,158 @@
+// The pair kernel: sums per pair side, then the table of values and slopes, then the slopes carried back to the tokens.
+// Sums and pair formulas are evaluated in double and rounded once; the order is that of tokens and of pair numbers, whatever the thread count.
+#include <vector>
+#include "math/pair.h"
+#include "ops.h"
+
+namespace fastalign {
+namespace cpu {
+namespace {
+
+constexpr int64_t kSerialTokens = 1 << 14;  // below this, waking threads costs more than the work
+
+// The sequence on one side (0 chosen, 1 rejected) of a pair.
+template <class Args> int64_t sequence_of(const Args& a, int64_t pair, int side) {
+  return a.pair_index ? a.pair_index[2 * pair + side] : 2 * pair + side;
+}
+
+template <class Args> bool is_scored(const Args& a, int64_t n) { return !a.mask || a.mask[n]; }
+
+template <class Args> double count_scored(const Args& a, int64_t s) {
+  int64_t count = 0;
+  for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; ++n) count += is_scored(a, n);
+  return double(count);
+}
+
+// Whether row n of the sequence that ends before `end` counts for the SFT term: the scored rows, or with the prompt all that predict something.
+template <class Args> bool in_sft(const PairParams<double>& p, const Args& a, int64_t n, int64_t end) {
+  return p.sft_include_prompt ? n + 1 < end : is_scored(a, n);
+}
+
+template <class T> struct Forward {
+  const PreferenceArgs& a;
+  const PairParams<double> p = pair_params<double>(a.scalars, a.switches);
+  T* const sums = static_cast<T*>(a.sums);
+
+  static double at(const void* v, int64_t i) { return double(static_cast<const T*>(v)[i]); }
+
+  void sum_side(int64_t pair, int side) const {
+    const int64_t s = sequence_of(a, pair, side), end = a.cu_seqlens[s + 1];
+    const double partner_length = p.ld_alpha == 1.0 ? 0.0 : count_scored(a, sequence_of(a, pair, 1 - side));
+    double sum[kSumWidth] = {};
+    for (int64_t n = a.cu_seqlens[s]; n < end; ++n) {
+      const double logprob = at(a.logprobs, n);
+      if (in_sft(p, a, n, end)) {
+        sum[kSumSft] += logprob;
+        sum[kSumSftLength] += 1.0;
+      }
+      if (!is_scored(a, n)) continue;
+      const double tail = p.ld_alpha == 1.0 ? 1.0 : tail_weight(p, sum[kSumLength], partner_length);
+      const double weight = a.weights ? tail * at(a.weights, n) : tail;
+      sum[kSumPolicy] += weight * logprob;
+      sum[kSumRatio] += weight * token_ratio(p, logprob, a.ref_logprobs ? at(a.ref_logprobs, n) : 0.0).value;
+      sum[kSumLength] += 1.0;
+      if (a.kl) sum[kSumKl] += at(a.kl, n);
+    }
+    for (int i = 0; i < kSumWidth; ++i) sums[(2 * pair + side) * kSumWidth + i] = T(sum[i]);
+  }
+
+  SideSums<double> side(int64_t pair, int side) const {
+    double s[kSumWidth];
+    for (int i = 0; i < kSumWidth; ++i) s[i] = double(sums[(2 * pair + side) * kSumWidth + i]);
+    return load_side(s);
+  }
+
+  static double value(const PairTensor& t, int64_t pair, double preset) { return t.data ? at(t.data, pair * t.stride) : preset; }
+
+  PairTensors<double> tensors(int64_t pair) const {
+    return {value(a.beta, pair, p.beta),     value(a.omega, pair, 1.0),       value(a.soft_label, pair, 1.0), value(a.gamma_ext, pair, 0.0),
+            value(a.target, pair, p.target), value(a.anchor, pair, p.anchor), !a.valid || a.valid[pair]};
+  }
+
+  void table() const {
+    std::vector<PairResult<double>> results(static_cast<size_t>(a.pairs));
+    double local_pairs = 0, sft_tokens = 0, total = 0;
+    for (int64_t i = 0; i < a.pairs; ++i) {
+      const SideSums<double> chosen = side(i, 0);
+      const PairResult<double>& r = results[size_t(i)] = evaluate_pair(p, chosen, side(i, 1), tensors(i));
+      if (!r.valid) continue;
+      local_pairs += 1.0;
+      sft_tokens += chosen.sft_length;
+    }
+    const double pairs = a.num_items ? at(a.num_items, 0) : local_pairs;
+    if (a.num_sft_tokens) sft_tokens = at(a.num_sft_tokens, 0);
+    T *pair_loss = static_cast<T*>(a.pair_loss), *rows = static_cast<T*>(a.table);
+    for (int64_t i = 0; i < a.pairs; ++i) {
+      double row[kTableWidth];
+      store_row(p, results[size_t(i)], pair_divisor(p, pairs), sft_divisor(p, pairs, local_pairs, sft_tokens, side(i, 0).sft_length), row);
+      for (int k = 0; k < kTableWidth; ++k) rows[i * kTableWidth + k] = T(row[k]);
+      pair_loss[i] = T(row[kTabPair] + row[kTabNll]);
+      total += row[kTabPair] + row[kTabNll];
+    }
+    *static_cast<T*>(a.loss) = T(total);
+  }
+
+  void run() const {
+    if (a.stages & 1) {
+#pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
+      for (int64_t i = 0; i < 2 * a.pairs; ++i) sum_side(i / 2, int(i % 2));
+    }
+    if (a.stages & 2) table();
+  }
+};
+
+template <class T> struct Backward {
+  const PreferenceBackwardArgs& a;
+  const PairParams<double> p = pair_params<double>(a.scalars, a.switches);
+  // The places of every sequence in `pairs`: entries places[first[s]] .. places[first[s + 1]) are 2 * pair + side, in that order.
+  std::vector<int64_t> first = std::vector<int64_t>(size_t(a.sequences) + 1), places = std::vector<int64_t>(size_t(a.pairs) * 2);
+
+  explicit Backward(const PreferenceBackwardArgs& args) : a(args) {
+    for (int64_t i = 0; i < 2 * a.pairs; ++i) ++first[size_t(sequence_of(a, i / 2, int(i % 2))) + 1];
+    for (size_t s = 0; s < size_t(a.sequences); ++s) first[s + 1] += first[s];
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t i = 0; i < 2 * a.pairs; ++i) places[size_t(next[size_t(sequence_of(a, i / 2, int(i % 2)))]++)] = i;
+  }
+
+  static double at(const void* v, int64_t i) { return double(static_cast<const T*>(v)[i]); }
+
+  void run_sequence(int64_t s) const {
+    T *grad_logprobs = static_cast<T*>(a.grad_logprobs), *grad_kl = static_cast<T*>(a.grad_kl);
+    const bool clamped = is_finite(p.token_clamp_low) || is_finite(p.token_clamp_high);
+    double rank = 0;
+    for (int64_t n = a.cu_seqlens[s], end = a.cu_seqlens[s + 1]; n < end; ++n) {
+      const bool scored = is_scored(a, n), sft = p.sft_weight != 0.0 && in_sft(p, a, n, end);
+      const bool open = scored && (!clamped || token_ratio(p, at(a.logprobs, n), a.ref_logprobs ? at(a.ref_logprobs, n) : 0.0).open);
+      const double weight = scored && a.weights ? at(a.weights, n) : 1.0;
+      double d_logprob = 0, d_kl = 0;
+      for (int64_t e = first[size_t(s)]; e < first[size_t(s) + 1]; ++e) {
+        const int64_t pair = places[size_t(e)] / 2, side = places[size_t(e)] % 2;
+        const T* row = static_cast<const T*>(a.table) + pair * kTableWidth;
+        if (row[kTabValid] == T(0)) continue;
+        const double g = at(a.grad, pair * a.grad_stride);
+        if (open) {
+          const double partner_length = at(a.sums, (2 * pair + 1 - side) * kSumWidth + kSumLength);
+          d_logprob += g * double(row[kTabChosen + side]) * (p.ld_alpha == 1.0 ? 1.0 : tail_weight(p, rank, partner_length)) * weight;
+        }
+        if (sft && side == 0) d_logprob += g * double(row[kTabSft]);
+        if (scored) d_kl += g * double(row[kTabKlChosen + side]);
+      }
+      grad_logprobs[n] = T(d_logprob);
+      if (grad_kl) grad_kl[n] = T(d_kl);
+      if (scored) rank += 1.0;
+    }
+  }
+
+  void run() const {
+#pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
+    for (int64_t s = 0; s < a.sequences; ++s) run_sequence(s);
+  }
+};
+
+}  // namespace
+
+void preference_fwd(const PreferenceArgs& a) { a.dtype == kFloat64 ? Forward<double>{a}.run() : Forward<float>{a}.run(); }
+void preference_bwd(const PreferenceBackwardArgs& a) { a.dtype == kFloat64 ? Backward<double>(a).run() : Backward<float>(a).run(); }
+
+}  // namespace cpu
+}  // namespace fastalign

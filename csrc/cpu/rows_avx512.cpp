@@ -1,0 +1,70 @@
+// Row kernels for AVX-512 (F, BW, DQ, VL): compiled with those flags, called only after cpuid has shown them.
+#if defined(__x86_64__)
+#define FA_HD inline __attribute__((always_inline))
+#include "cpu/rows_impl.h"
+#include <immintrin.h>
+
+namespace fastalign {
+namespace cpu {
+namespace {
+
+struct Simd {
+  using A = float;
+  using F = __m512;
+  static constexpr int kWidth = 16;
+  static constexpr float kLowest = -160.0f;  // scalef takes 2^-160 to exactly 0
+
+  static FA_INLINE F set(float x) { return _mm512_set1_ps(x); }
+  // max and min return their second operand when either is NaN.
+  static FA_INLINE F max_skip_nan(F x, F high) { return _mm512_max_ps(x, high); }
+  static FA_INLINE F at_least(float low, F x) { return _mm512_max_ps(set(low), x); }
+  static FA_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static FA_INLINE F mul_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static FA_INLINE F exp2(F d) {
+    F f = _mm512_reduce_ps(d, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_scalef_ps(exp2_fraction<Simd>(f), d - f);
+  }
+  static FA_INLINE F tanh(F y) { return tanh_float<Simd>(y); }
+  static FA_INLINE float sum(F v) { return _mm512_reduce_add_ps(v); }
+  static FA_INLINE float largest(F v) { return _mm512_reduce_max_ps(v); }
+
+  static FA_INLINE void load2(const float* p, F& a, F& b) {
+    a = _mm512_loadu_ps(p);
+    b = _mm512_loadu_ps(p + 16);
+  }
+  static FA_INLINE void store2(float* p, F a, F b) {
+    _mm512_storeu_ps(p, a);
+    _mm512_storeu_ps(p + 16, b);
+  }
+  // bf16: even elements by a shift, odd ones by a mask.
+  static FA_INLINE void load2(const bf16* p, F& a, F& b) {
+    __m512i v = _mm512_loadu_si512(p);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))));
+  }
+  static FA_INLINE __m512i round_to_bf16(F x) {  // in the high half of each lane; as from_acc in common.h
+    __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    u = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_mov_epi32(u, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  }
+  static FA_INLINE void store2(bf16* p, F a, F b) {
+    __m512i high = _mm512_and_si512(round_to_bf16(b), _mm512_set1_epi32(int(0xffff0000)));
+    _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(round_to_bf16(a), 16), high));
+  }
+  static FA_INLINE void load2(const fp16* p, F& a, F& b) {
+    a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
+  }
+  static FA_INLINE void store2(fp16* p, F a, F b) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+
+}  // namespace
+
+const RowKernels<float> avx512_rows{forward_rows<Simd>, backward_rows<Simd>};
+
+}  // namespace cpu
+}  // namespace fastalign
+#endif

@@ -1,0 +1,46 @@
+// Sums over packed sequences. A sequence is summed by one thread, in token order, in double: the result does not depend on the thread count.
+#include "common.h"
+#include "ops.h"
+
+namespace fastalign {
+namespace cpu {
+namespace {
+
+constexpr int64_t kSerialTokens = 1 << 14;  // below this, waking threads costs more than the work
+
+template <class T> void forward(const SequenceSumArgs& a) {
+  const T *x = static_cast<const T*>(a.x), *weights = static_cast<const T*>(a.weights);
+  T *sums = static_cast<T*>(a.sums), *counts = static_cast<T*>(a.counts);
+#pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    double sum = 0;
+    int64_t count = 0;
+    for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; ++n) {
+      if (a.mask && !a.mask[n]) continue;
+      sum += weights ? double(weights[n]) * double(x[n]) : double(x[n]);
+      ++count;
+    }
+    sums[s] = T(sum);
+    counts[s] = T(count);
+  }
+}
+
+template <class T> void backward(const SequenceSumBackwardArgs& a) {
+  const T *grad = static_cast<const T*>(a.grad), *weights = static_cast<const T*>(a.weights);
+  T* grad_x = static_cast<T*>(a.grad_x);
+#pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; ++n) {
+      const bool scored = !a.mask || a.mask[n];
+      grad_x[n] = !scored ? T(0) : (weights ? grad[s] * weights[n] : grad[s]);
+    }
+  }
+}
+
+}  // namespace
+
+void sequence_sum_fwd(const SequenceSumArgs& a) { a.dtype == kFloat64 ? forward<double>(a) : forward<float>(a); }
+void sequence_sum_bwd(const SequenceSumBackwardArgs& a) { a.dtype == kFloat64 ? backward<double>(a) : backward<float>(a); }
+
+}  // namespace cpu
+}  // namespace fastalign

@@ -1,0 +1,81 @@
+// Merges of the row state over the lanes of a warp, the warps of a block and the blocks of a cluster, each by a fixed tree.
+#pragma once
+#include "cuda/launch.h"
+#include "math/row_state.h"
+
+namespace fastalign {
+namespace cuda {
+
+// The optional sums of a row state that a kernel keeps; m, s0 and umax are always there.
+enum RowSum : int { kSum1 = 1, kSum2 = 2, kSumZ = 4, kTop = 8 };
+
+// Drops what is not kept, so that the compiler drops the arithmetic behind it.
+template <int kSums> __device__ RowState<float> keep(RowState<float> s) {
+  if (!(kSums & kSum1)) s.s1 = 0;
+  if (!(kSums & kSum2)) s.s2 = 0;
+  if (!(kSums & kSumZ)) s.sz = 0;
+  if (!(kSums & kTop)) s.top = -1;
+  return s;
+}
+
+template <int kSums> __device__ RowState<float> shuffle_down(const RowState<float>& s, unsigned distance) {
+  RowState<float> r = s;
+  r.m = __shfl_down_sync(kFullMask, s.m, distance);
+  r.s0 = __shfl_down_sync(kFullMask, s.s0, distance);
+  r.umax = __shfl_down_sync(kFullMask, s.umax, distance);
+  if (kSums & kSum1) r.s1 = __shfl_down_sync(kFullMask, s.s1, distance);
+  if (kSums & kSum2) r.s2 = __shfl_down_sync(kFullMask, s.s2, distance);
+  if (kSums & kSumZ) r.sz = __shfl_down_sync(kFullMask, s.sz, distance);
+  if (kSums & kTop) r.top = __shfl_down_sync(kFullMask, s.top, distance);
+  return r;
+}
+
+// Lane 0 gets the merge of all lanes.
+template <int kSums> __device__ RowState<float> merge_warp(RowState<float> s) {
+#pragma unroll
+  for (unsigned distance = kWarp / 2; distance; distance /= 2) s = keep<kSums>(merge(s, shuffle_down<kSums>(s, distance)));
+  return s;
+}
+
+// Merges the states of the row's threads: a warp (blockDim.x == 32), a block, or the blocks of a cluster. Thread 0 of rank 0 gets the result.
+// `partial` has room for one state per warp and one for the block.
+template <int kSums> __device__ RowState<float> merge_row(RowState<float> s, RowState<float>* partial, unsigned cluster) {
+  s = merge_warp<kSums>(s);
+  if (blockDim.x == kWarp) return s;
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) partial[warp] = s;
+  __syncthreads();
+  if (warp == 0) {
+    s = merge_warp<kSums>(lane < warps ? partial[lane] : RowState<float>::empty());
+    if (lane == 0) partial[warps] = s;
+  }
+  if (cluster > 1) {
+    cluster_sync();
+    if (warp == 0 && cluster_rank() == 0)
+      s = merge_warp<kSums>(lane < cluster ? *cluster_map(partial + warps, lane) : RowState<float>::empty());
+    cluster_sync();   // no block may exit while rank 0 reads its shared memory
+  }
+  return s;
+}
+
+// Sums over a block in a fixed tree; every thread gets the result. `partial` has room for one value per warp.
+template <int N> __device__ void sum_block(float (&x)[N], float* partial) {
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (unsigned distance = kWarp / 2; distance; distance /= 2) x[i] += __shfl_down_sync(kFullMask, x[i], distance);
+  if (lane == 0)
+    for (int i = 0; i < N; ++i) partial[warp * N + i] = x[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float sum = 0;
+    for (unsigned w = 0; w < warps; ++w) sum += partial[w * N + i];
+    x[i] = sum;
+  }
+  __syncthreads();   // the caller may use `partial` again
+}
+
+}  // namespace cuda
+}  // namespace fastalign

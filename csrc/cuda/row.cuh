@@ -1,0 +1,67 @@
+// What the forward and the backward kernel of token_stats share: how a row is addressed, scaled and labelled.
+#pragma once
+#include "cuda/launch.h"
+#include "math/row_state.h"
+#include "ops.h"
+
+namespace fastalign {
+namespace cuda {
+
+constexpr unsigned kRowThreads = 256;   // threads of a block
+constexpr int kUnroll = 4;              // vectors a thread has in flight
+constexpr int64_t kShortRow = 4096;     // bytes; rows up to here are served by one warp each
+
+// The first vector of a thread's first bundle (i, i + 32, ...): a warp's bundles are 32 * kUnroll consecutive vectors.
+__device__ inline int bundle_start(unsigned thread) { return int(thread / kWarp * kWarp * kUnroll + thread % kWarp); }
+
+// The call's scale factors, converted once on the host.
+struct RowScale {
+  float factor, cap_scale, temperature;
+  const float* temperature_ptr;
+
+  __device__ RowTransform<float> transform() const { return {factor / (temperature_ptr ? *temperature_ptr : temperature), cap_scale}; }
+};
+template <class Args> RowScale row_scale(const Args& a) {
+  return {float(a.factor), float(a.cap_scale), float(a.temperature), static_cast<const float*>(a.temperature_ptr)};
+}
+
+template <class T> __device__ T* row_pointer(const RowsView& v, int64_t row) {
+  // Rows fit 31 bits (the grid does), so the division is a 32-bit one; a single stride needs none.
+  const int64_t outer = row < v.inner ? 0 : uint32_t(row) / uint32_t(v.inner), inner = row - outer * v.inner;
+  return static_cast<T*>(v.data) + outer * v.stride_outer + inner * v.stride_inner;
+}
+
+// What the mask and the labels say about a row. A row is scored unless the mask or ignored labels exclude it; `bad`: some label is neither
+// ignored nor in the vocabulary, and the whole row becomes NaN.
+struct RowLabels {
+  bool scored, bad;
+};
+template <class Args> __device__ RowLabels row_labels(const Args& a, int64_t row) {
+  if (a.mask && !a.mask[row]) return {false, false};
+  if (!a.labels) return {true, false};
+  RowLabels r{false, false};
+  for (int64_t k = 0; k < a.targets; ++k) {
+    const int64_t label = a.labels[row * a.targets + k];
+    if (label == a.ignore_index) continue;
+    r.scored = true;
+    r.bad |= label < 0 || label >= a.vocab_total;
+  }
+  return r;
+}
+
+// The label's column in this shard of the vocabulary, or -1.
+template <class Args> __device__ int local_column(const Args& a, int64_t label) {
+  const bool here = label != a.ignore_index && label >= a.vocab_start && label < a.vocab_start + a.logits.vocab;
+  return here ? int(label - a.vocab_start) : -1;
+}
+
+// Calls f with a value of the storage type; fp64 stays on the CPU.
+template <class F> void with_row_dtype(int dtype, const char* op, F&& f) {
+  if (dtype == kFloat32) return f(float{});
+  if (dtype == kBFloat16) return f(bf16{});
+  if (dtype == kFloat16) return f(fp16{});
+  throw std::invalid_argument(std::string("fastalign: the CUDA kernels of ") + op + " take fp32, bf16 and fp16 logits");
+}
+
+}  // namespace cuda
+}  // namespace fastalign

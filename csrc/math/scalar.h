@@ -1,0 +1,57 @@
+// Scalar functions with their numerically safe forms. Host and device, fp32 and fp64. Twin: fastalign/triton_math.py.
+#pragma once
+#include "common.h"
+
+namespace fastalign {
+
+constexpr double kLn2 = 0.69314718055994530942;
+
+template <class T> FA_HD T relu(T x) { return x > T(0) ? x : (x != x ? x : T(0)); }
+
+// log(1 + e^x) without overflow or cancellation.
+template <class T> FA_HD T softplus(T x) {
+  T tail = log1p(exp(-fabs(x)));
+  return relu(x) + tail;
+}
+
+// 1 / (1 + e^-x), by the branch that cannot overflow.
+template <class T> FA_HD T sigmoid(T x) {
+  T e = exp(-fabs(x));
+  return (x >= T(0) ? T(1) : e) / (T(1) + e);
+}
+
+// log(1 - e^x) for x < 0 (Maechler 2012: the branch at -ln 2 keeps full relative accuracy).
+template <class T> FA_HD T log1mexp(T x) { return x < T(-kLn2) ? log1p(-exp(x)) : log(-expm1(x)); }
+
+template <class T> FA_HD T clamp(T x, T lo, T hi) { return x < lo ? lo : (x > hi ? hi : x); }
+
+template <class T> FA_HD T finite_limit();
+template <> FA_HD float finite_limit<float>() { return 3.402823466e38f; }
+template <> FA_HD double finite_limit<double>() { return 1.7976931348623157e308; }
+template <class T> FA_HD bool is_finite(T x) { return fabs(x) <= finite_limit<T>(); }
+
+template <class T> struct ValueSlope { T value, slope; };
+
+// KL estimators per token on d = logprob - ref_logprob (http://joschu.net/blog/kl-approx.html): value and d value / d logprob.
+//   k1 = d    k2 = d^2/2    k3 = e^-d - 1 + d    abs = |d|
+// k3 cancels near 0 (a series is used for |d| < 0.05), and its exponent is clamped at 20 before exp, so that value and slope stay
+// finite for any d; beyond the clamp the slope keeps its clamped value. d = inf - inf counts as 0.
+enum KlKind : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
+template <class T> FA_HD ValueSlope<T> kl_estimate(int kind, T logprob, T ref_logprob) {
+  T d = logprob == ref_logprob ? T(0) : logprob - ref_logprob;
+  switch (kind) {
+    case kK1: return {d, T(1)};
+    case kK2: return {d * d / T(2), d};
+    case kAbs: return {fabs(d), d > T(0) ? T(1) : (d < T(0) ? T(-1) : d)};
+    default: {
+      if (fabs(d) < T(0.05)) {
+        T value = d * d * (T(1) / 2 - d * (T(1) / 6 - d * (T(1) / 24 - d * (T(1) / 120 - d * (T(1) / 720)))));
+        return {value, -expm1(-d)};
+      }
+      T x = -d > T(20) ? T(20) : -d;
+      return {expm1(x) + d, -expm1(x)};
+    }
+  }
+}
+
+}  // namespace fastalign

@@ -1,0 +1,137 @@
+// Every exported function, once, CPU and CUDA side by side. Arguments are plain structs of pointers, sizes and strides;
+// a null pointer is an input not given or an output not asked for. Outputs are allocated by the caller.
+#pragma once
+#include <cstdint>
+
+namespace fastalign {
+
+// [rows, vocab] logits as (outer, inner) rows: row r lies at (r / inner) * stride_outer + (r % inner) * stride_inner elements.
+struct RowsView {
+  void* data;
+  int64_t rows, inner, stride_outer, stride_inner, vocab;
+};
+
+struct TokenStatsArgs {
+  RowsView logits;
+  int dtype;
+  const int64_t* labels;        // [rows, targets], or null
+  int64_t targets;
+  const uint8_t* mask;          // [rows]: 0 = row not scored; or null
+  int64_t ignore_index;         // an ignored target gives 0; a row whose targets are all ignored is masked like mask = 0
+  double factor, cap_scale;     // see math/row_state.h
+  const void* temperature_ptr;  // 0-dim tensor in the accumulation dtype, or null: `temperature`
+  double temperature;
+  int64_t vocab_start, vocab_total;
+  int outputs;                  // RowOutput bits
+  const void* state_in;         // [rows, kStateWidth]: states of the shards before this one, merged in; or null
+  const void* target_in;        // [rows, targets]: u of the targets found so far (-inf: not yet); or null
+  // accumulation dtype, null when not asked for:
+  void *logprob /* [rows, targets] */, *entropy, *logsumexp, *log_sum_sq, *mean_logit, *is_top1, *state, *target;
+};
+
+struct TokenStatsBackwardArgs {
+  RowsView logits, grad;        // same dtype; grad may be the same memory as logits (in place)
+  int dtype;
+  const int64_t* labels;
+  int64_t targets;
+  const uint8_t* mask;
+  int64_t ignore_index;
+  double factor, cap_scale;
+  const void* temperature_ptr;
+  double temperature;
+  int64_t vocab_start, vocab_total;
+  const void* state;            // [rows, kStateWidth]
+  const void *g_logprob /* [rows, targets] */, *g_entropy /* [rows] */, *g_logsumexp /* [rows] */;  // accumulation dtype or null
+};
+
+struct SequenceSumArgs {
+  const void* x;                // [tokens]
+  const int32_t* cu_seqlens;    // [sequences + 1]
+  int64_t tokens, sequences;
+  int dtype;                    // kFloat32 or kFloat64, of every floating tensor here
+  const uint8_t* mask;          // [tokens] or null
+  const void* weights;          // [tokens] or null
+  void *sums, *counts;          // [sequences]: sum of w x over scored tokens; number of scored tokens
+};
+
+struct SequenceSumBackwardArgs {
+  const void* grad;             // [sequences]: gradient of `sums`
+  const int32_t* cu_seqlens;
+  int64_t tokens, sequences;
+  int dtype;
+  const uint8_t* mask;
+  const void* weights;
+  void* grad_x;                 // [tokens]
+};
+
+struct KlEstimateArgs {
+  const void *logprobs, *ref_logprobs;  // [n]
+  int64_t n;
+  int dtype, kind;
+  void *value, *slope;                  // [n]
+};
+
+// A value per pair: data[i * stride]; stride 0 is one value for all; null: the preset's scalar.
+struct PairTensor {
+  const void* data;
+  int64_t stride;
+};
+
+struct PreferenceArgs {
+  const void *logprobs, *ref_logprobs, *kl;  // [tokens]; ref and kl may be null
+  const int32_t* cu_seqlens;                 // [sequences + 1]
+  int64_t tokens, sequences, pairs;
+  const int32_t* pair_index;                 // [pairs, 2], or null: (0, 1), (2, 3), ...
+  const uint8_t* mask;                       // [tokens] or null
+  const void* weights;                       // [tokens] or null
+  int dtype;
+  PairTensor beta, omega, soft_label, gamma_ext, target, anchor;
+  const uint8_t* valid;                      // [pairs] or null
+  const void *num_items, *num_sft_tokens;    // one element, or null: counted here
+  const double* scalars;                     // PairParams, host
+  const int* switches;
+  int stages;                                // 1: sums only, 2: table from the given sums, 3: both
+  void* sums;                                // [pairs, 2, kSumWidth]: output of stage 1, input of stage 2 alone
+  void *loss, *pair_loss, *table;            // [], [pairs], [pairs, kTableWidth]: outputs of stage 2
+  uint32_t* counter;                         // device scratch: one zero, left zero (CUDA only)
+};
+
+struct PreferenceBackwardArgs {
+  const void* grad;                          // [] or [pairs]: gradient of loss (mean, sum) or of pair_loss (none)
+  int64_t grad_stride;                       // 0 or 1
+  const void *logprobs, *ref_logprobs;       // [tokens]: read only for a token clamp
+  const int32_t* cu_seqlens;
+  int64_t tokens, sequences, pairs;
+  const int32_t* pair_index;
+  const uint8_t* mask;
+  const void* weights;
+  int dtype;
+  const double* scalars;
+  const int* switches;
+  const void *sums, *table;
+  void *grad_logprobs, *grad_kl;             // [tokens]; grad_kl may be null
+};
+
+// FA_OPS(X): one line per op; X(name, argument struct). Declarations, bindings and the emulator all expand this list.
+#define FA_OPS(X)                                      \
+  X(token_stats_fwd, TokenStatsArgs)                   \
+  X(token_stats_bwd, TokenStatsBackwardArgs)           \
+  X(sequence_sum_fwd, SequenceSumArgs)                 \
+  X(sequence_sum_bwd, SequenceSumBackwardArgs)         \
+  X(kl_estimate_fwd, KlEstimateArgs)                   \
+  X(preference_fwd, PreferenceArgs)                    \
+  X(preference_bwd, PreferenceBackwardArgs)
+
+namespace cpu {
+#define FA_DECLARE(name, args) void name(const args& a);
+FA_OPS(FA_DECLARE)
+#undef FA_DECLARE
+}  // namespace cpu
+namespace cuda {
+#define FA_DECLARE(name, args) void name(const args& a, int device, void* stream);
+FA_OPS(FA_DECLARE)
+#undef FA_DECLARE
+void set_cluster_size(int size);   // blocks per row of token_stats_fwd: 1, 2, 4, 8, or 0 for the choice by row length; for tests and tuning
+}  // namespace cuda
+
+}  // namespace fastalign

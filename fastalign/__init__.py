@@ -1,0 +1,27 @@
+"""fastalign: the fused loss head of LLM alignment. See README.md; the public names are below."""
+
+__version__ = "0.1.0"
+
+import warnings as _warnings
+
+from fastalign import ffi as _ffi
+from fastalign import losses
+from fastalign.distributed import global_denominator
+from fastalign.losses import Preset
+from fastalign.ops.kl_estimate.api import kl_estimate
+from fastalign.ops.preference.api import PreferenceOutput, preference_loss, preference_loss_from_sums
+from fastalign.ops.sequence_sum.api import sequence_sum
+from fastalign.ops.token_stats.api import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
+from fastalign.packing import PackedBatch, pack, repad, shift_labels, unpad
+from fastalign.registry import BackendError, backends, explain, use_backend
+
+if _missing := _ffi.missing_backends():
+    _warnings.warn(
+        "fastalign: " + "; ".join(_missing) + ". The next backend serves those calls (fastalign.explain says which).", stacklevel=2
+    )
+
+__all__ = [
+    "BackendError", "PackedBatch", "PreferenceOutput", "Preset", "TokenStats", "__version__", "backends", "entropy_from_logits", "explain",
+    "global_denominator", "kl_estimate", "losses", "pack", "preference_loss", "preference_loss_from_sums", "repad", "selective_log_softmax",
+    "sequence_sum", "shift_labels", "token_logprobs", "token_stats", "unpad", "use_backend",
+]  # fmt: skip

@@ -1,0 +1,7 @@
+"""`python -m fastalign`."""
+import sys
+
+from fastalign.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

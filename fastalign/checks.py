@@ -1,0 +1,92 @@
+"""Argument checks that every public function shares: each message names the argument, what was given and what is legal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; legal here: {tuple(shape)}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; they must share a device")
+
+
+def check_device(name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name} is on {tensor.device}; legal: cpu and cuda (NVIDIA or ROCm)")
+
+
+def check_number(
+    name: str, value: Any, *, above: float = -math.inf, below: float = math.inf, low: float = -math.inf, high: float = math.inf
+) -> None:
+    """A finite number in (above, below) and [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    # Comparisons only: torch.compile traces through here, and math.isfinite would break the graph. NaN fails every one of them.
+    if not (-math.inf < value < math.inf and above < value < below and low <= value <= high):
+        bounds = [
+            f"> {above:g}" * (above > -math.inf), f"< {below:g}" * (below < math.inf),
+            f">= {low:g}" * (low > -math.inf), f"<= {high:g}" * (high < math.inf),
+        ]  # fmt: skip
+        raise ValueError(f"{name}={value!r} is out of range; legal: finite {' and '.join(b for b in bounds if b)}".rstrip())
+
+
+def check_choice(name: str, value: Any, legal: Any) -> None:
+    if value not in legal:
+        raise ValueError(f"{name}={value!r} is unknown; legal: {', '.join(str(v) for v in legal)}")
+
+
+def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor) -> Tensor:
+    """Shape, dtype and device; returns it as contiguous int32. Values are checked by `check_cu_seqlens_values`, inside the ops."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError("cu_seqlens must be a 1-D integer tensor [S + 1] that starts at 0 and ends at the number of tokens")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 (or int64), got {cu_seqlens.dtype}")
+    check_same_device("cu_seqlens", cu_seqlens, "the per-token tensor", tokens)
+    return cu_seqlens.to(torch.int32).contiguous()
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor, tokens: int) -> None:
+    """Starts at 0, never decreases, ends at the number of tokens."""
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
+        raise ValueError(
+            f"cu_seqlens must start at 0 and end at the number of tokens ({tokens}); it runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+        )
+    if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        where = int((cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()[0])
+        raise ValueError(f"cu_seqlens decreases at position {where + 1}; it must be non-decreasing")
+
+
+def per_token(name: str, tensor: Any, like: Tensor | None = None) -> Tensor:
+    """A floating [T] tensor widened to fp32 (fp64 stays), contiguous; with `like`: of its shape, dtype and device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if like is None:
+        if tensor.dim() != 1:
+            raise ValueError(f"{name} must be 1-D [T] (packed tokens), got shape {tuple(tensor.shape)}")
+        check_device(name, tensor)
+        return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).contiguous()
+    check_shape(name, tensor, tuple(like.shape))
+    check_same_device(name, tensor, "the log-probs", like)
+    return tensor.to(like.dtype).contiguous()
+
+
+def row_mask(mask: Any, like: Tensor) -> Tensor | None:
+    """A row-aligned mask as contiguous bool, or None."""
+    if mask is None:
+        return None
+    check_shape("mask", mask, tuple(like.shape))
+    check_same_device("mask", mask, "the per-token tensor", like)
+    return mask.to(torch.bool).contiguous()

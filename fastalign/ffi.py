@@ -1,0 +1,129 @@
+"""The one place where a tensor becomes a raw pointer, where a backend's presence is known, and where kernel outputs are allocated.
+
+The extension holds no torch symbols: it gets addresses, sizes, strides, a dtype code, a device number and a stream."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+try:
+    _extension: Any = importlib.import_module("fastalign._C")
+    _extension_error = ""
+    _extension_has_cuda = bool(_extension.build_info()["cuda"])
+except ImportError as error:
+    _extension = None
+    _extension_error = f"the compiled extension fastalign._C is not there ({error}); build it with `pip install .` from the sources"
+
+try:
+    import triton as _triton
+
+    _triton_error = ""
+except ImportError as error:
+    _triton = None
+    _triton_error = f"triton is not importable ({error})"
+
+# Triton decides at its import whether kernels are interpreted; only then can they run on CPU tensors.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+# Set by `use_emulator` (tests): the CUDA kernels compiled for the CPU, which then serve CPU tensors as backend "cuda".
+_emulator: Any = None
+
+
+def use_emulator(module: Any) -> None:
+    """Serve backend "cuda" by `module` (the CUDA sources compiled with the emulation header) on CPU tensors; None ends it."""
+    global _emulator
+    _emulator = module
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """None if `backend` is present and serves tensors on `device_type`; otherwise the reason."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if _triton is None:
+            return _triton_error
+        if device_type == "cpu" and not TRITON_INTERPRETED:
+            return "Triton runs on CPU tensors only under TRITON_INTERPRET=1"
+        return None if device_type in ("cuda", "cpu") else f"Triton is not used on {device_type} tensors"
+    if backend == "cuda" and _emulator is not None:
+        return None if device_type == "cpu" else "the CUDA emulator serves CPU tensors only"
+    if _extension is None:
+        return _extension_error
+    if backend == "cpu":
+        return None if device_type == "cpu" else f"the CPU kernels do not serve {device_type} tensors"
+    if not _extension_has_cuda:
+        return "the extension was built without CUDA (nvcc was not found, or FASTALIGN_CUDA=0)"
+    if device_type != "cuda":
+        return f"the CUDA kernels do not serve {device_type} tensors"
+    return "CUDA C++ kernels do not run on ROCm" if torch.version.hip else None
+
+
+def missing_backends() -> list[str]:
+    """One sentence per backend that this installation lacks altogether (not: that this machine has no device for)."""
+    return [error for error in (_extension_error, _triton_error) if error]
+
+
+def empty(shape: tuple[int, ...] | list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The only allocation of kernel outputs; tests replace it by one that poisons the memory and guards its edges."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic and output type for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def ptr(tensor: torch.Tensor | None) -> int:
+    """Address, 0 for None and for tensors without elements."""
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def pair_ptr(tensor: torch.Tensor | None) -> tuple[int, int]:
+    """(address, stride) of a value per pair; stride 0 for one value that serves all."""
+    if tensor is None:
+        return 0, 0
+    return tensor.data_ptr() if tensor.numel() else 0, 0 if tensor.dim() == 0 or tensor.numel() == 1 else tensor.stride(0)
+
+
+def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
+    """(rows, inner, stride_outer, stride_inner) if the leading dims collapse to at most two strided ones and the last is contiguous."""
+    if logits.numel() and logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        return None
+    dims = [(size, stride) for size, stride in zip(logits.shape[:-1], logits.stride()[:-1]) if size != 1]
+    merged: list[tuple[int, int]] = []
+    for size, stride in dims:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return None
+    rows = logits.shape[:-1].numel()
+    if not merged:
+        return rows, 1, 0, 0
+    if len(merged) == 1:
+        return rows, max(rows, 1), 0, merged[0][1]
+    return rows, merged[1][0], merged[0][1], merged[1][1]
+
+
+def rows_view(logits: torch.Tensor) -> tuple[int, int, int, int, int, int]:
+    """The RowsView of csrc/ops.h. The public functions made the layout collapsible before."""
+    layout = row_layout(logits)
+    assert layout is not None
+    return (ptr(logits), *layout, logits.shape[-1])
+
+
+def launch(backend: str, function: str, tensor: torch.Tensor, *args: Any) -> None:
+    """Run `_C.<function>` for "cpu", or for "cuda" on `tensor`'s device and current stream (the emulator when one is in use)."""
+    if backend == "cpu":
+        getattr(_extension, function)(-1, 0, *args)
+    elif _emulator is not None:
+        getattr(_emulator, function)(0, 0, *args)
+    else:
+        getattr(_extension, function)(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, *args)

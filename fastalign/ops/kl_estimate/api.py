@@ -1,0 +1,55 @@
+"""Per-token KL estimators from two log-probs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign.checks import check_choice, check_same_device, check_shape
+from fastalign.registry import Op, scalar_dtypes, standard_kernels
+
+KINDS = ("k1", "k2", "k3", "abs")  # the position is the code in csrc/math/scalar.h (KlKind)
+
+kl_estimate_fwd = Op(
+    "kl_estimate_fwd", "(Tensor logprobs, Tensor ref_logprobs, int kind) -> (Tensor, Tensor)",
+    lambda logprobs, ref_logprobs, kind: (torch.empty_like(logprobs), torch.empty_like(logprobs)),
+    standard_kernels("kl_estimate", "kl_estimate_fwd"), scalar_dtypes(),
+)  # fmt: skip
+# Results: value and d value / d logprobs, both [n].
+
+
+class KlEstimateFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, ref_logprobs, kind):
+        value, slope = kl_estimate_fwd(logprobs, ref_logprobs, kind)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        # 0 * inf cannot arise: the slope is finite for every finite or infinite d, and NaN only for NaN.
+        (slope,) = ctx.saved_tensors
+        g = grad * slope
+        return g, -g if ctx.needs_input_grad[1] else None, None
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Tensor:
+    """Per-token estimate of KL(policy || reference) from samples of the policy, with d = logprobs - ref_logprobs.
+
+    k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d (never negative), abs = |d|  (Schulman, "Approximating KL divergence", 2020).
+    d/d logprobs: 1, d, 1 - e^-d, sign(d). Near d = 0, k3 uses its series; its exponent is clamped at 20 before exp and the slope keeps its
+    clamped value, so value and gradient are finite for any finite d. Equal infinities count as d = 0. NaN stays NaN.
+
+    Args:
+        logprobs, ref_logprobs: same shape and device, floating. kind: k1, k2, k3 or abs.
+
+    Returns:
+        The same shape, fp32 (fp64 if either input is), differentiable in both.
+    """
+    check_choice("kind", kind, KINDS)
+    check_shape("ref_logprobs", ref_logprobs, tuple(logprobs.shape))
+    check_same_device("ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    dtype = torch.float64 if torch.float64 in (logprobs.dtype, ref_logprobs.dtype) else torch.float32
+    flat = [x.to(dtype).reshape(-1).contiguous() for x in (logprobs, ref_logprobs)]
+    return KlEstimateFunction.apply(*flat, KINDS.index(kind)).view(logprobs.shape)

@@ -1,0 +1,19 @@
+"""The definition of the KL estimators in plain PyTorch; the twin of `kl_estimate` in csrc/math/scalar.h."""
+
+from __future__ import annotations
+
+import torch
+
+
+def kl_estimate_fwd(logprobs, ref_logprobs, kind):
+    d = torch.where(logprobs == ref_logprobs, torch.zeros_like(logprobs), logprobs - ref_logprobs)
+    if kind == 0:
+        return d, torch.ones_like(d)
+    if kind == 1:
+        return d * d / 2, d
+    if kind == 3:
+        return d.abs(), d.sign()
+    small = d.abs() < 0.05
+    x = torch.clamp(-d, max=20.0)
+    series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720)))))
+    return torch.where(small, series, torch.expm1(x) + d), -torch.expm1(x)

@@ -1,0 +1,279 @@
+"""The definition of the pair kernel in plain PyTorch; the twin of csrc/math/pair.h, function by function."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastalign.losses import PairParams
+from fastalign.ops.sequence_sum.reference import _segments, segment_sums
+
+SUM_WIDTH, TABLE_WIDTH = 6, 11
+
+
+def softplus(x):
+    return torch.relu(x) + torch.log1p(torch.exp(-x.abs()))
+
+
+def exp80(x):
+    return torch.exp(torch.clamp(x, max=80.0))
+
+
+def log1mexp(x):
+    return torch.where(x < -math.log(2.0), torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
+
+
+def transform(kind, a, alpha):
+    """phi(a), phi'(a)."""
+    if kind == 1:
+        return -softplus(-a), torch.sigmoid(-a)
+    if kind == 2:
+        e = exp80(-a)
+        return -e, e
+    if kind == 3:
+        x = torch.clamp(-alpha * a, max=80.0)
+        return -torch.expm1(x) / alpha, torch.exp(x)
+    if kind == 4:
+        held = a >= -1e-6
+        x = torch.where(held, torch.full_like(a, -1e-6), a)
+        return x - log1mexp(x), torch.where(held, torch.zeros_like(a), -1.0 / torch.expm1(x))
+    return a, torch.ones_like(a)
+
+
+def link(kind, h, t, tau, prob):
+    """f(h), f'(h)."""
+    if kind == 1:
+        return torch.relu(t - h), torch.where(h < t, -torch.ones_like(h), h - h)
+    if kind == 2:
+        return (h - t) ** 2, 2 * (h - t)
+    if kind == 3:
+        e = exp80(-h)
+        return e, -e
+    if kind == 4:
+        r = torch.relu(t - h)
+        return r * r, -2 * r
+    if kind == 5:
+        s = torch.sigmoid(-h)
+        return s * s, -2 * torch.sigmoid(h) * s * s
+    if kind == 6:
+        s = torch.sigmoid(-h)
+        return s, -torch.sigmoid(h) * s
+    if kind == 7:
+        return -h, -torch.ones_like(h)
+    if kind == 8:
+        s, n, log_p, log_n = torch.sigmoid(h), torch.sigmoid(-h), torch.log(prob), torch.log1p(-prob)
+        return s * (-softplus(-h) - log_p) + n * (-softplus(h) - log_n), s * n * (h - (log_p - log_n))
+    if kind == 9:
+        x = h / tau
+        s, n, soft = torch.sigmoid(x), torch.sigmoid(-x), softplus(-h)
+        se, sne = exp80(-h - softplus(-x)), exp80(-h - softplus(-x) - softplus(x))
+        return n * soft + se, -n * torch.sigmoid(-h) - se + (sne - s * n * soft) / tau
+    return softplus(-h), -torch.sigmoid(-h)
+
+
+def _params(scalars, switches):
+    return PairParams(*scalars, *switches)
+
+
+def _pairs(pairs, count, device):
+    return torch.arange(2 * count, device=device).view(count, 2) if pairs is None else pairs.long()
+
+
+def _ranks(mask, cu_seqlens, index):
+    """0-based position of each token among the scored tokens of its sequence."""
+    before = torch.cumsum(mask, 0) - mask.long()
+    return before - before[cu_seqlens[:-1].long().clamp(max=max(mask.numel() - 1, 0))][index]
+
+
+def _token_terms(p, logprobs, ref_logprobs):
+    """Each token's log-ratio and whether its gradient passes the clamp."""
+    if p.reference:
+        d = torch.where(logprobs == ref_logprobs, torch.zeros_like(logprobs), logprobs - ref_logprobs)
+    else:
+        d = logprobs
+    outside = (d < p.token_clamp_low) | (d > p.token_clamp_high)
+    return torch.clamp(d, p.token_clamp_low, p.token_clamp_high), ~outside
+
+
+def pair_sums(p, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, count):
+    """[P, 2, SUM_WIDTH]: per side the sums of lp, of the log-ratio, the length, the KL, the SFT log-probs and their number."""
+    tokens, device = logprobs.shape[0], logprobs.device
+    pairs = _pairs(pairs, count, device)
+    index = _segments(cu_seqlens, tokens)
+    scored = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
+    sequences = cu_seqlens.shape[0] - 1
+
+    def total(values, where):
+        return segment_sums(torch.where(where, values, torch.zeros_like(values)), index, sequences)
+
+    ratio, _ = _token_terms(p, logprobs, ref_logprobs)
+    w = torch.ones_like(logprobs) if weights is None else weights
+    lengths = total(torch.ones_like(logprobs), scored)
+    plain = [total(w * logprobs, scored), total(w * ratio, scored)]
+    kl_sums = torch.zeros_like(lengths) if kl is None else total(kl, scored)
+    # With include_prompt every row but a sequence's last predicts something.
+    row_before_last = torch.arange(tokens, device=device) != cu_seqlens[1:].long()[index] - 1 if tokens else scored
+    sft_rows = row_before_last if p.sft_include_prompt else scored
+    sft, sft_lengths = total(logprobs, sft_rows), total(torch.ones_like(logprobs), sft_rows)
+    columns = torch.stack([*plain, lengths, kl_sums, sft, sft_lengths], -1)
+    sums = columns[pairs]
+    if p.ld_alpha != 1.0:
+        ranks = _ranks(scored, cu_seqlens, index)
+        for side in (0, 1):
+            partner = lengths[pairs[:, 1 - side]]
+            own = index.unsqueeze(0) == pairs[:, side].unsqueeze(1)
+            tail = torch.where(ranks.unsqueeze(0) < partner.unsqueeze(1), 1.0, p.ld_alpha) * own
+            for column, values in ((0, w * logprobs), (1, w * ratio)):
+                kept = torch.where(scored, values, torch.zeros_like(values))
+                sums[:, side, column] = (tail.double() * torch.where(own, kept, torch.zeros_like(kept))).sum(-1).to(kept.dtype)
+    return sums
+
+
+def _norm(length, kappa):
+    return torch.clamp(length, min=1.0) ** kappa if kappa else torch.ones_like(length)
+
+
+def evaluate_pairs(p, sums, tensors, valid):
+    """Value and slopes of every pair before the normalisers; `tensors` holds beta, omega, soft_labels, gamma_ext, target, anchor or None."""
+    beta, omega, soft_label, gamma_ext, target, anchor = tensors
+    (_, d_w, n_w, kl_w, sft_w, _), (_, d_l, n_l, kl_l, _, _) = (s.unbind(-1) for s in sums.unbind(1))
+    one = torch.ones_like(d_w)
+    beta = one * (p.beta if beta is None else beta)
+    beta_l = beta if math.isnan(p.beta_rejected) else one * p.beta_rejected
+    target = p.target if target is None else target
+    anchor = p.anchor if anchor is None else anchor
+    norm_w, norm_l = _norm(n_w, p.length_norm), _norm(n_l, p.length_norm)
+    a_w, a_l = d_w / norm_w, d_l / norm_l
+    (g_w, dg_w), (g_l, dg_l) = transform(p.transform, a_w, p.transform_alpha), transform(p.transform, a_l, p.transform_alpha)
+
+    margin = p.gamma + beta * p.gamma_beta_ratio - p.len_coef * (n_w - n_l)
+    if gamma_ext is not None:
+        margin = margin + gamma_ext
+    if p.pos_penalty:
+        margin = margin + beta * p.pos_penalty * torch.relu(-a_w)
+    with_kl = p.kl_chosen != 0 or p.kl_rejected != 0
+    if with_kl:
+        margin = margin + beta * (p.kl_rejected * kl_l - p.kl_chosen * kl_w)
+    h = beta * g_w - beta_l * g_l - margin
+
+    loss, dh = torch.zeros_like(h), torch.zeros_like(h)
+    if p.pair_weight:
+        soft = one * soft_label if p.labels == 3 else one * (1.0 - p.label_smoothing)
+        c_pos, c_neg = one, 0.0 * one
+        if p.link != 8:  # exo takes the label as its target distribution instead
+            if p.labels in (1, 3):
+                c_pos, c_neg = soft, 1.0 - soft
+            elif p.labels == 2:
+                c_pos, c_neg = soft / (1 - 2 * p.label_smoothing), -p.label_smoothing / (1 - 2 * p.label_smoothing) * one
+        value, slope = link(p.link, h, target, p.tau, soft)
+        loss, dh = c_pos * value, c_pos * slope
+        back, back_slope = link(p.link, -h, target, p.tau, soft)
+        loss = torch.where(c_neg == 0, loss, loss + c_neg * back)
+        dh = torch.where(c_neg == 0, dh, dh - c_neg * back_slope)
+        if p.label_entropy:
+            loss = loss + torch.special.xlogy(soft, soft) + torch.special.xlogy(1 - soft, 1 - soft)
+        loss, dh = loss * p.pair_weight, dh * p.pair_weight
+    slope_w, slope_l = dh * beta * dg_w, -dh * beta_l * dg_l
+    if p.pos_penalty:
+        slope_w = slope_w + torch.where(a_w < 0, dh * beta * p.pos_penalty, torch.zeros_like(dh))
+
+    if p.point_link >= 0:
+        beta_pt = beta if math.isnan(p.point_beta) else one * p.point_beta
+        scale = beta_pt**p.point_beta_power if p.point_beta_power else one
+        t_w, t_l = (soft_label - 0.5, 0.5 - soft_label) if p.point_soft_target else (p.point_target, p.point_target)
+        u_w, u_l = beta_pt * g_w - anchor, beta_pt * g_l - anchor
+        prob = one * (1.0 - p.label_smoothing)
+        for k, sign, u, t, chosen in ((p.chosen_pos, 1, u_w, t_w, True), (p.chosen_neg, -1, u_w, t_w, True),
+                                      (p.rejected_pos, 1, u_l, t_l, False), (p.rejected_neg, -1, u_l, t_l, False)):  # fmt: skip
+            if k == 0:
+                continue
+            value, slope = link(p.point_link, sign * u, t, p.tau, prob)
+            loss = loss + k * scale * value
+            s = k * scale * sign * slope * beta_pt
+            slope_w, slope_l = (slope_w + s * dg_w, slope_l) if chosen else (slope_w, slope_l + s * dg_l)
+
+    weight = one if omega is None else one * omega
+    loss = loss * weight
+    slopes = [weight * slope_w / norm_w, weight * slope_l / norm_l, torch.zeros_like(h), torch.zeros_like(h)]
+    if with_kl:
+        slopes[2] = torch.zeros_like(h) if p.detach_kl_chosen else weight * dh * beta * p.kl_chosen
+        slopes[3] = -weight * dh * beta * p.kl_rejected
+    ok = (n_w > 0) | (n_l > 0)
+    if valid is not None:
+        ok = ok & valid
+    if p.drop_nonfinite:
+        ok = ok & torch.isfinite(loss) & torch.isfinite(h)
+        if p.sft_weight:
+            ok = ok & torch.isfinite(sft_w)
+    rewards = beta * (a_w + kl_w if with_kl else a_w), beta_l * (a_l + kl_l if with_kl else a_l)
+    return loss, slopes, rewards, h, ok
+
+
+def _at_least_one(x):
+    return torch.where(x > 0, x, torch.ones_like(x))
+
+
+def table_from_sums(p, sums, tensors, valid, num_items, num_sft_tokens):
+    loss, slopes, rewards, h, ok = evaluate_pairs(p, sums, tensors, valid)
+    zero = torch.zeros_like(loss)
+    own_tokens = sums[:, 0, 5]
+    local = ok.to(loss.dtype).sum()
+    pairs = local if num_items is None else num_items
+    sft_tokens = torch.where(ok, own_tokens, zero).sum() if num_sft_tokens is None else num_sft_tokens
+    pair_norm = _at_least_one(pairs) if p.reduction == 0 else torch.ones_like(local)
+    if p.sft_norm == 0:
+        sft_norm = _at_least_one(sft_tokens) + zero
+    else:
+        sft_norm = _at_least_one(pairs) * (_at_least_one(own_tokens) if p.sft_norm == 1 else torch.ones_like(zero))
+    if p.reduction != 0:
+        sft_norm = sft_norm / _at_least_one(local)
+
+    def keep(x):
+        return torch.where(ok, x, zero)
+
+    nll = keep(p.sft_weight * -sums[:, 0, 4] / sft_norm) if p.sft_weight else zero
+    sft_slope = keep(-p.sft_weight / sft_norm) if p.sft_weight else zero
+    table = torch.stack(
+        [*(keep(s / pair_norm) for s in slopes), sft_slope, *rewards, h, ok.to(loss.dtype), keep(loss / pair_norm), nll], -1
+    )
+    pair_loss = table[:, 9] + table[:, 10]
+    return pair_loss.sum(), pair_loss, table
+
+
+def preference_fwd(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, beta, omega, soft_labels, gamma_ext, target, anchor,
+                   valid, num_items, num_sft_tokens, scalars, switches, count, table):  # fmt: skip
+    p = _params(scalars, switches)
+    if sums is None:
+        sums = pair_sums(p, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, count)
+    else:
+        sums = sums.clone()
+    if not table:
+        none = sums.new_empty(0)
+        return none, none.clone(), none.clone(), sums
+    return (*table_from_sums(p, sums, (beta, omega, soft_labels, gamma_ext, target, anchor), valid, num_items, num_sft_tokens), sums)
+
+
+def preference_bwd(grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, scalars, switches, with_kl):
+    p = _params(scalars, switches)
+    tokens, device, count = logprobs.shape[0], logprobs.device, table.shape[0]
+    pairs = _pairs(pairs, count, device)
+    index = _segments(cu_seqlens, tokens)
+    scored = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
+    zero = torch.zeros_like(logprobs)
+    w = torch.ones_like(logprobs) if weights is None else weights
+    _, is_open = _token_terms(p, logprobs, ref_logprobs)
+    ranks = _ranks(scored, cu_seqlens, index) if p.ld_alpha != 1.0 else None
+    row_before_last = torch.arange(tokens, device=device) != cu_seqlens[1:].long()[index] - 1 if tokens else scored
+    sft_rows = row_before_last if p.sft_include_prompt else scored
+    g = grad.expand(count)
+    d_logprobs, d_kl = zero.clone(), zero.clone()
+    for i in range(count):
+        for side in (0, 1):
+            own = index == pairs[i, side]
+            tail = 1.0 if ranks is None else torch.where(ranks < sums[i, 1 - side, 2], 1.0, p.ld_alpha).to(w.dtype)
+            d_logprobs = d_logprobs + torch.where(own & scored & is_open, g[i] * table[i, side] * tail * w, zero)
+            d_kl = d_kl + torch.where(own & scored, g[i] * table[i, 2 + side], zero)
+            if side == 0 and p.sft_weight:
+                d_logprobs = d_logprobs + torch.where(own & sft_rows, g[i] * table[i, 4], zero)
+    return d_logprobs, d_kl if with_kl else zero.new_empty(0)

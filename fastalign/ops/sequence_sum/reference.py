@@ -1,0 +1,31 @@
+"""The definition of sums over packed sequences in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+
+def _segments(cu_seqlens, tokens):
+    """Sequence number of every token."""
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32), right=True)
+
+
+def _terms(x, mask, weights):
+    terms = x if weights is None else x * weights
+    return terms if mask is None else torch.where(mask, terms, torch.zeros_like(terms))
+
+
+def segment_sums(values, index, sequences):
+    """Sum of `values` by sequence number, accumulated in fp64 and rounded once."""
+    return torch.zeros(sequences, dtype=torch.float64, device=values.device).index_add(0, index, values.double()).to(values.dtype)
+
+
+def sequence_sum_fwd(x, cu_seqlens, mask, weights):
+    sequences = cu_seqlens.shape[0] - 1
+    index = _segments(cu_seqlens, x.shape[0])
+    counted = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+    return segment_sums(_terms(x, mask, weights), index, sequences), segment_sums(counted, index, sequences)
+
+
+def sequence_sum_bwd(grad, cu_seqlens, mask, weights, tokens):
+    return _terms(grad[_segments(cu_seqlens, tokens)], mask, weights)

@@ -1,0 +1,320 @@
+"""Vocabulary rows: log-prob of the label, entropy, log-sum-exp and friends in one pass over the logits, one pass back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign import ffi
+from fastalign.checks import check_device, check_number, check_same_device, check_shape
+from fastalign.registry import Op, row_dtypes, standard_kernels
+
+# Bits of the op's `outputs` argument, in the order of its results; the same numbers stand in csrc/math/row_state.h (RowOutput).
+OUTPUT_BITS = {"logprob": 1, "entropy": 2, "logsumexp": 4, "log_sum_sq_probs": 8, "mean_logit": 16, "is_top1": 32}
+NEED_LABELS = ("logprob", "is_top1")
+STATE_WIDTH = 12
+LOG2E = 1.4426950408889634
+MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32
+
+
+class TokenStats(NamedTuple):
+    """One attribute per output; None where not asked for. See `token_stats`."""
+
+    logprob: Tensor | None = None
+    ref_logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    kl_policy_ref: Tensor | None = None
+    kl_ref_policy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+class RowOptions(NamedTuple):
+    """How raw logits become probabilities, as the ops take it (see csrc/math/row_state.h).
+
+    factor: log2(e) * logit_scale (with a softcap: log2(e) * softcap); cap_scale: logit_scale / softcap, 0 without a softcap;
+    temperature: a float, used where temperature_tensor is None."""
+
+    factor: float
+    cap_scale: float
+    temperature: float
+    ignore_index: int
+
+
+_FWD_SCHEMA = (
+    "(Tensor logits, Tensor? labels, Tensor? mask, Tensor? temperature_tensor, float factor, float cap_scale, float temperature,"
+    " int ignore_index, int outputs, int vocab_start, int vocab_total, Tensor? state_in, Tensor? target_in)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# logits [..., V]; labels [rows, K] int64; mask [rows] bool; temperature_tensor 0-dim in the accumulation dtype;
+# state_in [rows, STATE_WIDTH] and target_in [rows, K] of the vocabulary shards before this one. Results: the six outputs in the order of
+# OUTPUT_BITS (logprob [rows, K], the others [rows]; empty(0) if not asked for), state [rows, STATE_WIDTH], target [rows, K]
+# (raw logit of each label, after tanh if capped; -inf while its shard has not come; empty(0) without labels).
+
+
+def _fwd_fake(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
+              state_in, target_in):  # fmt: skip
+    rows = math.prod(logits.shape[:-1])
+    acc = ffi.acc_dtype(logits.dtype)
+    none = (0,)
+    targets = none if labels is None else tuple(labels.shape)
+    shapes = [targets if name == "logprob" else (rows,) for name in OUTPUT_BITS]
+    results = [logits.new_empty(s if outputs & bit else none, dtype=acc) for s, bit in zip(shapes, OUTPUT_BITS.values())]
+    return (*results, logits.new_empty((rows, STATE_WIDTH), dtype=acc), logits.new_empty(targets, dtype=acc))
+
+
+_BWD_SCHEMA = (
+    "(Tensor{alias} logits, Tensor? labels, Tensor? mask, Tensor? temperature_tensor, float factor, float cap_scale, float temperature,"
+    " int ignore_index, int vocab_start, int vocab_total, Tensor state, Tensor? g_logprob, Tensor? g_entropy, Tensor? g_logsumexp) -> {result}"
+)
+# g_logprob [rows, K], g_entropy and g_logsumexp [rows], in the accumulation dtype. The plain op returns d loss / d logits (logits' shape and
+# dtype, contiguous); the one with an underscore writes it over the logits.
+
+
+def _check_values(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, *rest):
+    """Values that cannot be checked without reading tensors: temperature > 0, labels of unmasked rows inside the vocabulary."""
+    if temperature_tensor is not None and not float(temperature_tensor) > 0:
+        raise ValueError(f"temperature must be positive, got {float(temperature_tensor)}")
+    if labels is None or labels.numel() == 0:
+        return
+    vocab_total = rest[2]
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_total))
+    if mask is not None:
+        wrong &= mask.unsqueeze(-1)
+    if bool(wrong.any()):
+        row, k = wrong.nonzero()[0].tolist()
+        raise IndexError(f"labels[{row}] = {int(labels[row, k])} is outside [0, {vocab_total}) and is not ignore_index ({ignore_index})")
+
+
+token_stats_fwd = Op(
+    "token_stats_fwd", _FWD_SCHEMA, _fwd_fake, standard_kernels("token_stats", "token_stats_fwd"), row_dtypes(), check=_check_values
+)
+token_stats_bwd = Op(
+    "token_stats_bwd", _BWD_SCHEMA.format(alias="", result="Tensor"),
+    lambda logits, *rest: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    standard_kernels("token_stats", "token_stats_bwd"), row_dtypes(),
+)  # fmt: skip
+token_stats_bwd_ = Op(
+    "token_stats_bwd_", _BWD_SCHEMA.format(alias="(a!)", result="()"), lambda *args: None,
+    standard_kernels("token_stats", "token_stats_bwd_"), row_dtypes(),
+)  # fmt: skip
+
+
+class TokenStatsFunction(torch.autograd.Function):
+    """Forward streams the rows once and keeps the row states; backward streams them once more."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, mask, temperature_tensor, options: RowOptions, outputs: int, inplace: bool):
+        vocab = logits.shape[-1]
+        *results, state, _ = token_stats_fwd(logits, labels, mask, temperature_tensor, *options, outputs, 0, vocab, None, None)
+        ctx.save_for_backward(logits, labels, mask, temperature_tensor, state)
+        ctx.options, ctx.inplace = options, inplace
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[3:])
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_logprob, g_entropy, g_logsumexp, *_):
+        none = (None,) * 6
+        if not ctx.needs_input_grad[0]:
+            return None, *none
+        logits, labels, mask, temperature_tensor, state = ctx.saved_tensors
+        grads = [None if g is None or g.numel() == 0 else g.contiguous() for g in (g_logprob, g_entropy, g_logsumexp)]
+        args = (logits, labels, mask, temperature_tensor, *ctx.options, 0, logits.shape[-1], state, *grads)
+        if not ctx.inplace:
+            return token_stats_bwd(*args), *none
+        # The buffer stops being the logits here: any other consumer that saved it must see a changed version, not changed numbers.
+        detached = logits.detach()
+        token_stats_bwd_(detached, *args[1:])
+        torch.autograd.graph.increment_version(logits)
+        return detached, *none
+
+
+def token_stats(
+    logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    outputs: Sequence[str] = ("logprob",),
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Per-token statistics of `softmax(z)`, `z = cap(logits * logit_scale) / temperature`, `cap(x) = softcap * tanh(x / softcap)`.
+
+    One pass over each row yields every output asked for; no [N, V] temporary is made. With p = softmax(z):
+
+    - logprob = z[label] - logsumexp(z)
+    - entropy = -sum p log p (nats)
+    - logsumexp = log sum e^z
+    - log_sum_sq_probs = log sum p^2 (the collision term of WPO, arXiv 2406.11827)
+    - mean_logit = mean over the vocabulary of z
+    - is_top1 = 1.0 where the label is the first index that attains the largest logit (argmax), else 0.0
+
+    logprob, entropy and logsumexp are differentiable in `logits`; the other outputs are not.
+
+    Args:
+        logits: (..., V), fp32, bf16 or fp16 (fp64 on the reference and CPU backends); last dim contiguous, any leading dims and strides.
+        labels: (...) or, for the log-probs of K tokens per row, (..., K); integers. Row t is scored against labels[t]. Needed by logprob and is_top1.
+            A label equal to `ignore_index` masks its row (with K labels: that entry; the row when all are ignored).
+        outputs: names from the list above.
+        mask: (...) bool, row-aligned; False masks the row. Masked rows give exactly 0 in every output and receive exactly 0 gradient,
+            whatever they hold.
+        temperature: > 0; a 0-dim tensor for schedules (no recompilation under torch.compile).
+        logit_scale, softcap: > 0; the model head's own transform, applied in the order scale, cap, temperature.
+        inplace_backward: write the gradient over `logits`, which then must be a non-leaf without overlapping memory and without any other
+            consumer in the graph (the version counter makes autograd raise if there is one). Saves one [N, V] allocation. Under
+            torch.compile the compiler decides about buffers and this has no effect.
+
+    Returns:
+        TokenStats; each output (...) (logprob: the shape of labels), fp32, or fp64 for fp64 logits. NaN or +inf logits, and rows that are
+        -inf throughout, give NaN in their own row only; single -inf logits have probability 0 and gradient 0.
+
+    Raises:
+        ValueError, TypeError: on shapes, dtypes, devices, unknown outputs, non-positive temperature, scale or cap.
+        IndexError: label outside [0, V) that is not ignore_index (CPU; on CUDA that row is NaN, without a synchronisation).
+    """
+    if isinstance(outputs, str):
+        raise TypeError(f'outputs must be a sequence of names, not a string; write outputs=("{outputs}",)')
+    unknown = [name for name in outputs if name not in OUTPUT_BITS]
+    if unknown or not outputs:
+        raise ValueError(f"outputs={tuple(outputs)!r}: unknown or empty; legal names: {', '.join(OUTPUT_BITS)}")
+    if labels is None and (need := [name for name in outputs if name in NEED_LABELS]):
+        raise ValueError(f"labels is required for outputs {', '.join(need)}")
+    rows_shape, logits, labels, mask = _check_rows(logits, labels, mask, ignore_index)
+    if "is_top1" in outputs and labels.dim() == 2 and labels.shape[1] != 1:
+        raise ValueError("is_top1 needs one label per row; labels has a trailing dim of several")
+    options, temperature_tensor = _row_options(logits, temperature, logit_scale, softcap, ignore_index)
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    if inplace_backward:
+        _check_inplace(logits)
+    bits = 0
+    for name in outputs:
+        bits |= OUTPUT_BITS[name]
+    results = TokenStatsFunction.apply(logits, labels, mask, temperature_tensor, options, bits, inplace_backward)
+    label_shape = rows_shape if labels is None or labels.shape[-1] == 1 and labels.numel() == math.prod(rows_shape) else None
+    named: dict[str, Any] = {}
+    for name, value in zip(OUTPUT_BITS, results):
+        if name not in outputs:
+            continue
+        shape = rows_shape
+        if name == "logprob" and label_shape is None:
+            shape = (*rows_shape, labels.shape[-1])
+        named[name] = value.view(shape)
+    return TokenStats(**named)
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """log softmax(z)[label] per row: `token_stats(...).logprob`. Same arguments, shapes, dtypes and errors."""
+    return token_stats(
+        logits, labels, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+    ).logprob  # fmt: skip
+
+
+def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
+    """`log_softmax(logits, -1).gather(-1, index)` without the [N, V] temporary; the signature of TRL's helper.
+
+    Args:
+        logits: (..., V). index: (...) or (..., K), integers in [0, V); no index is ignored.
+
+    Returns:
+        The shape of `index`, fp32 (fp64 for fp64 logits), unlike log_softmax in the logits' own dtype.
+    """
+    # An ignore_index that no label can have: every index is scored, and an index outside [0, V) is an error.
+    return token_stats(logits, index, ignore_index=-(1 << 62)).logprob
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in nats, -sum p log p: (..., V) -> (...), fp32 (fp64 for fp64 logits), differentiable."""
+    return token_stats(logits, outputs=("entropy",)).entropy
+
+
+def _check_rows(logits, labels, mask, ignore_index):
+    """Validate and bring into the op's shapes: logits with a collapsible layout, labels [rows, K] int64, mask [rows] bool."""
+    if not isinstance(logits, Tensor) or logits.dim() < 1:
+        raise TypeError("logits must be a tensor of shape (..., V)")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    vocab = logits.shape[-1]
+    if not 1 <= vocab < MAX_VOCAB:
+        raise ValueError(f"logits has a vocabulary of {vocab}; legal: 1 to {MAX_VOCAB - 1}")
+    check_device("logits", logits)
+    rows_shape = tuple(logits.shape[:-1])
+    rows = math.prod(rows_shape)
+    if labels is not None:
+        if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        check_same_device("labels", labels, "logits", logits)
+        if tuple(labels.shape) == rows_shape:
+            labels = labels.reshape(rows, 1)
+        elif labels.dim() == len(rows_shape) + 1 and tuple(labels.shape[:-1]) == rows_shape:
+            labels = labels.reshape(rows, labels.shape[-1])
+        else:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; legal for these logits: {rows_shape} or {(*rows_shape, 'K')}")
+        labels = labels.to(torch.int64).contiguous()
+    if mask is not None:
+        check_shape("mask", mask, rows_shape)
+        check_same_device("mask", mask, "logits", logits)
+        mask = mask.reshape(rows).to(torch.bool).contiguous()
+    if ffi.row_layout(logits) is None:
+        logits = logits.contiguous()
+    return rows_shape, logits, labels, mask
+
+
+def _row_options(logits, temperature, logit_scale, softcap, ignore_index):
+    """(RowOptions, temperature as a 0-dim tensor or None)."""
+    check_number("logit_scale", logit_scale, above=0.0)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0.0)
+    tensor = None
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature must be a number or a tensor of one element, got shape {tuple(temperature.shape)}")
+        check_same_device("temperature", temperature, "logits", logits)
+        tensor = temperature.detach().reshape(()).to(ffi.acc_dtype(logits.dtype))
+        temperature = 1.0
+    else:
+        check_number("temperature", temperature, above=0.0)
+    if softcap is None:
+        return RowOptions(LOG2E * logit_scale, 0.0, float(temperature), ignore_index), tensor
+    return RowOptions(LOG2E * softcap, logit_scale / softcap, float(temperature), ignore_index), tensor
+
+
+def _check_inplace(logits):
+    """Overwriting is only safe for a temporary of the graph that owns its memory."""
+    owner = logits._base if logits._is_view() else logits
+    if owner.requires_grad and owner.is_leaf:
+        raise ValueError("inplace_backward=True would overwrite a leaf tensor; pass the output of a layer, or leave it False")
+    if _self_overlapping(logits):
+        raise ValueError(
+            "inplace_backward=True needs logits whose rows do not share memory (expanded or overlapping views cannot be written)"
+        )
+
+
+def _self_overlapping(tensor):
+    """True if two elements may share an address (stride 0, or strides that do not nest)."""
+    span = 1
+    for stride, size in sorted((st, sz) for sz, st in zip(tensor.shape, tensor.stride()) if sz != 1):
+        if stride < span:
+            return True
+        span = stride * size
+    return False

@@ -1,0 +1,203 @@
+"""The one place where a backend is chosen.
+
+An `Op` is a `torch.library` operator (schema, one Python implementation that selects the backend, a fake for tracing) with one kernel
+per backend. Backends are tried in a fixed order per device type; each may decline a call with a reason, and `explain` prints them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastalign import ffi
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+# CUDA C++ before Triton on NVIDIA; Triton alone on ROCm, where the extension has no kernels.
+_PRIORITY = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "triton", "reference")}
+
+# A module variable, not a ContextVar: autograd runs backward on a thread of its own, which must see the override.
+_forced: str | None = None
+# True: also check the values of CUDA tensors (labels, cu_seqlens, pairs) before every op, at the price of a device synchronisation.
+_debug_checks = False
+
+_library = torch.library.Library("fastalign", "DEF")
+OPS: dict[str, Op] = {}
+
+
+def _check_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; legal: {', '.join(BACKENDS)}")
+    return name
+
+
+if os.environ.get("FASTALIGN_BACKEND"):
+    try:
+        _forced = _check_name(os.environ["FASTALIGN_BACKEND"])
+    except ValueError as error:
+        raise ValueError(f"FASTALIGN_BACKEND: {error}") from None
+
+
+class use_backend:
+    """Force one backend (`reference`, `cpu`, `triton` or `cuda`; None: automatic): `with use_backend("triton"): ...`, or for good as
+    a plain call `use_backend("triton")`. A call that the forced backend cannot serve raises `BackendError`; nothing falls back."""
+
+    def __init__(self, name: str | None):
+        global _forced
+        self._previous = _forced
+        _forced = None if name is None else _check_name(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced
+        _forced = self._previous
+
+
+@contextmanager
+def debug_checks() -> Iterator[None]:
+    """Within this context CUDA inputs are checked by value as CPU inputs always are (costs a synchronisation per op)."""
+    global _debug_checks
+    previous, _debug_checks = _debug_checks, True
+    try:
+        yield
+    finally:
+        _debug_checks = previous
+
+
+class BackendError(RuntimeError):
+    """No backend (or not the forced one) can serve this call; the message gives each backend's reason."""
+
+
+@dataclass
+class Op:
+    """One registered operator.
+
+    `kernels` maps a backend to "module:function" or "module:function:first argument"; `dtypes` maps a backend to the storage types it accepts for the first tensor;
+    `check` validates tensor values (CPU always, CUDA under `debug_checks`) and raises."""
+
+    name: str
+    schema: str
+    fake: Callable[..., Any]
+    kernels: dict[str, str]
+    dtypes: dict[str, tuple[torch.dtype, ...]]
+    check: Callable[..., None] | None = None
+    mutates: bool = False
+    _loaded: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _library.define(f"{self.name}{self.schema}")
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastalign::{self.name}", self.fake, lib=_library)
+        self.overload = getattr(torch.ops.fastalign, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def _run(self, *args: Any) -> Any:
+        tensor = next(a for a in args if isinstance(a, torch.Tensor))
+        if self.check is not None and (tensor.device.type == "cpu" or _debug_checks):
+            self.check(*args)
+        return self.select(tensor)(*args)
+
+    def select(self, tensor: torch.Tensor) -> Callable[..., Any]:
+        """The kernel that serves `tensor`'s device and dtype, or BackendError with the reasons."""
+        reasons = []
+        for backend in (_forced,) if _forced else _PRIORITY.get(tensor.device.type, ("reference",)):
+            why = self.why_not(backend, tensor)
+            if why is None:
+                return self._kernel(backend)
+            reasons.append(f"  {backend}: {why}")
+        raise BackendError(f"fastalign::{self.name} has no backend for {tensor.dtype} on {tensor.device}:\n" + "\n".join(reasons))
+
+    def why_not(self, backend: str, tensor: torch.Tensor) -> str | None:
+        """None if `backend` can serve the call, else the reason."""
+        why = ffi.why_not(backend, tensor.device.type)
+        if why is None and tensor.dtype not in self.dtypes[backend]:
+            legal = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes[backend])
+            why = f"{str(tensor.dtype).removeprefix('torch.')} is not supported here (legal: {legal})"
+        return why
+
+    def _kernel(self, backend: str) -> Callable[..., Any]:
+        if backend not in self._loaded:
+            module, function, *bound = self.kernels[backend].split(":")
+            kernel = getattr(importlib.import_module(module), function)
+            self._loaded[backend] = partial(kernel, *bound) if bound else kernel
+        return self._loaded[backend]
+
+
+def standard_kernels(folder: str, function: str) -> dict[str, str]:
+    """The four kernels of an op by the house layout: ops/<folder>/{reference,native,triton}.py, one function name."""
+    base = f"fastalign.ops.{folder}"
+    return {
+        "reference": f"{base}.reference:{function}",
+        "cpu": f"{base}.native:{function}:cpu",
+        "cuda": f"{base}.native:{function}:cuda",
+        "triton": f"{base}.triton:{function}",
+    }
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def row_dtypes() -> dict[str, tuple[torch.dtype, ...]]:
+    """Storage types of ops over vocabulary rows: fp64 only where it can be checked for (reference and CPU)."""
+    return {b: FLOATS + ((torch.float64,) if b in ("reference", "cpu") else ()) for b in BACKENDS}
+
+
+def scalar_dtypes() -> dict[str, tuple[torch.dtype, ...]]:
+    """Types of ops over per-token scalars, which the public functions have already widened to fp32 or fp64."""
+    return {b: (torch.float32,) + ((torch.float64,) if b in ("reference", "cpu") else ()) for b in BACKENDS}
+
+
+def backends() -> dict[str, str]:
+    """What each backend can do on this machine: name -> "available" or the reason why it is not."""
+    status = {}
+    for name in BACKENDS:
+        devices = {"cpu": ("cpu",), "cuda": ("cuda",)}.get(name, ("cuda", "cpu"))
+        whys = [ffi.why_not(name, d) for d in devices]
+        status[name] = "available" if None in whys else whys[0]
+    return status
+
+
+def explain(op: str, *args: Any) -> str:
+    """Which backend would serve `op` (a name of `registry.OPS`, or a public function's name: its forward op) for these arguments,
+    and why the others would not. Only the first tensor among `args` matters (its device and dtype)."""
+    name = op if op in OPS else _PUBLIC.get(op)
+    if name is None:
+        raise ValueError(f"op={op!r} is unknown; legal: {', '.join([*OPS, *_PUBLIC])}")
+    tensor = next((a for a in args if isinstance(a, torch.Tensor)), None)
+    if tensor is None:
+        raise ValueError("explain needs at least one tensor argument")
+    entry = OPS[name]
+    order = _PRIORITY.get(tensor.device.type, ("reference",))
+    lines, chosen = [], None
+    for backend in (*order, *(b for b in BACKENDS if b not in order)):
+        why = entry.why_not(backend, tensor)
+        if _forced and backend != _forced:
+            why = f"backend forced to {_forced}" + (f"; {why}" if why else "")
+        if why is None and chosen is None:
+            chosen, why = backend, "chosen"
+        lines.append(f"  {backend:<10}{why or 'able, but a faster one comes first'}")
+    return f"fastalign::{name} on {tensor.device}, {tensor.dtype}: {chosen or 'no backend'}\n" + "\n".join(lines)
+
+
+# Public functions whose forward op goes by another name.
+_PUBLIC = {
+    "token_stats": "token_stats_fwd",
+    "token_logprobs": "token_stats_fwd",
+    "selective_log_softmax": "token_stats_fwd",
+    "entropy_from_logits": "token_stats_fwd",
+    "kl_estimate": "kl_estimate_fwd",
+    "sequence_sum": "sequence_sum_fwd",
+    "preference_loss": "preference_fwd",
+    "preference_loss_from_sums": "preference_fwd",
+}

@@ -1,0 +1,147 @@
+"""TRL's preference formats, read from JSON Lines and brought into one shape.
+
+    standard          {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
+    conversational    {"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
+    implicit prompt   either of the two without "prompt": chosen and rejected begin with it
+
+An implicit prompt is what both sides share: the longest common run of messages, or the longest common text, less the space that
+would end it. A conversational pair may carry its prompt as text as well (UltraFeedback does); the messages decide then. Other
+columns are left alone, except those that would change the prompt (`tools`, `images`, ...): they are refused.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+from fastalign.train.errors import DataError, UserError
+
+Text = str
+Messages = list[dict[str, Any]]
+
+_UNSUPPORTED = ("tools", "images", "image", "videos", "audio", "chat_template_kwargs")
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One pair with an explicit prompt: three texts, or three lists of messages. `source` says where it came from."""
+
+    source: str
+    prompt: Text | Messages
+    chosen: Text | Messages
+    rejected: Text | Messages
+
+    @property
+    def conversational(self) -> bool:
+        return isinstance(self.prompt, list)
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("file, line n", value) for every line of a JSON Lines file that is not blank, reading one line at a time."""
+    path = Path(path).expanduser()
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                source = f"{path}, line {number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    if text:
+                        yield source, json.loads(text)
+                except UnicodeDecodeError as error:
+                    raise DataError(source, None, f"not UTF-8 (byte {error.start})") from None
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise DataError(source, None, f"not JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the data file {path}: {error.strerror}") from None
+
+
+def parse_preference(source: str, row: Any) -> Preference:
+    """Check one row and make its prompt explicit. Raises `DataError` naming the source and the field at fault."""
+    if not isinstance(row, dict):
+        raise DataError(source, None, f"expected a JSON object, got {_kind(row)}")
+    for field in _UNSUPPORTED:
+        if row.get(field):
+            raise DataError(source, field, "not supported: the prompt would not be the one that was judged")
+    for field in ("chosen", "rejected"):
+        if field not in row:
+            raise DataError(source, field, f"missing (the line has: {', '.join(map(str, row)) or 'nothing'})")
+    if isinstance(row["chosen"], list) or isinstance(row["rejected"], list):
+        return _conversational(source, row)
+    return _standard(source, row)
+
+
+def _standard(source: str, row: dict[str, Any]) -> Preference:
+    chosen, rejected = _text(source, "chosen", row["chosen"]), _text(source, "rejected", row["rejected"])
+    if row.get("prompt") is not None:
+        return Preference(source, _text(source, "prompt", row["prompt"]), chosen, rejected)
+    shared = common_prefix(chosen, rejected)
+    if chosen[shared - 1:shared] == " ":  # a word and the space before it belong together
+        shared -= 1
+    if not shared:
+        raise DataError(source, "prompt", "missing, and chosen and rejected share no beginning that could be the prompt")
+    return Preference(source, chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _conversational(source: str, row: dict[str, Any]) -> Preference:
+    chosen, rejected = _messages(source, "chosen", row["chosen"]), _messages(source, "rejected", row["rejected"])
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        prompt = _messages(source, "prompt", prompt)
+        if chosen[:len(prompt)] == prompt and rejected[:len(prompt)] == prompt:  # repeated in both sides
+            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+    else:
+        if prompt is not None:
+            _text(source, "prompt", prompt)
+        # An identical pair still has completions: the last message is never part of the prompt.
+        shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        if not shared:
+            raise DataError(source, "prompt", "missing as messages, and chosen and rejected share no first message")
+        if prompt is not None and not any(prompt in message["content"] for message in chosen[:shared]):
+            raise DataError(source, "prompt", "differs from the messages that chosen and rejected share")
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if prompt[-1]["role"] == "assistant":
+        raise DataError(source, "prompt", "ends with an assistant turn; the completion must be a turn of its own")
+    for field, completion in (("chosen", chosen), ("rejected", rejected)):
+        roles = {message["role"] for message in completion}
+        if roles != {"assistant"}:
+            raise DataError(source, field, "must hold assistant turns only after the prompt, since all of it is trained on; "
+                                           f"it has: {', '.join(sorted(roles)) or 'no message'}")
+    return Preference(source, prompt, chosen, rejected)
+
+
+def _text(source: str, field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise DataError(source, field, f"expected text, got {_kind(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # a lone surrogate such as "\ud800" is legal JSON and no character
+        raise DataError(source, field, f"character {error.start} is half of a surrogate pair") from None
+    return value
+
+
+def _messages(source: str, field: str, value: Any) -> Messages:
+    if not isinstance(value, list):
+        raise DataError(source, field, f"expected a list of messages like the other side, got {_kind(value)}")
+    if not value:
+        raise DataError(source, field, "has no message")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise DataError(source, f"{field}[{i}]", f"expected an object with role and content, got {_kind(message)}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise DataError(source, f"{field}[{i}].{key}", "missing")
+            _text(source, f"{field}[{i}].{key}", message[key])
+        if message.get("tool_calls"):
+            raise DataError(source, f"{field}[{i}].tool_calls", "not supported")
+    return value
+
+
+def common_prefix(a: Any, b: Any) -> int:
+    """Length of the longest common beginning of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

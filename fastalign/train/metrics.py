@@ -1,0 +1,105 @@
+"""Where numbers go: sums over micro-batches, metrics.jsonl, TensorBoard, the console."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any, Mapping
+
+import torch
+from tqdm import tqdm
+
+from fastalign.train.checkpoint import inside, replace_file
+from fastalign.train.config import TrainConfig
+
+Metrics = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # name -> (sum, count) on the device
+
+# What the console shows of a record; the files have everything.
+_CONSOLE = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "step_time")
+
+
+class MetricSums:
+    """Adds up (sum, count) pairs on the device; `means()` moves them to the host in one transfer and leaves out what has count 0."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        for name, (total, count) in metrics.items():
+            pair = torch.stack([torch.as_tensor(x).detach().double() for x in (total, count)])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def means(self) -> dict[str, float]:
+        if not self.sums:
+            return {}
+        values = torch.stack(list(self.sums.values())).tolist()
+        return {name: total / count for name, (total, count) in zip(self.sums, values) if count}
+
+
+class RunLog:
+    """One record per optimizer step and per evaluation, in `history`, metrics.jsonl and TensorBoard; some lines on the console."""
+
+    def __init__(self, output: Path, config: TrainConfig, *, first_step: int, total_steps: int):
+        self.path, self.log_every = inside(output, "metrics.jsonl"), config.log_every
+        self.history = self._keep_until(first_step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = self._open_board(inside(output, "tensorboard"), first_step) if config.tensorboard else None
+        self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit=" steps",
+                        disable=None if config.progress else True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A training record; `record["step"]` counts from 1."""
+        self._write(record)
+        self.bar.update()
+        self.bar.set_postfix({"loss": f"{record['loss']:.4f}"}, refresh=False)
+        if record["step"] % self.log_every == 0 or record["step"] in (1, self.bar.total):
+            self._print(record, "")
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self._write(record)
+        self._print(record, "eval_")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.history.append(record)
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(strict) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                    self.board.add_scalar(f"{group}/{short}", value, record["step"])
+
+    def _print(self, record: dict[str, Any], prefix: str) -> None:
+        shown = [f"{name} {record[prefix + name]:.4g}" for name in _CONSOLE if prefix + name in record]
+        with tqdm.external_write_mode():
+            print(f"{'eval' if prefix else 'step'} {record['step']}/{self.bar.total}: " + ", ".join(shown), flush=True)
+
+    def _keep_until(self, step: int) -> list[dict[str, Any]]:
+        """On resume, drop the records after the checkpoint (they will be produced again), and a line that was cut off."""
+        history = []
+        if step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    break
+                if record["step"] <= step:
+                    history.append(record)
+        lines = "".join(json.dumps(record) + "\n" for record in history)
+        replace_file(self.path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+        return history
+
+    def _open_board(self, folder: Path, first_step: int) -> Any:
+        if importlib.util.find_spec("tensorboard") is None:
+            print("tensorboard is not installed: no TensorBoard events are written")
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -1,0 +1,159 @@
+"""Loading a causal LM, and running it on packed sequences without letting them see each other."""
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import fastalign
+from fastalign.train import attention as packed
+from fastalign.train.errors import UserError
+
+# 4.56 brought the calls used here; masks from position_ids are a little older. What a model really does is measured, see `_leak`.
+_OLDEST = (4, 56)
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
+    raise UserError(f"transformers {transformers.__version__} is too old: fastalign.train needs {_OLDEST[0]}.{_OLDEST[1]} or newer")
+
+_IMPLEMENTATION = {"packed": packed.NAME, "sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash_attention_2"}
+
+
+def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory."""
+    return _from_directory(AutoTokenizer.from_pretrained, directory, "tokenizer", trust_remote_code=trust_remote_code)
+
+
+def load_model(directory: str, *, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The causal LM of a directory, in float32. Raises `UserError` for a directory that does not hold all of its weights."""
+    model, info = _from_directory(AutoModelForCausalLM.from_pretrained, directory, "causal LM", output_loading_info=True,
+                                  dtype=torch.float32, trust_remote_code=trust_remote_code)
+    wrong = sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]
+    if wrong:
+        raise UserError(f"the model directory {directory} lacks weights of its causal LM: {', '.join(wrong[:3])}"
+                        + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    return model
+
+
+def max_positions(config: Any) -> int | None:
+    """How many positions a model of this configuration has; None where it sets no bound."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load_config(directory: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model directory."""
+    return _from_directory(AutoConfig.from_pretrained, directory, "configuration", trust_remote_code=trust_remote_code)
+
+
+def _from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise UserError(f"the model directory {directory} does not exist (fetch a model from the hub first)")
+    if not (path / "config.json").is_file():
+        raise UserError(f"the model directory {directory} has no config.json")
+    try:
+        return load(str(path), local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"cannot load the {what} in {directory}: {' '.join(str(error).split())[:300]}") from error
+
+
+class PackedCausalLM:
+    """A causal LM that reads packed sequences: `lm.logits(batch)` is [T, V] for a `fastalign.PackedBatch` of T tokens.
+
+    Dropout is off (the model stays in evaluation mode) because policy and reference must be the same function at step 0. With
+    dtype="bfloat16" the forward pass runs under autocast; weights stay in float32.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", dtype: str = "float32", device: str = "auto"):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.device = torch.device(device)
+            self.model = model.to(self.device).eval()
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"cannot use --device {device}: {str(error).splitlines()[0]}") from None
+        if any(p.dtype is not torch.float32 for p in model.parameters()):
+            raise UserError("the model's weights must be float32; --dtype bfloat16 chooses the precision of the forward pass")
+        self.dtype = getattr(torch, dtype)
+        self._original = model.config._attn_implementation
+        self.attention, self.refused = None, {}
+        for name in self._candidates() if attention == "auto" else (attention,):
+            reason = self._try(name)
+            if reason is None:
+                return
+            self.refused[name] = reason
+        raise UserError(f"{type(model).__name__} cannot train on packed sequences: "
+                        + "; ".join(f"{name}: {reason}" for name, reason in self.refused.items()))
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        """Logits [T, V] of the packed batch: row t predicts the token after `batch.input_ids[t]`."""
+        options: dict[str, Any] = {}
+        if self.attention == "packed":
+            options["packed_lengths"] = tuple(batch.cu_seqlens.diff().tolist())
+        elif self.attention == "flash_attention_2":
+            options.update(cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
+                           max_length_q=int(batch.max_seqlen), max_length_k=int(batch.max_seqlen))
+        # sdpa and eager build a block-diagonal mask where position_ids start again; it needs attention_mask=None and no cache.
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            output = self.model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=None,
+                                use_cache=False, **options)
+        return output.logits.squeeze(0)
+
+    def frozen_copy(self) -> PackedCausalLM:
+        """An independent copy that takes no gradient: the reference."""
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).requires_grad_(False)
+        return twin
+
+    def vocabulary(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def restore(self) -> None:
+        """Give the model back the attention it came with."""
+        self.model.set_attn_implementation(self._original)
+
+    def _candidates(self) -> tuple[str, ...]:
+        flash = self.device.type == "cuda" and self.dtype is torch.bfloat16 and transformers.utils.is_flash_attn_2_available()
+        return (("flash_attention_2",) if flash else ()) + ("packed", "sdpa", "eager")
+
+    def _try(self, name: str) -> str | None:
+        """Switch the model to this attention and see whether packed sequences stay apart; otherwise say why not."""
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            return "the model takes no position_ids"
+        if name == "packed" and not getattr(self.model, "_supports_flash_attn", False):
+            return "the architecture does not hand what FlashAttention would need to its attention layers"
+        if name == "sdpa" and getattr(self.model.config, "attn_logit_softcapping", None):
+            return "it would leave out the softcap of the attention logits"
+        self.attention = name
+        try:
+            self.model.set_attn_implementation(_IMPLEMENTATION[name])
+            if self.model.config._attn_implementation != _IMPLEMENTATION[name]:
+                return "the architecture does not let its attention be chosen"
+            return self._leak()
+        except (ValueError, ImportError, TypeError, RuntimeError) as error:
+            return " ".join(str(error).split())[:200]
+
+    @torch.no_grad()
+    def _leak(self) -> str | None:
+        """Change both neighbours of a sequence in a pack: its logits must not move. None if they do not."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.vocabulary(), (5, 8), generator=generator)
+        a, middle, b, other_a, other_b = tokens
+        first, second, alone = (self.logits(self.to_device(fastalign.pack(rows))).float()
+                                for rows in ([a, middle, b], [other_a, middle, other_b], [middle]))
+        scale = first.abs().max()
+        exact = self.dtype is torch.float32
+        if not torch.isfinite(scale):
+            return "its logits are not finite"
+        if (first[8:16] - second[8:16]).abs().max() > (1e-5 if exact else 1e-2) * scale:
+            return "a packed sequence sees its neighbours"
+        if (first[8:16] - alone).abs().max() > (1e-3 if exact else 5e-2) * scale:
+            return "a packed sequence differs from the same sequence alone"
+        return None
+
+    def to_device(self, batch: Any) -> Any:
+        """The batch on the model's device."""
+        return batch.to(self.device)

@@ -1,0 +1,118 @@
+"""Builds fastalign/_C from csrc/ with ninja: g++ always, nvcc when it is found. No torch headers, no torch libraries.
+
+FASTALIGN_CUDA=auto|0|1      compile the .cu files: when nvcc is found (default), never, or fail without nvcc
+FASTALIGN_ARCHS="80;90;100"  compute capabilities to compile for; the last one also as PTX, for later GPUs
+"""
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastalign" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+# -ffp-contract=off: a fused multiply-add is where the source says so and nowhere else, so variants of one kernel agree bit by bit.
+CXX_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra"
+# Host code of the .cu files. The runtime is linked statically and kept out of the symbol table: the module loads without a driver, and next to
+# any torch with a CUDA runtime of its own.
+NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr --extended-lambda -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+NVCC_LINK_FLAGS = "-cudart static -Xcompiler -fopenmp -Xlinker --exclude-libs,ALL"
+# The row kernels of one instruction set each; isa.cpp picks at load what the CPU can run.
+ISA_FLAGS = {"rows_avx2.cpp": "-mavx2 -mfma -mf16c", "rows_avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
+
+
+def find_nvcc(cuda_sources):
+    """The nvcc to use, or None to build without CUDA."""
+    wanted = os.environ.get("FASTALIGN_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTALIGN_CUDA={wanted!r}: legal values are auto, 0 and 1")
+    if wanted == "0" or (wanted == "auto" and not cuda_sources):
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if wanted == "1" and not (nvcc and cuda_sources):
+        raise SystemExit(f"FASTALIGN_CUDA=1, but {'csrc/cuda holds no .cu file' if nvcc else f'nvcc is neither on PATH nor in {home}/bin'}")
+    return nvcc
+
+
+def cuda_archs():
+    text = os.environ.get("FASTALIGN_ARCHS", "80;90;100")
+    archs = text.split(";")
+    if not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in archs):
+        raise SystemExit(f'FASTALIGN_ARCHS={text!r}: write compute capabilities without the dot, separated by semicolons, as in "80;90;100"')
+    return archs
+
+
+def cuda_compiler_version(nvcc):
+    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    return "nvcc " + re.search(r"release [\d.]+, V([\d.]+)", text).group(1)
+
+
+def literal(name, value):
+    """A macro that expands to a C string literal, quoted for the shell that ninja runs."""
+    return f"'-D{name}=\"{value}\"'"
+
+
+def ninja_file(output, nvcc, cuda_sources):
+    """The text of build.ninja."""
+    cpu_sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    include = f"-I{CSRC}"
+    defines = f"-DFA_MODULE=_C -DFA_WITH_CPU {literal('FA_VERSION', VERSION)}"
+    rules = []
+    if nvcc:
+        archs = cuda_archs()
+        targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+        targets += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+        defines += f" -DFA_WITH_CUDA {literal('FA_CUDA_ARCHS', ';'.join(archs))} {literal('FA_CUDA_COMPILER', cuda_compiler_version(nvcc))}"
+        rules += ["rule cuda", f"  command = {nvcc} {NVCC_FLAGS} {targets} {include} -MD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
+    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+    link = f"{nvcc} {NVCC_LINK_FLAGS}" if nvcc else "g++ -fopenmp"
+    rules += [
+        "rule cxx", f"  command = g++ {CXX_FLAGS} $flags {include} -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc",
+        "rule link", f"  command = {link} -shared $in -o $out",
+    ]  # fmt: skip
+    objects = []
+    for source in [*cpu_sources, *(cuda_sources if nvcc else [])]:
+        objects.append(str(source.relative_to(CSRC)).replace("/", ".") + ".o")
+        rules.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escape(source)}")
+        if source.name == "bindings.cpp":
+            rules.append(f"  flags = {defines} {python}")
+        elif source.name in ISA_FLAGS and platform.machine() in ("x86_64", "AMD64"):
+            rules.append(f"  flags = {ISA_FLAGS[source.name]}")
+    return "\n".join([*rules, f"build {escape(output)}: link {' '.join(objects)}", f"default {escape(output)}", ""])
+
+
+def escape(path):
+    """A path as ninja reads it in a build line."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext):
+        cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
+        nvcc = find_nvcc(cuda_sources)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Not build_temp, which is a fresh directory on every editable install: objects stay for the next, incremental build.
+        directory = ROOT / "build" / f"{sysconfig.get_platform()}-{sysconfig.get_python_version()}-{'cuda' if nvcc else 'cpu'}"
+        directory.mkdir(parents=True, exist_ok=True)
+        build_file = directory / "build.ninja"
+        text = ninja_file(output, nvcc, cuda_sources)
+        if not build_file.exists() or build_file.read_text() != text:
+            build_file.write_text(text)
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(directory), *(["-v"] if self.verbose > 1 else [])]
+        if subprocess.run(command).returncode:
+            hint = " FASTALIGN_CUDA=0 builds without the CUDA kernels." if nvcc else ""
+            raise SystemExit(f"building fastalign/_C failed; the compiler's message is above.{hint}")
+
+
+setup(version=VERSION, ext_modules=[Extension("fastalign._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

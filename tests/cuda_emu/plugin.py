@@ -1,0 +1,78 @@
+"""Backend "cuda" on CPU tensors: the `emulator` fixture serves it by the emulated kernels, under several interleavings, with every kernel
+output between guard bands. Loaded by tests/conftest.py; does nothing unless `--backend cuda --device cpu` asks for it."""
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+
+import pytest
+import torch
+from cuda_emu import build
+
+from fastalign import ffi
+
+GUARD = 64  # elements on either side of a tensor
+GUARD_BYTE = 0xA5
+
+
+def pytest_addoption(parser):
+    parser.addoption("--emu-seeds", default="1,2,3", help="interleavings of the emulated threads under which the contract tests run")
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames and emulated(metafunc.config):
+        metafunc.fixturenames.append("emu_seed")
+        metafunc.parametrize("emu_seed", [int(s) for s in metafunc.config.getoption("--emu-seeds").split(",")], ids="seed{}".format)
+
+
+def emulated(config) -> bool:
+    return config.getoption("--device") == "cpu" and "cuda" in config.getoption("--backend").split(",")
+
+
+class GuardedMemory:
+    """Stands in for `ffi.empty`: poisoned tensors between guard bands. `check` looks at the bands of every tensor still alive."""
+
+    def __init__(self):
+        self.live: list[tuple[weakref.ref, torch.Tensor, int]] = []
+
+    def empty(self, shape, dtype, device):
+        count = math.prod(shape)
+        size = torch.empty(0, dtype=dtype).element_size()
+        raw = torch.full(((count + 2 * GUARD) * size,), GUARD_BYTE, dtype=torch.uint8)
+        inner = raw[GUARD * size : (GUARD + count) * size].view(dtype)
+        inner.fill_(math.nan if dtype.is_floating_point else -7)
+        tensor = inner.view(shape)
+        self.live.append((weakref.ref(tensor), raw, GUARD * size))
+        return tensor
+
+    def check(self, what: str) -> None:
+        for _, raw, guard in self.live:
+            for band in (raw[:guard], raw[-guard:]):
+                assert bool((band == GUARD_BYTE).all()), f"{what} wrote outside a tensor"
+        self.live = [entry for entry in self.live if entry[0]() is not None]
+
+
+@functools.cache
+def module(variant="ubsan"):
+    return build.load(build.build(variant))
+
+
+@pytest.fixture
+def emulator(request, monkeypatch):
+    """The emulated extension, in use as backend "cuda" during the test, with guarded outputs."""
+    seed = getattr(request.node, "callspec", None) and request.node.callspec.params.get("emu_seed") or 1
+    emu = module()
+    emu._emu_set_seed(seed)
+    memory, launch = GuardedMemory(), ffi.launch
+
+    def checked_launch(backend, function, *args):
+        launch(backend, function, *args)
+        memory.check(function)
+
+    monkeypatch.setattr(ffi, "empty", memory.empty)
+    monkeypatch.setattr(ffi, "launch", checked_launch)
+    ffi.use_emulator(emu)
+    yield emu
+    emu.set_cluster_size(0)
+    ffi.use_emulator(None)

@@ -1,0 +1,148 @@
+"""Backend choice: forced, explained, loud; schemas, fakes and torch.compile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastalign as fa
+from fastalign import registry
+from fastalign.testing import assert_close, make_batch, make_labels, make_logits
+
+
+def test_priority_and_explain():
+    x = make_logits(2, 9)
+    text = fa.explain("token_logprobs", x)
+    assert "cpu" in text.splitlines()[0] and "the CUDA kernels do not serve cpu tensors" in text or "without CUDA" in text
+    assert "chosen" in text and all(name in text for name in registry.BACKENDS)
+    assert fa.backends()["reference"] == fa.backends()["cpu"] == "available"
+    with fa.use_backend("reference"):
+        assert "reference" in fa.explain("sequence_sum", torch.ones(3)).splitlines()[0]
+    with pytest.raises(ValueError, match="op='gea' is unknown; legal: .*token_stats_fwd"):
+        fa.explain("gea", x)
+
+
+def test_forced_backend_never_falls_back():
+    with fa.use_backend("cuda"), pytest.raises(fa.BackendError, match="cuda: "):
+        fa.token_logprobs(make_logits(2, 9), make_labels(2, 9))
+    with pytest.raises(ValueError, match="backend='cdua' is unknown; legal: reference, cpu, triton, cuda"):
+        fa.use_backend("cdua")
+    assert registry._forced is None
+
+
+def test_plain_call_forces_for_good():
+    fa.use_backend("reference")
+    assert registry._forced == "reference"
+    fa.use_backend(None)
+    assert registry._forced is None
+
+
+def _python(code, **env):
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_environment_variable():
+    out = _python(
+        "import fastalign, torch; print(fastalign.explain('sequence_sum', torch.ones(2)).splitlines()[0])", FASTALIGN_BACKEND="reference"
+    )
+    assert out.stdout.strip().endswith("reference"), out
+    assert "FASTALIGN_BACKEND: backend='x' is unknown" in _python("import fastalign", FASTALIGN_BACKEND="x").stderr
+
+
+@pytest.mark.parametrize("blocked", ["triton", "fastalign._C"])
+def test_import_without_a_backend_is_loud_once(blocked):  # M5, N2
+    code = f"""
+import sys, warnings
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == {blocked!r} or name.startswith({blocked!r} + "."):
+            raise ImportError("blocked for the test", name=name)
+sys.meta_path.insert(0, Block())
+import torch
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import fastalign as fa
+ours = [str(w.message) for w in seen if "fastalign" in str(w.message)]
+assert len(ours) == 1 and "blocked for the test" in ours[0], ours
+x = torch.randn(3, 11, requires_grad=True)
+fa.token_logprobs(x, torch.tensor([1, 2, 3])).sum().backward()
+print(fa.explain("token_logprobs", x).splitlines()[0])
+"""
+    out = _python(code)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip().endswith("cpu" if blocked == "triton" else "reference")
+
+
+def _op_samples():
+    x, labels = make_logits(3, 17), make_labels(3, 17).unsqueeze(-1)
+    batch = make_batch(3)
+    options = (1.44, 0.0, 1.0, -100)
+    state = registry.OPS["token_stats_fwd"](x, labels, None, None, *options, 63, 0, 17, None, None)[6]
+    yield "token_stats_fwd", (x, labels, None, None, *options, 63, 0, 17, None, None)
+    yield "token_stats_fwd", (x, None, None, torch.tensor(0.5), *options, 2, 0, 17, None, None)
+    yield "token_stats_bwd", (x, labels, None, None, *options, 0, 17, state, torch.ones(3, 1), None, None)
+    yield "token_stats_bwd_", (x.clone(), labels, None, None, *options, 0, 17, state, None, torch.ones(3), None)
+    yield "sequence_sum_fwd", (batch.logprobs, batch.packed.cu_seqlens, batch.packed.mask, None)
+    yield "sequence_sum_bwd", (torch.ones(6), batch.packed.cu_seqlens, None, None, batch.logprobs.shape[0])
+    yield "kl_estimate_fwd", (batch.logprobs, batch.ref_logprobs, 2)
+    params = fa.losses.get("dpo").params()
+    scalars, switches = list(params[: fa.losses.SCALAR_COUNT]), list(params[fa.losses.SCALAR_COUNT :])
+    tokens = (batch.logprobs, batch.ref_logprobs, None, batch.packed.cu_seqlens, None, batch.packed.mask, None)
+    forward = (*tokens, None, *(None,) * 9, scalars, switches, 3, True)
+    yield "preference_fwd", forward
+    _, _, table, sums = registry.OPS["preference_fwd"](*forward)
+    yield "preference_bwd", (torch.ones(()), *tokens[:2], *tokens[3:], sums, table, scalars, switches, True)
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_opcheck(index):
+    name, args = list(_op_samples())[index]
+    torch.library.opcheck(registry.OPS[name].overload, args)
+
+
+def test_every_op_is_checked():
+    assert {name for name, _ in _op_samples()} == set(registry.OPS)
+
+
+def test_compile_fullgraph():  # H1
+    batch = make_batch(3, vocab=40)
+    tokens = batch.packed.input_ids.numel()
+    hidden, weight = torch.randn(tokens, 8), torch.randn(40, 8)
+
+    def step(hidden, weight, labels, ref, cu, mask, beta):
+        logits = hidden @ weight.T
+        stats = fa.token_stats(logits, labels, outputs=("logprob", "entropy"), softcap=20.0, inplace_backward=True)
+        out = fa.preference_loss(stats.logprob, ref, cu, mask=mask, beta=beta)
+        kl = fa.sequence_sum(fa.kl_estimate(stats.logprob, ref, "k2"), cu, mask=mask, mean=True)
+        return out.loss + 0.1 * kl.mean() - 0.01 * stats.entropy.mean(), out.margins
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    args = (batch.packed.labels, batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask)
+    for beta in (0.1, 0.3):
+        results = []
+        for f in (step, compiled):
+            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            loss, margins = f(h, w, *args, torch.tensor(beta))
+            loss.backward()
+            results.append((loss.detach(), margins, h.grad, w.grad))
+        for a, b in zip(*results):
+            assert_close(a, b.double(), scale=20.0 * max(1.0, float(b.abs().max())))
+
+
+def test_no_recompilation_over_lengths():  # H2
+    import torch._dynamo.testing
+
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(lp, ref, cu, mask):
+        return fa.preference_loss(lp, ref, cu, mask=mask).loss
+
+    for seed in range(12):
+        batch = make_batch(2 + seed % 5, seed=seed)
+        step(batch.logprobs.requires_grad_(), batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask)
+    assert counter.frame_count <= 2

@@ -1,0 +1,49 @@
+"""The tiny model of tiny.py on disk, a data file, and a builder of short runs."""
+import pytest
+
+pytest.importorskip("transformers", reason="the trainer is tested where transformers is installed")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tiny import make_model, make_rows, make_tokenizer, write_jsonl  # noqa: E402
+
+from fastalign.train import TrainConfig  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    return write_jsonl(tmp_path / "pairs.jsonl", make_rows())
+
+
+@pytest.fixture
+def config(tmp_path, model_dir, data_file):
+    """`config(name=value, ...)`: a short run in tmp_path/out."""
+    def build(**settings):
+        return TrainConfig(**{"model": str(model_dir), "data": str(data_file), "output": str(tmp_path / "out"), "batch_size": 4,
+                              "tokens_per_batch": 256, "learning_rate": 1e-3, "max_steps": 3, "progress": False, "tensorboard": False,
+                              **settings})
+    return build
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bitwise comparisons between runs need the same number of threads throughout; for models this small one is the fastest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,168 @@
+"""The command line: flags, one-line errors with exit code 2 before training, the real command."""
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import transformers
+from tiny import make_rows, write_jsonl
+
+from fastalign import cli
+from fastalign.train import TrainConfig
+from fastalign.train.config import flag_of
+
+
+@pytest.fixture
+def command(model_dir, data_file, tmp_path):
+    """`command(*flags, model=..., data=...)` -> argv of a short run."""
+    def build(*flags, model=model_dir, data=data_file):
+        return ["train", "dpo", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out"), "--batch-size", "4",
+                "--tokens-per-batch", "256", "--max-steps", "2", "--no-tensorboard", *flags]
+    return build
+
+
+def fails(capsys, argv, *words):
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastalign: error: ") and error.count("\n") == 1, error
+    for word in words:
+        assert word in error
+    return error
+
+
+def test_the_real_command(command, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "fastalign", *command("--set", "beta=0.3", "--loss", "dpo")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2: loss" in done.stdout
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "train_config.json").read_text())["config"]["loss_options"] == {"beta": 0.3}
+
+
+def test_errors_of_the_real_command_are_one_line_and_exit_code_2(command, tmp_path):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "fastalign", *command(model=tmp_path / "nothing")],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"fastalign: error: the model directory {tmp_path}/nothing does not exist (fetch a model from the hub first)\n"
+
+
+def test_every_setting_has_a_flag_with_documentation(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "dpo", "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for setting in dataclasses.fields(TrainConfig):
+        assert flag_of(setting.name) in text and setting.metadata["doc"], setting.name
+
+
+FLAGS = [
+    (("--loss", "nonsense"), ("loss='nonsense' is unknown", "dpo", "simpo")),
+    (("--set", "nonsense=1"), ("no option 'nonsense'", "beta", "label_smoothing")),
+    (("--set", "beta"), ("--set beta", "OPTION=VALUE")),
+    (("--set", "beta=high"), ("beta must be a number", "'high'")),
+    (("--loss", "cdpo", "--set", "label_smoothing=0.7"), ("label_smoothing=0.7", "< 0.5")),
+    (("--learning-rate", "fast"), ("--learning-rate", "invalid float value: 'fast'")),
+    (("--learning-rate", "-1"), ("--learning-rate is -1.0", "positive")),
+    (("--learning-rate", "nan"), ("--learning-rate is nan",)),
+    (("--batch-size", "0"), ("--batch-size is 0", "positive")),
+    (("--batch-size", "1.5"), ("--batch-size", "invalid int value")),
+    (("--warmup-ratio", "2"), ("--warmup-ratio is 2.0", "[0, 1]")),
+    (("--seed", "-1"), ("--seed is -1",)),
+    (("--dtype", "float64"), ("--dtype", "float32", "bfloat16")),
+    (("--attention", "magic"), ("--attention", "packed", "eager")),
+    (("--no-such-flag",), ("--no-such-flag",)),
+    (("--batch", "3"), ("--batch",)),  # abbreviations are not options
+    (("--eval-every", "2"), ("--eval-every needs --eval-data or --eval-fraction",)),
+    (("--eval-fraction", "0.01"), ("leaves 0 for evaluation",)),
+    (("--eval-fraction", "0.5", "--eval-data", "x"), ("exclude each other",)),
+    (("--eval-data", "nothing.jsonl"), ("nothing.jsonl", "No such file")),
+    (("--max-length", "1000"), ("--max-length 1000", "256 positions")),
+    (("--max-length", "5"), ("line 1", "exceeds 5", "--overlong")),
+    (("--tokens-per-batch", "20"), ("line 1", "exceed --tokens-per-batch 20", "--overlong")),
+    (("--tokens-per-batch", "2", "--overlong", "drop"), ("no pair to train on", "all 12", "over-long")),
+    (("--resume",), ("--resume: no checkpoint",)),
+    (("--resume", "--overwrite"), ("exclude each other",)),
+    (("--ref-model", "nothing"), ("model directory nothing does not exist",)),
+    (("--loss", "simpo", "--precompute-ref"), ("simpo uses no reference", "--precompute-ref")),
+    (("--device", "cuda:99"), ("--device cuda:99",)),
+    (("--attention", "flash_attention_2"), ("flash_attention_2: ",)),
+]
+
+
+@pytest.mark.parametrize("flags, words", FLAGS, ids=[" ".join(flags) for flags, _ in FLAGS])
+def test_wrong_flags(command, capsys, tmp_path, flags, words):
+    fails(capsys, command(*flags), *words)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("missing", ["model", "data", "output"])
+def test_missing_flags(command, capsys, missing):
+    argv = command()
+    at = argv.index(f"--{missing}")
+    fails(capsys, argv[:at] + argv[at + 2:], f"--{missing} is missing")
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", ("no pair to train on", "is empty")),
+    (b"\n\n", ("is empty",)),
+    (b'{"prompt": "a", "chosen": "b"}\n', ("line 1", "field 'rejected'", "missing")),
+    (json.dumps(make_rows()[0]).encode() + b"\n{broken\n", ("line 2", "not JSON")),
+    (b'\n{"prompt": "a", "chosen": "b", "rejected": null}\n', ("line 2", "field 'rejected'", "null")),
+    (b"\xff\xfe", ("line 1", "not UTF-8")),
+])
+def test_wrong_data(command, capsys, tmp_path, content, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    fails(capsys, command(data=path), str(path), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_model_directories(command, capsys, tmp_path, tokenizer, model_dir):
+    fails(capsys, command(model=tmp_path / "nothing"), "nothing does not exist")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails(capsys, command(model=empty), "has no config.json")
+    (empty / "config.json").write_text("{}")
+    fails(capsys, command(model=empty), f"in {empty}")
+    transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                                         intermediate_size=16)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    fails(capsys, command(model=tmp_path / "bert"), "cannot train")
+    fails(capsys, [*command()[:6], "--output", str(model_dir)], "directory of --model")
+
+
+def test_a_directory_with_some_of_the_weights(command, capsys, tmp_path, tokenizer):
+    from safetensors.torch import load_file, save_file
+    from tiny import make_model
+    folder = tmp_path / "partial"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    fails(capsys, command(model=folder), "lacks weights", "model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_vocabulary_that_is_too_small(command, capsys, tmp_path, tokenizer):
+    from tiny import make_model
+    make_model(vocabulary=50).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    fails(capsys, command(model=tmp_path / "small"), "vocabulary has 50 entries")
+
+
+def test_overlong_pairs_are_counted(command, capsys, data_file):
+    rows = make_rows(6) + [{"prompt": "a" * 300, "chosen": " good", "rejected": " bad"}]
+    write_jsonl(data_file, rows)
+    fails(capsys, command(), "line 7", "exceeds 256")
+    assert cli.main(command("--overlong", "truncate_prompt")) == 0
+    assert "7 pairs" in (out := capsys.readouterr().out) and "1 truncated" in out
+    assert cli.main(command("--overlong", "drop", "--overwrite")) == 0
+    assert "6 pairs" in (out := capsys.readouterr().out) and "1 dropped as over-long" in out
+
+
+def test_unknown_commands(capsys):
+    for argv in (["nonsense"], []):
+        with pytest.raises(SystemExit) as end:
+            cli.main(argv)
+        assert end.value.code == 2 and "COMMAND" in capsys.readouterr().err
+    fails(capsys, ["train", "nonsense"], "nonsense", "dpo")

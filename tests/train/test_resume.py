@@ -1,0 +1,154 @@
+"""Interrupted and resumed equals uninterrupted, to the last bit, wherever the interruption falls."""
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny import make_model, make_rows, without_times, write_jsonl
+
+from fastalign.train import UserError, checkpoint, load_tokenizer, train_dpo
+
+SETTINGS = {"max_steps": 7, "batch_size": 5, "save_every": 2, "eval_fraction": 0.25, "eval_every": 3, "weight_decay": 0.01,
+            "tokens_per_batch": 64}
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupted(config, after, **settings):
+    """Run until the record of step `after` has been logged, then break off."""
+    def stop(record):
+        if record["step"] == after and "loss" in record:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        train_dpo(config(**SETTINGS, **settings), callback=stop)
+
+
+def same(result, expected):
+    assert without_times(result.history) == without_times(expected.history)
+    lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    assert without_times(lines) == without_times(expected.history)
+    weights, reference = (load_file(run.output / "model.safetensors") for run in (result, expected))
+    assert weights.keys() == reference.keys() and all(torch.equal(weights[name], reference[name]) for name in weights)
+
+
+@pytest.fixture
+def uninterrupted(config, tmp_path):
+    return train_dpo(config(**SETTINGS, output=str(tmp_path / "whole")))
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["live reference", "precomputed reference"])
+def test_resumed_equals_uninterrupted(config, tmp_path, precompute):
+    expected = train_dpo(config(**SETTINGS, precompute_ref=precompute, output=str(tmp_path / "whole")))
+    interrupted(config, 5, precompute_ref=precompute)
+    same(train_dpo(config(**SETTINGS, precompute_ref=precompute, resume=True)), expected)
+
+
+def test_with_a_model_in_memory(config, uninterrupted):
+    interrupted(config, 5, )
+    model = transformers.AutoModelForCausalLM.from_pretrained(config().model)
+    same(train_dpo(config(**SETTINGS, resume=True), model=model, tokenizer=load_tokenizer(config().model)), uninterrupted)
+
+
+def test_an_interruption_while_saving_is_harmless(config, uninterrupted, monkeypatch):
+    """The third checkpoint breaks off after the model, before the optimizer; a log line is cut off as well."""
+    calls, save = [], torch.save
+
+    def breaking(state, path):
+        calls.append(path)
+        if len(calls) == 3:
+            raise Interruption
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", breaking)
+    with pytest.raises(Interruption):
+        train_dpo(config(**SETTINGS))
+    monkeypatch.undo()
+    output = config().output_dir()
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000002", "step-00000004", "step-00000006.tmp"]
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "los')
+    same(train_dpo(config(**SETTINGS, resume=True)), uninterrupted)
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_finished_run_resumes_from_its_last_checkpoint(config, uninterrupted, tmp_path):
+    same(train_dpo(config(**SETTINGS, output=str(tmp_path / "whole"), resume=True)), uninterrupted)
+
+
+def test_a_checkpoint_is_a_model_directory(config):
+    interrupted(config, 5)
+    path = checkpoint.newest(config().output_dir())
+    assert path.name == "step-00000004"
+    transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert transformers.AutoTokenizer.from_pretrained(path).eos_token == "</s>"
+
+
+@pytest.mark.parametrize("change, words", [({"learning_rate": 2e-3}, "--learning-rate was 0.001, is 0.002"),
+                                           ({"loss_options": {"beta": 0.2}}, "--set was {}, is {'beta': 0.2}"),
+                                           ({"max_steps": 9}, "--max-steps was 7, is 9")])
+def test_other_settings_are_refused(config, change, words):
+    interrupted(config, 5)
+    with pytest.raises(UserError, match=words):
+        train_dpo(config(**{**SETTINGS, **change, "resume": True}))
+
+
+def test_other_data_is_refused(config, data_file):
+    interrupted(config, 5)
+    write_jsonl(data_file, make_rows()[::-1])
+    with pytest.raises(UserError, match="data or its tokenisation has changed"):
+        train_dpo(config(**SETTINGS, resume=True))
+
+
+def test_a_damaged_checkpoint_is_refused(config):
+    interrupted(config, 5)
+    state = checkpoint.newest(config().output_dir()) / "trainer.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read"):
+        train_dpo(config(**SETTINGS, resume=True))
+
+
+def test_a_checkpoint_runs_no_code(config, tmp_path):
+    """trainer.pt from elsewhere is data: a pickle that would call something is refused, and the call does not happen."""
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    interrupted(config, 5)
+    torch.save({"step": Malicious()}, checkpoint.newest(config().output_dir()) / "trainer.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        train_dpo(config(**SETTINGS, resume=True))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(config):
+    first = train_dpo(config(save_every=1, max_steps=2))
+    with pytest.raises(UserError, match="holds an earlier run.*--resume or --overwrite"):
+        train_dpo(config(max_steps=1))
+    again = train_dpo(config(max_steps=1, overwrite=True))
+    assert len(again.history) == 1 and not (first.output / "checkpoints").exists()
+
+
+def test_nothing_is_written_outside_the_output_directory(config, tmp_path):
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    output.mkdir()
+    elsewhere.mkdir()
+    (output / "checkpoints").symlink_to(elsewhere)
+    for settings in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match="leads out of the output directory"):
+            train_dpo(config(save_every=1, **settings))
+    assert not list(elsewhere.iterdir())
+
+
+def test_stale_weights_do_not_survive_in_the_output_directory(config):
+    """from_pretrained would prefer a single file over the shards of a later save."""
+    output = config().output_dir()
+    output.mkdir()
+    make_model(seed=9).save_pretrained(output, max_shard_size="20KB")
+    assert len(list(output.glob("model-*"))) > 1
+    train_dpo(config(max_steps=1))
+    assert [path.name for path in output.glob("model*.safetensors*")] == ["model.safetensors"]
