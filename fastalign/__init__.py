@@ -7,7 +7,7 @@ import warnings as _warnings
 from fastalign import ffi as _ffi
 from fastalign import losses
 from fastalign.distributed import global_denominator
-from fastalign.losses import Preset
+from fastalign.preset import Preset
 from fastalign.ops.kl_estimate.api import kl_estimate
 from fastalign.ops.preference.api import PreferenceOutput, preference_loss, preference_loss_from_sums
 from fastalign.ops.sequence_sum.api import sequence_sum

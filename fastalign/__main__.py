@@ -1,4 +1,5 @@
 """`python -m fastalign`."""
+
 import sys
 
 from fastalign.cli import main

@@ -1,9 +1,12 @@
 """`fastalign COMMAND ...`: each command is a module with `main(argv) -> exit code`, imported when it is used."""
+
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
+
+from fastalign.console import Parser
 
 COMMANDS = {
     "info": ("versions, build flags, and which backend serves which operation", "fastalign.info"),
@@ -16,10 +19,14 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Everything after the command's name is the command's own."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="fastalign", description="Loss head for LLM alignment.", formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:<7} {summary}" for name, (summary, _) in COMMANDS.items())
-               + "\n\n'fastalign COMMAND --help' says more.")
+    parser = Parser(
+        prog="fastalign",
+        description="Loss head for LLM alignment.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<7} {summary}" for name, (summary, _) in COMMANDS.items())
+        + "\n\n'fastalign COMMAND --help' says more.",
+    )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     command = parser.parse_args(argv[:1]).command
     return importlib.import_module(COMMANDS[command][1]).main(argv[1:])

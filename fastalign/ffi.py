@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -117,6 +119,29 @@ def rows_view(logits: torch.Tensor) -> tuple[int, int, int, int, int, int]:
     layout = row_layout(logits)
     assert layout is not None
     return (ptr(logits), *layout, logits.shape[-1])
+
+
+def aligned(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """For Triton: (a tensor that starts at a 16-byte boundary, the elements from there to `tensor`, elements per 16 bytes). Memory of others that
+    does not start at such a boundary is (tensor, 0, 1): one element at a time."""
+    itemsize = tensor.element_size()
+    skip = tensor.data_ptr() % 16 // itemsize
+    if skip == 0:
+        return tensor, 0, 16 // itemsize
+    if skip > tensor.storage_offset():
+        return tensor, 0, 1
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() - skip), skip, 16 // itemsize
+
+
+def triton_device(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@lru_cache
+def warps(threads: int, device: torch.device) -> int:
+    """Triton's num_warps for so many threads: warps have 32 threads on NVIDIA and RDNA, 64 on CDNA."""
+    return threads // (torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32)
 
 
 def launch(backend: str, function: str, tensor: torch.Tensor, *args: Any) -> None:

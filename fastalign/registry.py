@@ -80,7 +80,8 @@ class BackendError(RuntimeError):
 class Op:
     """One registered operator.
 
-    `kernels` maps a backend to "module:function" or "module:function:first argument"; `dtypes` maps a backend to the storage types it accepts for the first tensor;
+    `kernels` maps a backend to "module:function" or "module:function:first argument"; `dtypes` maps a backend to the storage types
+    it accepts for the first tensor;
     `check` validates tensor values (CPU always, CUDA under `debug_checks`) and raises."""
 
     name: str

@@ -8,6 +8,8 @@ import torch
 import fastalign as fa
 from fastalign import ffi, registry
 
+pytest_plugins = ("cuda_emu.plugin",)  # the `emulator` fixture: backend "cuda" on CPU tensors
+
 
 def pytest_addoption(parser):
     parser.addoption("--backend", default="reference,cpu", help="comma-separated: reference, cpu, triton, cuda")

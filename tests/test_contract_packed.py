@@ -12,7 +12,7 @@ import torch
 
 import fastalign as fa
 from fastalign import losses
-from fastalign.losses import LINKS, TRANSFORMS, Preset
+from fastalign.preset import LINKS, SFT_NORMS, TRANSFORMS, Preset
 from fastalign.testing import assert_close, gradient, make_batch
 
 LN2 = math.log(2.0)
@@ -146,10 +146,13 @@ def preset_of(**fields):
     return dataclasses.replace(Preset(), **fields)
 
 
+# Presets that need no more than log-probs; the others' parts are in the variants below and in test_pair_tensors.
+PRESETS = [p.name for p in losses.PRESETS.values() if not p.needs_soft_labels and not p.needs_kl]
+LOGODDS = {"reference": False, "length_norm": 1.0}
 VARIANTS = {
-    **{f"preset {name}": {"loss": name} for name in losses.PRESETS},
+    **{f"preset {name}": {"loss": name} for name in PRESETS},
     **{f"link {f}": {"loss": preset_of(link=f, label_smoothing=0.01 if f == "exo" else 0.0, beta=0.3)} for f in LINKS},
-    **{f"transform {t}": {"loss": preset_of(transform=t, beta=0.5, **({"reference": False, "length_norm": 1.0} if t == "logodds" else {}))} for t in TRANSFORMS},
+    **{f"transform {t}": {"loss": preset_of(transform=t, beta=0.5, **(LOGODDS if t == "logodds" else {}))} for t in TRANSFORMS},
     "smooth": {"loss": "dpo", "label_smoothing": 0.2},
     "robust": {"loss": preset_of(labels="robust", label_smoothing=0.2)},
     "label entropy": {"loss": preset_of(labels="smooth", label_smoothing=0.2, label_entropy=True)},
@@ -161,9 +164,12 @@ VARIANTS = {
     "kl": {"loss": preset_of(kl_chosen=0.5, kl_rejected=0.7)},
     "kl detached": {"loss": preset_of(kl_chosen=0.5, kl_rejected=0.5, detach_kl_chosen=True)},
     "points": {"loss": preset_of(pair_weight=0.0, point_link="logistic", point_chosen=(1.0, 0.5), point_rejected=(0.25, 0.5), anchor=0.1)},
-    "points in beta": {"loss": preset_of(pair_weight=0.5, point_link="squared", point_chosen=(0.5, 0.0), point_rejected=(0.5, 0.0), point_beta_power=-2.0, beta=0.5, point_target=0.3)},
+    "points in beta": {"loss": preset_of(
+        pair_weight=0.5, point_link="squared", point_chosen=(0.5, 0.0), point_rejected=(0.5, 0.0), point_beta_power=-2.0, beta=0.5,
+        point_target=0.3,
+    )},
     "point beta": {"loss": preset_of(point_link="sigmoid", point_rejected=(0.0, 2.0), point_beta=0.4, point_beta_power=-1.0)},
-    **{f"sft {n}": {"loss": preset_of(sft_weight=0.7, sft_norm=n)} for n in losses.SFT_NORMS},
+    **{f"sft {n}": {"loss": preset_of(sft_weight=0.7, sft_norm=n)} for n in SFT_NORMS},
     "sft prompt": {"loss": preset_of(sft_weight=0.7, sft_include_prompt=True)},
     "sum": {"loss": preset_of(sft_weight=0.7), "reduction": "sum"},
     "none": {"loss": preset_of(sft_weight=0.7, sft_norm="seq_mean"), "reduction": "none"},
@@ -239,7 +245,7 @@ def test_empty_and_single_token_responses(backend, device):  # rows 3, 38; J1
     packed = fa.pack([[1, 2, 3], [1], [], [4, 5], [1, 2], [], []], [[0, 1, 1], [0], [], [0, 1], [0, 1], [], []], device=device)
     lp = torch.where(packed.mask, -1.0, 0.0).to(device)
     pairs = torch.tensor([[0, 1], [2, 3], [4, 3], [5, 6]], device=device)
-    for name in losses.PRESETS:
+    for name in PRESETS:
         x = lp.clone().requires_grad_()
         out = fa.preference_loss(x, lp, packed.cu_seqlens, pairs=pairs, mask=packed.mask, loss=name)
         assert out.valid.tolist() == [True, True, True, False]
@@ -326,7 +332,7 @@ def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, 
 def test_from_sums_equals_packed(backend, device):
     batch = make_batch(5, device=device)
     cu, mask = batch.packed.cu_seqlens, batch.packed.mask
-    for name in losses.PRESETS:
+    for name in [n for n in PRESETS if n != "ld_dpo"]:  # its weights are per token
         sums, refs, kls, lengths = (
             fa.sequence_sum(x, cu, mask=mask)
             for x in (batch.logprobs, batch.ref_logprobs, batch.kl_ref_policy, torch.ones_like(batch.logprobs))

@@ -11,32 +11,127 @@ from torch.nn.functional import logsigmoid
 
 import fastalign as fa
 from fastalign import ffi, losses
-from fastalign.losses import FIELDS, Preset
+from fastalign.preset import FIELDS, SCALAR_COUNT, PairParams, Preset
 from fastalign.testing import gradient, make_batch
 
 
-def _sums(batch):
-    """Per pair: policy sums, reference sums, lengths of chosen and rejected, by slicing."""
-    cu, mask = batch.packed.cu_seqlens.tolist(), batch.packed.mask
-    out = []
-    for x in (batch.logprobs, batch.ref_logprobs, mask.double()):
-        per_sequence = torch.stack([(x[a:b] * mask[a:b]).sum() for a, b in zip(cu, cu[1:])])
-        out += [per_sequence[::2], per_sequence[1::2]]
-    return out
+class Sums:
+    """Per pair, by slicing, in fp64: c, r policy sums; rc, rr reference sums; nc, nr lengths; kc, kr sums of KL(ref || policy)."""
+
+    def __init__(self, batch, kl):
+        cu, mask = batch.packed.cu_seqlens.tolist(), batch.packed.mask
+        for name, x in (("", batch.logprobs), ("r", batch.ref_logprobs), ("n", mask.double()), ("k", kl)):
+            per_sequence = torch.stack([(x[a:b] * mask[a:b]).sum() for a, b in zip(cu, cu[1:])])
+            for side, values in (("c", per_sequence[::2]), ("r", per_sequence[1::2])):
+                setattr(self, name + side, values)
+        self.dc, self.dr = self.c - self.rc, self.r - self.rr
+        self.delta = self.dc - self.dr
+        self.batch = batch
 
 
-# name -> (options, loss per pair of (chosen, rejected, ref chosen, ref rejected, length chosen, length rejected), extra batch term)
+def sp(x):
+    return -logsigmoid(-x)
+
+
+def sg(x):
+    return torch.sigmoid(x)
+
+
+def ld_delta(s, alpha):
+    """Tokens beyond the shorter response of the pair weighted by alpha, on policy and reference alike."""
+    b, cu = s.batch, s.batch.packed.cu_seqlens.tolist()
+    sides = []
+    for i in range(len(cu) - 1):
+        d = (b.logprobs - b.ref_logprobs)[cu[i] : cu[i + 1]][b.packed.mask[cu[i] : cu[i + 1]]]
+        partner = int(b.packed.mask[cu[i ^ 1] : cu[(i ^ 1) + 1]].sum())
+        sides.append(d[:partner].sum() + alpha * d[partner:].sum())
+    sides = torch.stack(sides)
+    return sides[::2] - sides[1::2]
+
+
+def log_odds(a):
+    return a - torch.log1p(-torch.exp(a))
+
+
+def bernoulli_kl(p, q):
+    return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
+
+
+P = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.95], dtype=torch.float64)  # soft labels of the six pairs of the test
+SOFT = {"soft_labels": P}
+GAP = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64)
+ORPO = lambda s: 0.1 * sp(-(log_odds(s.c / s.nc) - log_odds(s.r / s.nr))) - s.c.sum() / s.nc.sum()  # noqa: E731
+
+# name -> (options, loss per pair); the mean over pairs is the loss. Everything typed from the papers, nothing shared with the package.
 PAPERS = {
-    "dpo": ({"beta": 0.3}, lambda c, r, rc, rr, nc, nr: -logsigmoid(0.3 * ((c - rc) - (r - rr)))),
-    "cdpo": (
-        {"beta": 0.2, "label_smoothing": 0.15},
-        lambda c, r, rc, rr, nc, nr: -0.85 * logsigmoid(0.2 * (c - rc - r + rr)) - 0.15 * logsigmoid(-0.2 * (c - rc - r + rr)),
+    "dpo": ({"beta": 0.3}, lambda s: sp(-0.3 * s.delta)),
+    "cdpo": ({"beta": 0.2, "label_smoothing": 0.15}, lambda s: 0.85 * sp(-0.2 * s.delta) + 0.15 * sp(0.2 * s.delta)),
+    "rdpo_robust": ({"label_smoothing": 0.1}, lambda s: (0.9 * sp(-0.1 * s.delta) - 0.1 * sp(0.1 * s.delta)) / 0.8),
+    "ipo": ({"tau": 0.2}, lambda s: (s.dc / s.nc - s.dr / s.nr - 1 / (2 * 0.2)) ** 2),
+    "hinge_norm": ({"beta": 0.4}, lambda s: torch.clamp(1 - 0.4 * s.delta, min=0)),
+    "slic_hf": ({"delta": 1.5, "sft_weight": 0.3}, lambda s: torch.clamp(1.5 - s.c + s.r, min=0) - 0.3 * s.c),
+    "gpo_logistic": ({}, lambda s: sp(-0.1 * s.delta)),
+    "gpo_hinge": ({}, lambda s: torch.clamp(1 - 0.1 * s.delta, min=0)),
+    "gpo_squared": ({}, lambda s: (0.1 * s.delta - 1) ** 2),
+    "gpo_exp": ({}, lambda s: torch.exp(-0.1 * s.delta)),
+    "gpo_truncquad": ({}, lambda s: torch.clamp(1 - 0.1 * s.delta, min=0) ** 2),
+    "gpo_savage": ({}, lambda s: 1 / (1 + torch.exp(0.1 * s.delta)) ** 2),
+    "exo_pair": (
+        {"label_smoothing": 0.01},
+        lambda s: sg(0.1 * s.delta) * (logsigmoid(0.1 * s.delta) - math.log(0.99))
+        + sg(-0.1 * s.delta) * (logsigmoid(-0.1 * s.delta) - math.log(0.01)),
     ),
-    "ipo": ({"tau": 0.2}, lambda c, r, rc, rr, nc, nr: ((c - rc) / nc - (r - rr) / nr - 1 / (2 * 0.2)) ** 2),
-    "hinge_norm": ({"beta": 0.4}, lambda c, r, rc, rr, nc, nr: torch.clamp(1 - 0.4 * (c - rc - r + rr), min=0)),
-    "simpo": ({"beta": 2.0, "gamma": 0.7}, lambda c, r, rc, rr, nc, nr: -logsigmoid(2.0 * c / nc - 2.0 * r / nr - 0.7)),
-    "slic_hf": ({"delta": 1.5, "sft_weight": 0.3}, lambda c, r, rc, rr, nc, nr: torch.clamp(1.5 - c + r, min=0) - 0.3 * c),
+    "discopop": (
+        {},
+        lambda s: (1 - sg(s.delta * 0.05 / 0.05)) * sp(-0.05 * s.delta) + sg(s.delta * 0.05 / 0.05) * torch.exp(-0.05 * s.delta),
+    ),
+    "dno": (SOFT, lambda s: P * sp(-0.1 * s.delta) + (1 - P) * sp(0.1 * s.delta)),
+    "rlaif_soft": (SOFT, lambda s: P * sp(-0.1 * s.delta) + (1 - P) * sp(0.1 * s.delta)),
+    "rpo_bwd_kl": (SOFT, lambda s: bernoulli_kl(P, sg(0.1 * s.delta))),
+    "rpo_fwd_kl": (SOFT, lambda s: bernoulli_kl(sg(0.1 * s.delta), P)),
+    "rpo_sq": ({"target": GAP}, lambda s: (0.1 * s.delta - GAP) ** 2),
+    "dpop": ({}, lambda s: sp(-0.3 * (s.delta - 50 * torch.clamp(s.rc - s.c, min=0)))),
+    "r_dpo": ({"alpha": 0.2}, lambda s: sp(-(0.1 * s.delta + 0.2 * (s.nc - s.nr)))),
+    "odpo": ({"gamma_ext": GAP}, lambda s: sp(-(0.1 * s.delta - GAP))),
+    "tdpo1": ({}, lambda s: sp(-0.1 * (s.delta - (s.kr - s.kc)))),
+    "tdpo2": ({"alpha": 0.4}, lambda s: sp(-0.1 * (s.delta - 0.4 * (s.kr - s.kc.detach())))),
+    "ln_dpo": ({}, lambda s: sp(-5.0 * (s.dc / s.nc - s.dr / s.nr))),
+    "ld_dpo": ({"ld_alpha": 0.3}, lambda s: sp(-0.1 * ld_delta(s, 0.3))),
+    "f_dpo_js": ({}, lambda s: sp(-0.1 * (torch.log(2 / (1 + torch.exp(-s.dc))) - torch.log(2 / (1 + torch.exp(-s.dr)))))),
+    "f_dpo_fkl": ({}, lambda s: sp(-0.1 * (-1 / torch.exp(s.dc) + 1 / torch.exp(s.dr)))),
+    "f_dpo_alpha": ({"alpha": 0.3}, lambda s: sp(-0.1 * ((1 - torch.exp(s.dc) ** -0.3) / 0.3 - (1 - torch.exp(s.dr) ** -0.3) / 0.3))),
+    "d2o": ({"beta": 0.2, "alpha": 0.05}, lambda s: sp(-(0.2 * s.dc - 0.05 * s.dr))),
+    "simpo": ({"beta": 2.0, "gamma": 0.7}, lambda s: sp(-(2.0 * s.c / s.nc - 2.0 * s.r / s.nr - 0.7))),
+    "cpo": ({"beta": 0.2}, lambda s: sp(-0.2 * (s.c - s.r)) - s.c.sum() / s.nc.sum()),
+    "cpo_simpo": ({"beta": 3.0, "gamma_beta_ratio": 0.2}, lambda s: sp(-(3.0 * (s.c / s.nc - s.r / s.nr) - 0.6)) - s.c / s.nc),
+    "alphapo": (
+        {},
+        lambda s: sp(-(2.5 * ((1 - torch.exp(s.c / s.nc) ** -0.25) / 0.25 - (1 - torch.exp(s.r / s.nr) ** -0.25) / 0.25) - 0.1)),
+    ),
+    "orpo": ({}, ORPO),
+    "rrhf_pair": ({}, lambda s: torch.clamp(s.r / s.nr - s.c / s.nc, min=0)),
+    "bt_rm": ({"gamma_ext": GAP}, lambda s: sp(-(s.c - s.r - GAP))),
+    "sft": ({}, lambda s: (-s.c.sum() / s.nc.sum()).expand(6)),
+    "rpo": ({"alpha": 0.5}, lambda s: sp(-0.1 * s.delta) - 0.5 * s.c.sum() / s.nc.sum()),
+    "iterative_rpo": ({"alpha": 0.5}, lambda s: sp(-0.1 * s.delta) - 0.5 * s.c / s.nc),
+    "regularized_po": ({}, lambda s: sp(-0.01 * s.delta) - 0.005 * s.c.sum() / s.nc.sum()),
+    "nca_pair": ({}, lambda s: sp(-0.01 * s.dc) + 0.5 * sp(0.01 * s.dc) + 0.5 * sp(0.01 * s.dr)),
+    "bco_pair": ({"delta": 0.02}, lambda s: sp(-(0.01 * s.dc - 0.02)) + sp(0.01 * s.dr - 0.02)),
+    "apo_zero": ({}, lambda s: 1 - sg(0.1 * s.dc) + sg(0.1 * s.dr)),
+    "apo_down": ({}, lambda s: sg(0.1 * s.dc) + 1 - sg(0.1 * s.delta)),
+    "sppo": ({"beta": 0.01, **SOFT}, lambda s: 0.5 * ((s.dc - (P - 0.5) / 0.01) ** 2 + (s.dr - (0.5 - P) / 0.01) ** 2)),
+    "npo": ({}, lambda s: 2 / 0.1 * torch.log(1 + torch.exp(s.dr) ** 0.1)),
+    **{name: ({}, lambda s: sp(-0.1 * s.delta)) for name in ("dno_prct", "online_dpo", "iterative_dpo", "sdpo", "self_rewarding")},
 }
+
+
+def evaluate(name, batch, **options):
+    """(loss, gradient in the log-probs, gradient in the KLs) of the package's reference backend."""
+    lp, kl = batch.logprobs.clone().requires_grad_(), batch.kl_ref_policy.clone().requires_grad_()
+    with fa.use_backend("reference"):
+        packed = batch.packed
+        out = fa.preference_loss(lp, batch.ref_logprobs, packed.cu_seqlens, mask=packed.mask, kl_ref_policy=kl, loss=name, **options)
+    return out.loss.detach(), *(torch.zeros_like(lp) if g is None else g for g in torch.autograd.grad(out.loss, (lp, kl), allow_unused=True))
 
 
 @pytest.mark.parametrize("name", losses.PRESETS)
@@ -44,22 +139,50 @@ def test_preset_equals_its_paper(name):
     options, formula = PAPERS[name]
     for seed in range(3):
         batch = make_batch(6, dtype=torch.float64, seed=seed)
-        with fa.use_backend("reference"):
-            lp = batch.logprobs.clone().requires_grad_()
-            got = fa.preference_loss(lp, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=name, **options)
-        truth = batch.logprobs.clone().requires_grad_()
-        want = formula(*_sums(batch._replace(logprobs=truth))).mean()
-        assert abs(float(got.loss - want)) < 1e-10
-        assert float((gradient(got.loss, lp) - gradient(want, truth)).abs().max()) < 1e-10
+        got = evaluate(name, batch, **options)
+        lp, kl = batch.logprobs.clone().requires_grad_(), batch.kl_ref_policy.clone().requires_grad_()
+        loss = formula(Sums(batch._replace(logprobs=lp), kl)).mean()
+        grads = torch.autograd.grad(loss, (lp, kl), allow_unused=True)
+        want = (loss.detach(), *(torch.zeros_like(lp) if g is None else g for g in grads))
+        for a, b in zip(got, want):
+            assert float((a - b).abs().max()) <= 1e-10 * max(1.0, float(b.abs().max()))
+
+
+def test_soft_labels_of_sppo_default_to_the_hard_version():
+    batch = make_batch(3, dtype=torch.float64)
+    assert evaluate("sppo", batch)[0] == evaluate("sppo", batch, soft_labels=torch.ones(3, dtype=torch.float64))[0]
+
+
+# Identities between methods (and the two that are easily got wrong).
+IDENTITIES = [
+    ("cdpo", {"label_smoothing": 0.0}, "dpo", {}, 1.0),
+    ("ld_dpo", {"ld_alpha": 1.0}, "dpo", {}, 1.0),
+    ("dpop", {"pos_penalty": 0.0, "beta": 0.1}, "dpo", {}, 1.0),
+    ("tdpo2", {"alpha": 0.0}, "dpo", {}, 1.0),
+    ("ln_dpo", {"length_norm": 0.0, "beta": 0.1}, "dpo", {}, 1.0),
+    ("f_dpo_alpha", {"alpha": 1e-9}, "dpo", {}, 1.0),
+    ("f_dpo_alpha", {"alpha": 1.0}, "f_dpo_fkl", {}, 1.0),
+    ("d2o", {"alpha": 0.1}, "dpo", {}, 1.0),
+    ("gpo_squared", {"beta": 0.3}, "ipo", {"tau": 0.15, "length_norm": 0.0}, 0.09),
+    ("slic_hf", {"delta": 2.0, "sft_weight": 0.0}, "hinge_norm", {"beta": 0.5, "reference": False}, 2.0),
+]
+
+
+@pytest.mark.parametrize("a,options_a,b,options_b,factor", IDENTITIES)
+def test_identities(a, options_a, b, options_b, factor):
+    batch = make_batch(6, dtype=torch.float64, seed=7)
+    for x, y in zip(evaluate(a, batch, **options_a), evaluate(b, batch, **options_b)):
+        assert float((x - factor * y).abs().max()) < 1e-7 * max(1.0, float(x.abs().max()))
 
 
 def test_defaults_are_the_published_ones():
     defaults = {
         "dpo": {"beta": 0.1}, "cdpo": {"beta": 0.1, "labels": "smooth"}, "ipo": {"target": 5.0, "length_norm": 1.0},
         "hinge_norm": {"beta": 0.05, "target": 1.0}, "simpo": {"beta": 2.5, "gamma_beta_ratio": 0.55, "reference": False},
-        "slic_hf": {"beta": 1.0, "target": 1.0, "sft_norm": "seq_sum", "reference": False},
+        "slic_hf": {"beta": 1.0, "target": 1.0, "sft_norm": "seq_sum", "reference": False}, "dpop": {"beta": 0.3, "pos_penalty": 50.0},
+        "orpo": {"pair_weight": 0.1, "sft_weight": 1.0}, "sppo": {"beta": 1e-3}, "tdpo2": {"kl_rejected": 0.5, "detach_kl_chosen": True},
+        "cpo": {"sft_norm": "token_mean_global"}, "cpo_simpo": {"sft_norm": "seq_mean"}, "exo_pair": {"label_smoothing": 1e-3},
     }  # fmt: skip
-    assert set(defaults) == set(losses.PRESETS)
     for name, fields in defaults.items():
         for field, value in fields.items():
             assert getattr(losses.get(name), field) == value, (name, field)
@@ -74,8 +197,8 @@ def test_trl_names():
 
 def test_params_have_the_order_of_the_header():
     names = ffi._extension.pair_scalar_names() + ffi._extension.pair_switch_names()
-    assert tuple(names) == losses.PairParams._fields
-    assert losses.PairParams._fields[losses.SCALAR_COUNT] == ffi._extension.pair_switch_names()[0]
+    assert tuple(names) == PairParams._fields
+    assert PairParams._fields[SCALAR_COUNT] == ffi._extension.pair_switch_names()[0]
 
 
 def test_every_field_reaches_the_kernel_or_the_host():
@@ -159,8 +282,8 @@ def test_compose_without_new_code():
     mine = losses.get("dpo").replace(link="hinge", length_norm=1.0, target=0.4, beta=2.0)
     batch = make_batch(5, dtype=torch.float64)
     got = fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=mine).loss
-    c, r, rc, rr, nc, nr = _sums(batch)
-    assert abs(float(got - torch.clamp(0.4 - 2.0 * ((c - rc) / nc - (r - rr) / nr), min=0).mean())) < 1e-10
+    s = Sums(batch, batch.kl_ref_policy)
+    assert abs(float(got - torch.clamp(0.4 - 2.0 * (s.dc / s.nc - s.dr / s.nr), min=0).mean())) < 1e-10
     with pytest.raises(ValueError, match="no option 'nonsense'"):
         losses.get("dpo").replace(nonsense=1)
     with pytest.raises(TypeError, match="pass tensors to the loss"):

@@ -11,6 +11,7 @@ import torch
 
 import fastalign as fa
 from fastalign import registry
+from fastalign.preset import SCALAR_COUNT
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
 
 
@@ -90,7 +91,7 @@ def _op_samples():
     yield "sequence_sum_bwd", (torch.ones(6), batch.packed.cu_seqlens, None, None, batch.logprobs.shape[0])
     yield "kl_estimate_fwd", (batch.logprobs, batch.ref_logprobs, 2)
     params = fa.losses.get("dpo").params()
-    scalars, switches = list(params[: fa.losses.SCALAR_COUNT]), list(params[fa.losses.SCALAR_COUNT :])
+    scalars, switches = list(params[:SCALAR_COUNT]), list(params[SCALAR_COUNT:])
     tokens = (batch.logprobs, batch.ref_logprobs, None, batch.packed.cu_seqlens, None, batch.packed.mask, None)
     forward = (*tokens, None, *(None,) * 9, scalars, switches, 3, True)
     yield "preference_fwd", forward

@@ -11,21 +11,23 @@ namespace {
 struct Simd {
   using A = float;
   using F = __m256;
+  typedef int16_t Bits __attribute__((vector_size(32)));
   static constexpr int kWidth = 8;
-  static constexpr float kLowest = -127.0f;  // see exp2
 
   static FA_INLINE F set(float x) { return _mm256_set1_ps(x); }
-  // max and min return their second operand when either is NaN.
+  // max returns its second operand when either is NaN.
   static FA_INLINE F max_skip_nan(F x, F high) { return _mm256_max_ps(x, high); }
-  static FA_INLINE F at_least(float low, F x) { return _mm256_max_ps(set(low), x); }
   static FA_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static FA_INLINE F mul_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  // The integer part goes into the exponent field. -127 with fraction 0 empties it: exactly 0. NaN converts to 2^31, which the shift clears.
+  // floor(d) goes into the exponent field; at -127, the lowest let through, it empties the field and leaves exactly 0. NaN converts to 2^31,
+  // which the shift clears.
   static FA_INLINE F exp2(F d) {
-    F n = _mm256_round_ps(d, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    d = bounded(d);
+    F n = _mm256_floor_ps(d);
     __m256i bits = _mm256_castps_si256(exp2_fraction<Simd>(d - n));
     return _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
   }
+  static FA_INLINE F bounded(F d) { return _mm256_max_ps(set(-127.0f), d); }
   static FA_INLINE F tanh(F y) { return tanh_float<Simd>(y); }
   static FA_INLINE float sum(F v) {
     __m128 h = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1);
@@ -52,11 +54,9 @@ struct Simd {
     a = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
     b = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000))));
   }
-  static FA_INLINE __m256i round_to_bf16(F x) {  // in the high half of each lane; as from_acc in common.h
+  static FA_INLINE __m256i round_to_bf16(F x) {  // to the high half of each lane; as from_acc in common.h, which also sees to any NaN
     __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    u = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    F nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(u), nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    return _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   }
   static FA_INLINE void store2(bf16* p, F a, F b) {
     __m256i high = _mm256_and_si256(round_to_bf16(b), _mm256_set1_epi32(int(0xffff0000)));

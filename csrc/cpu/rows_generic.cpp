@@ -8,13 +8,12 @@ namespace {
 template <class Scalar> struct Simd {
   using A = Scalar;
   typedef A F __attribute__((vector_size(16)));
+  typedef int16_t Bits __attribute__((vector_size(16)));
   static constexpr bool kDouble = sizeof(A) == 8;
   static constexpr int kWidth = 16 / sizeof(A);
-  static constexpr A kLowest = kDouble ? A(-1100) : A(-127);  // exp2 of it is exactly 0
 
   static FA_INLINE F set(A x) { return x - F{}; }
   static FA_INLINE F max_skip_nan(F x, F high) { return x > high ? x : high; }
-  static FA_INLINE F at_least(A low, F x) { return x < set(low) ? set(low) : x; }
   // One rounding also where the CPU has no fused multiply-add: the product of two floats is exact in double.
   static FA_INLINE F fma(F a, F b, F c) {
     F r{};
@@ -28,13 +27,19 @@ template <class Scalar> struct Simd {
       for (int i = 0; i < kWidth; ++i) r[i] = std::exp2(d[i]);
       return r;
     } else {
-      // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; n = -127 makes the factor 2^n an exact 0.
+      // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. At -127 the factor 2^n is an exact 0.
       typedef uint32_t U __attribute__((vector_size(16)));
       const F magic = set(12582912.0f);
+      d = bounded(d);
       F shifted = d + magic, n = shifted - magic;
-      F scale = F((U(shifted) - U(magic) + 127u) << 23);
+      n = n > d ? n - set(1.0f) : n;
+      F scale = F((U(n + magic) - U(magic) + 127u) << 23);
       return exp2_fraction<Simd>(d - n) * scale;
     }
+  }
+  static FA_INLINE F bounded(F d) {
+    const F lowest = set(kDouble ? A(-1100) : A(-127));
+    return d < lowest ? lowest : d;
   }
   static FA_INLINE F tanh(F y) {
     if constexpr (kDouble) {

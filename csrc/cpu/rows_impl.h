@@ -1,8 +1,11 @@
 // The row kernels, written once over a thin SIMD shim. Included by rows_<isa>.cpp after its `Simd` type, which lives in an unnamed namespace:
 // every instantiation is then private to that file, and code for one instruction set cannot stand in for another's at link time.
 //
-// A shim S offers: A (scalar), F (vector of kWidth A), set, max_skip_nan, at_least, fma (one rounding), mul_add (any), exp2, tanh, sum, largest,
-// and load2/store2 for every storage type: 2 * kWidth consecutive elements as two vectors, in a lane order of the shim's choice.
+// A shim S offers: A (scalar), F (vector of kWidth A), Bits (vector of int16_t), set, max_skip_nan, fma (one rounding), mul_add (any),
+//   exp2     d -> 2^d for d up to a little above 0; exactly 0 for -inf; NaN stays NaN
+//   bounded  d -> d, or a finite number instead where exp2(d) is 0, so that their product is 0 too; may lose NaN, which exp2(d) carries
+//   tanh, sum, largest (over the lanes), and for every storage type load2 and store2: 2 * kWidth consecutive elements as two vectors, in a lane
+//   order of the shim's choice. store2 takes NaN only with an empty low half, as x86 and common.h make them.
 #pragma once
 #include "cpu/rows.h"
 
@@ -11,12 +14,13 @@
 namespace fastalign {
 namespace cpu {
 
-// 2^f on [-1/2, 1/2] with p(0) = 1 exact: minimax in the relative error, 1.1e-7 (1.6e-7 with fp32 rounding).
+// 2^f on [0, 1]: minimax in the relative error with both ends exact, 9.2e-8 (1.6e-7 with fp32 rounding, -4e-9 on average). The ends matter:
+// the largest logit of a row has an exponent of 0 or a rounding error on either side of it.
 template <class S> FA_INLINE typename S::F exp2_fraction(typename S::F f) {
-  auto p = S::mul_add(S::set(0x1.5bba14p-10f), f, S::set(0x1.3cea88p-7f));
-  p = S::mul_add(p, f, S::set(0x1.c6b752p-5f));
-  p = S::mul_add(p, f, S::set(0x1.ebf9bcp-3f));
-  p = S::mul_add(p, f, S::set(0x1.62e42ap-1f));
+  auto p = S::mul_add(S::set(0.001879318648f), f, S::set(0.008990995096f));
+  p = S::mul_add(p, f, S::set(0.055818675962f));
+  p = S::mul_add(p, f, S::set(0.240159271464f));
+  p = S::mul_add(p, f, S::set(0.69315173883f));
   return S::mul_add(p, f, S::set(1.0f));
 }
 
@@ -29,7 +33,7 @@ template <class S> FA_INLINE typename S::F tanh_float(typename S::F y) {
   p = S::mul_add(p, z, S::set(0.13331442f));
   p = S::mul_add(p, z, S::set(-0.33333282f));
   F near_zero = S::mul_add(p * z, y, y);
-  F e = S::exp2(S::at_least(-126.0f, size * S::set(-2.885390082f)));
+  F e = S::exp2(size * S::set(-2.885390082f));
   F far = S::set(1.0f) - (e + e) / (S::set(1.0f) + e);
   return size < S::set(0.625f) ? near_zero : (y < S::set(0.0f) ? -far : far);
 }
@@ -52,37 +56,63 @@ template <class S, bool kCapped> FA_INLINE typename S::F to_u(typename S::F x, c
   else return x;
 }
 
-// The largest raw logit of a block, NaN skipped, in four chains.
-template <class S, class T> struct Peak {
-  using F = typename S::F;
-  F high[4];
+// The largest raw logit of x[0, n). A NaN may be skipped or returned: it reaches the sums either way.
+template <class S, class T> FA_INLINE typename S::A block_max(const T* x, int64_t n) {
+  using A = typename S::A;
+  constexpr int64_t kPair = 2 * S::kWidth, kStep = 2 * kPair;
+  typename S::F a, b, high[4];
+  for (auto& h : high) h = S::set(A(-INFINITY));
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    S::load2(x + i, a, b);
+    high[0] = S::max_skip_nan(a, high[0]);
+    high[1] = S::max_skip_nan(b, high[1]);
+    S::load2(x + i + kPair, a, b);
+    high[2] = S::max_skip_nan(a, high[2]);
+    high[3] = S::max_skip_nan(b, high[3]);
+  }
+  A best = S::largest(S::max_skip_nan(S::max_skip_nan(high[0], high[1]), S::max_skip_nan(high[2], high[3])));
+  for (; i < n; ++i) best = to_acc(x[i]) > best ? to_acc(x[i]) : best;
+  return best;
+}
 
-  FA_INLINE Peak() {
-    for (F& h : high) h = S::set(typename S::A(-INFINITY));
+// The extreme of x[0, n) read as signed integers; kSign -1: the smallest, as -1 - (largest complement).
+template <class S, int kSign> FA_INLINE int16_t extreme16(const int16_t* x, int64_t n) {
+  using V = typename S::Bits;
+  constexpr int64_t kLanes = sizeof(V) / sizeof(int16_t);
+  const int16_t flip = kSign < 0 ? -1 : 0;
+  V v, high[4];
+  for (V& h : high) h = V{} + int16_t(-32768);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int k = 0; k < 4; ++k) {
+      memcpy(&v, x + i + k * kLanes, sizeof(V));
+      v ^= flip;
+      high[k] = v > high[k] ? v : high[k];
+    }
   }
-  template <int k> FA_INLINE void take(const T* x) {
-    F a, b;
-    S::load2(x, a, b);
-    push<k>(a, b);
-  }
-  template <int k> FA_INLINE void take(const Rest<S, T>& rest) {
-    F a, b, hide_a, hide_b;
-    S::load2(rest.x, a, b);
-    S::load2(rest.hide, hide_a, hide_b);
-    push<k>(a + hide_a, b + hide_b);
-  }
-  template <int k> FA_INLINE void push(F a, F b) {
-    high[k] = S::max_skip_nan(a, high[k]);
-    high[k + 1] = S::max_skip_nan(b, high[k + 1]);
-  }
-  FA_INLINE typename S::A value() const { return S::largest(S::max_skip_nan(S::max_skip_nan(high[0], high[1]), S::max_skip_nan(high[2], high[3]))); }
-};
+  for (int k = 1; k < 4; ++k) high[0] = high[k] > high[0] ? high[k] : high[0];
+  int16_t best = -32768;
+  for (int64_t k = 0; k < kLanes; ++k) best = high[0][k] > best ? high[0][k] : best;
+  for (; i < n; ++i) best = int16_t(x[i] ^ flip) > best ? int16_t(x[i] ^ flip) : best;
+  return int16_t(best ^ flip);
+}
+
+// 16-bit floats need no conversion: read as signed integers they are ordered alike while positive, and in reverse among the negative ones.
+template <class S, class T> FA_INLINE float block_max16(const T* x, int64_t n) {
+  const int16_t* bits = reinterpret_cast<const int16_t*>(x);
+  int16_t best = extreme16<S, 1>(bits, n);
+  if (best < 0) best = extreme16<S, -1>(bits, n);
+  return to_acc(T{uint16_t(best)});
+}
+template <class S> FA_INLINE float block_max(const bf16* x, int64_t n) { return block_max16<S>(x, n); }
+template <class S> FA_INLINE float block_max(const fp16* x, int64_t n) { return block_max16<S>(x, n); }
 
 // Partial sums of a chunk, in four chains.
 template <class S, class T, bool kCapped, int kSums> struct Sums {
   using A = typename S::A;
   using F = typename S::F;
-  static constexpr bool kS1 = (kSums & kSumS1) != 0, kS2Sz = (kSums & kSumS2Sz) != 0;
+  static constexpr bool kS1 = (kSums & kSumS1) != 0, kS2Sz = (kSums & kSumS2Sz) != 0, kGuarded = kS2Sz;
   const RowTransform<A>& f;
   const F c;
   F minus_m, s0[4], s1[4], s2[4], sz[4];
@@ -109,9 +139,9 @@ template <class S, class T, bool kCapped, int kSums> struct Sums {
     push<k + 1>(b + hide_b, b);
   }
   template <int k> FA_INLINE void push(F u, F u_or_zero) {
-    F d = S::at_least(S::kLowest, S::fma(u, c, minus_m)), e = S::exp2(d);
+    F d = S::fma(u, c, minus_m), e = S::exp2(d);
     s0[k] = s0[k] + e;
-    if constexpr (kS1) s1[k] = S::mul_add(e, d, s1[k]);
+    if constexpr (kS1) s1[k] = S::mul_add(e, kGuarded ? S::bounded(d) : d, s1[k]);
     if constexpr (kS2Sz) {
       s2[k] = S::mul_add(e, e, s2[k]);
       sz[k] = sz[k] + u_or_zero;
@@ -145,25 +175,17 @@ RowState<typename S::A> forward_chunk(const T* x, int64_t n, const RowTransform<
     const int64_t end = start + kBlock < whole ? start + kBlock : whole;
     const bool with_rest = whole < n && start + kBlock >= n;
 
-    Peak<S, T> peak;
-    int64_t i = start;
-    for (; i + kStep <= end; i += kStep) {
-      peak.template take<0>(x + i);
-      peak.template take<2>(x + i + kPair);
-    }
-    if (i < end) peak.template take<0>(x + i);
-    if (with_rest) peak.template take<2>(rest);
-    const A block_max = peak.value();
-    if (block_max > state.umax) {
-      const A m = f.u(block_max) * f.c;
+    const A largest = block_max<S>(x + start, (n < start + kBlock ? n : start + kBlock) - start);
+    if (largest > state.umax) {
+      const A m = f.u(largest) * f.c;
       // -inf (a mask value that overflows in bits) is no reference point: stay at 0, where such entries have no mass either.
       if (m > A(-INFINITY)) sums.move(state.m, m);
       state.m = m;
-      state.umax = block_max;
+      state.umax = largest;
       state.top = int32_t(start);
     }
 
-    i = start;
+    int64_t i = start;
     for (; i + kStep <= end; i += kStep) {
       for (size_t byte = 0; byte < kStep * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
       sums.template take<0>(x + i);
@@ -185,8 +207,8 @@ template <class S, bool kCapped, bool kWithB>
 FA_INLINE typename S::F gradient(typename S::F x, const RowTransform<typename S::A>& f, const GradientRow<typename S::A>& g) {
   using F = typename S::F;
   F u = to_u<S, kCapped>(x, f);
-  F d = S::at_least(S::kLowest, S::fma(u, S::set(f.c), S::set(-g.m)));
-  F y = S::exp2(d) * (kWithB ? S::mul_add(S::set(g.b), d, S::set(g.a)) : S::set(g.a));
+  F d = S::fma(u, S::set(f.c), S::set(-g.m));
+  F y = S::exp2(d) * (kWithB ? S::mul_add(S::set(g.b), S::bounded(d), S::set(g.a)) : S::set(g.a));
   if constexpr (kCapped) y = y * S::mul_add(-u, u, S::set(typename S::A(1)));
   return y;
 }
@@ -208,16 +230,25 @@ void backward_chunk(const T* x, T* grad, int64_t n, const RowTransform<typename 
   }
 }
 
+template <class S, class T, bool kCapped> RowState<typename S::A> forward_sums(const T* x, int64_t n, const RowTransform<typename S::A>& f, int sums) {
+  switch (sums) {
+    case 0: return forward_chunk<S, T, kCapped, 0>(x, n, f);
+    case kSumS2Sz: return forward_chunk<S, T, kCapped, kSumS2Sz>(x, n, f);
+    case kSumS1: {
+      // Entropy alone is swept without a guard against 0 * -inf in s1, which would cost 6 %. Where one was met, the full sweep has the guard.
+      auto s = forward_chunk<S, T, kCapped, kSumS1>(x, n, f);
+      if (s.s1 == s.s1 || s.s0 != s.s0) return s;
+      s = forward_chunk<S, T, kCapped, kSumS1 | kSumS2Sz>(x, n, f);
+      s.s2 = s.sz = 0;
+      return s;
+    }
+    default: return forward_chunk<S, T, kCapped, kSumS1 | kSumS2Sz>(x, n, f);
+  }
+}
+
 template <class S, class T> RowState<typename S::A> forward_any(const void* x, int64_t n, const RowTransform<typename S::A>& f, int sums) {
   const T* p = static_cast<const T*>(x);
-  const bool capped = f.cap_scale != 0;
-  switch (sums) {
-    case kSumS1: return capped ? forward_chunk<S, T, true, kSumS1>(p, n, f) : forward_chunk<S, T, false, kSumS1>(p, n, f);
-    case kSumS2Sz: return capped ? forward_chunk<S, T, true, kSumS2Sz>(p, n, f) : forward_chunk<S, T, false, kSumS2Sz>(p, n, f);
-    case kSumS1 | kSumS2Sz:
-      return capped ? forward_chunk<S, T, true, kSumS1 | kSumS2Sz>(p, n, f) : forward_chunk<S, T, false, kSumS1 | kSumS2Sz>(p, n, f);
-    default: return capped ? forward_chunk<S, T, true, 0>(p, n, f) : forward_chunk<S, T, false, 0>(p, n, f);
-  }
+  return f.cap_scale != 0 ? forward_sums<S, T, true>(p, n, f, sums) : forward_sums<S, T, false>(p, n, f, sums);
 }
 
 template <class S, class T>

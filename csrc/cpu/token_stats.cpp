@@ -151,15 +151,16 @@ template <class T> struct Backward {
       if (is_within(a, row, k, begin, end)) kept[size_t(k)] = to_acc(x[label(a, row, k) - a.vocab_start]);
     }
     const RowState<A> s = load_state(static_cast<const A*>(a.state) + row * kStateWidth);
-    // s0 = 0: every logit is -inf, and the gradient at -inf is 0. A NaN state makes the whole row NaN, whatever the coefficients.
-    if (!is_scored(a, row) || s.s0 == A(0) || (!wanted && s.s0 == s.s0)) {
+    // A row without mass (all -inf), or with NaN, is NaN throughout, whatever the coefficients: the sweep below makes it so.
+    if (!is_scored(a, row) || (!wanted && s.s0 > A(0))) {
       memset(dx + begin, 0, size_t(end - begin) * sizeof(T));
       return;
     }
     const RowCoefficients<A> c = row_coefficients(s, g_logprob, g_entropy, g_logsumexp);
     // p (A + B log p) with p = e / s0 and log p = ln2 d - log s0 is e (a + b d). Folded in double, so that only a and b themselves are rounded.
     const double per_mass = double(f.slope(A(0))) / double(s.s0), b = double(c.b) * per_mass;
-    const GradientRow<A> g{s.m, A(double(c.a) * per_mass - b * std::log(double(s.s0))), A(b * kLn2)};
+    const double a_folded = double(c.a) * per_mass - b * std::log(double(s.s0));
+    const GradientRow<A> g{s.m, a_folded == a_folded ? A(a_folded) : A(NAN), A(b * kLn2)};
     kernels.backward(a.dtype, x + begin, dx + begin, end - begin, f, g);
     for (int64_t k = 0; k < targets; ++k)
       if (is_within(a, row, k, begin, end)) from_acc(target_gradient(row, k, kept[size_t(k)], s, c), dx + (label(a, row, k) - a.vocab_start));
@@ -171,7 +172,7 @@ template <class T> struct Backward {
     for (int64_t j = 0; j < a.targets; ++j)
       if (label(a, row, j) == label(a, row, k)) g += at(a.g_logprob, row * a.targets + j);
     const A u = f.u(x), d = f.bits(u, s.m), p = exp2(d) / s.s0;
-    if (u == A(-INFINITY) && s.s0 == s.s0) return A(0);
+    if (u == A(-INFINITY) && s.s0 > A(0)) return A(0);
     const A log_term = c.b != A(0) && p > A(0) ? c.b * (A(kLn2) * d - log(s.s0)) : A(0);
     return (p * (c.a + log_term) + g) * f.slope(u);
   }

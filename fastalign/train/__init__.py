@@ -5,6 +5,7 @@
 
 Needs transformers (`pip install fastalign[train]`), which is imported when one of the names below is first used.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -12,11 +13,17 @@ from typing import Any
 
 _HOME = {
     "TrainConfig": "config",
-    "UserError": "errors", "DataError": "errors", "TrainingError": "errors",
-    "train_dpo": "dpo", "PreferenceMethod": "dpo",
+    "UserError": "errors",
+    "DataError": "errors",
+    "TrainingError": "errors",
+    "train_dpo": "dpo",
+    "PreferenceMethod": "dpo",
     "TrainResult": "loop",
-    "PackedCausalLM": "model", "load_model": "model", "load_tokenizer": "model",
-    "TokenPair": "tokenise", "plain_template": "tokenise",
+    "PackedCausalLM": "model",
+    "load_model": "model",
+    "load_tokenizer": "model",
+    "TokenPair": "tokenise",
+    "plain_template": "tokenise",
 }
 __all__ = list(_HOME)
 

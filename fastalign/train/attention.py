@@ -8,6 +8,7 @@ of the sum, with no mask in memory, on any device.
 Like FlashAttention it sees no mask, so it serves the architectures that FlashAttention serves (those that pass a sliding window and
 the like by keyword); what it cannot do it refuses.
 """
+
 from __future__ import annotations
 
 import torch
@@ -19,10 +20,19 @@ NAME = "fastalign_packed"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
 
 
-def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                     attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
-                     sliding_window: int | None = None, is_causal: bool | None = None,
-                     packed_lengths: tuple[int, ...] | None = None, **kwargs: object) -> tuple[torch.Tensor, None]:
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    packed_lengths: tuple[int, ...] | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
     """Causal attention within each of the packed sequences. query [1, heads, T, D], key and value [1, kv heads, T, D]; returns
     [1, T, heads, D]. Row t sees rows s of its own sequence with t - sliding_window < s <= t."""
     refused = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
@@ -43,8 +53,9 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         if sliding_window is not None and sliding_window < length:
             distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
             window = (distance >= 0) & (distance < sliding_window)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, scale=scaling,
-                                                      is_causal=window is None))
+        outputs.append(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, scale=scaling, is_causal=window is None)
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -4,14 +4,16 @@
 
 A checkpoint is written into "step-...tmp" and renamed when complete, so a directory named step-00000100 is always whole.
 """
+
 from __future__ import annotations
 
 import dataclasses
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 

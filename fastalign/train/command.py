@@ -1,11 +1,13 @@
 """`fastalign train METHOD`: flags to `TrainConfig`, errors to one line and an exit code."""
+
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
-from typing import Any, Callable, NoReturn
+from collections.abc import Callable
+from typing import Any
 
+from fastalign.console import Parser
 from fastalign.train import config
 from fastalign.train.errors import TrainingError, UserError
 
@@ -13,21 +15,14 @@ from fastalign.train.errors import TrainingError, UserError
 METHODS = {"dpo": ("direct preference optimisation and its variants (--loss)", "fastalign.train.dpo:train_dpo")}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line, like every other mistake of the user."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: list[str]) -> int:
     """0: done; 1: training broke off; 2: the user's mistake, before training; 130: interrupted."""
-    parser = _Parser(prog="fastalign train", description="Train a Hugging Face causal LM.")
+    parser = Parser(prog="fastalign train", description="Train a Hugging Face causal LM.")
     commands = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
     for name, (summary, _) in METHODS.items():
         config.add_arguments(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
+    arguments = parser.parse_args(argv)
     try:
-        arguments = parser.parse_args(argv)
         _load(arguments.method)(config.from_arguments(arguments))
     except UserError as error:
         return _fail(error, 2)
@@ -50,5 +45,5 @@ def _load(method: str) -> Callable[[config.TrainConfig], Any]:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"fastalign: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"fastalign train: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code

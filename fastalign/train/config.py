@@ -1,4 +1,5 @@
 """Every setting of a training run, and the command-line flags generated from them."""
+
 from __future__ import annotations
 
 import argparse
@@ -12,8 +13,7 @@ from typing import Any
 from fastalign.train.errors import UserError
 
 
-def _setting(default: Any, doc: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None,
-             metavar: str | None = None) -> Any:
+def _setting(default: Any, doc: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None, metavar: str | None = None) -> Any:
     """A dataclass field with its one line of documentation (`--help` shows it) and how its flag is spelled."""
     metadata = {"doc": doc, "choices": choices, "flag": flag, "metavar": metavar}
     if isinstance(default, dict):
@@ -29,27 +29,34 @@ class TrainConfig:
     model: str | None = _setting(None, "directory of a Hugging Face causal LM: config, weights, tokenizer", metavar="DIR")
     data: str | None = _setting(None, "training pairs, one JSON object per line, in TRL's preference formats", metavar="FILE")
     output: str | None = _setting(None, "directory that receives the model, metrics and checkpoints", metavar="DIR")
-    ref_model: str | None = _setting(None, "directory of the reference model; default: the weights that training starts from",
-                                     metavar="DIR")
-    precompute_ref: bool = _setting(False, "compute the reference log-probs once, cache them in the output directory, and free "
-                                           "the reference model")
+    ref_model: str | None = _setting(
+        None, "directory of the reference model; default: the weights that training starts from", metavar="DIR"
+    )
+    precompute_ref: bool = _setting(
+        False, "compute the reference log-probs once, cache them in the output directory, and free the reference model"
+    )
     loss: str = _setting("dpo", "name of the loss; an unknown name lists the legal ones", metavar="NAME")
-    loss_options: dict[str, Any] = _setting({}, "an option of the loss, for example --set beta=0.05 (repeatable)", flag="--set",
-                                            metavar="OPTION=VALUE")
+    loss_options: dict[str, Any] = _setting(
+        {}, "an option of the loss, for example --set beta=0.05 (repeatable)", flag="--set", metavar="OPTION=VALUE"
+    )
 
     # Data
     eval_data: str | None = _setting(None, "pairs to evaluate on, in the same formats", metavar="FILE")
     eval_fraction: float = _setting(0.0, "share of the training pairs that is held out for evaluation instead")
     max_length: int | None = _setting(None, "longest sequence in tokens (prompt + completion); default: the model's positions")
-    overlong: str = _setting("error", "what to do with a pair that exceeds --max-length or --tokens-per-batch: stop, leave it out, "
-                                      "cut the start of its prompt, or cut the end of its completions (the last two leave out "
-                                      "pairs that cannot be cut to fit)",
-                             choices=("error", "drop", "truncate_prompt", "truncate_completion"))
+    overlong: str = _setting(
+        "error",
+        "what to do with a pair that exceeds --max-length or --tokens-per-batch: stop, leave it out, "
+        "cut the start of its prompt, or cut the end of its completions (the last two leave out "
+        "pairs that cannot be cut to fit)",
+        choices=("error", "drop", "truncate_prompt", "truncate_completion"),
+    )
 
     # Steps
     batch_size: int = _setting(32, "pairs per optimizer step")
-    tokens_per_batch: int = _setting(8192, "token budget of one forward pass; a step is split into as many passes as it needs, "
-                                           "and the split does not change its result")
+    tokens_per_batch: int = _setting(
+        8192, "token budget of one forward pass; a step is split into as many passes as it needs, and the split does not change its result"
+    )
     epochs: int = _setting(1, "passes over the training pairs")
     max_steps: int | None = _setting(None, "number of optimizer steps, in place of --epochs")
     learning_rate: float = _setting(1e-6, "peak learning rate of AdamW")
@@ -59,11 +66,19 @@ class TrainConfig:
     seed: int = _setting(0, "seed of the data order and of the evaluation split")
 
     # Machine
-    dtype: str = _setting("float32", "precision of the forward pass; weights, gradients and optimizer are float32 either way, since "
-                                     "updates of a typical size vanish in bfloat16 weights", choices=("float32", "bfloat16"))
-    attention: str = _setting("auto", "attention implementation; packed: sdpa per sequence, sdpa and eager: one mask over the whole "
-                                      "pack, auto: the first of flash_attention_2 (where installed), packed, sdpa, eager that "
-                                      "keeps packed sequences apart", choices=("auto", "packed", "sdpa", "eager", "flash_attention_2"))
+    dtype: str = _setting(
+        "float32",
+        "precision of the forward pass; weights, gradients and optimizer are float32 either way, since "
+        "updates of a typical size vanish in bfloat16 weights",
+        choices=("float32", "bfloat16"),
+    )
+    attention: str = _setting(
+        "auto",
+        "attention implementation; packed: sdpa per sequence, sdpa and eager: one mask over the whole "
+        "pack, auto: the first of flash_attention_2 (where installed), packed, sdpa, eager that "
+        "keeps packed sequences apart",
+        choices=("auto", "packed", "sdpa", "eager", "flash_attention_2"),
+    )
     device: str = _setting("auto", "torch device; auto: cuda if there is one, else cpu")
     trust_remote_code: bool = _setting(False, "run Python code that the model directory brings along")
 
@@ -79,8 +94,7 @@ class TrainConfig:
     progress: bool = _setting(True, "show a progress bar on a terminal")
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "tokens_per_batch", "epochs", "max_steps", "max_length", "log_every", "keep_checkpoints",
-                    "learning_rate")
+        positive = ("batch_size", "tokens_per_batch", "epochs", "max_steps", "max_length", "log_every", "keep_checkpoints", "learning_rate")
         not_negative = ("weight_decay", "max_grad_norm", "eval_every", "save_every", "seed")
         for name in positive:
             value = getattr(self, name)
@@ -95,8 +109,6 @@ class TrainConfig:
             raise UserError(f"--eval-fraction is {self.eval_fraction}: it must lie in [0, 1)")
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("--eval-data and --eval-fraction exclude each other")
-        if self.eval_every and self.eval_data is None and not self.eval_fraction:
-            raise UserError("--eval-every needs --eval-data or --eval-fraction")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other")
         for setting in dataclasses.fields(self):
@@ -112,8 +124,9 @@ class TrainConfig:
 
 
 # Settings that may differ between a run and its continuation: none of them changes a number that training produces.
-FREE_ON_RESUME = frozenset({"resume", "overwrite", "output", "log_every", "save_every", "keep_checkpoints", "tensorboard", "progress",
-                            "trust_remote_code"})
+FREE_ON_RESUME = frozenset(
+    {"resume", "overwrite", "output", "log_every", "save_every", "keep_checkpoints", "tensorboard", "progress", "trust_remote_code"}
+)
 
 
 def flag_of(name: str) -> str:
@@ -126,8 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the parser one flag for every field of `TrainConfig`."""
     types = typing.get_type_hints(TrainConfig)
     for setting in dataclasses.fields(TrainConfig):
-        options: dict[str, Any] = {"dest": setting.name, "help": setting.metadata["doc"].replace("%", "%%"),
-                                   "default": argparse.SUPPRESS}
+        options: dict[str, Any] = {"dest": setting.name, "help": setting.metadata["doc"].replace("%", "%%"), "default": argparse.SUPPRESS}
         kind = types[setting.name]
         kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind) if type(None) in typing.get_args(kind) else kind
         if kind is bool:

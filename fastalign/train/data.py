@@ -1,9 +1,11 @@
 """The pairs of a run: read, tokenised, split into training and evaluation, ordered, and grouped into packs."""
+
 from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any, Iterable, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +23,13 @@ class PairBatch(NamedTuple):
     packed: Any
 
 
-def load_pairs(config: TrainConfig, tokenizer: Any, positions: int | None, examples: Iterable[Any] | None = None,
-               eval_examples: Iterable[Any] | None = None) -> tuple[list[TokenPair], list[TokenPair]]:
+def load_pairs(
+    config: TrainConfig,
+    tokenizer: Any,
+    positions: int | None,
+    examples: Iterable[Any] | None = None,
+    eval_examples: Iterable[Any] | None = None,
+) -> tuple[list[TokenPair], list[TokenPair]]:
     """(training pairs, evaluation pairs). `examples` and `eval_examples` stand in for the files; what was cut or dropped is printed."""
     if positions is not None and (config.max_length or 0) > positions:
         raise UserError(f"--max-length {config.max_length} exceeds the model's {positions} positions")
@@ -32,21 +39,34 @@ def load_pairs(config: TrainConfig, tokenizer: Any, positions: int | None, examp
         if source is None:
             raise UserError("--data is missing: it names the file with the training pairs")
         numbered = read_jsonl(path) if rows is None else ((f"{name} example {i}", row) for i, row in enumerate(rows))
-        pairs, report = tokenise(numbered, tokenizer, budget=config.tokens_per_batch, max_length=config.max_length or positions,
-                                 overlong=config.overlong, progress=config.progress)
+        pairs, report = tokenise(
+            numbered,
+            tokenizer,
+            budget=config.tokens_per_batch,
+            max_length=config.max_length or positions,
+            overlong=config.overlong,
+            progress=config.progress,
+        )
         if not pairs:
-            raise UserError(f"no pair to train on: {source} is empty" if not report.dropped else
-                            f"no pair to train on: all {report.dropped} in {source} are over-long")
+            raise UserError(
+                f"no pair to train on: {source} is empty"
+                if not report.dropped
+                else f"no pair to train on: all {report.dropped} in {source} are over-long"
+            )
         print(f"{name} data: {report} ({source})")
         return pairs
 
     train = load("training", config.data, examples)
     if eval_examples is not None or config.eval_data is not None:
         return train, load("evaluation", config.eval_data, eval_examples)
+    if config.eval_every and not config.eval_fraction:
+        raise UserError("--eval-every needs --eval-data or --eval-fraction")
     held_out = round(len(train) * config.eval_fraction)
     if config.eval_fraction and not 0 < held_out < len(train):
-        raise UserError(f"--eval-fraction {config.eval_fraction} of {len(train)} pairs leaves {held_out} for evaluation "
-                        f"and {len(train) - held_out} for training")
+        raise UserError(
+            f"--eval-fraction {config.eval_fraction} of {len(train)} pairs leaves {held_out} for evaluation "
+            f"and {len(train) - held_out} for training"
+        )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
     return [train[i] for i in sorted(order[held_out:])], [train[i] for i in sorted(order[:held_out])]
 
@@ -66,7 +86,7 @@ class Schedule:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.pairs, generator=generator).tolist()
-        return self._order[position * self.batch_size:(position + 1) * self.batch_size]
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
 def pack_pairs(pairs: Sequence[TokenPair], indices: Iterable[int], budget: int) -> list[PairBatch]:
@@ -84,8 +104,10 @@ def pack_pairs(pairs: Sequence[TokenPair], indices: Iterable[int], budget: int) 
 
 def _pack(pairs: list[TokenPair], members: list[int]) -> PairBatch:
     sides = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
-    return PairBatch(members, fastalign.pack([torch.cat(side) for side in sides],
-                                             masks=[[False] * len(prompt) + [True] * len(side) for prompt, side in sides]))
+    return PairBatch(
+        members,
+        fastalign.pack([torch.cat(side) for side in sides], masks=[[False] * len(prompt) + [True] * len(side) for prompt, side in sides]),
+    )
 
 
 def fingerprint(pairs: Iterable[TokenPair]) -> str:

@@ -1,19 +1,22 @@
 """Preference training: DPO and every loss of `fastalign.losses`, on packed pairs."""
+
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
 import fastalign
-from fastalign.train import checkpoint, model as models
+from fastalign.train import checkpoint
+from fastalign.train import model as models
 from fastalign.train.config import TrainConfig
-from fastalign.train.data import PairBatch, Schedule, fingerprint, load_pairs, pack_pairs
+from fastalign.train.data import PairBatch, fingerprint, load_pairs, pack_pairs
 from fastalign.train.errors import UserError
-from fastalign.train.loop import Split, TrainResult, run
+from fastalign.train.loop import Run, Split, TrainResult
 from fastalign.train.reference import LiveReference, precompute, weights_fingerprint
 from fastalign.train.tokenise import TokenPair
 
@@ -61,8 +64,12 @@ def _token_metrics(stats: Any, packed: Any) -> dict[str, tuple[torch.Tensor, tor
     rows = torch.arange(packed.mask.numel(), device=packed.mask.device, dtype=packed.cu_seqlens.dtype)
     even = torch.searchsorted(packed.cu_seqlens, rows, right=True) % 2 == 1
     chosen, rejected = packed.mask & even, packed.mask & ~even
-    wanted = {"entropy": (stats.entropy, packed.mask), "logits/chosen": (stats.mean_logit, chosen),
-              "logits/rejected": (stats.mean_logit, rejected), "mean_token_accuracy": (stats.is_top1, chosen)}
+    wanted = {
+        "entropy": (stats.entropy, packed.mask),
+        "logits/chosen": (stats.mean_logit, chosen),
+        "logits/rejected": (stats.mean_logit, rejected),
+        "mean_token_accuracy": (stats.is_top1, chosen),
+    }
     return {name: (value.detach().where(where, 0).sum(), where.sum()) for name, (value, where) in wanted.items() if value is not None}
 
 
@@ -72,20 +79,32 @@ def resolve_loss(config: TrainConfig) -> Any:
         preset = fastalign.losses.get(config.loss).replace(**config.loss_options)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
-    lacking = {"soft labels per pair": preset.needs_soft_labels, "exact sequence KLs": preset.needs_kl,
-               "prompt tokens in the SFT term (sft_include_prompt)": preset.sft_include_prompt,
-               'a count of pairs that is known before the forward pass (nonfinite="drop")': preset.nonfinite == "drop"}
+    lacking = {
+        "soft labels per pair": preset.needs_soft_labels,
+        "exact sequence KLs": preset.needs_kl,
+        "prompt tokens in the SFT term (sft_include_prompt)": preset.sft_include_prompt,
+        'a count of pairs that is known before the forward pass (nonfinite="drop")': preset.nonfinite == "drop",
+    }
     if any(lacking.values()):
-        raise UserError(f"--loss {config.loss} needs {next(what for what, needed in lacking.items() if needed)}, which this trainer does not have")
+        raise UserError(
+            f"--loss {config.loss} needs {next(what for what, needed in lacking.items() if needed)}, which this trainer does not have"
+        )
     if not preset.needs_reference and (config.precompute_ref or config.ref_model is not None):
         raise UserError(f"--loss {config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it")
     return preset
 
 
-def train_dpo(config: TrainConfig, *, model: torch.nn.Module | None = None, tokenizer: Any = None,
-              examples: Iterable[Any] | None = None, eval_examples: Iterable[Any] | None = None,
-              callback: Callable[[dict[str, Any]], None] | None = None, logprob_fn: LogprobFn | None = None,
-              loss_fn: Callable[..., Any] | None = None) -> TrainResult:
+def train_dpo(
+    config: TrainConfig,
+    *,
+    model: torch.nn.Module | None = None,
+    tokenizer: Any = None,
+    examples: Iterable[Any] | None = None,
+    eval_examples: Iterable[Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    logprob_fn: LogprobFn | None = None,
+    loss_fn: Callable[..., Any] | None = None,
+) -> TrainResult:
     """Train a causal LM on preference pairs.
 
     Args:
@@ -117,8 +136,9 @@ def train_dpo(config: TrainConfig, *, model: torch.nn.Module | None = None, toke
         models.load_config(config.ref_model, trust_remote_code=config.trust_remote_code)
     output = checkpoint.check_output(config)
     train_pairs, eval_pairs = load_pairs(config, tokenizer, models.max_positions(model_config), examples, eval_examples)
-    lm = models.PackedCausalLM(load(config.model) if model is None else model, attention=config.attention, dtype=config.dtype,
-                               device=config.device)
+    lm = models.PackedCausalLM(
+        load(config.model) if model is None else model, attention=config.attention, dtype=config.dtype, device=config.device
+    )
     try:
         _check_vocabulary(train_pairs + eval_pairs, lm, "model")
         checkpoint.create_output(output, overwrite=config.overwrite)
@@ -127,8 +147,8 @@ def train_dpo(config: TrainConfig, *, model: torch.nn.Module | None = None, toke
         if preset.needs_reference:
             _attach_reference(config, output, lm, load, token_stats, (train, evaluation))
         method = PreferenceMethod(preset, token_stats, loss_fn or fastalign.preference_loss, config.tokens_per_batch)
-        return run(config, output, lm, tokenizer, method, train, evaluation, Schedule(len(train_pairs), config),
-                   data=fingerprint(train_pairs + eval_pairs), callback=callback)
+        data = fingerprint(train_pairs + eval_pairs)
+        return Run(config, output, lm, tokenizer, method, train, evaluation, data, callback).fit()
     finally:
         lm.restore()
 
@@ -142,8 +162,14 @@ def _token_stats(config: TrainConfig, logprob_fn: LogprobFn | None) -> Callable[
     return functools.partial(fastalign.token_stats, outputs=outputs, inplace_backward=True)
 
 
-def _attach_reference(config: TrainConfig, output: Path, lm: models.PackedCausalLM, load: Callable[[str], torch.nn.Module],
-                      token_stats: Callable[..., Any], splits: Sequence[Split]) -> None:
+def _attach_reference(
+    config: TrainConfig,
+    output: Path,
+    lm: models.PackedCausalLM,
+    load: Callable[[str], torch.nn.Module],
+    token_stats: Callable[..., Any],
+    splits: Sequence[Split],
+) -> None:
     """Give the splits their reference log-probs: from a model that stays in memory, or computed once now, before any weight has changed."""
     if config.ref_model is not None:
         reference = models.PackedCausalLM(load(config.ref_model), attention=lm.attention, dtype=config.dtype, device=config.device)
@@ -158,8 +184,14 @@ def _attach_reference(config: TrainConfig, output: Path, lm: models.PackedCausal
     weights = weights_fingerprint(reference.model)
     for split, name in zip(splits, ("ref_logprobs.safetensors", "ref_logprobs_eval.safetensors")):
         if split.examples:
-            split.reference = precompute(live, split.examples, checkpoint.inside(output, name), weights=weights,
-                                         budget=config.tokens_per_batch, progress=config.progress)
+            split.reference = precompute(
+                live,
+                split.examples,
+                checkpoint.inside(output, name),
+                weights=weights,
+                budget=config.tokens_per_batch,
+                progress=config.progress,
+            )
 
 
 def _check_vocabulary(pairs: Sequence[TokenPair], lm: models.PackedCausalLM, what: str) -> None:

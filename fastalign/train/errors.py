@@ -1,4 +1,5 @@
 """The errors that the command line turns into one line on stderr and an exit code."""
+
 from __future__ import annotations
 
 

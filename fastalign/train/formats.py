@@ -8,12 +8,14 @@ An implicit prompt is what both sides share: the longest common run of messages,
 would end it. A conversational pair may carry its prompt as text as well (UltraFeedback does); the messages decide then. Other
 columns are left alone, except those that would change the prompt (`tools`, `images`, ...): they are refused.
 """
+
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from fastalign.train.errors import DataError, UserError
 
@@ -76,7 +78,7 @@ def _standard(source: str, row: dict[str, Any]) -> Preference:
     if row.get("prompt") is not None:
         return Preference(source, _text(source, "prompt", row["prompt"]), chosen, rejected)
     shared = common_prefix(chosen, rejected)
-    if chosen[shared - 1:shared] == " ":  # a word and the space before it belong together
+    if chosen[shared - 1 : shared] == " ":  # a word and the space before it belong together
         shared -= 1
     if not shared:
         raise DataError(source, "prompt", "missing, and chosen and rejected share no beginning that could be the prompt")
@@ -88,8 +90,8 @@ def _conversational(source: str, row: dict[str, Any]) -> Preference:
     prompt = row.get("prompt")
     if isinstance(prompt, list):
         prompt = _messages(source, "prompt", prompt)
-        if chosen[:len(prompt)] == prompt and rejected[:len(prompt)] == prompt:  # repeated in both sides
-            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+        if chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:  # repeated in both sides
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
         if prompt is not None:
             _text(source, "prompt", prompt)
@@ -105,8 +107,12 @@ def _conversational(source: str, row: dict[str, Any]) -> Preference:
     for field, completion in (("chosen", chosen), ("rejected", rejected)):
         roles = {message["role"] for message in completion}
         if roles != {"assistant"}:
-            raise DataError(source, field, "must hold assistant turns only after the prompt, since all of it is trained on; "
-                                           f"it has: {', '.join(sorted(roles)) or 'no message'}")
+            raise DataError(
+                source,
+                field,
+                "must hold assistant turns only after the prompt, since all of it is trained on; "
+                f"it has: {', '.join(sorted(roles)) or 'no message'}",
+            )
     return Preference(source, prompt, chosen, rejected)
 
 

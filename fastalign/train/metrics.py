@@ -1,11 +1,13 @@
 """Where numbers go: sums over micro-batches, metrics.jsonl, TensorBoard, the console."""
+
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,7 +15,7 @@ from tqdm import tqdm
 from fastalign.train.checkpoint import inside, replace_file
 from fastalign.train.config import TrainConfig
 
-Metrics = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # name -> (sum, count) on the device
+Metrics = Mapping[str, tuple[torch.Tensor, torch.Tensor | int]]  # name -> (sum, count), tensors on the device
 
 # What the console shows of a record; the files have everything.
 _CONSOLE = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "step_time")
@@ -27,7 +29,8 @@ class MetricSums:
 
     def add(self, metrics: Metrics) -> None:
         for name, (total, count) in metrics.items():
-            pair = torch.stack([torch.as_tensor(x).detach().double() for x in (total, count)])
+            total = torch.as_tensor(total, dtype=torch.float64).detach()
+            pair = torch.stack([total, torch.as_tensor(count, dtype=torch.float64, device=total.device)])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def means(self) -> dict[str, float]:
@@ -45,37 +48,31 @@ class RunLog:
         self.history = self._keep_until(first_step)
         self.file = self.path.open("a", encoding="utf-8")
         self.board = self._open_board(inside(output, "tensorboard"), first_step) if config.tensorboard else None
-        self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit=" steps",
-                        disable=None if config.progress else True)
+        self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit=" steps", disable=None if config.progress else True)
 
-    def step(self, record: dict[str, Any]) -> None:
-        """A training record; `record["step"]` counts from 1."""
-        self._write(record)
-        self.bar.update()
+    def write(self, record: dict[str, Any]) -> None:
+        """A record of training (`record["step"]` counts from 1) or, under eval_ names, of an evaluation."""
+        self.history.append(record)
+        strict = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+        self.file.write(json.dumps(strict) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in record.items():
+                group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                self.board.add_scalar(f"{group}/{short}", value, record["step"])
+        if "eval_loss" in record:
+            self._print(record, "eval_")
+            return
         self.bar.set_postfix({"loss": f"{record['loss']:.4f}"}, refresh=False)
+        self.bar.update()
         if record["step"] % self.log_every == 0 or record["step"] in (1, self.bar.total):
             self._print(record, "")
-
-    def evaluation(self, record: dict[str, Any]) -> None:
-        self._write(record)
-        self._print(record, "eval_")
 
     def close(self) -> None:
         self.bar.close()
         self.file.close()
         if self.board is not None:
             self.board.close()
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self.history.append(record)
-        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(strict) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
-                    self.board.add_scalar(f"{group}/{short}", value, record["step"])
 
     def _print(self, record: dict[str, Any], prefix: str) -> None:
         shown = [f"{name} {record[prefix + name]:.4g}" for name in _CONSOLE if prefix + name in record]
@@ -102,4 +99,5 @@ class RunLog:
             print("tensorboard is not installed: no TensorBoard events are written")
             return None
         from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(str(folder), purge_step=first_step + 1)

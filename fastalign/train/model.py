@@ -1,4 +1,5 @@
 """Loading a causal LM, and running it on packed sequences without letting them see each other."""
+
 from __future__ import annotations
 
 import copy
@@ -29,12 +30,20 @@ def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
 
 def load_model(directory: str, *, trust_remote_code: bool = False) -> torch.nn.Module:
     """The causal LM of a directory, in float32. Raises `UserError` for a directory that does not hold all of its weights."""
-    model, info = _from_directory(AutoModelForCausalLM.from_pretrained, directory, "causal LM", output_loading_info=True,
-                                  dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model, info = _from_directory(
+        AutoModelForCausalLM.from_pretrained,
+        directory,
+        "causal LM",
+        output_loading_info=True,
+        dtype=torch.float32,
+        trust_remote_code=trust_remote_code,
+    )
     wrong = sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]
     if wrong:
-        raise UserError(f"the model directory {directory} lacks weights of its causal LM: {', '.join(wrong[:3])}"
-                        + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        raise UserError(
+            f"the model directory {directory} lacks weights of its causal LM: {', '.join(wrong[:3])}"
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
     return model
 
 
@@ -85,8 +94,10 @@ class PackedCausalLM:
             if reason is None:
                 return
             self.refused[name] = reason
-        raise UserError(f"{type(model).__name__} cannot train on packed sequences: "
-                        + "; ".join(f"{name}: {reason}" for name, reason in self.refused.items()))
+        raise UserError(
+            f"{type(model).__name__} cannot train on packed sequences: "
+            + "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
+        )
 
     def logits(self, batch: Any) -> torch.Tensor:
         """Logits [T, V] of the packed batch: row t predicts the token after `batch.input_ids[t]`."""
@@ -94,12 +105,17 @@ class PackedCausalLM:
         if self.attention == "packed":
             options["packed_lengths"] = tuple(batch.cu_seqlens.diff().tolist())
         elif self.attention == "flash_attention_2":
-            options.update(cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
-                           max_length_q=int(batch.max_seqlen), max_length_k=int(batch.max_seqlen))
+            options.update(
+                cu_seq_lens_q=batch.cu_seqlens,
+                cu_seq_lens_k=batch.cu_seqlens,
+                max_length_q=int(batch.max_seqlen),
+                max_length_k=int(batch.max_seqlen),
+            )
         # sdpa and eager build a block-diagonal mask where position_ids start again; it needs attention_mask=None and no cache.
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            output = self.model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=None,
-                                use_cache=False, **options)
+            output = self.model(
+                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=None, use_cache=False, **options
+            )
         return output.logits.squeeze(0)
 
     def frozen_copy(self) -> PackedCausalLM:
@@ -142,8 +158,9 @@ class PackedCausalLM:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocabulary(), (5, 8), generator=generator)
         a, middle, b, other_a, other_b = tokens
-        first, second, alone = (self.logits(self.to_device(fastalign.pack(rows))).float()
-                                for rows in ([a, middle, b], [other_a, middle, other_b], [middle]))
+        first, second, alone = (
+            self.logits(self.to_device(fastalign.pack(rows))).float() for rows in ([a, middle, b], [other_a, middle, other_b], [middle])
+        )
         scale = first.abs().max()
         exact = self.dtype is torch.float32
         if not torch.isfinite(scale):

@@ -1,9 +1,11 @@
 """Reference log-probs: from a live model, or computed once and cached in the output directory."""
+
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,8 +43,9 @@ class CachedReference:
         return torch.cat([self.parts[i] for i in batch.pairs]).to(packed.labels.device, non_blocking=True)
 
 
-def precompute(reference: LiveReference, pairs: Sequence[TokenPair], path: Path, *, weights: str, budget: int,
-               progress: bool) -> CachedReference:
+def precompute(
+    reference: LiveReference, pairs: Sequence[TokenPair], path: Path, *, weights: str, budget: int, progress: bool
+) -> CachedReference:
     """Read the cache at `path` if it was made with the same weights, data, tokenisation and precision; otherwise say so and make it."""
     lm = reference.lm
     key = "/".join((weights, fingerprint(pairs), str(lm.dtype), str(lm.attention)))

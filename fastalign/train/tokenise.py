@@ -10,10 +10,12 @@ that cut off, since generation stops at EOS; a text without EOS gets one.
 
 **Length.** The limit of a sequence is `max_length`, and half the token budget where the two sides together exceed the budget.
 """
+
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -78,8 +80,11 @@ class PairTokenizer:
         chosen, rejected = self._encode(preference, "chosen"), self._encode(preference, "rejected")
         end = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
         if end == 0:
-            raise DataError(preference.source, "prompt", "gives no token that a completion could be predicted from "
-                                                         "(it is empty and the tokenizer adds no BOS token)")
+            raise DataError(
+                preference.source,
+                "prompt",
+                "gives no token that a completion could be predicted from (it is empty and the tokenizer adds no BOS token)",
+            )
         parts = (prompt[:end], self._end_with_eos(chosen[end:]), self._end_with_eos(rejected[end:]))
         return TokenPair(*(torch.tensor(part, dtype=torch.int32) for part in parts)), end < len(prompt)
 
@@ -106,13 +111,14 @@ class PairTokenizer:
         eos = self.tokenizer.eos_token_id
         if eos in ids:
             last = len(ids) - 1 - ids[::-1].index(eos)
-            if not self.tokenizer.decode(ids[last + 1:], skip_special_tokens=False).strip():
-                return ids[:last + 1]
+            if not self.tokenizer.decode(ids[last + 1 :], skip_special_tokens=False).strip():
+                return ids[: last + 1]
         return ids + [eos]
 
 
-def tokenise(examples: Iterable[tuple[str, Any]], tokenizer: Any, *, budget: int, max_length: int | None, overlong: str,
-             progress: bool = False) -> tuple[list[TokenPair], DataReport]:
+def tokenise(
+    examples: Iterable[tuple[str, Any]], tokenizer: Any, *, budget: int, max_length: int | None, overlong: str, progress: bool = False
+) -> tuple[list[TokenPair], DataReport]:
     """Check, tokenise and fit every example (a row in one of TRL's formats, or a ready `TokenPair`)."""
     to_tokens, pairs, report = PairTokenizer(tokenizer), [], DataReport()
     for source, row in tqdm(examples, desc="tokenising", unit=" pairs", leave=False, disable=None if progress else True):
@@ -140,8 +146,11 @@ def fit(pair: TokenPair, *, budget: int, max_length: int | None, overlong: str, 
     if pair.longest() <= limit and pair.tokens() <= budget:
         return pair
     if overlong == "error":
-        what = f"a sequence of {pair.longest()} tokens exceeds {limit} (--max-length, or the model's positions)" if pair.longest() > limit else \
-            f"the pair's {pair.tokens()} tokens exceed --tokens-per-batch {budget}"
+        what = (
+            f"a sequence of {pair.longest()} tokens exceeds {limit} (--max-length, or the model's positions)"
+            if pair.longest() > limit
+            else f"the pair's {pair.tokens()} tokens exceed --tokens-per-batch {budget}"
+        )
         raise DataError(source, None, f"{what}; raise it, or choose --overlong drop, truncate_prompt or truncate_completion")
     if overlong == "drop":
         return None
@@ -150,6 +159,6 @@ def fit(pair: TokenPair, *, budget: int, max_length: int | None, overlong: str, 
     if overlong == "truncate_prompt":
         keep = limit - max(len(pair.chosen), len(pair.rejected))
         start = pair.prompt[:1] if pair.prompt[0] == bos and keep > 1 else pair.prompt[:0]
-        return pair._replace(prompt=torch.cat([start, pair.prompt[len(start) - keep:]])) if keep > 0 else None
+        return pair._replace(prompt=torch.cat([start, pair.prompt[len(start) - keep :]])) if keep > 0 else None
     room = limit - len(pair.prompt)
     return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room]) if room > 0 else None

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -25,36 +26,46 @@ VARIANTS = {"ubsan": ["-fsanitize=undefined", "-fno-sanitize-recover=all"], "pla
 
 def build(variant: str = "ubsan", edits: dict[str, tuple[str, str]] | None = None) -> Path:
     """Path of the module. `edits`: file name under csrc/cuda -> (text, replacement), to compile a changed copy of a kernel; the text must
-    stand in the file exactly once."""
-    cuda = {p: p.read_text() for p in sorted((CSRC / "cuda").iterdir()) if p.suffix in (".cu", ".cuh", ".h")}
+    stand in the file exactly once. What does not include a changed file is not compiled again."""
+    edited = {}
     for name, (old, new) in (edits or {}).items():
-        assert cuda[CSRC / "cuda" / name].count(old) == 1, f"{name} holds {old!r} {cuda[CSRC / 'cuda' / name].count(old)} times"
-        cuda[CSRC / "cuda" / name] = cuda[CSRC / "cuda" / name].replace(old, new)
-    headers = {p: t for p, t in cuda.items() if p.suffix != ".cu"}
-    shared = {p: p.read_text() for p in [*sorted(CSRC.rglob("*.h")), *sorted(HERE.glob("*.h"))] if p not in headers}
-    common = repr([(str(p), t) for p, t in [*headers.items(), *shared.items()]])
-    # A changed copy is compiled from a directory of its own, which hides csrc/cuda.
-    overlay = OUT / f"edit-{_hash(repr(edits))}" if edits else CSRC
-    for path, text in cuda.items() if edits else ():
+        text = (CSRC / "cuda" / name).read_text()
+        assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
+        edited[name] = text.replace(old, new)
+    # Changed copies lie in a directory of their own, which is searched first.
+    overlay = OUT / f"edit-{_hash(repr(edited))}" if edited else OUT
+    for name, text in edited.items():
         (overlay / "cuda").mkdir(parents=True, exist_ok=True)
-        (overlay / "cuda" / path.name).write_text(text)
-
-    flags = [*FLAGS, *VARIANTS[variant], "-DFA_EMU", "-DFA_WITH_CUDA", f"-I{overlay}", f"-I{CSRC}", f"-I{HERE}", "-include", "cuda_emu.h"]
+        (overlay / "cuda" / name).write_text(text)
+    flags = [*FLAGS, *VARIANTS[variant], "-DFA_EMU", "-DFA_WITH_CUDA", "-include", "cuda_emu.h"]
     python = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
     strings = [f'-D{k}="{v}"' for k, v in (("FA_VERSION", "emulated"), ("FA_CUDA_ARCHS", "emulated"), ("FA_CUDA_COMPILER", "g++"))]
-    sources = [(overlay / "cuda" / p.name, t, []) for p, t in cuda.items() if p.suffix == ".cu"]
-    sources.insert(0, (CSRC / "bindings.cpp", (CSRC / "bindings.cpp").read_text(), ["-DFA_MODULE=_C_emu", *strings, *python]))
+    search = [overlay, CSRC, HERE]
     jobs = []
-    for path, text, extra in sources:
-        names = [f.replace(str(overlay), "") for f in (*flags, *extra)]
-        jobs.append((path, OUT / f"{path.stem}-{_hash(repr((names, common, text)))}.o", [*flags, *extra]))
+    for source in [CSRC / "bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]:
+        path = overlay / "cuda" / source.name if source.name in edited else source
+        options = [*flags, "-DFA_MODULE=_C_emu", *strings, *python] if source.name == "bindings.cpp" else flags
+        output = OUT / f"{source.stem}-{_hash(repr((options, _texts([path, HERE / 'cuda_emu.h'], search))))}.o"
+        jobs.append((path, output, [*options, *[f"-I{d}" for d in search]]))
     module = OUT / f"{_hash(repr([str(o) for _, o, _ in jobs]))}" / f"_C_emu{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.exists():
         module.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda job: compile_object(*job), jobs))
+            list(pool.map(lambda job: compile_object(*job), sorted(jobs, key=lambda job: -job[0].stat().st_size)))
         _run(["g++", "-shared", *VARIANTS[variant], "-static-libubsan", *[str(o) for _, o, _ in jobs], "-o", str(module)])
     return module
+
+
+def _texts(paths: list[Path], search: list[Path]) -> list[str]:
+    """The texts of `paths` and of everything they include from `search`."""
+    seen: dict[Path, str] = {}
+    while paths:
+        path = paths.pop()
+        if path not in seen:
+            seen[path] = path.read_text()
+            found = (next((d / name for d in search if (d / name).exists()), None) for name in re.findall(r'#include "(.+)"', seen[path]))
+            paths += [p for p in found if p]
+    return [seen[p] for p in sorted(seen, key=lambda p: p.name)]
 
 
 def compile_object(source: Path, output: Path, flags: list[str]) -> None:
@@ -66,8 +77,8 @@ def compile_object(source: Path, output: Path, flags: list[str]) -> None:
 
 
 def load(path: Path) -> ModuleType:
-    """Import a built module under its own path, beside others of the same name."""
-    spec = importlib.util.spec_from_file_location("_C_emu", path)
+    """Import a built module beside others: pybind11 hands out one module per full name, so the name holds the build's hash."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._C_emu", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -5,7 +5,7 @@
 // atomic; which one runs next is drawn at random. Several clusters of the grid are under way at a time, in random order.
 //
 // What it finds: shared memory used before it was written (it starts as NaN) or outside its size; barriers and warp operations that not all threads
-// reach, or reach at different places; deadlocks, across the blocks of a cluster too; a block that exits while others read its shared memory;
+// reach, or reach at different places; deadlocks, across the blocks of a cluster too; a block that exits while others may read its shared memory;
 // launches that a GPU would refuse. Not found: races between threads that no interleaving of these points exposes, and memory ordering.
 #pragma once
 #include <algorithm>
@@ -40,17 +40,17 @@ struct alignas(8) float2 { float x, y; };
 
 namespace emu {
 
-// Where in the source a thread waits; filled in by the compiler at each call.
+// Where in the source a thread waits. As a default argument, Site() is the place of the call.
 struct Site {
   const char* file;
   int line;
+  constexpr Site(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
   bool operator==(const Site& o) const { return line == o.line && std::strcmp(file, o.file) == 0; }
   std::string text() const {
     const char* slash = std::strrchr(file, '/');
     return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
   }
 };
-#define FA_EMU_HERE ::emu::Site site = ::emu::Site{__builtin_FILE(), __builtin_LINE()}
 
 struct Block;
 struct Thread {
@@ -68,7 +68,7 @@ struct Thread {
 // A meeting of threads at one place. `expected` counts the threads that have not exited.
 struct Barrier {
   const char* kind = "";
-  Site site{"", 0};
+  Site site;
   std::vector<Thread*> waiting;
 };
 struct WarpMeeting {
@@ -86,11 +86,12 @@ struct Block {
   Barrier barrier;
   std::vector<char> memory;
   char* shared = nullptr;
+  unsigned mapped = 0;                               // by another block, in this epoch of the cluster
 };
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   unsigned alive = 0;
-  bool met = false;   // a cluster barrier has completed: all blocks are known to run
+  unsigned epoch = 1;   // 1 + completed cluster barriers
   Barrier barrier;
 };
 
@@ -148,8 +149,9 @@ class Machine {
     Cluster& c = *b.cluster;
     if (rank >= c.blocks.size()) throw std::runtime_error(text("cluster_map: no such rank"));
     if (mine < b.shared || mine >= b.shared + shared_) throw std::runtime_error(text("cluster_map: not an address in shared memory"));
-    if (!c.met) throw std::runtime_error(text("cluster_map before the first cluster_sync: the other block may not run yet"));
+    if (c.epoch == 1) throw std::runtime_error(text("cluster_map before the first cluster_sync: the other block may not run yet"));
     if (!c.blocks[rank]->alive) throw std::runtime_error(text("cluster_map: that block has exited"));
+    if (rank != b.rank) c.blocks[rank]->mapped = c.epoch;
     return c.blocks[rank]->shared + (mine - b.shared);
   }
 
@@ -175,7 +177,7 @@ class Machine {
     if (!barrier.waiting.empty() && barrier.waiting.size() == expected) release(barrier);
   }
   void release_if_cluster(Cluster& c) {
-    if (!c.barrier.waiting.empty() && c.barrier.waiting.size() == c.alive) c.met = true, release(c.barrier);
+    if (!c.barrier.waiting.empty() && c.barrier.waiting.size() == c.alive) ++c.epoch, release(c.barrier);
   }
   void release_warps(Block& b, unsigned warp) {
     auto& meetings = b.meetings[warp];
@@ -208,7 +210,8 @@ class Machine {
     release_warps(b, warp);
     release_if(b.barrier, b.alive);
     release_if_cluster(*b.cluster);
-    if (b.alive == 0) std::memset(b.shared, 0xff, shared_);   // what another block may still read there is not to be trusted
+    if (b.alive == 0 && b.mapped == b.cluster->epoch)
+      throw std::runtime_error(text("a block exits without a cluster_sync after others took the address of its shared memory"));
   }
 
   std::unique_ptr<Cluster> start(unsigned size, uint64_t number) {

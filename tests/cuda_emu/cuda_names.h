@@ -6,15 +6,15 @@
 #define blockDim (::emu::machine.block_dim)
 #define gridDim (::emu::machine.grid_dim)
 
-inline void __syncthreads(FA_EMU_HERE) { ::emu::machine.meet_block(site); }
-template <class T> T __shfl_sync(unsigned mask, T value, int lane, FA_EMU_HERE) {
+inline void __syncthreads(::emu::Site site = ::emu::Site()) { ::emu::machine.meet_block(site); }
+template <class T> T __shfl_sync(unsigned mask, T value, int lane, ::emu::Site site = ::emu::Site()) {
   return ::emu::from_word<T>(::emu::machine.meet_warp("__shfl_sync", mask, ::emu::to_word(value), unsigned(lane) & 31, true, site));
 }
-template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned distance, FA_EMU_HERE) {
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned distance, ::emu::Site site = ::emu::Site()) {
   const unsigned lane = ::emu::machine.current->linear % 32, from = lane + distance < 32 ? lane + distance : lane;
   return ::emu::from_word<T>(::emu::machine.meet_warp("__shfl_down_sync", mask, ::emu::to_word(value), from, true, site));
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, FA_EMU_HERE) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, ::emu::Site site = ::emu::Site()) {
   return unsigned(::emu::machine.meet_warp("__ballot_sync", mask, predicate != 0, 0, false, site));
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -53,7 +53,7 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
 }
 template <class K> bool clusters_supported(K*, int) { return true; }
 
-inline void cluster_sync(FA_EMU_HERE) { ::emu::machine.meet_cluster(site); }
+inline void cluster_sync(::emu::Site site = ::emu::Site()) { ::emu::machine.meet_cluster(site); }
 inline unsigned cluster_rank() { return ::emu::machine.current->block->rank; }
 template <class T> T* cluster_map(T* mine, unsigned rank) {
   return reinterpret_cast<T*>(::emu::machine.shared_of(reinterpret_cast<char*>(mine), rank));

@@ -47,7 +47,6 @@ struct Context {
   // The first switch to it "returns" into entry, with the stack aligned as after a call.
   void prepare(char* stack, size_t size, Entry entry) {
     void** top = reinterpret_cast<void**>(stack + size);
-    *--top = nullptr;
     *--top = nullptr;   // the return address of entry, which never returns
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;

@@ -1,13 +1,14 @@
 """The tiny model of tiny.py on disk, a data file, and a builder of short runs."""
+
 import pytest
 
 pytest.importorskip("transformers", reason="the trainer is tested where transformers is installed")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tiny import make_model, make_rows, make_tokenizer, write_jsonl  # noqa: E402
+import torch
+import transformers
+from tiny import make_model, make_rows, make_tokenizer, write_jsonl
 
-from fastalign.train import TrainConfig  # noqa: E402
+from fastalign.train import TrainConfig
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -33,10 +34,23 @@ def data_file(tmp_path):
 @pytest.fixture
 def config(tmp_path, model_dir, data_file):
     """`config(name=value, ...)`: a short run in tmp_path/out."""
+
     def build(**settings):
-        return TrainConfig(**{"model": str(model_dir), "data": str(data_file), "output": str(tmp_path / "out"), "batch_size": 4,
-                              "tokens_per_batch": 256, "learning_rate": 1e-3, "max_steps": 3, "progress": False, "tensorboard": False,
-                              **settings})
+        return TrainConfig(
+            **{
+                "model": str(model_dir),
+                "data": str(data_file),
+                "output": str(tmp_path / "out"),
+                "batch_size": 4,
+                "tokens_per_batch": 256,
+                "learning_rate": 1e-3,
+                "max_steps": 3,
+                "progress": False,
+                "tensorboard": False,
+                **settings,
+            }
+        )
+
     return build
 
 

@@ -1,4 +1,5 @@
 """What a run computes: step 0, accumulation, reference, losses, precision, the saved model."""
+
 import functools
 import json
 import math
@@ -10,7 +11,15 @@ from tiny import make_model, make_rows, without_times, write_jsonl
 
 import fastalign
 from fastalign.train import (
-    PackedCausalLM, PreferenceMethod, TokenPair, TrainConfig, TrainingError, UserError, load_model, load_tokenizer, train_dpo,
+    PackedCausalLM,
+    PreferenceMethod,
+    TokenPair,
+    TrainConfig,
+    TrainingError,
+    UserError,
+    load_model,
+    load_tokenizer,
+    train_dpo,
 )
 from fastalign.train.data import load_pairs
 from fastalign.train.dpo import resolve_loss
@@ -20,8 +29,11 @@ from fastalign.train.reference import LiveReference, precompute, weights_fingerp
 LN2 = math.log(2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"attention": "sdpa"}, {"attention": "eager"}, {"dtype": "bfloat16"}, {"token_metrics": False}],
-                         ids=["float32", "sdpa", "eager", "bfloat16", "plain"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"attention": "sdpa"}, {"attention": "eager"}, {"dtype": "bfloat16"}, {"token_metrics": False}],
+    ids=["float32", "sdpa", "eager", "bfloat16", "plain"],
+)
 def test_step_0_is_ln_2_with_rewards_exactly_0(config, settings):
     result = train_dpo(config(max_steps=1, eval_fraction=0.25, **settings))
     before, first = result.history[:2]
@@ -37,19 +49,31 @@ def test_step_0_with_a_precomputed_reference(config):
     assert abs(first["loss"] - LN2) < 1e-6 and abs(first["rewards/chosen"]) < 1e-6 and abs(first["rewards/rejected"]) < 1e-6
 
 
-@pytest.mark.parametrize("loss", fastalign.losses.available().names())
-def test_every_loss_trains_and_micro_batching_changes_nothing(config, loss, tmp_path):
+def test_every_named_loss_is_served_or_refused_with_a_reason():
+    for name in fastalign.losses.available().names():
+        try:
+            resolve_loss(TrainConfig(loss=name))
+        except UserError as error:
+            assert f"--loss {name} needs " in str(error)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "ipo", "hinge_norm", "simpo", "slic_hf", "cpo"])
+def test_micro_batching_changes_nothing(config, loss, tmp_path):
     """One pack per step or several: the same run, up to rounding."""
     runs, packs = [], []
     for name, budget in (("one", 2048), ("many", 48)):
         calls = []
 
-        def loss_fn(*args, **kwargs):
+        def loss_fn(*args, calls=calls, **kwargs):
             calls.append(kwargs["num_items"])
             return fastalign.preference_loss(*args, **kwargs)
 
-        runs.append(train_dpo(config(loss=loss, batch_size=7, tokens_per_batch=budget, output=str(tmp_path / name), weight_decay=0.1,
-                                     max_grad_norm=0.5), loss_fn=loss_fn))
+        runs.append(
+            train_dpo(
+                config(loss=loss, batch_size=7, tokens_per_batch=budget, output=str(tmp_path / name), weight_decay=0.1, max_grad_norm=0.5),
+                loss_fn=loss_fn,
+            )
+        )
         packs.append(len(calls))
     assert packs[0] == 3 and packs[1] > 6
     for one, many in zip(without_times(runs[0].history), without_times(runs[1].history)):
@@ -102,10 +126,13 @@ def test_token_metrics_are_trl_s(config):
     """Means over scored tokens: logits over tokens and vocabulary per side, entropy over both sides, top-1 accuracy on the chosen side."""
     (pair,) = random_pairs((4, 6, 3))
     model = make_model().eval()
-    record = train_dpo(config(max_steps=1, model=None, data=None), model=make_model(), tokenizer=load_tokenizer(config().model),
-                       examples=[pair]).history[0]
-    logits = {name: model(torch.cat([pair.prompt, side]).long()[None]).logits[0, 3:-1].double()
-              for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected))}
+    record = train_dpo(
+        config(max_steps=1, model=None, data=None), model=make_model(), tokenizer=load_tokenizer(config().model), examples=[pair]
+    ).history[0]
+    logits = {
+        name: model(torch.cat([pair.prompt, side]).long()[None]).logits[0, 3:-1].double()
+        for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    }
     for name, rows in logits.items():
         assert record[f"logits/{name}"] == pytest.approx(rows.mean().item(), abs=1e-6)
     both = torch.cat(list(logits.values()))
@@ -125,7 +152,10 @@ def test_training_learns_and_the_saved_model_is_the_trained_one(config):
     again = train_dpo(config(model=str(result.output), output=str(result.output / "again"), eval_data=config().data, max_steps=1))
     assert again.history[0]["eval_logps/chosen"] == pytest.approx(records[-1]["eval_logps/chosen"], abs=1e-4)
     model = transformers.AutoModelForCausalLM.from_pretrained(result.output)
-    assert transformers.AutoTokenizer.from_pretrained(result.output)("good")["input_ids"] == load_tokenizer(config().model)("good")["input_ids"]
+    assert (
+        transformers.AutoTokenizer.from_pretrained(result.output)("good")["input_ids"]
+        == load_tokenizer(config().model)("good")["input_ids"]
+    )
     assert model.config._attn_implementation != "fastalign_packed"
 
 
@@ -133,9 +163,26 @@ def test_the_record_of_a_run(config, capsys):
     result = train_dpo(config(eval_fraction=0.25, tensorboard=True))
     lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
     assert lines == result.history
-    trl = {"loss", "grad_norm", "learning_rate", "epoch", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-           "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "num_tokens"}
-    assert trl <= lines[1].keys() and all(f"eval_{name}" in lines[0] for name in trl - {"grad_norm", "learning_rate", "epoch", "num_tokens"})
+    trl = {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "entropy",
+        "mean_token_accuracy",
+        "num_tokens",
+    }
+    assert trl <= lines[1].keys() and all(
+        f"eval_{name}" in lines[0] for name in trl - {"grad_norm", "learning_rate", "epoch", "num_tokens"}
+    )
     assert list((result.output / "tensorboard").iterdir())
     assert json.loads((result.output / "train_config.json").read_text())["config"]["loss"] == "dpo"
     out = capsys.readouterr().out
@@ -161,8 +208,14 @@ def test_precomputed_reference_is_cached_by_what_it_depends_on(config, capsys, d
         method, token_stats = preference_method(config())
         lm = PackedCausalLM(load_model(settings.pop("model", config().model)), dtype=settings.pop("dtype", "float32"))
         pairs, _ = load_pairs(config(eval_fraction=0.25, **settings), load_tokenizer(config().model), None)
-        precompute(LiveReference(lm, token_stats), pairs, output / "ref_logprobs.safetensors", weights=weights_fingerprint(lm.model),
-                   budget=256, progress=False)
+        precompute(
+            LiveReference(lm, token_stats),
+            pairs,
+            output / "ref_logprobs.safetensors",
+            weights=weights_fingerprint(lm.model),
+            budget=256,
+            progress=False,
+        )
         return said()
 
     assert "read from" in again()
@@ -189,6 +242,7 @@ def test_a_reference_of_its_own(config, tmp_path):
 
 def test_replaced_head_functions(config, tmp_path):
     """The plain PyTorch path through the same loop gives the same run."""
+
     def logprobs(logits, labels):
         rows = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
         return rows.where(labels >= 0, 0)
@@ -214,7 +268,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(config):
         output = fastalign.preference_loss(logprobs, *args, **kwargs)
         return output._replace(loss=output.loss * math.inf)
 
-    with pytest.raises(TrainingError, match="step 1: loss .*before the update"):
+    with pytest.raises(TrainingError, match="step 1: loss .*no update was made"):
         train_dpo(config(model=None), model=model, tokenizer=load_tokenizer(config().model), loss_fn=loss)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -226,10 +280,15 @@ def test_learning_rate_rises_then_falls():
     assert learning_rate(0, 1, TrainConfig(learning_rate=1.0, warmup_ratio=0.0)) == 1.0
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"labels": "soft"}, "soft labels"), ({"kl_chosen": 1.0}, "sequence KLs"), ({"nonfinite": "drop"}, "count of pairs"),
-    ({"sft_weight": 1.0, "sft_include_prompt": True}, "prompt tokens"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"labels": "soft"}, "soft labels"),
+        ({"kl_chosen": 1.0}, "sequence KLs"),
+        ({"nonfinite": "drop"}, "count of pairs"),
+        ({"sft_weight": 1.0, "sft_include_prompt": True}, "prompt tokens"),
+    ],
+)
 def test_a_loss_that_the_trainer_cannot_feed_is_refused(options, words):
     with pytest.raises(UserError, match=words):
         resolve_loss(TrainConfig(loss_options=options))

@@ -1,4 +1,5 @@
 """TRL's preference formats and their errors."""
+
 import json
 
 import pytest
@@ -67,8 +68,11 @@ MALFORMED = [
     ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "prompt", "share no first message"),
     ({"prompt": "z", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "prompt", "differs"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{"name": "f"}]}, "tools", "not supported"),
-    ({"prompt": [user("a")], "chosen": [assistant("b") | {"tool_calls": [1]}], "rejected": [assistant("c")]}, "chosen[0].tool_calls",
-     "not supported"),
+    (
+        {"prompt": [user("a")], "chosen": [assistant("b") | {"tool_calls": [1]}], "rejected": [assistant("c")]},
+        "chosen[0].tool_calls",
+        "not supported",
+    ),
 ]
 
 

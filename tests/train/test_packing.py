@@ -1,4 +1,5 @@
 """Packed sequences do not see each other, packs respect the budget, the step order is a function of the step."""
+
 import inspect
 
 import pytest
@@ -22,14 +23,24 @@ def sequences(seed=0):
 
 def rows_of(logits, i):
     start = sum(LENGTHS[:i])
-    return logits[start:start + LENGTHS[i]]
+    return logits[start : start + LENGTHS[i]]
 
 
 def mistral(**options):
     torch.manual_seed(0)
-    return transformers.MistralForCausalLM(transformers.MistralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, sliding_window=4, **options))
+    return transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            sliding_window=4,
+            **options,
+        )
+    )
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -75,8 +86,17 @@ def test_gradients_of_one_sequence_stop_at_its_boundary(attention):
 def test_a_model_that_lets_sequences_see_each_other_is_refused():
     """OPT builds its masks without position_ids: with sdpa and eager its packed sequences are not separate."""
     torch.manual_seed(0)
-    opt = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=100, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
-                                                             num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32))
+    opt = transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=100,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+        )
+    )
     with pytest.raises(UserError, match="sdpa: a packed sequence sees its neighbours"):
         PackedCausalLM(opt, attention="sdpa")
 
@@ -90,8 +110,17 @@ def test_a_model_without_position_ids_is_refused_with_every_reason():
 
 def test_auto_passes_over_with_a_reason():
     torch.manual_seed(0)
-    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    gemma = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
     lm = PackedCausalLM(gemma)
     assert lm.attention == "eager" and "softcap" in lm.refused["packed"] and "softcap" in lm.refused["sdpa"]
 
@@ -107,7 +136,12 @@ def test_the_model_gets_its_attention_back():
 def test_packed_attention_refuses_what_it_cannot_honour():
     q = torch.randn(1, 2, 5, 4)
     module = torch.nn.Module()
-    for options, words in (({}, "packed_lengths"), ({"softcap": 30.0}, "softcap"), ({"s_aux": q}, "s_aux"), ({"is_causal": False}, "is_causal")):
+    for options, words in (
+        ({}, "packed_lengths"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": q}, "s_aux"),
+        ({"is_causal": False}, "is_causal"),
+    ):
         with pytest.raises(ValueError, match=words):
             packed_attention(module, q, q, q, None, **options)
     with pytest.raises(ValueError, match="attention_mask"):
@@ -117,6 +151,7 @@ def test_packed_attention_refuses_what_it_cannot_honour():
 def test_flash_attention_gets_the_boundaries():
     """What transformers' FlashAttention path reads, by its names there."""
     from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
     lm = PackedCausalLM(make_model())
     lm.attention, seen = "flash_attention_2", {}
 
@@ -134,8 +169,10 @@ def test_flash_attention_gets_the_boundaries():
 
 def pairs(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [TokenPair(*(torch.randint(300, (int(n),), dtype=torch.int32) for n in torch.randint(1, 20, (3,), generator=generator)))
-            for _ in range(count)]
+    return [
+        TokenPair(*(torch.randint(300, (int(n),), dtype=torch.int32) for n in torch.randint(1, 20, (3,), generator=generator)))
+        for _ in range(count)
+    ]
 
 
 def test_packs_hold_every_pair_once_within_the_budget_and_nothing_but_its_tokens():

@@ -1,4 +1,5 @@
 """Interrupted and resumed equals uninterrupted, to the last bit, wherever the interruption falls."""
+
 import json
 import os
 
@@ -10,8 +11,15 @@ from tiny import make_model, make_rows, without_times, write_jsonl
 
 from fastalign.train import UserError, checkpoint, load_tokenizer, train_dpo
 
-SETTINGS = {"max_steps": 7, "batch_size": 5, "save_every": 2, "eval_fraction": 0.25, "eval_every": 3, "weight_decay": 0.01,
-            "tokens_per_batch": 64}
+SETTINGS = {
+    "max_steps": 7,
+    "batch_size": 5,
+    "save_every": 2,
+    "eval_fraction": 0.25,
+    "eval_every": 3,
+    "weight_decay": 0.01,
+    "tokens_per_batch": 64,
+}
 
 
 class Interruption(Exception):
@@ -20,6 +28,7 @@ class Interruption(Exception):
 
 def interrupted(config, after, **settings):
     """Run until the record of step `after` has been logged, then break off."""
+
     def stop(record):
         if record["step"] == after and "loss" in record:
             raise Interruption
@@ -49,7 +58,10 @@ def test_resumed_equals_uninterrupted(config, tmp_path, precompute):
 
 
 def test_with_a_model_in_memory(config, uninterrupted):
-    interrupted(config, 5, )
+    interrupted(
+        config,
+        5,
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(config().model)
     same(train_dpo(config(**SETTINGS, resume=True), model=model, tokenizer=load_tokenizer(config().model)), uninterrupted)
 
@@ -88,9 +100,14 @@ def test_a_checkpoint_is_a_model_directory(config):
     assert transformers.AutoTokenizer.from_pretrained(path).eos_token == "</s>"
 
 
-@pytest.mark.parametrize("change, words", [({"learning_rate": 2e-3}, "--learning-rate was 0.001, is 0.002"),
-                                           ({"loss_options": {"beta": 0.2}}, "--set was {}, is {'beta': 0.2}"),
-                                           ({"max_steps": 9}, "--max-steps was 7, is 9")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"learning_rate": 2e-3}, "--learning-rate was 0.001, is 0.002"),
+        ({"loss_options": {"beta": 0.2}}, "--set was {}, is {'beta': 0.2}"),
+        ({"max_steps": 9}, "--max-steps was 7, is 9"),
+    ],
+)
 def test_other_settings_are_refused(config, change, words):
     interrupted(config, 5)
     with pytest.raises(UserError, match=words):
@@ -114,6 +131,7 @@ def test_a_damaged_checkpoint_is_refused(config):
 
 def test_a_checkpoint_runs_no_code(config, tmp_path):
     """trainer.pt from elsewhere is data: a pickle that would call something is refused, and the call does not happen."""
+
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "pwned"),)

@@ -1,12 +1,15 @@
 """A tiny Llama, a byte-level tokenizer and pairs that it can learn in seconds."""
+
 import json
 
 import tokenizers
 import torch
 import transformers
 
-CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
-                 "{% if add_generation_prompt %}[assistant]{% endif %}")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def make_tokenizer(chat_template=None):
@@ -14,24 +17,41 @@ def make_tokenizer(chat_template=None):
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False,
-                                             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )
     bpe.train_from_iterator(["the cat sat on the mat", "a dog is good", "that is bad"] * 20, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=chat_template)
 
 
 def make_model(vocabulary=300, seed=0, **options):
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**{"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                                         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-                                         "bos_token_id": 0, "eos_token_id": 1, **options})
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": vocabulary,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            **options,
+        }
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def make_rows(count=12):
     """Standard pairs of different lengths: chosen praises, rejected does not."""
-    return [{"prompt": f"the {'cat ' * (i % 4)}number {i}:", "chosen": " good" * (1 + i % 3), "rejected": " bad" * (1 + (i + 1) % 4)}
-            for i in range(count)]
+    return [
+        {"prompt": f"the {'cat ' * (i % 4)}number {i}:", "chosen": " good" * (1 + i % 3), "rejected": " bad" * (1 + (i + 1) % 4)}
+        for i in range(count)
+    ]
 
 
 def write_jsonl(path, rows):

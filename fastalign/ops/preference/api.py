@@ -17,7 +17,8 @@ from fastalign.checks import (
     per_token,
     row_mask,
 )  # fmt: skip
-from fastalign.losses import REDUCTIONS, SCALAR_COUNT, TENSOR_FIELDS, TENSOR_ONLY, Preset, resolve
+from fastalign.losses import resolve
+from fastalign.preset import REDUCTIONS, SCALAR_COUNT, TENSOR_FIELDS, TENSOR_ONLY, Preset
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 
 SUM_WIDTH, TABLE_WIDTH = 6, 11
@@ -315,9 +316,10 @@ def _extra(
     preset: Preset, tensors: dict[str, Tensor], count: int, num_items: Any, num_sft_tokens: Any, like: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The op's tensors per pair, `valid`, and the two global counts, in the op's order; constants of the loss."""
-    if preset.needs_soft_labels != ("soft_labels" in tensors):
-        reason = "needs soft_labels, a tensor [P]" if preset.needs_soft_labels else "does not use soft_labels (labels='soft' does)"
-        raise ValueError(f"loss {preset.name!r} {reason}")
+    if preset.needs_soft_labels and "soft_labels" not in tensors:
+        raise ValueError(f"loss {preset.name!r} needs soft_labels, a tensor [P]")
+    if "soft_labels" in tensors and not preset.takes_soft_labels:
+        raise ValueError(f"loss {preset.name!r} does not use soft_labels (labels='soft' does)")
     out: list[Tensor | None] = []
     for name in (*_PAIR_TENSORS, "valid"):
         t = tensors.get(name)

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from fastalign.losses import PairParams
 from fastalign.ops.sequence_sum.reference import _segments, segment_sums
+from fastalign.preset import PairParams
 
 SUM_WIDTH, TABLE_WIDTH = 6, 11
 
@@ -86,6 +86,11 @@ def _ranks(mask, cu_seqlens, index):
     return before - before[cu_seqlens[:-1].long().clamp(max=max(mask.numel() - 1, 0))][index]
 
 
+def _tail_weights(p, before):
+    """1 where `before` (the partner's length), ld_alpha beyond, in fp64: a Python float in torch.where would be rounded to fp32."""
+    return torch.where(before, 1.0, torch.tensor(p.ld_alpha, dtype=torch.float64, device=before.device))
+
+
 def _token_terms(p, logprobs, ref_logprobs):
     """Each token's log-ratio and whether its gradient passes the clamp."""
     if p.reference:
@@ -123,10 +128,10 @@ def pair_sums(p, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, c
         for side in (0, 1):
             partner = lengths[pairs[:, 1 - side]]
             own = index.unsqueeze(0) == pairs[:, side].unsqueeze(1)
-            tail = torch.where(ranks.unsqueeze(0) < partner.unsqueeze(1), 1.0, p.ld_alpha) * own
+            tail = _tail_weights(p, ranks.unsqueeze(0) < partner.unsqueeze(1)) * own
             for column, values in ((0, w * logprobs), (1, w * ratio)):
                 kept = torch.where(scored, values, torch.zeros_like(values))
-                sums[:, side, column] = (tail.double() * torch.where(own, kept, torch.zeros_like(kept))).sum(-1).to(kept.dtype)
+                sums[:, side, column] = (tail * torch.where(own, kept, torch.zeros_like(kept))).sum(-1).to(kept.dtype)
     return sums
 
 
@@ -141,6 +146,7 @@ def evaluate_pairs(p, sums, tensors, valid):
     one = torch.ones_like(d_w)
     beta = one * (p.beta if beta is None else beta)
     beta_l = beta if math.isnan(p.beta_rejected) else one * p.beta_rejected
+    soft_label = one if soft_label is None else soft_label
     target = p.target if target is None else target
     anchor = p.anchor if anchor is None else anchor
     norm_w, norm_l = _norm(n_w, p.length_norm), _norm(n_l, p.length_norm)
@@ -271,7 +277,7 @@ def preference_bwd(grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weight
     for i in range(count):
         for side in (0, 1):
             own = index == pairs[i, side]
-            tail = 1.0 if ranks is None else torch.where(ranks < sums[i, 1 - side, 2], 1.0, p.ld_alpha).to(w.dtype)
+            tail = 1.0 if ranks is None else _tail_weights(p, ranks < sums[i, 1 - side, 2]).to(w.dtype)
             d_logprobs = d_logprobs + torch.where(own & scored & is_open, g[i] * table[i, side] * tail * w, zero)
             d_kl = d_kl + torch.where(own & scored, g[i] * table[i, 2 + side], zero)
             if side == 0 and p.sft_weight:

@@ -1,0 +1,27 @@
+"""The KL estimators in Triton, elementwise."""
+
+import triton
+import triton.language as tl
+
+from fastalign import ffi, triton_math
+
+BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["n"])
+def kl_estimate_kernel(logprobs, ref_logprobs, value, slope, n: tl.int64, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v, s = triton_math.kl_estimate(KIND, tl.load(logprobs + i, mask=i < n, other=0.0), tl.load(ref_logprobs + i, mask=i < n, other=0.0))
+    tl.store(value + i, v, mask=i < n)
+    tl.store(slope + i, s, mask=i < n)
+
+
+def kl_estimate_fwd(logprobs, ref_logprobs, kind):
+    n, device = logprobs.numel(), logprobs.device
+    value, slope = (ffi.empty(tuple(logprobs.shape), logprobs.dtype, device) for _ in range(2))
+    if n:
+        with ffi.triton_device(device):
+            kl_estimate_kernel[(triton.cdiv(n, BLOCK),)](
+                logprobs, ref_logprobs, value, slope, n, KIND=kind, BLOCK=BLOCK, num_warps=ffi.warps(256, device), enable_fp_fusion=False
+            )
+    return value, slope

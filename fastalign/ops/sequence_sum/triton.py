@@ -1,0 +1,72 @@
+"""Sums over packed sequences in Triton: one program per sequence, either way."""
+
+import triton
+import triton.language as tl
+
+from fastalign import ffi
+
+BLOCK = 2048  # tokens at a time
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens, i, tokens):
+    """First and last + 1 token of sequence i, inside [0, tokens] whatever cu_seqlens holds."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + i), 0), tokens)
+    return begin, tl.minimum(tl.maximum(tl.load(cu_seqlens + i + 1), begin), tokens)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def sequence_sum_fwd_kernel(x, cu_seqlens, mask, weights, sums, counts, tokens: tl.int32, BLOCK: tl.constexpr):
+    i = tl.program_id(0)
+    begin, end = sequence_bounds(cu_seqlens, i, tokens)
+    total, count = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+    for start in range(begin, end, BLOCK):  # lane by lane, so the order of summation depends on the sequence alone
+        t = start + tl.arange(0, BLOCK)
+        counted = t < end
+        if mask is not None:
+            counted = tl.load(mask + t, mask=counted, other=0) != 0
+        term = tl.load(x + t, mask=counted, other=0.0)
+        if weights is not None:
+            term *= tl.load(weights + t, mask=counted, other=0.0)
+        total += term
+        count += counted.to(tl.int32)
+    tl.store(sums + i, tl.sum(total, 0))
+    tl.store(counts + i, tl.sum(count, 0).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def sequence_sum_bwd_kernel(grad, cu_seqlens, mask, weights, grad_x, tokens: tl.int32, BLOCK: tl.constexpr):
+    i = tl.program_id(0)
+    begin, end = sequence_bounds(cu_seqlens, i, tokens)
+    g = tl.load(grad + i)
+    for start in range(begin, end, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        counted = t < end
+        if mask is not None:
+            counted = tl.load(mask + t, mask=counted, other=0) != 0
+        term = tl.zeros([BLOCK], tl.float32) + g
+        if weights is not None:
+            term *= tl.load(weights + t, mask=counted, other=0.0)
+        tl.store(grad_x + t, tl.where(counted, term, 0.0), mask=t < end)
+
+
+def sequence_sum_fwd(x, cu_seqlens, mask, weights):
+    sequences, device = cu_seqlens.shape[0] - 1, x.device
+    sums, counts = (ffi.empty((sequences,), x.dtype, device) for _ in range(2))
+    if sequences:
+        with ffi.triton_device(device):
+            sequence_sum_fwd_kernel[(sequences,)](
+                x, cu_seqlens, mask, weights, sums, counts, x.shape[0], BLOCK=BLOCK, num_warps=ffi.warps(256, device), enable_fp_fusion=False
+            )
+    return sums, counts
+
+
+def sequence_sum_bwd(grad, cu_seqlens, mask, weights, tokens):
+    device = grad.device
+    grad_x = ffi.empty((tokens,), grad.dtype, device)
+    if tokens:
+        with ffi.triton_device(device):
+            sequence_sum_bwd_kernel[(grad.shape[0],)](
+                grad, cu_seqlens, mask, weights, grad_x, tokens, BLOCK=BLOCK, num_warps=ffi.warps(256, device), enable_fp_fusion=False
+            )
+    return grad_x

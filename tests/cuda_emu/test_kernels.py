@@ -1,0 +1,222 @@
+"""What the contract tests do not reach: every cluster size, every alignment, the edges of every tensor, and that a missing barrier is noticed."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import test_contract as contract
+import test_contract_packed as packed
+import torch
+from cuda_emu import build, plugin
+
+import fastalign as fa
+from fastalign import ffi
+from fastalign.testing import make_labels, make_logits
+
+WHERE = ("cuda", "cpu")  # the contract tests' backend and device arguments
+
+
+@pytest.fixture(params=[1, 2, 8], ids="cluster{}".format)
+def cluster(request, emulated):
+    emulated._emu_set_seed(10 + request.param)
+    emulated.set_cluster_size(request.param)
+    return request.param
+
+
+def outputs(logits, labels, inplace=False, **options):
+    """Every output, and the gradient of a mix of them."""
+    leaf = logits.detach().requires_grad_()
+    stats = fa.token_stats(leaf, labels, outputs=contract.ALL, **options)
+    (stats.logprob.sum() - 0.7 * stats.entropy.sum() + 0.1 * stats.logsumexp.sum()).backward()
+    return [getattr(stats, name).detach() for name in contract.ALL] + [leaf.grad]
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 129, 1000, 5003])
+def test_accuracy_at_every_cluster_size(cluster, vocab):
+    contract.test_accuracy_fp32(*WHERE, vocab, "normal")
+    contract.test_accuracy_other_dtypes(*WHERE, (torch.bfloat16, torch.float16), min(vocab, 1000), torch.bfloat16)
+
+
+def test_edge_cases_at_every_cluster_size(cluster):
+    contract.test_minus_inf_logits(*WHERE, 600)
+    contract.test_bad_rows_stay_alone(*WHERE, 700, math.nan)
+    contract.test_bad_rows_stay_alone(*WHERE, 700, "all -inf")
+    contract.test_masked_rows_are_exact_zeros_whatever_they_hold(*WHERE, "labels")
+    contract.test_top1_is_argmax(*WHERE)
+    contract.test_vocabulary_shards_merge(*WHERE, (16, 64, 80))
+    contract.test_scale_softcap_temperature(*WHERE, 0.5, 5.0, 0.6)
+
+
+def test_cluster_size_is_checked(emulated):
+    for size in (-1, 3, 16):
+        with pytest.raises(ValueError, match="0 .automatic., 1, 2, 4 or 8"):
+            emulated.set_cluster_size(size)
+
+
+def test_automatic_cluster_of_a_long_row(emulated):
+    """Long enough that the choice by row length is a cluster, on one row."""
+    contract.check(make_logits(1, 20_001, dtype=torch.bfloat16), make_labels(1, 20_001))
+
+
+def test_fp64_is_refused_by_the_kernels_too(emulated):
+    x = torch.zeros(1, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="fp32, bf16 and fp16"), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fa.registry.OPS["token_stats_fwd"].dtypes, "cuda", (torch.float64,))
+        fa.token_stats(x, outputs=("entropy",))
+
+
+# --- alignment and edges ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size,vocab", [(0, 1037), (1, 2500), (8, 5003)])
+def test_every_alignment_gives_the_same_bits(emulated, size, vocab, dtype):
+    """Rows moved by one element at a time, in NaN surroundings that no load may let in."""
+    emulated.set_cluster_size(size)
+    row, labels = make_logits(2, vocab, dtype=dtype), make_labels(2, vocab)
+    want = outputs(row, labels)
+    for shift in range(16 // dtype.itemsize):
+        stride = vocab + 3
+        buffer = torch.full((shift + 2 * stride,), math.nan, dtype=dtype)
+        moved = buffer[shift:].view(2, stride)[:, :vocab]
+        moved.copy_(row)
+        for got, expected in zip(outputs(moved, labels), want):
+            assert torch.equal(got, expected), f"row moved by {shift} elements"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inplace_gradient_stays_inside_its_rows(emulated, dtype):
+    vocab, stride = 1037, 1041
+    labels = make_labels(3, vocab, ignored=0.3)
+    want = outputs(make_logits(3, vocab, dtype=dtype), labels)[-1]
+    for shift in range(16 // dtype.itemsize):
+        buffer = torch.full((shift + 3 * stride + 8,), 77.0, dtype=dtype)
+        logits = buffer[shift : shift + 3 * stride].view(3, stride)[:, :vocab]
+        logits.copy_(make_logits(3, vocab, dtype=dtype))
+        leaf = torch.zeros((), requires_grad=True)
+        stats = fa.token_stats(Overlaid.apply(leaf, logits), labels, outputs=contract.ALL, inplace_backward=True)
+        (stats.logprob.sum() - 0.7 * stats.entropy.sum() + 0.1 * stats.logsumexp.sum()).backward()
+        assert torch.equal(logits, want), f"row moved by {shift} elements"
+        outside = torch.ones_like(buffer, dtype=torch.bool)
+        outside[shift : shift + 3 * stride].view(3, stride)[:, :vocab] = False
+        assert bool((buffer[outside] == 77.0).all())
+
+
+class Overlaid(torch.autograd.Function):
+    """Gives a strided buffer a place in the graph without copying it."""
+
+    @staticmethod
+    def forward(ctx, leaf, buffer):
+        ctx.mark_dirty(buffer)
+        return buffer
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.new_zeros((), dtype=torch.float32), None
+
+
+def test_guard_bands_notice_a_stray_write():
+    memory = plugin.GuardedMemory()
+    tensor = memory.empty((2, 3), torch.float32, torch.device("cpu"))
+    assert bool(torch.isnan(tensor).all())
+    memory.check("nothing")
+    torch.as_strided(tensor, (1,), (1,), tensor.storage_offset() + 6).fill_(0.0)
+    with pytest.raises(AssertionError, match="an op wrote outside"):
+        memory.check("an op")
+
+
+# --- more than a warp or a block holds --------------------------------------------------------------------------------------------------
+
+
+def test_many_labels_per_row(emulated):
+    """More labels than threads of a warp and of a block, with duplicates, forward and backward."""
+    for count in (33, 300):
+        x = make_logits(2, 700).requires_grad_()
+        index = torch.randint(700, (2, count), generator=torch.Generator().manual_seed(count))
+        index[:, 1] = index[:, 0]
+        weights = torch.randn(2, count)
+        got = fa.selective_log_softmax(x, index)
+        truth = torch.log_softmax(x.detach().double().requires_grad_(), -1).gather(-1, index)
+        contract.assert_close(got, truth, torch.log_softmax(x, -1).gather(-1, index))
+        true = x.detach().double().requires_grad_()
+        want = contract.gradient((torch.log_softmax(true, -1).gather(-1, index) * weights).sum(), true)
+        contract.assert_close(contract.gradient((got * weights).sum(), x), want, scale=float(weights.abs().sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_backward_of_a_row_in_several_chunks(emulated, dtype):
+    """Rows longer than one block's share of the backward pass, labels near the edges of the shares."""
+    vocab = 20_003 if dtype == torch.bfloat16 else 10_001
+    labels = torch.tensor([0, vocab - 1, 8191, 8192, 16383, 16384][: 6 if dtype == torch.bfloat16 else 4])
+    contract.check(make_logits(len(labels), vocab, dtype=dtype), labels, ("logprob",))
+    index = torch.stack([labels, labels.flip(0), labels], -1)
+    x = make_logits(len(labels), vocab).requires_grad_()
+    got = contract.gradient(fa.selective_log_softmax(x, index).sum(), x)
+    true = x.detach().double().requires_grad_()
+    contract.assert_close(got, contract.gradient(torch.log_softmax(true, -1).gather(-1, index).sum(), true), scale=4.0)
+
+
+def test_malformed_packing_gives_nan_and_writes_everything(emulated, monkeypatch):
+    """On a GPU cu_seqlens and pairs are not checked: what depends on a wrong value must be NaN, never garbage or a stray access."""
+    monkeypatch.setattr(fa.registry.OPS["sequence_sum_fwd"], "check", None)
+    monkeypatch.setattr(fa.registry.OPS["preference_fwd"], "check", None)
+    x = torch.ones(10)
+    for cu in ([0, 4, 30], [0, 7, 3, 10], [-2, 4, 10]):
+        sums = fa.sequence_sum(x, torch.tensor(cu, dtype=torch.int32))
+        assert bool(torch.isnan(sums).any())
+    lp = torch.full((10,), -1.0, requires_grad=True)
+    for cu, pairs in (([0, 4, 30], [[0, 1]]), ([0, 4, 10], [[0, 5]]), ([0, 4, 10], [[-1, 1]]), ([2, 4, 10], [[0, 1]])):
+        loss = fa.preference_loss(lp, lp.detach(), torch.tensor(cu, dtype=torch.int32), pairs=torch.tensor(pairs)).loss
+        grad = torch.autograd.grad(loss, lp)[0]
+        assert bool(torch.isnan(grad).any()), (cu, pairs)
+
+
+# --- the suite notices ------------------------------------------------------------------------------------------------------------------
+
+MISSING = {
+    "the barrier before the warps' states are merged": (
+        "reduce.cuh",
+        ("  if (lane == 0) partial[warp] = s;\n  __syncthreads();", "  if (lane == 0) partial[warp] = s;"),
+        lambda: contract.test_accuracy_fp32(*WHERE, 5003, "normal"),
+        0,
+    ),
+    "the cluster barrier before other blocks' states are read": (
+        "reduce.cuh",
+        ("  if (cluster > 1) {\n    cluster_sync();", "  if (cluster > 1) {"),
+        lambda: contract.test_accuracy_fp32(*WHERE, 5003, "normal"),
+        2,
+    ),
+    "the cluster barrier before a block exits": (
+        "reduce.cuh",
+        ("    cluster_sync();   // no block", "    // no block"),
+        lambda: contract.test_accuracy_fp32(*WHERE, 5003, "normal"),
+        8,
+    ),
+    "the fence between arriving and reading the others' sums": (
+        "preference.cu",
+        ("    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }\n  __syncthreads();", "    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }"),
+        lambda: packed.test_pair_kernel(*WHERE, "preset dpo"),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_a_missing_barrier_is_noticed(emulated, what):
+    """A barrier is taken out of a copy of the kernel; the contract test that covers it fails, under some of three interleavings."""
+    name, edit, probe, size = MISSING[what]
+    probe()
+    broken = build.load(build.build(edits={name: edit}))
+    ffi.use_emulator(broken)
+    broken.set_cluster_size(size)
+    failures = 0
+    for seed in (1, 2, 3):
+        broken._emu_set_seed(seed)
+        try:
+            probe()
+        except (AssertionError, RuntimeError):
+            failures += 1
+    assert failures, f"without {what} every test still passes"

@@ -1,0 +1,40 @@
+"""Compile Triton kernels for GPUs that are not there, exactly as the launchers in ops/*/triton.py would: the launcher is called on CPU tensors, and
+in place of a launch each kernel is compiled for the chosen target with the signature, specialisation and options that this call gives it."""
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastalign import ffi
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+
+
+class _NoDevice:
+    """What JITFunction.run asks of a driver before it compiles."""
+
+    def __init__(self, target):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: str(target)
+        self.get_current_stream = lambda device: 0
+
+
+@contextmanager
+def compiling_for(target_name):
+    """Yields a list that fills with the compiled kernels of the launches inside, in order."""
+    target, kernels, run, active, warps = TARGETS[target_name], [], JITFunction.run, driver._active, ffi.warps
+
+    def compile_instead(self, *args, grid, warmup, **options):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    try:
+        driver.set_active(_NoDevice(target))
+        JITFunction.run = compile_instead
+        ffi.warps = lambda threads, device: threads // target.warp_size
+        yield kernels
+    finally:
+        JITFunction.run, ffi.warps = run, warps
+        driver._active = active
