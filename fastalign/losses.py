@@ -42,15 +42,15 @@ def _rows() -> list[Preset]:
         *(Preset(f"gpo_{link}", formula, gpo, link=link) for link, formula in (
             ("logistic", "sp(-h)"), ("hinge", "relu(1 - h)"), ("squared", "(h - 1)^2"), ("exp", "e^-h"), ("truncquad", "relu(1 - h)^2"),
             ("savage", "1 / (1 + e^h)^2"))),
-        Preset("exo_pair", "KL(Bernoulli(sg(h)) || Bernoulli(1 - e))", "Ji et al. 2024, arXiv 2402.00856", "exo_pair", link="exo",
+        Preset("exo_pair", "KL(Bernoulli(sg(h)), Bernoulli(1 - e))", "Ji et al. 2024, arXiv 2402.00856", "exo_pair", link="exo",
                label_smoothing=1e-3),
         Preset("discopop", "(1 - s) sp(-h) + s e^-h, s = sg(h / tau)", "Lu et al. 2024, arXiv 2406.08414", "discopop", beta=0.05, link="discopop",
                options={"tau": "link_tau"}),
         # --- soft labels: P = soft_labels
         Preset("dno", "P sp(-h) + (1 - P) sp(h)", "Rosset et al. 2024, arXiv 2404.03715", labels="soft"),
         Preset("rlaif_soft", "P sp(-h) + (1 - P) sp(h)", "Lee et al. 2023, arXiv 2309.00267", labels="soft"),
-        Preset("rpo_bwd_kl", "KL(Bernoulli(P) || Bernoulli(sg(h)))", reward_aware, labels="soft", label_entropy=True),
-        Preset("rpo_fwd_kl", "KL(Bernoulli(sg(h)) || Bernoulli(P))", reward_aware, labels="soft", link="exo"),
+        Preset("rpo_bwd_kl", "KL(Bernoulli(P), Bernoulli(sg(h)))", reward_aware, labels="soft", label_entropy=True),
+        Preset("rpo_fwd_kl", "KL(Bernoulli(sg(h)), Bernoulli(P))", reward_aware, labels="soft", link="exo"),
         Preset("rpo_sq", "(h - target)^2, target = eta (r_c - r_r) per pair", reward_aware, link="squared", target=1.0),
         # --- other margins
         Preset("dpop", "sp(-(h - beta pos_penalty relu(-D_c)))", "Pal et al. 2024, arXiv 2402.13228", beta=0.3, pos_penalty=50.0),
@@ -155,7 +155,7 @@ class LossTable(tuple):
         for p in self:
             tokens = {0.0: "sum", 1.0: "mean"}.get(p.length_norm, f"sum / L^{p.length_norm:g}")
             own = ", ".join([*p.options, *(f for f in ("label_smoothing",) if getattr(p, f) and f not in p.options)])
-            cells = [p.name, f"`{p.formula}`", tokens, f"{p.beta:g}", "yes" if p.needs_reference else "no", own, p.trl, p.paper]
+            cells = [p.name, f"`{p.formula}`", tokens, f"{p.beta:g}", "yes" if p.needs_reference else "no", own, p.trl or "none", p.paper]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 

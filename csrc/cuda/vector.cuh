@@ -74,7 +74,8 @@ template <class T> class RowVectors {
     const uintptr_t origin = begin - uintptr_t(offset) * sizeof(T);
     shift_ = unsigned(origin & 15);
     const uintptr_t base = origin - shift_, span = shift_ ? 32 : 16;
-    base_ = reinterpret_cast<const uint4*>(base);
+    // Computed from the pointer, not from the integer: the compiler must still see that it is global memory.
+    base_ = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row) - (begin - base));
     first = int((begin - base + 15) / 16);
     last = end >= base + span ? int((end - base - span) / 16) + 1 : 0;
     last = last > first ? last : first;

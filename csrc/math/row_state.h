@@ -57,14 +57,14 @@ template <class T> FA_HD RowState<T> merge(const RowState<T>& a, const RowState<
 
 // Finished quantities, in nats. Selections keep NaN: `x > 0 ? 0 : x`.
 template <class T> FA_HD T row_logprob(const RowState<T>& s, T target_u, const RowTransform<T>& f) {
-  T lp = T(kLn2) * f.bits(target_u, s.m) - log(s.s0);
+  T lp = fma(T(kLn2), f.bits(target_u, s.m), -log(s.s0));
   return lp > T(0) ? T(0) : lp;
 }
 template <class T> FA_HD T row_entropy(const RowState<T>& s) {
-  T h = log(s.s0) - T(kLn2) * (s.s1 / s.s0);
+  T h = fma(T(-kLn2), s.s1 / s.s0, log(s.s0));
   return h < T(0) ? T(0) : h;
 }
-template <class T> FA_HD T row_logsumexp(const RowState<T>& s) { return T(kLn2) * s.m + log(s.s0); }
+template <class T> FA_HD T row_logsumexp(const RowState<T>& s) { return fma(T(kLn2), s.m, log(s.s0)); }
 template <class T> FA_HD T row_log_sum_sq(const RowState<T>& s) {
   T v = log(s.s2) - T(2) * log(s.s0);
   return v > T(0) ? T(0) : v;

@@ -95,7 +95,8 @@ def token_stats_fwd_kernel(
     unrotate = tl.where(column < shift, SPAN - shift, -shift)
 
     m, umax, top = float("-inf"), float("-inf"), -1
-    s0, s1, s2, sz = (tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32))
+    s0, s1 = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
+    s2, sz = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     for start in range(0, vocab * scored, DEPTH * SPAN):  # a row that does not count is not read
         q = start + place
         x = tl.load(window + q, mask=q < limit, other=float("-inf"))
@@ -127,7 +128,10 @@ def token_stats_fwd_kernel(
             s2 = fma(s2, f * f, tl.sum(e * e, 0))
         m = peak
 
-    s0, s1, s2, sz = _fold(s0, SPAN), _fold(s1, SPAN), _fold(s2, SPAN), _fold(sz, SPAN)
+    s0 = _fold(s0, SPAN)
+    s1 = _fold(s1, SPAN) if SUMS >= ENTROPY else 0.0
+    s2 = _fold(s2, SPAN) if SUMS == EVERYTHING else 0.0
+    sz = _fold(sz, SPAN) if SUMS == EVERYTHING else 0.0
     top = tl.where(top >= 0, top + vocab_start, top)
     if state_in is not None:
         p = state_in + row * COLUMNS
@@ -175,6 +179,30 @@ def token_stats_fwd_kernel(
                 tl.store(logprob + row * targets + k, tl.where(counts, row_logprob(m, s0, u, c), 0.0), mask=k < targets)
 
 
+@triton.jit
+def _gradient(x, q, q_begin, q_end, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
+              WITH_ENTROPY: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
+    """dx of the elements at q, all in [q_begin, q_end):  e (A + B d) slope(u) + [is a label] g slope(u),  d = u c - m,  e = 2^d."""
+    u = _capped(x, cap_scale, CAPPED)
+    d = fma(u, c, -m)
+    e = tl.exp2(d)
+    if WITH_ENTROPY:  # e is 0 below -200, and 0 * -inf would be NaN
+        dx = e * fma(tl.maximum(d, -200.0), b, a)
+    else:
+        dx = e * a
+    if g_logprob is not None:
+        for k in range(0, targets):
+            y = tl.load(labels + row * targets + k)
+            at = y + label_shift
+            if (y != ignore_index) & (at >= q_begin) & (at < q_end):
+                g = tl.load(g_logprob + row * targets + k)
+                dx += tl.where((q == at) & (u != float("-inf")), g, 0.0)
+    dx *= c * LN2
+    if CAPPED:
+        dx *= cap_scale * (1.0 - u * u)
+    return dx
+
+
 @triton.jit(do_not_specialize=["base", "inner", "stride_outer", "stride_inner", "grad_base", "vocab", "pieces", "targets", "ignore_index",
                                "vocab_start", "vocab_total"])  # fmt: skip
 def token_stats_bwd_kernel(
@@ -183,20 +211,20 @@ def token_stats_bwd_kernel(
     targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, factor, cap_scale, temperature,
     IN_PLACE: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """dx = e (A + B d) slope(u) + [is a label] g slope(u),  d = u c - m,  e = 2^d: the coefficient contract of math/row_state.h, in bits."""
     row = (tl.program_id(0) // pieces).to(tl.int64)
     piece = tl.program_id(0) % pieces
     scored, _ = _scored(row, labels, mask, targets, ignore_index, vocab_total)
     c = _bits_per_unit(factor, temperature, temperature_ptr)
     m, s0 = tl.load(state + row * COLUMNS), tl.load(state + row * COLUMNS + 1)
 
+    # A and B from the upstream gradients, by the coefficient contract of math/row_state.h; here p = e / s0 and log p = ln2 d - log s0.
     a, b, upstream = 0.0, 0.0, 0
     if g_logsumexp is not None:
         a = tl.load(g_logsumexp + row)
         upstream = (a != 0).to(tl.int32)
     if g_logprob is not None:
-        for first in range(0, targets, LABELS):
-            k = first + tl.arange(0, LABELS)
+        for first_label in range(0, targets, LABELS):
+            k = first_label + tl.arange(0, LABELS)
             counts = (k < targets) & (tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index) != ignore_index)
             g = tl.load(g_logprob + row * targets + k, mask=counts, other=0.0)
             a -= tl.sum(g, 0)
@@ -214,41 +242,33 @@ def token_stats_bwd_kernel(
     offset = _row_offset(row, base, inner, stride_outer, stride_inner)
     shift = (offset % LANES).to(tl.int32)
     window = logits + tl.multiple_of(offset - shift, LANES)
+    out_offset = offset if IN_PLACE else grad_base + row * vocab
+    out = grad + tl.multiple_of(out_offset - shift, LANES)
     limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES, LANES)
-    # Elements of whole groups lie in [first, last); the rest, at both ends, is stored one by one.
+    # The whole groups lie in [first, last); the elements beside them, at both ends of the row, are handled by themselves.
     first = tl.multiple_of((shift + (LANES - 1)) // LANES * LANES, LANES)
     last = tl.multiple_of((vocab + shift) // LANES * LANES, LANES)
-    out_offset = offset if IN_PLACE else grad_base + row * vocab
-    aligned = IN_PLACE or out_offset % LANES == shift
-    for start in range(piece * (BLOCKS * BLOCK), tl.minimum((piece + 1) * (BLOCKS * BLOCK), vocab + shift), BLOCK):
+    label_shift = shift - vocab_start
+    WITH_ENTROPY: tl.constexpr = g_entropy is not None
+    for start in range(piece * (BLOCKS * BLOCK), tl.minimum((piece + 1) * (BLOCKS * BLOCK), last), BLOCK):
         q = start + tl.arange(0, BLOCK)
         dx = tl.zeros([BLOCK], tl.float32)
         if live:
-            u = _capped(tl.load(window + q, mask=q < limit, other=0.0), cap_scale, CAPPED)
-            d = fma(u, c, -m)
-            e = tl.exp2(d)
-            if g_entropy is not None:  # e is 0 below -200, and 0 * -inf would be NaN
-                dx = e * fma(tl.maximum(d, -200.0), b, a)
-            else:
-                dx = e * a
-            if g_logprob is not None:
-                for k in range(0, targets):
-                    y = tl.load(labels + row * targets + k)
-                    at = y - vocab_start + shift
-                    if (y != ignore_index) & (at >= start) & (at < start + BLOCK):
-                        g = tl.load(g_logprob + row * targets + k)
-                        dx += tl.where((q == at) & (u != float("-inf")), g, 0.0)
-            dx *= c * LN2
-            if CAPPED:
-                dx *= cap_scale * (1.0 - u * u)
-        value = narrow(dx, grad.dtype.element_ty)
-        if aligned:
-            tl.store(grad + tl.multiple_of(out_offset - shift, LANES) + q, value, mask=(q >= first) & (q < last))
-            if (start < first) | (start + BLOCK > last):
-                ends = (q >= shift) & (q < vocab + shift) & ((q < first) | (q >= last))
-                tl.store(grad + (out_offset - shift) + q, value, mask=ends)
-        else:
-            tl.store(grad + (out_offset - shift) + q, value, mask=(q >= shift) & (q < vocab + shift))
+            x = tl.load(window + q, mask=q < limit, other=0.0)
+            dx = _gradient(x, q, start, start + BLOCK, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
+                           WITH_ENTROPY, CAPPED)  # fmt: skip
+        tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=(q >= first) & (q < last))
+    if LANES > 1:
+        if piece == 0:
+            i = tl.arange(0, 2 * LANES)
+            q = tl.where(i < LANES, i, last - LANES + i)
+            mine = (q < vocab + shift) & tl.where(i < LANES, (q >= shift) & (q < first), q >= first)
+            dx = tl.zeros([2 * LANES], tl.float32)
+            if live:
+                x = tl.load(window + q, mask=mine, other=0.0)
+                dx = _gradient(x, q, 0, limit, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
+                               WITH_ENTROPY, CAPPED)  # fmt: skip
+            tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=mine)
 
 
 def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
@@ -274,6 +294,15 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
     return (*results, state, target)
 
 
+def _shared_lanes(logits, base, lanes, grad_base, grad_lanes):
+    """Elements that a load and the store of a row may move at once: those of 16 bytes where each row of the logits and its contiguous gradient have
+    the same alignment, else 1."""
+    rows, inner, stride_outer, stride_inner = ffi.row_layout(logits)
+    vocab = logits.shape[-1]
+    skews = [base - grad_base, stride_inner - vocab, 0 if rows <= inner else stride_outer - inner * vocab]
+    return lanes if lanes == grad_lanes and all(skew % lanes == 0 for skew in skews) else 1
+
+
 def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, vocab_start, vocab_total, state,
               g_logprob, g_entropy, g_logsumexp):  # fmt: skip
     if logits.numel() == 0:
@@ -281,15 +310,16 @@ def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale,
     rows, vocab, device = math.prod(logits.shape[:-1]), logits.shape[-1], logits.device
     view, base, lanes = ffi.aligned(logits)
     grad_view, grad_base, grad_lanes = ffi.aligned(grad)
-    lanes = min(lanes, grad_lanes)
-    block = 2 * THREADS * 16 // logits.element_size()
-    pieces = triton.cdiv(vocab + lanes - 1, 8 * block)
+    in_place = grad is logits
+    lanes = lanes if in_place else _shared_lanes(logits, base, lanes, grad_base, grad_lanes)
+    block, blocks = 2 * THREADS * 16 // logits.element_size(), 8
+    pieces = triton.cdiv(vocab + lanes - 1, blocks * block)
     with ffi.triton_device(device):
         token_stats_bwd_kernel[(rows * pieces,)](
             view, grad_view, labels, mask, temperature_tensor, state, g_logprob, g_entropy, g_logsumexp,
             base, *ffi.row_layout(logits)[1:], grad_base, vocab, pieces, 0 if labels is None else labels.shape[1], ignore_index, vocab_start,
             vocab_total, factor, cap_scale, temperature,
-            IN_PLACE=grad is logits, CAPPED=cap_scale != 0, LANES=lanes, BLOCK=block, BLOCKS=8,
+            IN_PLACE=in_place, CAPPED=cap_scale != 0, LANES=lanes, BLOCK=block, BLOCKS=blocks,
             num_warps=ffi.warps(THREADS, device), enable_fp_fusion=False,
         )  # fmt: skip
 

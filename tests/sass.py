@@ -1,0 +1,141 @@
+"""Compiles the CUDA sources ahead of time and reads the machine code: registers, stack and shared memory per kernel, instructions, loops.
+
+Needs nvcc and, from Triton's package, cuobjdump and nvdisasm; no GPU. Objects are kept under build/cuda_aot by the hash of their inputs."""
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1].resolve()
+CSRC = ROOT / "csrc"
+OUT = ROOT / "build" / "cuda_aot"
+ARCHS = ("80", "90", "100")
+
+
+@dataclass
+class Kernel:
+    """One kernel of one object for one architecture. `code`: (address, instruction) in order."""
+
+    arch: str
+    name: str  # demangled, with template arguments, without parameters
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    shared: int = 0
+    code: list[tuple[int, str]] = field(default_factory=list)
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes(self.code))
+
+    @staticmethod
+    def opcodes(code) -> list[str]:
+        return [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in code]
+
+    def loops(self):
+        """The bodies of all loops: from the target of a backward branch to the branch."""
+        for address, text in self.code:
+            target = re.match(r"(?:@!?U?P\w+\s+)?BRA.*?0x([0-9a-f]+)", text)
+            if target and int(target[1], 16) < address:
+                yield [line for line in self.code if int(target[1], 16) <= line[0] <= address]
+
+
+def nvcc() -> str:
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
+    assert found, "nvcc (CUDA 12.8 or later) is neither on PATH nor in $CUDA_HOME/bin: the kernels cannot be compiled"
+    return found
+
+
+def disassembler() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        raise AssertionError("triton is not installed; its package carries cuobjdump and nvdisasm") from error
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    for tool in ("cuobjdump", "nvdisasm"):
+        assert (path / tool).exists(), f"{tool} is not in {path}: the machine code cannot be read"
+    return str(path / "cuobjdump")
+
+
+def compile_all() -> list[Path]:
+    """Objects of all .cu files for all of ARCHS, with the flags that setup.py ships."""
+    flags = re.search(r'^NVCC_FLAGS = "(.+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)[1].split()
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+    headers = [p.read_text() for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh")]
+    compiler = nvcc()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    OUT.mkdir(parents=True, exist_ok=True)
+
+    def one(source: Path) -> Path:
+        key = repr((flags, targets, version, headers, source.read_text()))
+        output = OUT / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.o"
+        if not output.exists():
+            command = [compiler, *flags, *targets, f"-I{CSRC}", "-c", str(source), "-o", str(output.with_suffix(".part"))]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+            output.with_suffix(".part").rename(output)
+        return output
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, sorted((CSRC / "cuda").glob("*.cu"), key=lambda p: -p.stat().st_size)))
+
+
+def kernels(objects: list[Path]) -> list[Kernel]:
+    found: dict[tuple[str, str], Kernel] = {}
+    for path in objects:
+        _read_resources(path, found)
+        _read_code(path, found)
+    names = [name for _, name in found]
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    for (key, kernel), demangled in zip(found.items(), plain):
+        kernel.name = re.sub(r"^void |fastalign::|cuda::|\(anonymous namespace\)::", "", demangled).split("(")[0]
+        assert kernel.code, f"no machine code found for {key}"
+    return list(found.values())
+
+
+def _dump(option: str, path: Path) -> list[str]:
+    return subprocess.run([disassembler(), option, str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def _read_resources(path: Path, found) -> None:
+    arch = name = ""
+    for line in _dump("-res-usage", path):
+        if m := re.match(r"\s*arch = sm_(\d+)", line):
+            arch = m[1]
+        elif m := re.match(r"\s*Function (\S+):", line):
+            name = m[1]
+        elif m := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, m.groups())
+            found[arch, name] = Kernel(arch, name, registers, stack, local, shared)
+
+
+def _read_code(path: Path, found) -> None:
+    arch, kernel = "", None
+    for line in _dump("-sass", path):
+        if m := re.match(r"\s*arch = sm_(\d+)", line):
+            arch = m[1]
+        elif m := re.match(r"\s*Function : (\S+)", line):
+            kernel = found[arch, m[1]]
+        elif (m := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(\S.*?)\s*;", line)) and kernel:
+            kernel.code.append((int(m[1], 16), m[2]))
+
+
+def table(all_kernels: list[Kernel]) -> str:
+    """Registers, stack and static shared memory of every kernel, a line each, an architecture per column."""
+    rows: dict[str, dict[str, Kernel]] = {}
+    for k in all_kernels:
+        rows.setdefault(k.name, {})[k.arch] = k
+    lines = [f"{'kernel':<52}" + "".join(f"{'sm_' + a:>22}" for a in ARCHS)]
+    for name, by_arch in sorted(rows.items()):
+        cells = (f"{k.registers} reg {k.stack + k.local} B stack" for k in (by_arch[a] for a in ARCHS))
+        lines.append(f"{name:<52}" + "".join(f"{c:>22}" for c in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(kernels(compile_all())))

@@ -1,0 +1,56 @@
+"""The README against the code: its example runs, its tables are those the code prints. `python tests/test_readme.py` rewrites the tables."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fastalign as fa
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+WHY = {"reference": "reference (any device)", "cpu": "cpu (C++)", "triton": "triton", "cuda": "cuda (C++)"}
+
+
+def ops_table():
+    """op x backend, with the storage types each accepts for its first tensor."""
+    from fastalign.registry import BACKENDS, OPS
+
+    lines = ["| op | " + " | ".join(WHY[b] for b in BACKENDS) + " |", "|---" * (1 + len(BACKENDS)) + "|"]
+    for name, op in OPS.items():
+        cells = [" ".join(str(d).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for d in op.dtypes[b]) for b in BACKENDS]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"ops": (README, ops_table), "losses": (ROOT / "docs" / "losses.md", lambda: fa.losses.available().markdown())}
+
+
+def section(text, name):
+    return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_current(name):
+    path, table = TABLES[name]
+    assert section(path.read_text(), name).group(1).strip() == table(), "run: python tests/test_readme.py"
+
+
+def test_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("0.6931")
+
+
+def test_every_loss_has_a_row_of_documentation():
+    for preset in fa.losses.available():
+        assert preset.formula and (preset.paper or preset.name == "sft"), preset.name
+
+
+if __name__ == "__main__":
+    for name, (path, table) in TABLES.items():
+        text = path.read_text()
+        found = section(text, name)
+        path.write_text(text[: found.start(1)] + table() + "\n" + text[found.end(1) :])
