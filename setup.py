@@ -24,7 +24,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastalign" / "__init__.p
 CXX_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra"
 # Host code of the .cu files. The runtime is linked statically and kept out of the symbol table: the module loads without a driver, and next to
 # any torch with a CUDA runtime of its own.
-NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr --extended-lambda -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 NVCC_LINK_FLAGS = "-cudart static -Xcompiler -fopenmp -Xlinker --exclude-libs,ALL"
 # The row kernels of one instruction set each; isa.cpp picks at load what the CPU can run.
 ISA_FLAGS = {"rows_avx2.cpp": "-mavx2 -mfma -mf16c", "rows_avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
@@ -111,7 +111,7 @@ class NinjaBuild(build_ext):
             build_file.write_text(text)
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(directory), *(["-v"] if self.verbose > 1 else [])]
         if subprocess.run(command).returncode:
-            hint = " FASTALIGN_CUDA=0 builds without the CUDA kernels." if nvcc else ""
+            hint = " FASTALIGN_CUDA=0 builds without the CUDA kernels; FASTALIGN_ARCHS chooses what they are compiled for." if nvcc else ""
             raise SystemExit(f"building fastalign/_C failed; the compiler's message is above.{hint}")
 
 

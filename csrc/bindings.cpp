@@ -33,7 +33,8 @@ void check_params(const std::vector<double>& scalars, const std::vector<int>& sw
 // device < 0: CPU. Otherwise the CUDA op on that device and stream. The GIL is released while the op runs.
 template <class Args, class Cpu, class Cuda> void dispatch(const Args& a, int device, uintptr_t stream, Cpu cpu_op, Cuda cuda_op) {
   py::gil_scoped_release release;
-  if (device < 0) cpu_op(a); else cuda_op(a, device, ptr<void>(stream));
+  if (device < 0) cpu_op(a);
+  else cuda_op(a, device, ptr<void>(stream));
 }
 #ifdef FA_WITH_CPU
 #define FA_CPU(name) [](const auto& a) { cpu::name(a); }
@@ -88,7 +89,8 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.def("cpu_isas", &cpu::available_isas);
 #endif
 #ifdef FA_WITH_CUDA
-  m.def("set_cluster_size", &cuda::set_cluster_size, "blocks per row of token_stats_fwd: 1, 2, 4 or 8; 0 restores the choice by row length");
+  m.def("set_cluster_size", &cuda::set_cluster_size,
+        "blocks per row of token_stats_fwd: 1, 2, 4 or 8; 0 restores the choice by row length");
 #endif
 #ifdef FA_EMU
   m.def("_emu_set_seed", [](unsigned seed) { emu::machine.seed = seed; }, "another seed, another interleaving of the emulated threads");
@@ -97,6 +99,7 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.attr("sum_width") = int(kSumWidth);
   m.attr("table_width") = int(kTableWidth);
 
+  // clang-format off: argument lists, which it would set one name per line
   m.def("token_stats_fwd", [](int device, uintptr_t stream, RowsTuple logits, int dtype, uintptr_t labels, int64_t targets, uintptr_t mask,
                               int64_t ignore_index, double factor, double cap_scale, uintptr_t temperature_ptr, double temperature,
                               int64_t vocab_start, int64_t vocab_total, int outputs, uintptr_t state_in, uintptr_t target_in, uintptr_t logprob,
@@ -158,4 +161,5 @@ PYBIND11_MODULE(FA_MODULE, m) {
                              switches.data(), ptr<void>(sums), ptr<void>(table), ptr<void>(grad_logprobs), ptr<void>(grad_kl)};
     FA_DISPATCH(preference_bwd);
   });
+  // clang-format on
 }

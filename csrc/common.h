@@ -20,7 +20,7 @@
 namespace fastalign {
 
 // The overload set that picks the argument's own precision, on host and device.
-using std::exp; using std::exp2; using std::expm1; using std::fabs; using std::fma; using std::log; using std::log1p; using std::pow; using std::tanh;
+using std::exp, std::exp2, std::expm1, std::fabs, std::fma, std::log, std::log1p, std::pow, std::tanh;
 
 // Codes shared with fastalign/ffi.py.
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -33,8 +33,16 @@ template <class T> struct Acc { using type = float; };
 template <> struct Acc<double> { using type = double; };
 template <class T> using acc_t = typename Acc<T>::type;
 
-FA_HD uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-FA_HD float bits_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+FA_HD uint32_t float_bits(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+FA_HD float bits_float(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
 
 FA_HD float to_acc(float x) { return x; }
 FA_HD double to_acc(double x) { return x; }

@@ -7,13 +7,14 @@ import warnings as _warnings
 from fastalign import ffi as _ffi
 from fastalign import losses
 from fastalign.distributed import global_denominator
-from fastalign.preset import Preset
 from fastalign.ops.kl_estimate.api import kl_estimate
 from fastalign.ops.preference.api import PreferenceOutput, preference_loss, preference_loss_from_sums
 from fastalign.ops.sequence_sum.api import sequence_sum
 from fastalign.ops.token_stats.api import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
 from fastalign.packing import PackedBatch, pack, repad, shift_labels, unpad
+from fastalign.preset import Preset
 from fastalign.registry import BackendError, backends, explain, use_backend
+from fastalign.rules import AlphaDPO, BCODelta, BetaDPO, wpo_weights
 
 if _missing := _ffi.missing_backends():
     _warnings.warn(
@@ -21,7 +22,7 @@ if _missing := _ffi.missing_backends():
     )
 
 __all__ = [
-    "BackendError", "PackedBatch", "PreferenceOutput", "Preset", "TokenStats", "__version__", "backends", "entropy_from_logits", "explain",
+    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "PackedBatch", "PreferenceOutput", "Preset", "TokenStats", "__version__", "backends", "entropy_from_logits", "explain",
     "global_denominator", "kl_estimate", "losses", "pack", "preference_loss", "preference_loss_from_sums", "repad", "selective_log_softmax",
-    "sequence_sum", "shift_labels", "token_logprobs", "token_stats", "unpad", "use_backend",
+    "sequence_sum", "shift_labels", "token_logprobs", "token_stats", "unpad", "use_backend", "wpo_weights",
 ]  # fmt: skip

@@ -1,9 +1,11 @@
 """What the commands share: usage errors in one line, and aligned tables that are also Markdown."""
+
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, Iterable, NoReturn, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):

@@ -71,6 +71,11 @@ def missing_backends() -> list[str]:
     return [error for error in (_extension_error, _triton_error) if error]
 
 
+def build_info() -> dict[str, Any]:
+    """How the compiled extension was built, and the instruction sets that it can use on this CPU; empty without an extension."""
+    return {} if _extension is None else {**_extension.build_info(), "cpu_isas": _extension.cpu_isas()}
+
+
 def empty(shape: tuple[int, ...] | list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The only allocation of kernel outputs; tests replace it by one that poisons the memory and guards its edges."""
     return torch.empty(shape, dtype=dtype, device=device)
@@ -119,6 +124,17 @@ def rows_view(logits: torch.Tensor) -> tuple[int, int, int, int, int, int]:
     layout = row_layout(logits)
     assert layout is not None
     return (ptr(logits), *layout, logits.shape[-1])
+
+
+_counters: dict[object, torch.Tensor] = {}
+
+
+def counter(tensor: torch.Tensor) -> torch.Tensor:
+    """One zero per device and stream, which the last block of a forward launch finds and leaves at zero; see csrc/ops.h."""
+    key = (tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream if tensor.device.type == "cuda" else 0)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=tensor.device)
+    return _counters[key]
 
 
 def aligned(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:

@@ -29,6 +29,8 @@ LABELS = ("hard", "smooth", "robust", "soft")
 SFT_NORMS = ("token_mean_global", "seq_mean", "seq_sum")
 REDUCTIONS = ("mean", "sum", "none")
 NONFINITE = ("propagate", "drop")
+ORDERS = (None, "paired", "unpaired")
+RULES = (None, "beta_dpo", "alpha_dpo", "bco")  # the classes are in fastalign/rules.py
 _TARGET_LINKS = ("hinge", "squared", "truncquad")
 
 
@@ -129,6 +131,10 @@ class Preset:
     sft_norm: str = "token_mean_global"
     sft_include_prompt: bool = False  # average over the prompt's tokens too (their log-probs must then be given)
     nonfinite: str = "propagate"  # "drop": pairs whose loss is not finite do not count
+    # what needs the whole batch
+    order: str | None = None  # "paired", "unpaired": sort before comparing (AOT)
+    rule: str | None = None  # the kind of `state=` object that the loss needs (fastalign.rules)
+    needs_omega: bool = False  # pair weights must be given
     # The method's own option names: name -> the field that it sets, or a rule of _OPTION_RULES.
     options: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
@@ -145,7 +151,7 @@ class Preset:
 
     @property
     def needs_reference(self) -> bool:
-        return self.reference
+        return self.reference or self.rule == "alpha_dpo"
 
     @property
     def needs_kl(self) -> bool:
@@ -188,6 +194,7 @@ class Preset:
 
 _DESCRIPTION = ("name", "formula", "paper", "trl", "options")
 FIELDS = tuple(f.name for f in dataclasses.fields(Preset) if f.name not in _DESCRIPTION)
+HOST_FIELDS = ("order", "rule", "needs_omega")  # read by the op's Python side; every other field travels to the kernel
 # Options that exist as tensors only: [P] (or 0-dim for omega and gamma_ext); `valid` is [P] bool, False drops the pair.
 TENSOR_ONLY = ("omega", "gamma_ext", "soft_labels", "valid")
 TENSOR_FIELDS = ("beta", "target", "anchor")
@@ -215,7 +222,15 @@ _EFFECT: dict[str, tuple[Callable[[Preset], bool], str]] = {
 
 def _validate(p: Preset) -> None:
     """Impossible combinations, with the reason. Also what no field of a hand-made Preset may be."""
-    for name, legal in (("transform", TRANSFORMS), ("link", LINKS), ("labels", LABELS), ("sft_norm", SFT_NORMS), ("nonfinite", NONFINITE)):
+    for name, legal in (
+        ("transform", TRANSFORMS),
+        ("link", LINKS),
+        ("labels", LABELS),
+        ("sft_norm", SFT_NORMS),
+        ("nonfinite", NONFINITE),
+        ("order", ORDERS),
+        ("rule", RULES),
+    ):
         check_choice(name, getattr(p, name), legal)
     if p.point_link is not None:
         check_choice("point_link", p.point_link, LINKS)
@@ -259,6 +274,24 @@ def _validate(p: Preset) -> None:
         raise ValueError('transform="logodds" needs log(p) < 0 per token: reference=False and length_norm=1')
     if p.token_clamp is not None and not (len(p.token_clamp) == 2 and p.token_clamp[0] < p.token_clamp[1]):
         raise ValueError(f"token_clamp={p.token_clamp!r} must be (low, high) with low < high")
+    if p.order is not None and (
+        p.length_norm
+        or p.transform != "identity"
+        or p.point_link is not None
+        or p.needs_kl
+        or p.rule
+        or p.needs_omega
+        or not p.reference
+        or p.pos_penalty
+        or p.len_coef
+        or p.labels == "soft"
+    ):
+        raise ValueError(
+            "order sorts log-ratios across pairs: it excludes length_norm, transform, points, KLs, rules, soft labels, margins that are "
+            "a pair's own, and losses without a reference"
+        )
+    if p.order == "unpaired" and p.ld_alpha != 1.0:
+        raise ValueError('order="unpaired" has no pair partner whose length ld_alpha could use')
     if p.point_link is None and p.pair_weight == 0 and p.sft_weight == 0:
         raise ValueError("this loss has no term: pair_weight, point_link and sft_weight are all off")
 

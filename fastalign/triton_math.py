@@ -151,13 +151,13 @@ def merge(ma, a0, a1, a2, az, ua, ta, mb, b0, b1, b2, bz, ub, tb):
 
 @triton.jit
 def row_logprob(m, s0, target_u, c):
-    lp = fma(target_u, c, -m) * LN2 - tl.log(s0)
+    lp = fma(fma(target_u, c, -m), LN2, -tl.log(s0))
     return tl.where(lp > 0, 0.0, lp)
 
 
 @triton.jit
 def row_entropy(s0, s1):
-    h = tl.log(s0) - div(s1, s0) * LN2
+    h = fma(div(s1, s0), -LN2, tl.log(s0))
     return tl.where(h < 0, 0.0, h)
 
 
@@ -165,6 +165,16 @@ def row_entropy(s0, s1):
 def row_log_sum_sq(s0, s2):
     v = tl.log(s2) - 2.0 * tl.log(s0)
     return tl.where(v > 0, 0.0, v)
+
+
+# --- packed sequences -------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens, i, tokens):
+    """First and last + 1 token of sequence i, inside [0, tokens] whatever cu_seqlens holds (its values are not checked on the device)."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + i), 0), tokens)
+    return begin, tl.minimum(tl.maximum(tl.load(cu_seqlens + i + 1), begin), tokens)
 
 
 # --- pair.h -----------------------------------------------------------------------------------------------------------------------------

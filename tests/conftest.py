@@ -8,6 +8,11 @@ import torch
 import fastalign as fa
 from fastalign import ffi, registry
 
+if ffi.TRITON_INTERPRETED:
+    import fast_interpreter
+
+    fast_interpreter.install()
+
 pytest_plugins = ("cuda_emu.plugin",)  # the `emulator` fixture: backend "cuda" on CPU tensors
 
 

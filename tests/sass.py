@@ -1,6 +1,7 @@
 """Compiles the CUDA sources ahead of time and reads the machine code: registers, stack and shared memory per kernel, instructions, loops.
 
 Needs nvcc and, from Triton's package, cuobjdump and nvdisasm; no GPU. Objects are kept under build/cuda_aot by the hash of their inputs."""
+
 from __future__ import annotations
 
 import hashlib

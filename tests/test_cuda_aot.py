@@ -1,5 +1,6 @@
-"""The CUDA kernels compile for every architecture we ship, and the machine code is what we meant: no spills, 16-byte loads, few instructions.
-A missing compiler or disassembler fails; nothing is skipped."""
+"""The CUDA kernels compile for every architecture we ship, and the machine code is what we meant: no spills, 16-byte loads, few
+instructions. A missing compiler or disassembler fails; nothing is skipped."""
+
 from __future__ import annotations
 
 import re
@@ -35,8 +36,8 @@ def test_nothing_spills(arch):
 
 def test_registers_and_shared_memory(arch):
     for k in arch:
-        assert k.shared == 0 or k.arch == "100", f"{k.name} has static shared memory: the emulator cannot poison it"
-        assert k.shared <= 1024, k.name  # what the compiler reserves for itself on sm_100
+        # From sm_90 on the hardware keeps 1 KiB per block for itself. Anything else would be shared memory that the emulator cannot poison.
+        assert k.shared <= (0 if k.arch == "80" else 1024), f"{k.name} has static shared memory"
         # Four blocks of 256 threads per SM; three for the kernel that keeps every sum, and where the work is not per element.
         streaming = "token_stats" in k.name and ", 15, " not in k.name
         assert k.registers <= (64 if streaming else 80), f"{k.name} takes {k.registers} registers"

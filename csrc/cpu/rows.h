@@ -13,9 +13,7 @@ constexpr int64_t kBlock = 2048, kChunk = 8 * kBlock;
 enum ChunkSums : int { kSumS1 = 1, kSumS2Sz = 2 };
 
 // Coefficients of one row's gradient: dx = e (a + b d) [* (1 - u^2) with a softcap], where d = fma(u, c, -m) and e = 2^d.
-template <class A> struct GradientRow {
-  A m, a, b;
-};
+template <class A> struct GradientRow { A m, a, b; };
 
 template <class A> struct RowKernels {
   // State of x[0, n), except that `umax` is the largest raw logit and `top` the start of the block that holds it first: comparing raw logits

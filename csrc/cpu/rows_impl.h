@@ -230,7 +230,8 @@ void backward_chunk(const T* x, T* grad, int64_t n, const RowTransform<typename 
   }
 }
 
-template <class S, class T, bool kCapped> RowState<typename S::A> forward_sums(const T* x, int64_t n, const RowTransform<typename S::A>& f, int sums) {
+template <class S, class T, bool kCapped>
+RowState<typename S::A> forward_sums(const T* x, int64_t n, const RowTransform<typename S::A>& f, int sums) {
   switch (sums) {
     case 0: return forward_chunk<S, T, kCapped, 0>(x, n, f);
     case kSumS2Sz: return forward_chunk<S, T, kCapped, kSumS2Sz>(x, n, f);

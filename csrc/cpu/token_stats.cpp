@@ -163,7 +163,8 @@ template <class T> struct Backward {
     const GradientRow<A> g{s.m, a_folded == a_folded ? A(a_folded) : A(NAN), A(b * kLn2)};
     kernels.backward(a.dtype, x + begin, dx + begin, end - begin, f, g);
     for (int64_t k = 0; k < targets; ++k)
-      if (is_within(a, row, k, begin, end)) from_acc(target_gradient(row, k, kept[size_t(k)], s, c), dx + (label(a, row, k) - a.vocab_start));
+      if (is_within(a, row, k, begin, end))
+        from_acc(target_gradient(row, k, kept[size_t(k)], s, c), dx + (label(a, row, k) - a.vocab_start));
   }
 
   // The element of target k, one-hot term included. A label that occurs several times in the row gets the same total each time.

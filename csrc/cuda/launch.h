@@ -54,8 +54,8 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
   check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), name);
 }
 
-// Whether `kernel` can be launched with clusters on this device: the device must have them, and the code that was loaded for it must have been
-// compiled for an architecture that has them (a fat binary without sm_90 code runs there through the PTX of an older architecture).
+// Whether `kernel` can be launched with clusters on this device: the device must have them, and the code that was loaded for it must have
+// been compiled for an architecture that has them (a fat binary without sm_90 code runs there through the PTX of an older architecture).
 template <class K> bool clusters_supported(K* kernel, int device) {
   int available = 0;
   cudaFuncAttributes attributes = {};
@@ -94,7 +94,14 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
-// Exact widening and round-to-nearest-even narrowing of 16-bit floats, in the hardware's instructions; `low` and `high` name the halves of the word.
+// One 16-byte store to global memory; an assignment of a uint4 is compiled into four stores at times.
+__device__ __forceinline__ void store16(void* p, const uint4& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Exact widening and round-to-nearest-even narrowing of 16-bit floats, in the hardware's instructions; `low` and `high` name the halves
+// of the word.
 __device__ __forceinline__ float2 widen_half2(uint32_t word) {
   __half2 h;
   memcpy(&h, &word, 4);

@@ -1,8 +1,8 @@
 // The pair kernel (math/pair.h) on packed sequences: one launch forward, one backward.
 //
 // Forward: one block per side of a pair sums over its sequence's tokens (a sequence may be in several pairs). The block that arrives last
-// evaluates all pairs and reduces the loss, both in a fixed order. Backward: one block per sequence walks the pairs it is in, in index order.
-// Unscored tokens are selected away, never multiplied by 0: they may hold anything.
+// evaluates all pairs and reduces the loss, both in a fixed order. Backward: one block per sequence walks the pairs it is in, in index
+// order. Unscored tokens are selected away, never multiplied by 0: they may hold anything.
 #include "cuda/reduce.cuh"
 #include "cuda/segment.cuh"
 #include "math/pair.h"
@@ -16,7 +16,9 @@ namespace {
 constexpr unsigned kWarps = kSequenceThreads / kWarp, kReduceSize = kSumWidth * kWarps, kSharedSize = kReduceSize + kWarps + 1;
 
 __device__ inline float at(const void* p, int64_t i) { return static_cast<const float*>(p)[i]; }
-__device__ inline float value(const PairTensor& t, int64_t pair, float otherwise) { return t.data ? at(t.data, pair * t.stride) : otherwise; }
+__device__ inline float value(const PairTensor& t, int64_t pair, float otherwise) {
+  return t.data ? at(t.data, pair * t.stride) : otherwise;
+}
 
 template <class Args> __device__ int64_t sequence_of(const Args& a, int64_t pair, int side) {
   return a.pair_index ? a.pair_index[2 * pair + side] : 2 * pair + side;
@@ -62,7 +64,7 @@ __device__ void side_sums(const PreferenceArgs& a, const PairParams<float>& p, i
   if (threadIdx.x) return;
   float* out = static_cast<float*>(a.sums) + (2 * pair + side) * kSumWidth;
   for (int i = 0; i < kSumWidth; ++i) out[i] = own.ok ? sums[i] : NAN;
-  if (!own.ok) out[kSumLength] = 1;   // the pair must count, or its NaN would be dropped as an empty pair
+  if (!own.ok) out[kSumLength] = 1;  // the pair must count, or its NaN would be dropped as an empty pair
 }
 
 // True in all threads of the block that arrives last; what the others wrote before is then visible to it.
@@ -74,23 +76,23 @@ __device__ bool last_block(uint32_t* counter, unsigned* flag) {
   __syncthreads();
   if (!*flag) return false;
   __threadfence();
-  if (threadIdx.x == 0) *counter = 0;   // for the next launch
+  if (threadIdx.x == 0) *counter = 0;  // for the next launch
   return true;
 }
 
 // Sums to table, pair losses and loss, by one block. The pairs are evaluated twice: the normalisers count the valid ones first.
 __device__ void write_table(const PreferenceArgs& a, const PairParams<float>& p, float* shared) {
   const float* sums = static_cast<const float*>(a.sums);
-  float counts[2] = {0, 0}, loss[1] = {0};   // valid pairs, their NLL tokens
+  float counts[2] = {0, 0}, loss[1] = {0};  // valid pairs, their NLL tokens
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) sum_block(counts, shared);
     const float pairs = a.num_items ? at(a.num_items, 0) : counts[0], sft_tokens = a.num_sft_tokens ? at(a.num_sft_tokens, 0) : counts[1];
     for (int64_t i = threadIdx.x; i < a.pairs; i += blockDim.x) {
       const SideSums<float> chosen = load_side(sums + 2 * i * kSumWidth), rejected = load_side(sums + (2 * i + 1) * kSumWidth);
-      const PairTensors<float> tensors{value(a.beta, i, p.beta),           value(a.omega, i, 1.0f),        value(a.soft_label, i, 1.0f),
-                                       value(a.gamma_ext, i, 0.0f),        value(a.target, i, p.target),   value(a.anchor, i, p.anchor),
-                                       a.valid == nullptr || a.valid[i] != 0};
+      const PairTensors<float> tensors{
+          value(a.beta, i, p.beta),     value(a.omega, i, 1.0f),      value(a.soft_label, i, 1.0f),         value(a.gamma_ext, i, 0.0f),
+          value(a.target, i, p.target), value(a.anchor, i, p.anchor), a.valid == nullptr || a.valid[i] != 0};
       const PairResult<float> r = evaluate_pair(p, chosen, rejected, tensors);
       if (pass == 0) {
         counts[0] += r.valid ? 1.0f : 0.0f;
@@ -117,18 +119,18 @@ __global__ void __launch_bounds__(kSequenceThreads) preference_fwd_kernel(Prefer
 }
 
 // Calls f(pair, side) for every pair that sequence s is in, in index order; 32 pairs are looked at a time. Called by whole warps.
-template <class F> __device__ void for_each_pair(const PreferenceBackwardArgs& a, int64_t s, F&& f) {
-  if (!a.pair_index) {
-    if (s / 2 < a.pairs) f(s / 2, int(s % 2));
-    return;
-  }
+template <class F> __device__ __forceinline__ void for_each_pair(const PreferenceBackwardArgs& a, int64_t s, F&& f) {
   const int64_t lane = threadIdx.x % kWarp;
-  for (int64_t first = 0; first < a.pairs; first += kWarp) {
-    const bool member = first + lane < a.pairs && (a.pair_index[2 * (first + lane)] == s || a.pair_index[2 * (first + lane) + 1] == s);
+  // Without an index, sequence s is in pair s / 2 or in none.
+  const int64_t begin = a.pair_index ? 0 : s / 2 / kWarp * kWarp, end = a.pair_index ? a.pairs : begin + kWarp;
+  for (int64_t first = begin; first < end; first += kWarp) {
+    const int64_t mine = first + lane;
+    const bool member = mine < a.pairs && (sequence_of(a, mine, 0) == s || sequence_of(a, mine, 1) == s);
     for (unsigned members = __ballot_sync(kFullMask, member); members; members &= members - 1) {
       const int64_t pair = first + __ffs(int(members)) - 1;
+#pragma unroll 1
       for (int side = 0; side < 2; ++side)
-        if (a.pair_index[2 * pair + side] == s) f(pair, side);
+        if (sequence_of(a, pair, side) == s) f(pair, side);
     }
   }
 }
@@ -179,8 +181,8 @@ void preference_bwd(const PreferenceBackwardArgs& a, int device, void* stream) {
   require_float32(a.dtype, "preference_loss");
   if (a.sequences == 0) return;
   const DeviceGuard guard(device);
-  FA_LAUNCH(preference_bwd_kernel, dim3(grid_size(a.sequences, "preference_loss")), dim3(kSequenceThreads), kWarps * sizeof(unsigned), stream, a,
-            pair_params<float>(a.scalars, a.switches));
+  FA_LAUNCH(preference_bwd_kernel, dim3(grid_size(a.sequences, "preference_loss")), dim3(kSequenceThreads), kWarps * sizeof(unsigned),
+            stream, a, pair_params<float>(a.scalars, a.switches));
 }
 
 }  // namespace cuda

@@ -37,8 +37,8 @@ template <int kSums> __device__ RowState<float> merge_warp(RowState<float> s) {
   return s;
 }
 
-// Merges the states of the row's threads: a warp (blockDim.x == 32), a block, or the blocks of a cluster. Thread 0 of rank 0 gets the result.
-// `partial` has room for one state per warp and one for the block.
+// Merges the states of the row's threads: a warp (blockDim.x == 32), a block, or the blocks of a cluster. Thread 0 of rank 0 gets the
+// result. `partial` has room for one state per warp and one for the block.
 template <int kSums> __device__ RowState<float> merge_row(RowState<float> s, RowState<float>* partial, unsigned cluster) {
   s = merge_warp<kSums>(s);
   if (blockDim.x == kWarp) return s;

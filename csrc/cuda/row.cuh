@@ -33,9 +33,7 @@ template <class T> __device__ T* row_pointer(const RowsView& v, int64_t row) {
 
 // What the mask and the labels say about a row. A row is scored unless the mask or ignored labels exclude it; `bad`: some label is neither
 // ignored nor in the vocabulary, and the whole row becomes NaN.
-struct RowLabels {
-  bool scored, bad;
-};
+struct RowLabels { bool scored, bad; };
 template <class Args> __device__ RowLabels row_labels(const Args& a, int64_t row) {
   if (a.mask && !a.mask[row]) return {false, false};
   if (!a.labels) return {true, false};

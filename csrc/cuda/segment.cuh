@@ -19,8 +19,8 @@ __device__ inline Segment segment(const int32_t* cu_seqlens, int64_t sequences, 
   return 0 <= begin && begin <= end && end <= tokens ? Segment{begin, end, true} : Segment{0, 0, false};
 }
 
-// Number of threads of the block before this one whose flag is set, plus `running`, which grows by the block's total. Called by all threads.
-// `counts` has room for one number per warp.
+// Number of threads of the block before this one whose flag is set, plus `running`, which grows by the block's total. Called by all
+// threads. `counts` has room for one number per warp.
 __device__ inline unsigned block_rank(bool flag, unsigned* counts, unsigned& running) {
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const unsigned set = __ballot_sync(kFullMask, flag);

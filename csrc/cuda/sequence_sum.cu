@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kSequenceThreads) sequence_sum_bwd_kernel(Sequ
   int64_t low = 0, high = a.sequences;   // the first sequence that ends beyond t
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (a.cu_seqlens[middle + 1] > t) high = middle; else low = middle + 1;
+    if (a.cu_seqlens[middle + 1] > t) high = middle;
+    else low = middle + 1;
   }
   const auto *grad = static_cast<const float*>(a.grad), *weights = static_cast<const float*>(a.weights);
   const bool scored = !a.mask || a.mask[t];
@@ -54,7 +55,8 @@ void sequence_sum_bwd(const SequenceSumBackwardArgs& a, int device, void* stream
   require_float32(a.dtype, "sequence_sum");
   if (a.tokens == 0) return;
   const DeviceGuard guard(device);
-  FA_LAUNCH(sequence_sum_bwd_kernel, dim3(grid_size(ceil_div(a.tokens, kSequenceThreads), "sequence_sum")), dim3(kSequenceThreads), 0, stream, a);
+  FA_LAUNCH(sequence_sum_bwd_kernel, dim3(grid_size(ceil_div(a.tokens, kSequenceThreads), "sequence_sum")), dim3(kSequenceThreads), 0,
+            stream, a);
 }
 
 }  // namespace cuda

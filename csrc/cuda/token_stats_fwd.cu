@@ -1,8 +1,9 @@
 // One pass over every vocabulary row: the row state (math/row_state.h) and what the caller wants finished from it.
 //
-// A row is served by one warp (short rows), one block, or one cluster of blocks (sm_90 and later), by its length alone: results do not depend on
-// what else is in the batch. Warps take turns at stretches of 32 * kUnroll vectors; a lane's vectors of one stretch are a bundle: the maximum of
-// the bundle first, one rescale of the running sums, then one exp2 per element. The states of the threads are merged by a fixed tree.
+// A row is served by one warp (short rows), one block, or one cluster of blocks (sm_90 and later), by its length alone: results do not
+// depend on what else is in the batch. Warps take turns at stretches of 32 * kUnroll vectors; a lane's vectors of one stretch are a
+// bundle: the maximum of the bundle first, one rescale of the running sums, then one exp2 per element. The states of the threads are
+// merged by a fixed tree.
 #include "cuda/reduce.cuh"
 #include "cuda/row.cuh"
 #include "cuda/vector.cuh"
@@ -16,7 +17,7 @@ template <class T> __device__ void load_bundle(const RowVectors<T>& vectors, con
   const unsigned loaded = vectors.load(i, limit, v);
   if (loaded == (1u << kUnroll) - 1) return;
 #pragma unroll 1
-  for (int k = 0; k < kUnroll; ++k) {   // the ends of a row, element by element
+  for (int k = 0; k < kUnroll; ++k) {  // the ends of a row, element by element
     if (loaded >> k & 1) continue;
     const int vector = i + k * int(kWarp), element = vectors.element(vector);
     float lanes[kLanes<T>];
@@ -24,7 +25,7 @@ template <class T> __device__ void load_bundle(const RowVectors<T>& vectors, con
     for (int l = 0; l < kLanes<T>; ++l) lanes[l] = vector < limit && element + l < vocab ? to_acc(x[element + l]) : -INFINITY;
     const uint4 gathered = pack(lanes, T{});
 #pragma unroll
-    for (int j = 0; j < kUnroll; ++j)   // a selection: indexing v by k would move it to local memory
+    for (int j = 0; j < kUnroll; ++j)  // a selection: indexing v by k would move it to local memory
       if (j == k) v[j] = gathered;
   }
 }
@@ -35,7 +36,7 @@ __device__ __forceinline__ void push(RowState<float>& s, const uint4 (&v)[kUnrol
                                      const RowTransform<float>& f) {
   constexpr int L = kLanes<T>;
   const auto lanes = [&](int k) { return i + k * int(kWarp) < limit ? vocab - (i + k * int(kWarp)) * L : 0; };
-  const float raw_max = largest(v, T{}), bundle_max = kCap ? tanhf(raw_max * f.cap_scale) : raw_max;   // tanh keeps the order
+  const float raw_max = largest(v, T{}), bundle_max = kCap ? tanhf(raw_max * f.cap_scale) : raw_max;  // tanh keeps the order
   // Bundles come in rising order: only a strictly larger maximum moves the first place where it was seen.
   const bool moves = bundle_max > s.umax || s.top < 0;
   int top = vocab;
@@ -43,7 +44,8 @@ __device__ __forceinline__ void push(RowState<float>& s, const uint4 (&v)[kUnrol
   // Everything so far moves to the new reference point. Both may still be -inf (a masked stretch of the vocabulary): count from 0 then.
   s.umax = fmaxf(s.umax, bundle_max);
   const float m = s.umax * f.c, reference = s.umax == -INFINITY ? 0.0f : m, scale = fast_exp2(s.m - reference);
-  if (kSums & kSum1) s.s1 = fmaf(fmaxf(s.m - reference, -finite_limit<float>()), s.s0, s.s1) * scale;   // the bound: no 0 * inf before the first mass
+  if (kSums & kSum1)
+    s.s1 = fmaf(fmaxf(s.m - reference, -finite_limit<float>()), s.s0, s.s1) * scale;  // the bound: no 0 * inf before the first mass
   s.s0 *= scale;
   if (kSums & kSum2) s.s2 *= scale * scale;
   s.m = m;
@@ -59,16 +61,16 @@ __device__ __forceinline__ void push(RowState<float>& s, const uint4 (&v)[kUnrol
       if ((kSums & kTop) && u[l] >= bundle_max) top = min(top, (i + k * int(kWarp)) * L + l);
       const float d = f.bits(u[l], reference);
       u[l] = fast_exp2(d);
-      if (kSums & kSum1) s.s1 = fmaf(u[l], fmaxf(d, -200.0f), s.s1);   // e is 0 down there, and 0 * -inf would be NaN
+      if (kSums & kSum1) s.s1 = fmaf(u[l], fmaxf(d, -200.0f), s.s1);  // e is 0 down there, and 0 * -inf would be NaN
       if (kSums & kSum2) s.s2 = fmaf(u[l], u[l], s.s2);
     }
 #pragma unroll
-    for (int width = L / 2; width; width /= 2)   // pairwise: shorter chains and a smaller error than one running sum
+    for (int width = L / 2; width; width /= 2)  // pairwise: shorter chains and a smaller error than one running sum
 #pragma unroll
       for (int l = 0; l < width; ++l) u[l] += u[l + width];
     s.s0 += u[0];
   }
-  if ((kSums & kTop) && moves && top < vocab) s.top = top;   // not found: nothing but NaN
+  if ((kSums & kTop) && moves && top < vocab) s.top = top;  // not found: nothing but NaN
 }
 
 // u of label k of the row, where this shard of the vocabulary or one before it holds the label; -inf where none did.
@@ -111,14 +113,15 @@ __device__ void write_row(const TokenStatsArgs& a, int64_t row, unsigned lane, c
 
 // The kernel that keeps every sum needs more than the 64 registers that four blocks per SM leave.
 template <class T, int kSums, bool kCap>
-__global__ void __launch_bounds__(kRowThreads, kSums & kTop ? 3 : 4) token_stats_fwd_kernel(TokenStatsArgs a, RowScale scale, unsigned cluster) {
+__global__ void __launch_bounds__(kRowThreads, kSums& kTop ? 3 : 4)
+    token_stats_fwd_kernel(TokenStatsArgs a, RowScale scale, unsigned cluster) {
   FA_DYNAMIC_SHARED(RowState<float>, partial);
   const int64_t row = int64_t(blockIdx.x / cluster) * blockDim.y + threadIdx.y;
-  if (row >= a.logits.rows) return;   // whole warps: several rows share a block only where a row is a warp
+  if (row >= a.logits.rows) return;  // whole warps: several rows share a block only where a row is a warp
   const unsigned rank = cluster > 1 ? cluster_rank() : 0, thread = threadIdx.x;
   const bool finisher = rank == 0 && thread < kWarp;
   const RowLabels labels = row_labels(a, row);
-  if (!labels.scored) {   // never read: the row may hold anything
+  if (!labels.scored) {  // never read: the row may hold anything
     if (finisher) write_unscored(a, row, thread);
     return;
   }
@@ -142,7 +145,7 @@ __global__ void __launch_bounds__(kRowThreads, kSums & kTop ? 3 : 4) token_stats
   if (!finisher) return;
   if (thread == 0 && a.state_in) s = keep<kSums>(merge(load_state(static_cast<const float*>(a.state_in) + row * kStateWidth), s));
   if (labels.bad) s.s0 = NAN;
-  s.m = __shfl_sync(kFullMask, s.m, 0);   // all that row_logprob reads
+  s.m = __shfl_sync(kFullMask, s.m, 0);  // all that row_logprob reads
   s.s0 = __shfl_sync(kFullMask, s.s0, 0);
   write_row(a, row, thread, s, first, x, f);
 }
@@ -188,12 +191,9 @@ void token_stats_fwd(const TokenStatsArgs& a, int device, void* stream) {
       a.cap_scale != 0 ? launch_row_kernel<T, kSums, true>(a, device, stream) : launch_row_kernel<T, kSums, false>(a, device, stream);
     };
     // Three sets of sums: the usual losses, those with an entropy term, everything.
-    if (a.outputs & (kOutLogSumSq | kOutMeanLogit | kOutIsTop1))
-      by_cap(std::integral_constant<int, kSum1 | kSum2 | kSumZ | kTop>{});
-    else if (a.outputs & kOutEntropy)
-      by_cap(std::integral_constant<int, kSum1>{});
-    else
-      by_cap(std::integral_constant<int, 0>{});
+    if (a.outputs & (kOutLogSumSq | kOutMeanLogit | kOutIsTop1)) by_cap(std::integral_constant<int, kSum1 | kSum2 | kSumZ | kTop>{});
+    else if (a.outputs & kOutEntropy) by_cap(std::integral_constant<int, kSum1>{});
+    else by_cap(std::integral_constant<int, 0>{});
   });
 }
 

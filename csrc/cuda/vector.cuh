@@ -26,7 +26,9 @@ __device__ inline void unpack(const uint4& v, float (&x)[8], fp16) {
     x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
   }
 }
-__device__ inline uint4 pack(const float (&x)[4], float) { return {float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}; }
+__device__ inline uint4 pack(const float (&x)[4], float) {
+  return {float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
+}
 __device__ inline uint4 pack(const float (&x)[8], bf16) {
   return {narrow_bf162(x[0], x[1]), narrow_bf162(x[2], x[3]), narrow_bf162(x[4], x[5]), narrow_bf162(x[6], x[7])};
 }
@@ -38,7 +40,8 @@ __device__ inline uint4 pack(const float (&x)[8], fp16) {
 template <int N> __device__ float largest(const uint4 (&v)[N], float) {
   float m = -INFINITY;
 #pragma unroll
-  for (int k = 0; k < N; ++k) m = fmaxf(fmaxf(fmaxf(m, bits_float(v[k].x)), fmaxf(bits_float(v[k].y), bits_float(v[k].z))), bits_float(v[k].w));
+  for (int k = 0; k < N; ++k)
+    m = fmaxf(fmaxf(fmaxf(m, bits_float(v[k].x)), fmaxf(bits_float(v[k].y), bits_float(v[k].z))), bits_float(v[k].w));
   return m;
 }
 template <int N, class T> __device__ float largest(const uint4 (&v)[N], T) {
@@ -62,11 +65,12 @@ __device__ inline uint4 funnel(const uint4& a, const uint4& b, unsigned shift) {
     for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
   }
   const unsigned bits = 8 * (shift & 2);
-  return {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits), __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits)};
+  return {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits), __funnelshift_r(w[2], w[3], bits),
+          __funnelshift_r(w[3], w[4], bits)};
 }
 
-// The vectors of one row: vector i holds the elements i * kLanes - offset + (0 .. kLanes - 1). Vectors [first, last) are `wide`: they can be put
-// together from aligned 16-byte words that lie wholly inside the row.
+// The vectors of one row: vector i holds the elements i * kLanes - offset + (0 .. kLanes - 1). Vectors [first, last) are `wide`: they can
+// be put together from aligned 16-byte words that lie wholly inside the row.
 template <class T> class RowVectors {
  public:
   __device__ RowVectors(const T* row, int vocab, int offset) : offset_(offset) {
@@ -81,8 +85,8 @@ template <class T> class RowVectors {
     last = last > first ? last : first;
   }
 
-  // Loads vectors i, i + 32, ... where they are wide and below `limit`; all loads are under way before the first is used. Returns one bit per
-  // vector that was loaded. (The constant stride makes the addresses one register and a few immediates.)
+  // Loads vectors i, i + 32, ... where they are wide and below `limit`; all loads are under way before the first is used. Returns one bit
+  // per vector that was loaded. (The constant stride makes the addresses one register and a few immediates.)
   template <int N> __device__ unsigned load(int i, int limit, uint4 (&v)[N]) const {
     unsigned loaded = 0;
     const uint4* p = base_ + i;
@@ -90,7 +94,7 @@ template <class T> class RowVectors {
 #pragma unroll
     for (int k = 0; k < N; ++k)
       if (i + k * int(kWarp) >= first && i + k * int(kWarp) < limit) v[k] = p[k * kWarp], loaded |= 1u << k;
-    if (shift_) {   // the second word comes from the cache: a neighbouring lane loads it too
+    if (shift_) {  // the second word comes from the cache: a neighbouring lane loads it too
 #pragma unroll
       for (int k = 0; k < N; ++k)
         if (loaded >> k & 1) v[k] = funnel(v[k], p[k * kWarp + 1], shift_);

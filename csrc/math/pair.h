@@ -40,7 +40,7 @@ template <class T> inline PairParams<T> pair_params(const double* scalars, const
 }
 
 enum Transform : int { kIdentity = 0, kLogsig = 1, kNegexp = 2, kAlpha = 3, kLogodds = 4 };
-enum Link : int { kNoLink = -1, kLogistic = 0, kHinge = 1, kSquared = 2, kExp = 3, kTruncquad = 4, kSavage = 5, kSigmoid = 6, kLinear = 7, kExo = 8, kDiscopop = 9 };
+enum Link : int { kNoLink = -1, kLogistic, kHinge, kSquared, kExp, kTruncquad, kSavage, kSigmoid, kLinear, kExo, kDiscopop };
 enum Labels : int { kHard = 0, kSmooth = 1, kRobust = 2, kSoft = 3 };
 enum SftNorm : int { kTokenMeanGlobal = 0, kSeqMean = 1, kSeqSum = 2 };
 enum Reduction : int { kMean = 0, kSum = 1, kNone = 2 };
@@ -48,13 +48,24 @@ enum Reduction : int { kMean = 0, kSum = 1, kNone = 2 };
 // Columns of sums [P, 2, kSumWidth] (side 0 chosen, 1 rejected) and of table [P, kTableWidth].
 enum SumColumn : int { kSumPolicy = 0, kSumRatio = 1, kSumLength = 2, kSumKl = 3, kSumSft = 4, kSumSftLength = 5, kSumWidth = 6 };
 enum TableColumn : int {
-  kTabChosen = 0, kTabRejected = 1, kTabKlChosen = 2, kTabKlRejected = 3, kTabSft = 4,   // slopes of the reduced loss in the sums
-  kTabRewardChosen = 5, kTabRewardRejected = 6, kTabLogit = 7, kTabValid = 8, kTabPair = 9, kTabNll = 10, kTableWidth = 11
+  kTabChosen = 0,
+  kTabRejected = 1,
+  kTabKlChosen = 2,
+  kTabKlRejected = 3,
+  kTabSft = 4,   // slopes of the reduced loss in the sums
+  kTabRewardChosen = 5,
+  kTabRewardRejected = 6,
+  kTabLogit = 7,
+  kTabValid = 8,
+  kTabPair = 9,
+  kTabNll = 10,
+  kTableWidth = 11
 };
 
 // exp with its exponent clamped at 80: the largest round number below fp32 overflow. The derivative keeps the clamped value.
 template <class T> FA_HD T exp80(T x) { return exp(x > T(80) ? T(80) : x); }
 
+// clang-format off: one formula per line
 // phi(a) and phi'(a).
 template <class T> FA_HD ValueSlope<T> transform(int kind, T a, T alpha) {
   switch (kind) {
@@ -92,6 +103,7 @@ template <class T> FA_HD ValueSlope<T> link(int kind, T h, T t, T tau, T prob) {
     default: return {softplus(-h), -sigmoid(-h)};
   }
 }
+// clang-format on
 
 // Sums of one side of one pair.
 template <class T> struct SideSums { T policy, ratio, length, kl, sft, sft_length; };
@@ -100,7 +112,10 @@ template <class T> FA_HD SideSums<T> load_side(const T* s) {
 }
 
 // Per-pair values that may come as tensors; filled from PairParams where the caller gave none.
-template <class T> struct PairTensors { T beta, omega, soft_label, gamma_ext, target, anchor; bool valid; };
+template <class T> struct PairTensors {
+  T beta, omega, soft_label, gamma_ext, target, anchor;
+  bool valid;
+};
 
 // Slopes are with respect to the sums `ratio`, `kl` of each side and `sft` of the chosen side, before the normalisers.
 template <class T> struct PairResult {
@@ -113,7 +128,8 @@ template <class T> FA_HD T power_of_length(T length, T kappa) {
   return kappa == T(0) ? T(1) : (kappa == T(1) ? l : pow(l, kappa));
 }
 
-template <class T> FA_HD PairResult<T> evaluate_pair(const PairParams<T>& p, const SideSums<T>& w, const SideSums<T>& l, const PairTensors<T>& x) {
+template <class T> FA_HD PairResult<T> evaluate_pair(const PairParams<T>& p, const SideSums<T>& w, const SideSums<T>& l,
+                                                     const PairTensors<T>& x) {
   T beta = x.beta, beta_l = p.beta_rejected == p.beta_rejected ? p.beta_rejected : beta;   // NaN: the same as beta
   T norm_w = power_of_length(w.length, p.length_norm), norm_l = power_of_length(l.length, p.length_norm);
   T a_w = w.ratio / norm_w, a_l = l.ratio / norm_l;
@@ -131,8 +147,15 @@ template <class T> FA_HD PairResult<T> evaluate_pair(const PairParams<T>& p, con
     T soft = p.labels == kSoft ? x.soft_label : T(1) - p.label_smoothing;
     T c_pos = T(1), c_neg = T(0);
     if (p.link != kExo) {   // exo takes the label as its target distribution instead
-      if (p.labels == kSmooth || p.labels == kSoft) { c_pos = soft; c_neg = T(1) - soft; }
-      if (p.labels == kRobust) { T d = T(1) - T(2) * p.label_smoothing; c_pos = soft / d; c_neg = -p.label_smoothing / d; }
+      if (p.labels == kSmooth || p.labels == kSoft) {
+        c_pos = soft;
+        c_neg = T(1) - soft;
+      }
+      if (p.labels == kRobust) {
+        T d = T(1) - T(2) * p.label_smoothing;
+        c_pos = soft / d;
+        c_neg = -p.label_smoothing / d;
+      }
     }
     ValueSlope<T> f = link(p.link, h, x.target, p.tau, soft);
     r.loss = c_pos * f.value;
@@ -155,7 +178,8 @@ template <class T> FA_HD PairResult<T> evaluate_pair(const PairParams<T>& p, con
   if (p.point_link != kNoLink) {
     T beta_pt = p.point_beta == p.point_beta ? p.point_beta : beta;
     T scale = p.point_beta_power == T(0) ? T(1) : pow(beta_pt, p.point_beta_power);
-    T t_w = p.point_soft_target ? x.soft_label - T(0.5) : p.point_target, t_l = p.point_soft_target ? T(0.5) - x.soft_label : p.point_target;
+    T t_w = p.point_soft_target ? x.soft_label - T(0.5) : p.point_target,
+      t_l = p.point_soft_target ? T(0.5) - x.soft_label : p.point_target;
     T u_w = beta_pt * g_w.value - x.anchor, u_l = beta_pt * g_l.value - x.anchor;
     T k[4] = {p.chosen_pos, p.chosen_neg, p.rejected_pos, p.rejected_neg};
     for (int i = 0; i < 4; ++i) {
@@ -164,7 +188,8 @@ template <class T> FA_HD PairResult<T> evaluate_pair(const PairParams<T>& p, con
       ValueSlope<T> f = link(p.point_link, sign * (i < 2 ? u_w : u_l), i < 2 ? t_w : t_l, p.tau, T(1) - p.label_smoothing);
       r.loss += weight * f.value;
       T s = weight * sign * f.slope * beta_pt;
-      if (i < 2) slope_w += s * g_w.slope; else slope_l += s * g_l.slope;
+      if (i < 2) slope_w += s * g_w.slope;
+      else slope_l += s * g_l.slope;
     }
   }
 
@@ -207,15 +232,21 @@ template <class T> FA_HD void store_row(const PairParams<T>& p, const PairResult
 template <class T> FA_HD T at_least_one(T x) { return x > T(1) ? x : (x > T(0) ? x : T(1)); }
 template <class T> FA_HD T pair_divisor(const PairParams<T>& p, T pairs) { return p.reduction == kMean ? at_least_one(pairs) : T(1); }
 template <class T> FA_HD T sft_divisor(const PairParams<T>& p, T pairs, T local_pairs, T sft_tokens, T own_tokens) {
-  T n = p.sft_norm == kTokenMeanGlobal ? at_least_one(sft_tokens) : at_least_one(pairs) * (p.sft_norm == kSeqMean ? at_least_one(own_tokens) : T(1));
+  T n = p.sft_norm == kTokenMeanGlobal ? at_least_one(sft_tokens)
+                                       : at_least_one(pairs) * (p.sft_norm == kSeqMean ? at_least_one(own_tokens) : T(1));
   return p.reduction == kMean ? n : n / at_least_one(local_pairs);
 }
 
 // Weight of a response token: 1, or ld_alpha beyond the shorter response of its pair (LD-DPO). rank: 0-based among scored tokens.
-template <class T> FA_HD T tail_weight(const PairParams<T>& p, T rank, T partner_length) { return rank < partner_length ? T(1) : p.ld_alpha; }
+template <class T> FA_HD T tail_weight(const PairParams<T>& p, T rank, T partner_length) {
+  return rank < partner_length ? T(1) : p.ld_alpha;
+}
 
 // One token's term of `ratio` before weighting, and whether its gradient passes the clamp.
-template <class T> struct TokenRatio { T value; bool open; };
+template <class T> struct TokenRatio {
+  T value;
+  bool open;
+};
 template <class T> FA_HD TokenRatio<T> token_ratio(const PairParams<T>& p, T logprob, T ref_logprob) {
   T d = p.reference == T(0) ? logprob : (logprob == ref_logprob && p.reference == T(1) ? T(0) : logprob - p.reference * ref_logprob);
   if (d < p.token_clamp_low) return {p.token_clamp_low, false};

@@ -12,7 +12,7 @@
 namespace fastalign {
 
 // Columns of the saved state tensor [rows, kStateWidth]. 8..11 are the second row's, used when reference logits are given.
-enum StateColumn : int { kColM = 0, kColS0 = 1, kColS1 = 2, kColS2 = 3, kColSz = 4, kColUmax = 5, kColTop = 6, kColValid = 7, kStateWidth = 12 };
+enum StateColumn : int { kColM, kColS0, kColS1, kColS2, kColSz, kColUmax, kColTop, kColValid, kStateWidth = 12 };
 
 // Bits of the `outputs` argument; the same numbers stand in ops/token_stats/api.py.
 enum RowOutput : int { kOutLogprob = 1, kOutEntropy = 2, kOutLogsumexp = 4, kOutLogSumSq = 8, kOutMeanLogit = 16, kOutIsTop1 = 32 };
@@ -69,12 +69,20 @@ template <class T> FA_HD T row_log_sum_sq(const RowState<T>& s) {
   T v = log(s.s2) - T(2) * log(s.s0);
   return v > T(0) ? T(0) : v;
 }
-template <class T> FA_HD T row_mean_logit(const RowState<T>& s, T vocab, const RowTransform<T>& f) { return s.sz / vocab * (f.c * T(kLn2)); }
+template <class T> FA_HD T row_mean_logit(const RowState<T>& s, T vocab, const RowTransform<T>& f) {
+  return s.sz / vocab * (f.c * T(kLn2));
+}
 template <class T> FA_HD T row_is_top1(const RowState<T>& s, int64_t label) { return s.s0 != s.s0 ? s.s0 : T(s.top == label); }
 
 template <class T> FA_HD void store_state(const RowState<T>& s, bool valid, T* out) {
-  out[kColM] = s.m; out[kColS0] = s.s0; out[kColS1] = s.s1; out[kColS2] = s.s2;
-  out[kColSz] = s.sz; out[kColUmax] = s.umax; out[kColTop] = T(s.top); out[kColValid] = T(valid);
+  out[kColM] = s.m;
+  out[kColS0] = s.s0;
+  out[kColS1] = s.s1;
+  out[kColS2] = s.s2;
+  out[kColSz] = s.sz;
+  out[kColUmax] = s.umax;
+  out[kColTop] = T(s.top);
+  out[kColValid] = T(valid);
   for (int i = kColValid + 1; i < kStateWidth; ++i) out[i] = T(0);
 }
 template <class T> FA_HD RowState<T> load_state(const T* in) {

@@ -1,4 +1,5 @@
 """DPO's loss head as it is usually written in PyTorch, and the time of training steps with it and with fastalign's, side by side."""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,8 +9,9 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,16 @@ def plain_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels == -100, torch.zeros_like(logprobs), logprobs)
 
 
-def plain_preference_loss(logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, *, loss: Any, mask: Tensor | None = None,
-                          num_items: int, num_sft_tokens: int = 0) -> SimpleNamespace:
+def plain_preference_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    loss: Any,
+    mask: Tensor | None = None,
+    num_items: int,
+    num_sft_tokens: int = 0,
+) -> SimpleNamespace:
     """`fastalign.preference_loss` for plain DPO, with autograd: .loss and .metrics() as the trainer uses them."""
     if loss.name != "dpo" or loss.labels != "hard":
         raise ValueError(f"the plain path knows the loss dpo only, not {loss.name!r}")
@@ -62,8 +72,9 @@ PATHS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
 }
 
 
-def time_steps(model: torch.nn.Module, tokenizer: Any, pairs: Sequence[TokenPair], config: TrainConfig, *, rounds: int = 4,
-               steps: int = 5) -> dict[str, Any]:
+def time_steps(
+    model: torch.nn.Module, tokenizer: Any, pairs: Sequence[TokenPair], config: TrainConfig, *, rounds: int = 4, steps: int = 5
+) -> dict[str, Any]:
     """Whole optimizer steps of the project's trainer on both paths: same start, data and settings, in turns.
 
     Each of the `rounds` trains a copy of the model for `steps` steps on either path; the first step of each is warm-up. Returns the median
@@ -75,9 +86,19 @@ def time_steps(model: torch.nn.Module, tokenizer: Any, pairs: Sequence[TokenPair
             logprob_fn, loss_fn = PATHS[name]
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
                 # Token metrics are off on both sides: they are free in the fused pass and dear in the plain one.
-                quick = dataclasses.replace(config, output=folder, max_steps=steps, eval_every=0, token_metrics=False, precompute_ref=False,
-                                            tensorboard=False, progress=False)
-                result = train_dpo(quick, model=copy.deepcopy(model), tokenizer=tokenizer, examples=pairs, logprob_fn=logprob_fn, loss_fn=loss_fn)
+                quick = dataclasses.replace(
+                    config,
+                    output=folder,
+                    max_steps=steps,
+                    eval_every=0,
+                    token_metrics=False,
+                    precompute_ref=False,
+                    tensorboard=False,
+                    progress=False,
+                )
+                result = train_dpo(
+                    quick, model=copy.deepcopy(model), tokenizer=tokenizer, examples=pairs, logprob_fn=logprob_fn, loss_fn=loss_fn
+                )
             times[name] += result.step_times[1:]
             losses[name] = [record["loss"] for record in result.history if "loss" in record]
     return {
@@ -117,8 +138,14 @@ def _time_head(logits: Tensor, packed: Any, rounds: int) -> dict[str, Any]:
         for name, (logprob_fn, loss_fn) in PATHS.items():
             rows = buffer.detach().copy_(source)  # fresh, and no leaf of the graph: the fused path writes the gradient over it
             seconds = -time.perf_counter()
-            output = loss_fn(logprob_fn(rows, packed.labels), reference, packed.cu_seqlens, loss=preset, mask=packed.mask,
-                             num_items=(len(packed.cu_seqlens) - 1) // 2)
+            output = loss_fn(
+                logprob_fn(rows, packed.labels),
+                reference,
+                packed.cu_seqlens,
+                loss=preset,
+                mask=packed.mask,
+                num_items=(len(packed.cu_seqlens) - 1) // 2,
+            )
             torch.autograd.grad(output.loss, rows)
             seconds += time.perf_counter()
             if turn:  # the first turn warms up

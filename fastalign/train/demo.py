@@ -1,6 +1,7 @@
 """`fastalign demo`: from random weights through SFT to DPO on a task whose true reward is known, in under three minutes on two cores.
 
 Nothing is downloaded. The task, model and tokenizer are those of `fastalign.train.sandbox`; training is `fastalign.train.train_dpo`."""
+
 from __future__ import annotations
 
 import copy
@@ -9,8 +10,9 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -28,8 +30,13 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="fastalign demo", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
     parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of data, weights, sampling and training (default: 0)")
     parser.add_argument("--steps", type=integer(1), default=60, help="optimizer steps of DPO (default: 60)")
-    parser.add_argument("--output", type=Path, default=Path("fastalign-demo"), metavar="DIR",
-                        help="directory for curves.png, metrics.json and the model (default: ./fastalign-demo)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("fastalign-demo"),
+        metavar="DIR",
+        help="directory for curves.png, metrics.json and the model (default: ./fastalign-demo)",
+    )
     arguments = parser.parse_args(argv)
     try:
         _prepare(arguments.output)
@@ -78,9 +85,18 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     prompts = sandbox.make_prompts(JUDGED, seeds[7])
 
     clock.stage(f"DPO: {steps} steps of {BATCH_SIZE} pairs, beta {BETA}")
-    config = TrainConfig(output=str(output / "model"), overwrite=True, loss_options={"beta": BETA}, learning_rate=LEARNING_RATE, seed=seed,
-                         batch_size=BATCH_SIZE, max_steps=steps, epochs=-(-steps * BATCH_SIZE // len(pairs)), precompute_ref=True,
-                         eval_every=max(1, steps // CURVE_POINTS))
+    config = TrainConfig(
+        output=str(output / "model"),
+        overwrite=True,
+        loss_options={"beta": BETA},
+        learning_rate=LEARNING_RATE,
+        seed=seed,
+        batch_size=BATCH_SIZE,
+        max_steps=steps,
+        epochs=-(-steps * BATCH_SIZE // len(pairs)),
+        precompute_ref=True,
+        eval_every=max(1, steps // CURVE_POINTS),
+    )
     curve: list[dict[str, float]] = []
 
     def judge(record: dict[str, Any]) -> None:
@@ -89,7 +105,9 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
             policy = copy.deepcopy(model)
             policy.set_attn_implementation("sdpa")  # the trainer's attention serves packed sequences only
             samples = sandbox.generate(policy, tokenizer, prompts[:CURVE_SAMPLES], seed=seeds[7])
-            curve.append({"step": record["step"], "gold_reward": sandbox.mean_gold_reward(samples), **sandbox.sampled_kl(policy, sft, samples)})
+            curve.append(
+                {"step": record["step"], "gold_reward": sandbox.mean_gold_reward(samples), **sandbox.sampled_kl(policy, sft, samples)}
+            )
 
     result = train_dpo(config, model=model, tokenizer=tokenizer, examples=pairs, eval_examples=held_out, callback=judge)
 
@@ -101,18 +119,35 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
         "head": comparison.time_head_of(sft, pairs, config),
         "head_large_vocabulary": comparison.time_head_large(),
     }
+    settings = {"seed": seed, "steps": steps, "beta": BETA, "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "pairs": len(pairs)}
     report = {
-        "settings": {"seed": seed, "steps": steps, "beta": BETA, "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "pairs": len(pairs)},
-        "machine": {"fastalign": fastalign.__version__, "torch": torch.__version__, "python": platform.python_version(),
-                    "threads": torch.get_num_threads(), "cores": os.cpu_count(), "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-                    "backend": fastalign.explain("token_logprobs", torch.empty(1, 1)).splitlines()[0].rpartition(": ")[2]},
-        "sft_loss": sft_losses, "before": before, "after": after, "curve": curve, "timing": timing, "history": result.history,
-    }  # fmt: skip
+        "settings": settings,
+        "machine": _machine(),
+        "sft_loss": sft_losses,
+        "before": before,
+        "after": after,
+        "curve": curve,
+        "timing": timing,
+        "history": result.history,
+    }
     report["seconds"] = clock.stop()
     (output / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     plot(report, output / "curves.png")
     print("\n" + summary(report) + f"\n\ncurves: {output / 'curves.png'}  numbers: {output / 'metrics.json'}  model: {output / 'model'}")
     return report
+
+
+def _machine() -> dict[str, Any]:
+    """What the times belong to."""
+    return {
+        "fastalign": fastalign.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "backend": fastalign.explain("token_logprobs", torch.empty(1, 1)).splitlines()[0].rpartition(": ")[2],
+    }
 
 
 class _Clock:
@@ -163,11 +198,16 @@ def summary(report: dict[str, Any]) -> str:
     before, after, timing = report["before"], report["after"], report["timing"]
     number: Callable[[Any], str] = lambda x: "n/a" if x is None else f"{x:.3f}"  # noqa: E731
     rows = [("gold reward (true reward of fresh samples, 0 to 1)", "gold_reward")]
-    rows += [("reward accuracy on held-out pairs (implicit reward)", "reward_accuracy"), ("log-prob accuracy on held-out pairs", "logprob_accuracy")]
+    rows += [
+        ("reward accuracy on held-out pairs (implicit reward)", "reward_accuracy"),
+        ("log-prob accuracy on held-out pairs", "logprob_accuracy"),
+    ]
     lines = [[name, number(before[key]), number(after[key])] for name, key in rows]
     for kind in ("k1", "k3"):
         for per in ("token", "sequence"):
-            lines.append([f"KL to SFT, nats per {per} ({kind} on its own samples)", *(number(x["kl"][f"{kind}_per_{per}"]) for x in (before, after))])
+            lines.append(
+                [f"KL to SFT, nats per {per} ({kind} on its own samples)", *(number(x["kl"][f"{kind}_per_{per}"]) for x in (before, after))]
+            )
     step, head, large = timing["step"], timing["head"], timing["head_large_vocabulary"]
     times = [
         [f"optimizer step, {report['settings']['batch_size']} pairs (policy and reference forward, backward, AdamW)", step],

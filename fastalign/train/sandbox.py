@@ -5,11 +5,13 @@ trained policy can be judged by what it was meant to maximise, beside the implic
 Everything is generated here from a seed; nothing is downloaded. SFT data, prompts, preference pairs, sampling and scoring are separate
 functions, each usable with any causal LM from transformers.
 """
+
 from __future__ import annotations
 
 import random
 import re
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -107,8 +109,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 1
         return LlamaForCausalLM(config)
 
 
-def train_sft(model: torch.nn.Module, tokenizer: Any, examples: Sequence[Example], *, steps: int, batch_size: int = 32,
-              learning_rate: float = 3e-3, seed: int = 0) -> list[float]:
+def train_sft(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+) -> list[float]:
     """Supervised fine-tuning on packed examples, the loss over the completions' tokens only. AdamW, linear warm-up over a tenth of the
     steps, then linear decay. Returns the loss (nats per token) of every step."""
     draw = random.Random(seed)
@@ -139,8 +149,16 @@ def _pack(tokenizer: Any, examples: Sequence[Example]) -> fastalign.PackedBatch:
 
 
 @torch.no_grad()
-def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], *, seed: int, batch_size: int = 256,
-             max_new_tokens: int = MAX_NEW_TOKENS, **options: Any) -> list[Sample]:
+def generate(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    batch_size: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    **options: Any,
+) -> list[Sample]:
     """One completion per prompt, sampled from the model's own distribution (temperature 1, whole vocabulary) unless `options` of
     transformers' `generate` say otherwise. The same seed, prompts and batch size give the same samples."""
     device = next(model.parameters()).device
@@ -162,8 +180,9 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], *, 
     return samples
 
 
-def sample_pairs(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], *, seed: int, per_prompt: int = 4,
-                 **options: Any) -> list[TokenPair]:
+def sample_pairs(
+    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], *, seed: int, per_prompt: int = 4, **options: Any
+) -> list[TokenPair]:
     """Preference pairs as they are collected in practice: several samples per prompt, ranked by the gold reward, best against worst.
     Prompts whose samples all score the same give none."""
     samples = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(per_prompt)], seed=seed, **options)

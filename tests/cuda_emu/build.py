@@ -2,6 +2,7 @@
 second extension, `_C_emu`. Objects are kept under build/ by the hash of everything that went into them.
 
 `python tests/cuda_emu/build.py` builds and prints the module's path."""
+
 from __future__ import annotations
 
 import hashlib

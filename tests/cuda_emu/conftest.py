@@ -1,9 +1,14 @@
-"""Everything here runs on backend "cuda" through the emulator, whatever --backend says."""
+"""Everything here runs on backend "cuda" through the emulator: `pytest tests/cuda_emu`, a run of its own, with no other option."""
+
 from __future__ import annotations
 
 import pytest
 
 import fastalign as fa
+
+
+def pytest_configure(config):
+    config.option.backend = "cuda"
 
 
 @pytest.fixture

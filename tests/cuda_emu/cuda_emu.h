@@ -1,12 +1,14 @@
 // Runs CUDA kernels on the CPU for tests. Force-included (-include) before a .cu file that is compiled by g++ with -DFA_EMU.
 //
-// Every CUDA thread is a fiber; all fibers of a launch run on the calling OS thread under one scheduler (a cluster's blocks too: one scheduler
-// makes every interleaving reproducible from its seed and every deadlock certain). A fiber runs until it reaches a barrier, a warp operation or an
-// atomic; which one runs next is drawn at random. Several clusters of the grid are under way at a time, in random order.
+// Every CUDA thread is a fiber; all fibers of a launch run on the calling OS thread under one scheduler (a cluster's blocks too: one
+// scheduler makes every interleaving reproducible from its seed and every deadlock certain). A fiber runs until it reaches a barrier, a
+// warp operation or an atomic; which one runs next is drawn at random. Several clusters of the grid are under way at a time, in random
+// order.
 //
-// What it finds: shared memory used before it was written (it starts as NaN) or outside its size; barriers and warp operations that not all threads
-// reach, or reach at different places; deadlocks, across the blocks of a cluster too; a block that exits while others may read its shared memory;
-// launches that a GPU would refuse. Not found: races between threads that no interleaving of these points exposes, and memory ordering.
+// What it finds: shared memory used before it was written (it starts as NaN) or outside its size; barriers and warp operations that not
+// all threads reach, or reach at different places; deadlocks, across the blocks of a cluster too; a block that exits while others may
+// read its shared memory; launches that a GPU would refuse. Not found: races between threads that no interleaving of these points
+// exposes, and memory ordering.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -60,8 +62,8 @@ struct Thread {
   dim3 index;
   unsigned linear = 0;
   bool done = false;
-  uint64_t given = 0, taken = 0;   // what this lane puts into a warp operation and gets out of it
-  unsigned source = 0;             // the lane it reads
+  uint64_t given = 0, taken = 0;  // what this lane puts into a warp operation and gets out of it
+  unsigned source = 0;  // the lane it reads
   bool reads = false;
 };
 
@@ -81,17 +83,17 @@ struct Block {
   dim3 index;
   unsigned rank = 0, alive = 0;
   std::vector<Thread> threads;
-  std::vector<unsigned> lanes_alive;                 // per warp, a bit mask
-  std::vector<std::vector<WarpMeeting>> meetings;    // per warp
+  std::vector<unsigned> lanes_alive;  // per warp, a bit mask
+  std::vector<std::vector<WarpMeeting>> meetings;  // per warp
   Barrier barrier;
   std::vector<char> memory;
   char* shared = nullptr;
-  unsigned mapped = 0;                               // by another block, in this epoch of the cluster
+  unsigned mapped = 0;  // by another block, in this epoch of the cluster
 };
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   unsigned alive = 0;
-  unsigned epoch = 1;   // 1 + completed cluster barriers
+  unsigned epoch = 1;  // 1 + completed cluster barriers
   Barrier barrier;
 };
 
@@ -107,7 +109,8 @@ class Machine {
     if (threads == 0 || threads > 1024 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || shared > (48 << 10) ||
         cluster == 0 || cluster > 8 || grid.x % cluster)
       throw std::runtime_error(std::string("emulated launch of ") + name + ": invalid configuration");
-    name_ = name, body_ = &body, block_dim = block, grid_dim = grid, shared_ = shared, error_ = nullptr, random_ = seed * 0x9e3779b97f4a7c15ull + 1;
+    name_ = name, body_ = &body, block_dim = block, grid_dim = grid, shared_ = shared, error_ = nullptr,
+    random_ = seed * 0x9e3779b97f4a7c15ull + 1;
     run(cluster, blocks / cluster, std::max<uint64_t>(1, std::min<uint64_t>(4, 2048 / (threads * cluster))));
   }
 
@@ -156,10 +159,12 @@ class Machine {
   }
 
  private:
-  static constexpr size_t kGuard = 256;   // bytes on either side of a block's shared memory
+  static constexpr size_t kGuard = 256;  // bytes on either side of a block's shared memory
 
   std::string text(const std::string& what) const { return "emulated kernel " + name_ + ": " + what; }
-  [[noreturn]] void fail(const char* kind, Site site, const std::string& what) { throw std::runtime_error(text(std::string(kind) + " at " + site.text() + ": " + what)); }
+  [[noreturn]] void fail(const char* kind, Site site, const std::string& what) {
+    throw std::runtime_error(text(std::string(kind) + " at " + site.text() + ": " + what));
+  }
 
   void leave() { switch_context(current->context, scheduler_); }
 
@@ -190,7 +195,8 @@ class Machine {
         if (std::strcmp(m.barrier.kind, "__ballot_sync") == 0)
           for (Thread* other : m.barrier.waiting) t->taken |= other->given << (other->linear % 32);
         if (!t->reads) continue;
-        if (!(m.arrived >> t->source & 1)) throw std::runtime_error(text(std::string(m.barrier.kind) + " at " + m.barrier.site.text() + ": reads a lane that is not there"));
+        if (!(m.arrived >> t->source & 1))
+          throw std::runtime_error(text(std::string(m.barrier.kind) + " at " + m.barrier.site.text() + ": reads a lane that is not there"));
         t->taken = b.threads[warp * 32 + t->source].given;
       }
       release(m.barrier);
@@ -198,7 +204,7 @@ class Machine {
     }
   }
 
-  static void entry();   // first frame of every fiber
+  static void entry();  // first frame of every fiber
 
   // A thread that exits no longer counts, so others may now be complete.
   void exit_current() {
@@ -223,7 +229,7 @@ class Machine {
       const uint64_t linear = number * size + rank;
       b.cluster = c.get(), b.rank = rank, b.alive = threads;
       b.index = dim3(unsigned(linear % grid_dim.x), unsigned(linear / grid_dim.x % grid_dim.y), unsigned(linear / grid_dim.x / grid_dim.y));
-      b.memory.assign(shared_ + 2 * kGuard + 16, char(0xff));   // NaN in every float type
+      b.memory.assign(shared_ + 2 * kGuard + 16, char(0xff));  // NaN in every float type
       b.shared = b.memory.data() + kGuard + (-reinterpret_cast<uintptr_t>(b.memory.data() + kGuard) & 15);
       b.threads = std::vector<Thread>(threads);
       b.meetings.resize((threads + 31) / 32);
@@ -274,7 +280,7 @@ class Machine {
       finish(c);
       running.erase(std::find_if(running.begin(), running.end(), [&](const auto& r) { return r.get() == &c; }));
     }
-    for (auto& c : running) finish(*c);   // after an error: the fibers are dropped where they stand
+    for (auto& c : running) finish(*c);  // after an error: the fibers are dropped where they stand
     if (error_) std::rethrow_exception(error_);
   }
 
@@ -296,7 +302,7 @@ class Machine {
     return out;
   }
 
-  uint64_t draw() {   // xorshift64*
+  uint64_t draw() {  // xorshift64*
     random_ ^= random_ >> 12, random_ ^= random_ << 25, random_ ^= random_ >> 27;
     return (random_ * 0x2545f4914f6cdd1dull) >> 33;
   }

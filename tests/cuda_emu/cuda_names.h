@@ -19,7 +19,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, ::emu::Site site = :
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) { return unsigned(((uint64_t(high) << 32) | low) >> (shift & 31)); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned(((uint64_t(high) << 32) | low) >> (shift & 31));
+}
 inline int min(int a, int b) { return a < b ? a : b; }
 
 // Other threads may run before and after: both are what a GPU does too.
@@ -59,6 +61,7 @@ template <class T> T* cluster_map(T* mine, unsigned rank) {
   return reinterpret_cast<T*>(::emu::machine.shared_of(reinterpret_cast<char*>(mine), rank));
 }
 
+inline void store16(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
 inline float fast_exp2(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;   // flushed like the hardware's; NaN passes

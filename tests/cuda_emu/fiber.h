@@ -1,4 +1,5 @@
-// Fibers for the CUDA emulator: a stack each, and a switch between two of them that is a dozen instructions (swapcontext makes a system call).
+// Fibers for the CUDA emulator: a stack each, and a switch between two of them that is a dozen instructions (swapcontext makes a system
+// call).
 #pragma once
 #include <sys/mman.h>
 #include <cstddef>
@@ -15,8 +16,8 @@ namespace emu {
 using Entry = void (*)();
 
 #if defined(__x86_64__)
-// Pushes the registers that a call must preserve, stores the stack pointer in *from, takes `to` and pops. Weak: every file that includes this
-// header brings a copy. MXCSR and the x87 control word are the same everywhere and stay as they are.
+// Pushes the registers that a call must preserve, stores the stack pointer in *from, takes `to` and pops. Weak: every file that includes
+// this header brings a copy. MXCSR and the x87 control word are the same everywhere and stay as they are.
 asm(R"(
   .text
   .weak fa_emu_switch
@@ -47,7 +48,7 @@ struct Context {
   // The first switch to it "returns" into entry, with the stack aligned as after a call.
   void prepare(char* stack, size_t size, Entry entry) {
     void** top = reinterpret_cast<void**>(stack + size);
-    *--top = nullptr;   // the return address of entry, which never returns
+    *--top = nullptr;  // the return address of entry, which never returns
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     stack_pointer = top;
@@ -74,7 +75,8 @@ class StackPool {
   static constexpr size_t kSize = 64 << 10, kGuard = 4096;
   char* take() {
     if (free_.empty()) {
-      char* p = static_cast<char*>(mmap(nullptr, kSize + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      char* p =
+          static_cast<char*>(mmap(nullptr, kSize + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
       if (p == MAP_FAILED) throw std::bad_alloc();
       mprotect(p, kGuard, PROT_NONE);
       return p + kGuard;

@@ -1,5 +1,6 @@
 """Backend "cuda" on CPU tensors: the `emulator` fixture serves it by the emulated kernels, under several interleavings, with every kernel
 output between guard bands. Loaded by tests/conftest.py; does nothing unless `--backend cuda --device cpu` asks for it."""
+
 from __future__ import annotations
 
 import functools

@@ -28,10 +28,8 @@ __global__ void warp_sum(float* out) {
 }
 
 __global__ void divergent_barrier(float*) {
-  if (threadIdx.x % 2)
-    __syncthreads();
-  else
-    __syncthreads();
+  if (threadIdx.x % 2) __syncthreads();
+  else __syncthreads();
 }
 
 __global__ void divergent_shuffle(float* out) {

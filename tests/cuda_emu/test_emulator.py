@@ -1,4 +1,5 @@
 """The emulator itself: right kernels run, wrong ones are refused with a message that says where."""
+
 from __future__ import annotations
 
 import ctypes

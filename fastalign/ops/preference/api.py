@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from fastalign.checks import (
     per_token,
     row_mask,
 )  # fmt: skip
-from fastalign.losses import resolve
+from fastalign.ops.preference import compose
+from fastalign.ops.preference.output import PreferenceOutput, make_output
 from fastalign.preset import REDUCTIONS, SCALAR_COUNT, TENSOR_FIELDS, TENSOR_ONLY, Preset
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
+from fastalign.rules import BatchRule
 
 SUM_WIDTH, TABLE_WIDTH = 6, 11
 # Tensors per pair, in the order of the op's arguments; `valid` follows them.
@@ -85,6 +88,32 @@ class PreferenceFunction(torch.autograd.Function):
         return d_logprobs, None, d_kl if ctx.with_kl else None, *(None,) * 7
 
 
+class PairSumsFunction(torch.autograd.Function):
+    """Sums [P, 2, SUM_WIDTH] of per-token tensors: the first half of the kernel, for losses that do something between the halves."""
+
+    @staticmethod
+    def forward(ctx, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, params, count):
+        scalars, switches = list(params[:SCALAR_COUNT]), list(params[SCALAR_COUNT:])
+        sums = preference_fwd(
+            logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, None, *(None,) * 9, scalars, switches, count, False
+        )[3]
+        ctx.save_for_backward(logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums)
+        ctx.params, ctx.with_kl = (scalars, switches), kl is not None
+        return sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        # The gradient of the sums takes the place of the table's slopes. The policy's sums move with its log-probs as the log-ratios do
+        # (no token clamp where they are used: see compose.shared_params).
+        slopes = grad.new_zeros((grad.shape[0], TABLE_WIDTH))
+        slopes[:, 0:2], slopes[:, 2:4], slopes[:, 4] = grad[:, :, 0] + grad[:, :, 1], grad[:, :, 3], grad[:, 0, 4]
+        slopes[:, 8] = 1.0  # every row counts
+        one = grad.new_ones(())
+        d_logprobs, d_kl = preference_bwd(one, *ctx.saved_tensors, slopes, *ctx.params, ctx.with_kl)
+        return d_logprobs, None, d_kl if ctx.with_kl else None, *(None,) * 6
+
+
 class PreferenceFromSumsFunction(torch.autograd.Function):
     """From sums [P, 2, SUM_WIDTH]; the slopes of the table are the gradient."""
 
@@ -108,71 +137,12 @@ class PreferenceFromSumsFunction(torch.autograd.Function):
         return out, None, None
 
 
-class Metric(NamedTuple):
-    """A mean as its (sum, count), both 0-dim tensors on the loss's device: add them over micro-batches and ranks, divide at the end."""
-
-    sum: Tensor
-    count: Tensor
-
-    def __float__(self) -> float:
-        count = float(self.count)
-        return float(self.sum) / count if count else float("nan")
-
-
-class PreferenceOutput(NamedTuple):
-    """What a preference loss returns. `loss` is differentiable; everything else is detached, [P] per pair.
-
-    loss: scalar, or [P] with reduction="none". chosen_rewards, rejected_rewards: beta * a, with the method's own aggregation (token means where
-    the method averages). margins: their difference. chosen_logprobs, rejected_logprobs: sums of the policy's log-probs over the scored tokens
-    (means for the reference-free methods that average, as TRL logs them). valid: bool, which pairs counted."""
-
-    loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    margins: Tensor
-    chosen_logprobs: Tensor
-    rejected_logprobs: Tensor
-    valid: Tensor
-    preset: Preset
-    table: Tensor
-    sums: Tensor
-
-    def metrics(self) -> dict[str, Metric]:
-        """TRL's keys -> Metric (sum, count) over the valid pairs: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies
-        (chosen > rejected, strictly), logps/chosen, logps/rejected; nll_loss (per token) with an SFT term, seqkl/chosen and seqkl/rejected with
-        sequence KLs; n_empty (pairs with an empty side), nonfinite_pairs."""
-        valid, zero = self.valid, torch.zeros_like(self.margins)
-        count = valid.sum(dtype=self.margins.dtype)
-
-        def over_pairs(x: Tensor) -> Metric:
-            return Metric(torch.where(valid, x, zero).sum(), count)
-
-        out = {
-            "rewards/chosen": over_pairs(self.chosen_rewards),
-            "rewards/rejected": over_pairs(self.rejected_rewards),
-            "rewards/margins": over_pairs(self.margins),
-            "rewards/accuracies": over_pairs((self.chosen_rewards > self.rejected_rewards).to(zero.dtype)),
-            "logps/chosen": over_pairs(self.chosen_logprobs),
-            "logps/rejected": over_pairs(self.rejected_logprobs),
-        }
-        if self.preset.sft_weight:
-            out["nll_loss"] = Metric(
-                torch.where(valid, -self.sums[:, 0, 4], zero).sum(), torch.where(valid, self.sums[:, 0, 5], zero).sum()
-            )
-        if self.preset.needs_kl:
-            out["seqkl/chosen"], out["seqkl/rejected"] = over_pairs(self.sums[:, 0, 3]), over_pairs(self.sums[:, 1, 3])
-        pairs = torch.ones_like(self.margins).sum()
-        out["n_empty"] = Metric((self.sums[:, :, 2] == 0).any(-1).sum(dtype=zero.dtype), pairs)
-        out["nonfinite_pairs"] = Metric((~torch.isfinite(self.margins)).sum(dtype=zero.dtype), pairs)
-        return out
-
-
 def preference_loss(
     logprobs: Tensor,
     ref_logprobs: Tensor | None,
     cu_seqlens: Tensor,
     *,
-    loss: str | Preset = "dpo",
+    loss: str | Preset | Sequence[tuple[str | Preset, float]] = "dpo",
     pairs: Tensor | None = None,
     mask: Tensor | None = None,
     kl_ref_policy: Tensor | None = None,
@@ -180,6 +150,7 @@ def preference_loss(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     num_sft_tokens: float | Tensor | None = None,
+    state: BatchRule | Sequence[BatchRule] | None = None,
     **options: Any,
 ) -> PreferenceOutput:
     """A preference loss over pairs of packed sequences; the formula of every loss is in `fastalign.losses.available()`.
@@ -188,7 +159,8 @@ def preference_loss(
         logprobs: [T] policy log-probs, row-aligned (row t scores the next token), 0 at unscored rows; differentiable.
         ref_logprobs: [T] reference log-probs, never differentiated; None where the loss needs none (it is accepted and not read then).
         cu_seqlens: [S + 1] int32, from 0 to T.
-        loss: a name of `losses.available()`, or a Preset.
+        loss: a name of `losses.available()`, a Preset, or a mixture [(name or Preset, weight), ...] whose losses share one pass and add up;
+            a mixture takes no further options (put them into Presets), and its rewards are those of its first loss.
         pairs: [P, 2] integers, (chosen, rejected) sequence numbers; default (0, 1), (2, 3), ... A sequence may be in several pairs.
         mask: [T] bool, row-aligned: the response tokens. Required by losses that use lengths.
         kl_ref_policy: [T] exact KL(ref || policy) per token, for losses with sequence KLs; differentiable.
@@ -196,6 +168,7 @@ def preference_loss(
         reduction: "mean" over the valid pairs, "sum", or "none" ([P]; its mean over the valid pairs is "mean").
         num_items: the number of valid pairs over all micro-batches and ranks, for "mean" under gradient accumulation; number or 0-dim tensor.
         num_sft_tokens: likewise the number of tokens of the SFT term (sft_norm="token_mean_global").
+        state: the rule object (`fastalign.BetaDPO`, `AlphaDPO`, `BCODelta`) that beta_dpo, alpha_dpo and bco need; it remembers between calls.
         options: the loss's own options and fields of Preset, by name. beta, target and anchor may be tensors, 0-dim or [P]; omega
             (pair weights), gamma_ext (extra margin), soft_labels (P(chosen wins)) and valid (bool) are tensors [P]. Tensors are constants here.
 
@@ -206,18 +179,20 @@ def preference_loss(
         ValueError, TypeError: unknown loss or option, impossible combination, shapes, dtypes, devices, missing mask or reference log-probs.
         IndexError: pairs outside [0, S) (checked on the CPU).
     """
-    preset, tensors = resolve(loss, options)
+    components, tensors = compose.components(loss, options)
+    presets = [p for p, _ in components]
     check_choice("reduction", reduction, REDUCTIONS)
     logprobs = per_token("logprobs", logprobs)
     cu_seqlens = check_cu_seqlens(cu_seqlens, logprobs)
-    if mask is None and preset.needs_lengths:
-        raise ValueError(f"loss {preset.name!r} uses response lengths: mask is required (row-aligned, True at response tokens)")
-    if preset.needs_reference and ref_logprobs is None:
-        raise ValueError(f"loss {preset.name!r} needs ref_logprobs")
-    if preset.needs_kl and kl_ref_policy is None:
-        raise ValueError(f"loss {preset.name!r} needs kl_ref_policy, the per-token KL(ref || policy)")
-    ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach() if preset.needs_reference else None
-    kl = per_token("kl_ref_policy", kl_ref_policy, logprobs) if preset.needs_kl else None
+    for p in presets:
+        if mask is None and p.needs_lengths:
+            raise ValueError(f"loss {p.name!r} uses response lengths: mask is required (row-aligned, True at response tokens)")
+        if p.needs_reference and ref_logprobs is None:
+            raise ValueError(f"loss {p.name!r} needs ref_logprobs")
+        if p.needs_kl and kl_ref_policy is None:
+            raise ValueError(f"loss {p.name!r} needs kl_ref_policy, the per-token KL(ref || policy)")
+    ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach() if any(p.needs_reference for p in presets) else None
+    kl = per_token("kl_ref_policy", kl_ref_policy, logprobs) if any(p.needs_kl for p in presets) else None
     mask = row_mask(mask, logprobs)
     if weights is not None:
         weights = per_token("weights", weights, logprobs).detach()
@@ -231,11 +206,37 @@ def preference_loss(
             raise ValueError(f"pairs must be integers of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
         check_same_device("pairs", pairs, "logprobs", logprobs)
         pairs, count = pairs.to(torch.int32).contiguous(), pairs.shape[0]
-    extra = _extra(preset, tensors, count, num_items, num_sft_tokens, logprobs)
-    value, table, sums = PreferenceFunction.apply(
-        logprobs, ref, kl, cu_seqlens, pairs, mask, weights, extra, preset.params(reduction), count
-    )
-    return _output(value, table, sums, preset)
+    tokens = (logprobs, ref, kl, cu_seqlens, pairs, mask, weights)
+    if compose.is_plain(components, state):
+        extra = _extra(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
+        value, table, sums = PreferenceFunction.apply(*tokens, extra, presets[0].params(reduction), count)
+        return make_output(value, table, sums, presets[0])
+    sums = PairSumsFunction.apply(*tokens, compose.shared_params(presets), count)
+    return _from_sums(components, sums, tensors, state, reduction, num_items, num_sft_tokens)
+
+
+def _from_sums(
+    components: list[tuple[Preset, float]],
+    sums: Tensor,
+    tensors: dict[str, Tensor],
+    state: Any,
+    reduction: str,
+    num_items: Any,
+    num_sft_tokens: Any,
+) -> PreferenceOutput:
+    """The table of every component from the same sums (with log-ratios against the reference where any component has one), added up."""
+    total, first = None, None
+    rules = compose.rules_of(components, state)
+    with_reference = any(p.needs_reference for p, _ in components)
+    for preset, weight in components:
+        own, given = compose.prepare(preset, sums, tensors, rules.get(preset.rule), with_reference)
+        extra = _extra(preset, given, sums.shape[0], num_items, num_sft_tokens, sums)
+        value, table = PreferenceFromSumsFunction.apply(own, extra, preset.params(reduction))
+        total = weight * value if total is None else total + weight * value
+        if first is None:
+            first = make_output(value, compose.own_rewards(preset, table, sums, given), sums.detach(), preset)
+    has_sft = any(p.sft_weight for p, _ in components)
+    return first._replace(loss=total, has_sft=has_sft)
 
 
 def preference_loss_from_sums(
@@ -244,7 +245,7 @@ def preference_loss_from_sums(
     ref_chosen: Tensor | None = None,
     ref_rejected: Tensor | None = None,
     *,
-    loss: str | Preset = "dpo",
+    loss: str | Preset | Sequence[tuple[str | Preset, float]] = "dpo",
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
     chosen_kl: Tensor | None = None,
@@ -252,6 +253,7 @@ def preference_loss_from_sums(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     num_sft_tokens: float | Tensor | None = None,
+    state: BatchRule | Sequence[BatchRule] | None = None,
     **options: Any,
 ) -> PreferenceOutput:
     """The same losses for trainers that have already summed their log-probs over tokens.
@@ -262,23 +264,29 @@ def preference_loss_from_sums(
         chosen_lengths, rejected_lengths: [P] numbers of response tokens; required by losses that use lengths. Without them every
             response counts as non-empty.
         chosen_kl, rejected_kl: [P] sequence KLs, differentiable, for losses with sequence KLs.
-        reduction, num_items, num_sft_tokens, options: as in `preference_loss`. Options that act on single tokens (ld_alpha, token_clamp,
+        loss, reduction, num_items, num_sft_tokens, state, options: as in `preference_loss`. Options that act on single tokens (ld_alpha, token_clamp,
             sft_include_prompt) raise here.
 
     Returns:
         PreferenceOutput.
     """
-    preset, tensors = resolve(loss, options)
+    components, tensors = compose.components(loss, options)
+    presets = [p for p, _ in components]
     check_choice("reduction", reduction, REDUCTIONS)
-    if preset.ld_alpha != 1.0 or preset.token_clamp is not None or preset.sft_include_prompt:
-        raise ValueError("ld_alpha, token_clamp and sft_include_prompt act on single tokens; use preference_loss on packed log-probs")
+    for p in presets:
+        if p.ld_alpha != 1.0 or p.token_clamp is not None or p.sft_include_prompt:
+            raise ValueError("ld_alpha, token_clamp and sft_include_prompt act on single tokens; use preference_loss on packed log-probs")
+        if p.needs_reference and (ref_chosen is None or ref_rejected is None):
+            raise ValueError(f"loss {p.name!r} needs ref_chosen and ref_rejected")
+        if p.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
+            raise ValueError(f"loss {p.name!r} uses response lengths: chosen_lengths and rejected_lengths are required")
+        if p.needs_kl and (chosen_kl is None or rejected_kl is None):
+            raise ValueError(f"loss {p.name!r} needs chosen_kl and rejected_kl, the sequence sums of KL(ref || policy)")
     chosen = per_token("chosen", chosen)
     if rejected.dtype == torch.float64 and chosen.dtype != torch.float64:
         chosen = chosen.double()
     rejected = per_token("rejected", rejected, chosen)
-    if preset.needs_reference:
-        if ref_chosen is None or ref_rejected is None:
-            raise ValueError(f"loss {preset.name!r} needs ref_chosen and ref_rejected")
+    if any(p.needs_reference for p in presets):
         ratios = []
         for name, policy, ref in (("ref_chosen", chosen, ref_chosen), ("ref_rejected", rejected, ref_rejected)):
             check_shape(name, ref, tuple(chosen.shape))
@@ -288,10 +296,6 @@ def preference_loss_from_sums(
             ratios.append(difference)
     else:
         ratios = [chosen, rejected]
-    if preset.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
-        raise ValueError(f"loss {preset.name!r} uses response lengths: chosen_lengths and rejected_lengths are required")
-    if preset.needs_kl and (chosen_kl is None or rejected_kl is None):
-        raise ValueError(f"loss {preset.name!r} needs chosen_kl and rejected_kl, the sequence sums of KL(ref || policy)")
 
     def column(name: str, value: Tensor | None, default: float) -> Tensor:
         if value is None:
@@ -304,12 +308,9 @@ def preference_loss_from_sums(
     for policy, ratio, lengths, kl, side in ((chosen, ratios[0], chosen_lengths, chosen_kl, "chosen"),
                                              (rejected, ratios[1], rejected_lengths, rejected_kl, "rejected")):  # fmt: skip
         length = column(f"{side}_lengths", lengths, 1.0).detach()
-        kl = column(f"{side}_kl", kl if preset.needs_kl else None, 0.0)
-        sides.append(torch.stack([policy.detach(), ratio, length, kl, policy, length], -1))
-    sums = torch.stack(sides, 1)
-    extra = _extra(preset, tensors, chosen.shape[0], num_items, num_sft_tokens, chosen)
-    value, table = PreferenceFromSumsFunction.apply(sums, extra, preset.params(reduction))
-    return _output(value, table, sums.detach(), preset)
+        kl = column(f"{side}_kl", kl if any(p.needs_kl for p in presets) else None, 0.0)
+        sides.append(torch.stack([policy, ratio, length, kl, policy, length], -1))
+    return _from_sums(components, torch.stack(sides, 1), tensors, state, reduction, num_items, num_sft_tokens)
 
 
 def _extra(
@@ -318,6 +319,8 @@ def _extra(
     """The op's tensors per pair, `valid`, and the two global counts, in the op's order; constants of the loss."""
     if preset.needs_soft_labels and "soft_labels" not in tensors:
         raise ValueError(f"loss {preset.name!r} needs soft_labels, a tensor [P]")
+    if preset.needs_omega and "omega" not in tensors:
+        raise ValueError(f"loss {preset.name!r} needs omega, a tensor [P] (fastalign.wpo_weights computes it)")
     if "soft_labels" in tensors and not preset.takes_soft_labels:
         raise ValueError(f"loss {preset.name!r} does not use soft_labels (labels='soft' does)")
     out: list[Tensor | None] = []
@@ -342,15 +345,6 @@ def _extra(
             value = torch.full((), float(value), dtype=like.dtype, device=like.device)
         out.append(value)
     return tuple(out)
-
-
-def _output(value: Tensor, table: Tensor, sums: Tensor, preset: Preset) -> PreferenceOutput:
-    chosen, rejected = sums[:, 0, 0], sums[:, 1, 0]
-    if not preset.reference and preset.length_norm:
-        lengths = sums[:, :, 2].clamp(min=1.0) ** preset.length_norm
-        chosen, rejected = chosen / lengths[:, 0], rejected / lengths[:, 1]
-    rewards = table[:, 5], table[:, 6]
-    return PreferenceOutput(value, *rewards, rewards[0] - rewards[1], chosen, rejected, table[:, 8] > 0, preset, table, sums)
 
 
 assert set(TENSOR_ONLY) - {"valid"} | set(TENSOR_FIELDS) == set(_PAIR_TENSORS)

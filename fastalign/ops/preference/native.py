@@ -5,20 +5,6 @@ from __future__ import annotations
 from fastalign import ffi
 from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
 
-# One zero per device, which the last block of a forward launch finds and leaves at zero; see csrc/ops.h.
-_counters: dict[object, object] = {}
-
-
-def _counter(backend, tensor):
-    import torch
-
-    if backend == "cpu":
-        return None
-    key = (tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream if tensor.device.type == "cuda" else 0)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=tensor.device)
-    return _counters[key]
-
 
 def preference_fwd(backend, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, beta, omega, soft_labels, gamma_ext, target,
                    anchor, valid, num_items, num_sft_tokens, scalars, switches, count, table):  # fmt: skip
@@ -31,12 +17,12 @@ def preference_fwd(backend, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask,
     if count == 0:
         return loss.zero_(), pair_loss, rows, out_sums
     tokens, sequences = (logprobs.shape[0], cu_seqlens.shape[0] - 1) if sums is None else (0, 0)
-    counter = _counter(backend, like)
     ffi.launch(
         backend, "preference_fwd", like, ffi.ptr(logprobs), ffi.ptr(ref_logprobs), ffi.ptr(kl), ffi.ptr(cu_seqlens), tokens, sequences, count,
         ffi.ptr(pairs), ffi.ptr(mask), ffi.ptr(weights), ffi.DTYPE_CODES[like.dtype],
         *(ffi.pair_ptr(t) for t in (beta, omega, soft_labels, gamma_ext, target, anchor)), ffi.ptr(valid), ffi.ptr(num_items),
-        ffi.ptr(num_sft_tokens), scalars, switches, stages, ffi.ptr(out_sums), ffi.ptr(loss), ffi.ptr(pair_loss), ffi.ptr(rows), ffi.ptr(counter),
+        ffi.ptr(num_sft_tokens), scalars, switches, stages, ffi.ptr(out_sums), ffi.ptr(loss), ffi.ptr(pair_loss), ffi.ptr(rows),
+        0 if backend == "cpu" else ffi.ptr(ffi.counter(like)),
     )  # fmt: skip
     return loss, pair_loss, rows, out_sums
 

@@ -4,15 +4,9 @@ import triton
 import triton.language as tl
 
 from fastalign import ffi
+from fastalign.triton_math import sequence_bounds
 
 BLOCK = 2048  # tokens at a time
-
-
-@triton.jit
-def sequence_bounds(cu_seqlens, i, tokens):
-    """First and last + 1 token of sequence i, inside [0, tokens] whatever cu_seqlens holds."""
-    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + i), 0), tokens)
-    return begin, tl.minimum(tl.maximum(tl.load(cu_seqlens + i + 1), begin), tokens)
 
 
 @triton.jit(do_not_specialize=["tokens"])

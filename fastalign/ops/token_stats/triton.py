@@ -88,7 +88,7 @@ def token_stats_fwd_kernel(
     offset = _row_offset(row, base, inner, stride_outer, stride_inner)
     shift = (offset % LANES).to(tl.int32)
     window = logits + tl.multiple_of(offset - shift, LANES)
-    limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES, LANES)
+    limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES * scored, LANES)  # a row that does not count is not read
     column = tl.arange(0, SPAN)[None, :]
     place = tl.arange(0, DEPTH)[:, None] * SPAN + column
     # The element of a slice that each column holds, minus the column.
@@ -97,9 +97,11 @@ def token_stats_fwd_kernel(
     m, umax, top = float("-inf"), float("-inf"), -1
     s0, s1 = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     s2, sz = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
-    for start in range(0, vocab * scored, DEPTH * SPAN):  # a row that does not count is not read
+    ahead = tl.load(window + place, mask=place < limit, other=float("-inf"))
+    for start in range(0, vocab * scored, DEPTH * SPAN):
         q = start + place
-        x = tl.load(window + q, mask=q < limit, other=float("-inf"))
+        x = ahead  # one tile is under way while the one before is worked on
+        ahead = tl.load(window + q + DEPTH * SPAN, mask=q + DEPTH * SPAN < limit, other=float("-inf"))
         if shift != 0:
             beyond = tl.load(window + q + SPAN, mask=(q + SPAN < limit) & (column < LANES), other=float("-inf"))
             x = tl.where(column < shift, beyond, x)
@@ -156,7 +158,7 @@ def token_stats_fwd_kernel(
     if OUTPUTS & 2:
         tl.store(entropy + row, tl.where(scored != 0, row_entropy(s0, s1), 0.0))
     if OUTPUTS & 4:
-        tl.store(logsumexp + row, tl.where(scored != 0, m * LN2 + tl.log(s0), 0.0))
+        tl.store(logsumexp + row, tl.where(scored != 0, fma(m, LN2, tl.log(s0)), 0.0))
     if OUTPUTS & 8:
         tl.store(log_sum_sq + row, tl.where(scored != 0, row_log_sum_sq(s0, s2), 0.0))
     if OUTPUTS & 16:
@@ -182,7 +184,7 @@ def token_stats_fwd_kernel(
 @triton.jit
 def _gradient(x, q, q_begin, q_end, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
               WITH_ENTROPY: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
-    """dx of the elements at q, all in [q_begin, q_end):  e (A + B d) slope(u) + [is a label] g slope(u),  d = u c - m,  e = 2^d."""
+    """dx of the elements at q, all in [q_begin, q_end):  e (a + b d) + [is a label] g c ln2,  d = u c - m,  e = 2^d;  times du/dx under a cap."""
     u = _capped(x, cap_scale, CAPPED)
     d = fma(u, c, -m)
     e = tl.exp2(d)
@@ -195,9 +197,8 @@ def _gradient(x, q, q_begin, q_end, row, m, a, b, labels, g_logprob, targets, ig
             y = tl.load(labels + row * targets + k)
             at = y + label_shift
             if (y != ignore_index) & (at >= q_begin) & (at < q_end):
-                g = tl.load(g_logprob + row * targets + k)
+                g = tl.load(g_logprob + row * targets + k) * (c * LN2)
                 dx += tl.where((q == at) & (u != float("-inf")), g, 0.0)
-    dx *= c * LN2
     if CAPPED:
         dx *= cap_scale * (1.0 - u * u)
     return dx
@@ -235,7 +236,7 @@ def token_stats_bwd_kernel(
         a += tl.where(g_h == 0, 0.0, g_h * (tl.log(s0) - row_entropy(s0, s1)))
         b = div(-g_h * LN2, s0)
         upstream = tl.maximum(upstream, (g_h != 0).to(tl.int32))
-    a = div(a, s0)
+    a, b = div(a, s0) * (c * LN2), b * (c * LN2)  # and the slope of z in u
     # Rows that do not count, or that nothing flows back into, are zeros without reading; NaN rows and rows without mass are NaN.
     live = (scored != 0) & ((upstream != 0) | (s0 != s0) | (s0 == 0))
 

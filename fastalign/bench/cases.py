@@ -1,0 +1,267 @@
+"""What is measured: for every op the inputs, the contestants, the least traffic that the op can cause, and the truth in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastalign
+from fastalign import testing
+from fastalign.bench import eager, measure
+from fastalign.bench.peers import PEERS
+from fastalign.bench.shapes import SHAPES, Pairs, Rows
+
+SAMPLED_ROWS = 16  # rows whose results are compared with fp64
+
+
+@dataclass
+class Contestant:
+    """`run(*inputs)` is what is timed. kind: "ours" (held to the house rule of accuracy), "eager", "compiled" (by torch.compile), "peer" (another
+    package), or "read" (reads the same bytes and does nothing with them). `overwrites`: the run destroys its first input, which must be
+    restored before the next one."""
+
+    name: str
+    run: Callable[..., Tensor]
+    kind: str
+    overwrites: bool = False
+
+
+@dataclass
+class Case:
+    """One op at one shape. `inputs`: several sets, taken in turns so that no cache serves the next run. `traffic`: the bytes that the op must
+    move at least. `truth`, `baseline`: sampled results in fp64 and by plain PyTorch in fp32; `sample` picks the same from a contestant's output;
+    `scale`: the magnitude that rounding errors refer to (None: of the truth)."""
+
+    op: str
+    shape: Rows | Pairs
+    inputs: list[tuple[Any, ...]]
+    traffic: int
+    contestants: list[Contestant]
+    truth: Tensor
+    baseline: Tensor
+    sample: Callable[[Tensor], Tensor] = lambda output: output
+    scale: Tensor | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def error(self, output: Tensor) -> float:
+        return float((self.sample(output).detach().double().cpu() - self.truth.cpu()).abs().max())
+
+    def check(self, contestant: Contestant, output: Tensor) -> str | None:
+        """None if the output may be timed, else what is wrong with it. Ours is held to `testing.assert_close`: plain PyTorch's own error in
+        fp32, twice, and 4 ulp of the output type. Others compute in types of their own: they must be right to 16 ulp of the coarser one."""
+        sampled = self.sample(output)
+        if contestant.kind == "ours":
+            try:
+                testing.assert_close(sampled, self.truth, self.baseline, what=contestant.name, scale=self.scale)
+            except AssertionError as error:
+                return str(error)
+            return None
+        coarse = torch.bfloat16 if isinstance(self.shape, Rows) and self.shape.dtype == "bfloat16" else torch.float32
+        granted = 16 * torch.finfo(coarse).eps * max(1.0, float(self.truth.abs().max()))
+        error = self.error(output)
+        return None if error <= granted else f"error {error:.2e} exceeds {granted:.2e}"
+
+
+def make_case(op: str, shape: Rows | Pairs, device: torch.device, *, backends: tuple[str, ...] | None = None, compile: bool = True,
+              cache_bytes: int = 0) -> Case:  # fmt: skip
+    """The case of `op` at `shape`. backends: ours (default: see `own_backends`); compile: with torch.compile's contestants;
+    cache_bytes: the inputs together are at least three times as large."""
+    case = _MAKERS[op](shape, device, cache_bytes)
+    (ours,) = [c for c in case.contestants if c.kind == "ours"]
+    names = own_backends(_PUBLIC.get(op, op), case.inputs[0][0]) if backends is None else backends
+    mine = [replace(ours, name=f"fastalign {name}", run=_on_backend(name, ours.run)) for name in names]
+    others = [c for c in case.contestants if c.kind == "read" or c.kind == "eager" or (c.kind == "compiled" and compile)]
+    wrap = _backward_of if op == "token_logprobs_backward" else _no_grad
+    for peer in PEERS.get(op, ()):
+        try:
+            others.append(Contestant(peer.name, wrap(peer.load()), "peer", peer.overwrites))
+        except (ImportError, RuntimeError, AttributeError) as error:  # not installed, not for this device, or another version's names
+            case.missing[peer.name] = str(error).splitlines()[0]
+    case.contestants = mine + others
+    torch._dynamo.reset()  # every case compiles for its own shapes
+    return case
+
+
+def own_backends(public: str, tensor: Tensor) -> tuple[str, ...]:
+    """The backends that can serve a call on `tensor`, fastest first; the reference only where it is alone, Triton's interpreter never."""
+    lines = [line.split(maxsplit=1) for line in fastalign.explain(public, tensor).splitlines()[1:]]
+    able = [name for name, why in lines if why == "chosen" or why.startswith("able")]
+    kernels = [name for name in able if name != "reference" and not (name == "triton" and tensor.device.type == "cpu")]
+    return tuple(kernels or able)
+
+
+def _on_backend(name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forced(*inputs: Any) -> Tensor:
+        with fastalign.use_backend(name):
+            return run(*inputs)
+
+    return forced
+
+
+def _no_grad(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.no_grad()(run)
+
+
+def _backward_of(logprobs: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Forward and backward with an upstream gradient per token, as every loss of this package has it."""
+
+    def run(logits: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
+        value = logprobs(logits, labels)
+        return torch.autograd.grad(value, logits, upstream.to(value.dtype))[0]
+
+    return run
+
+
+def _plain(
+    name: str, wrap: Callable[..., Callable[..., Tensor]], function: Callable[..., Tensor], *, compiled: bool = True
+) -> list[Contestant]:
+    """A plain PyTorch function, eager and (compiled when first called) through torch.compile."""
+    contestants = [Contestant(name, wrap(function), "eager")]
+    if compiled:
+        contestants.append(Contestant(f"torch.compile {name}", wrap(torch.compile(function, dynamic=False)), "compiled"))
+    return contestants
+
+
+def _copies(size: int, cache_bytes: int) -> int:
+    """How many sets of inputs of `size` bytes."""
+    return min(256, max(1, -(-3 * cache_bytes // size)))
+
+
+def _row_inputs(shape: Rows, device: torch.device, cache_bytes: int) -> tuple[list[tuple[Tensor, Tensor]], int, Tensor]:
+    """([(logits, labels)], bytes of the logits, sampled rows)"""
+    dtype = getattr(torch, shape.dtype)
+    size = shape.rows * shape.vocab * dtype.itemsize
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = []
+    for _ in range(_copies(size, cache_bytes)):
+        logits = torch.empty(shape.rows, shape.vocab, dtype=dtype, device=device).normal_(std=2.0, generator=generator)
+        inputs.append((logits, torch.randint(shape.vocab, (shape.rows,), device=device, generator=generator)))
+    sampled = torch.linspace(0, shape.rows - 1, min(SAMPLED_ROWS, shape.rows), device=device).long()
+    return inputs, size, sampled
+
+
+def _read_only() -> Contestant:
+    """Read the logits and nothing else, by the fastest reduction that this machine has for raw bytes."""
+    return Contestant("read only", lambda logits, *rest: measure.read(logits.detach()), "read")
+
+
+def _logprobs(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
+    inputs, size, sampled = _row_inputs(shape, device, cache_bytes)
+    truth, baseline = (testing.token_stats_truth(inputs[0][0][sampled], inputs[0][1][sampled], dtype=t)["logprob"]
+                       for t in (torch.float64, torch.float32))  # fmt: skip
+    contestants = [
+        Contestant("fastalign", _no_grad(fastalign.token_logprobs), "ours"),
+        *_plain("log_softmax.gather", _no_grad, eager.log_softmax_gather),
+        *_plain("gather - logsumexp", _no_grad, eager.gather_minus_logsumexp, compiled=False),
+        *_plain("F.cross_entropy", _no_grad, eager.cross_entropy),
+        _read_only(),
+    ]
+    return Case("token_logprobs", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[sampled])
+
+
+def _logprobs_entropy(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
+    inputs, size, sampled = _row_inputs(shape, device, cache_bytes)
+
+    def both(logits: Tensor, labels: Tensor) -> Tensor:
+        stats = fastalign.token_stats(logits, labels, outputs=("logprob", "entropy"))
+        return torch.stack([stats.logprob, stats.entropy])
+
+    stats = [testing.token_stats_truth(inputs[0][0][sampled], inputs[0][1][sampled], dtype=t) for t in (torch.float64, torch.float32)]
+    truth, baseline = (torch.stack([s["logprob"], s["entropy"]]) for s in stats)
+    contestants = [
+        Contestant("fastalign", _no_grad(both), "ours"),
+        *_plain("log_softmax, gather and -(p log p).sum", _no_grad, eager.logprob_and_entropy),
+        _read_only(),
+    ]
+    return Case("token_logprobs_entropy", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[:, sampled])
+
+
+def _logprobs_backward(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
+    inputs, size, sampled = _row_inputs(shape, device, cache_bytes)
+    upstream = torch.linspace(-1.0, 1.0, shape.rows, device=device)
+    inputs = [(logits.requires_grad_(), labels, upstream) for logits, labels in inputs]
+    logits, labels = inputs[0][0].detach()[sampled], inputs[0][1][sampled]
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = logits.to(dtype).requires_grad_()
+        value = testing.token_stats_truth(leaf, labels, dtype=dtype)["logprob"]
+        grads.append(torch.autograd.grad(value, leaf, upstream[sampled].to(dtype))[0])
+    contestants = [
+        Contestant("fastalign", _backward_of(lambda x, y: fastalign.token_logprobs(x, y, inplace_backward=True)), "ours", overwrites=True),
+        *_plain("log_softmax.gather", _backward_of, eager.log_softmax_gather, compiled=False),
+        *_plain("F.cross_entropy", _backward_of, eager.cross_entropy),
+        _read_only(),
+    ]
+    scale = testing.gradient_scale(logits, labels) * upstream[sampled].abs().double().unsqueeze(-1)
+    # Read forward, read and write backward.
+    return Case("token_logprobs_backward", shape, inputs, 3 * size, contestants, *grads, sample=lambda x: x[sampled], scale=scale)
+
+
+def _packed_inputs(shape: Pairs, device: torch.device, cache_bytes: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """([(logprobs, ref_logprobs)], cu_seqlens, the sequence of every token)"""
+    tokens = 2 * shape.pairs * shape.length
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = []
+    for _ in range(_copies(8 * tokens, cache_bytes)):
+        logprobs = -4.0 * torch.rand(tokens, device=device, generator=generator)
+        inputs.append((logprobs, logprobs + 0.1 * torch.randn(tokens, device=device, generator=generator)))
+    sequence = torch.arange(2 * shape.pairs, device=device).repeat_interleave(shape.length)
+    return inputs, torch.arange(0, tokens + 1, shape.length, dtype=torch.int32, device=device), sequence
+
+
+def _sequence_sum(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
+    inputs, cu_seqlens, sequence = _packed_inputs(shape, device, cache_bytes)
+    inputs = [(x,) for pair in inputs for x in pair]
+    sequences = 2 * shape.pairs
+    truth, baseline = (eager.segment_sum(inputs[0][0].to(t), sequence, sequences) for t in (torch.float64, torch.float32))
+    lengths = cu_seqlens.diff().long()
+    contestants = [
+        Contestant("fastalign", _no_grad(lambda x: fastalign.sequence_sum(x, cu_seqlens)), "ours"),
+        *_plain("index_add", _no_grad, lambda x: eager.segment_sum(x, sequence, sequences)),
+        *_plain("torch.segment_reduce", _no_grad, lambda x: torch.segment_reduce(x, "sum", lengths=lengths), compiled=False),
+    ]
+    return Case("sequence_sum", shape, inputs, 4 * inputs[0][0].numel(), contestants, truth, baseline)
+
+
+def _preference_loss(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
+    inputs, cu_seqlens, sequence = _packed_inputs(shape, device, cache_bytes)
+    inputs = [(logprobs.requires_grad_(), ref) for logprobs, ref in inputs]
+    sequences = 2 * shape.pairs
+
+    def gradient_of(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda logprobs, ref: torch.autograd.grad(loss(logprobs, ref), logprobs)[0]
+
+    def fused(logprobs: Tensor, ref: Tensor) -> Tensor:
+        return fastalign.preference_loss(logprobs, ref, cu_seqlens, loss="dpo", beta=eager.BETA).loss
+
+    def plain(logprobs: Tensor, ref: Tensor) -> Tensor:
+        return eager.dpo_loss(logprobs, ref, sequence, sequences)
+
+    truth, baseline = (gradient_of(plain)(*(x.detach().to(t).requires_grad_() for x in inputs[0])) for t in (torch.float64, torch.float32))
+    contestants = [Contestant("fastalign", gradient_of(fused), "ours"), *_plain("index_add, logsigmoid", gradient_of, plain)]
+    # Read both log-probs, write one gradient.
+    traffic, scale = 12 * inputs[0][0].numel(), torch.full_like(truth, float(truth.abs().max()))
+    return Case("preference_loss", shape, inputs, traffic, contestants, truth, baseline, scale=scale)
+
+
+def _kl_estimate(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
+    inputs, _, _ = _packed_inputs(shape, device, cache_bytes)
+    truth, baseline = (eager.k3(*(x.to(t) for x in inputs[0])) for t in (torch.float64, torch.float32))
+    contestants = [
+        Contestant("fastalign", _no_grad(lambda x, ref: fastalign.kl_estimate(x, ref, "k3")), "ours"),
+        *_plain("expm1(-d) + d", _no_grad, eager.k3),
+    ]
+    return Case("kl_estimate", shape, inputs, 12 * inputs[0][0].numel(), contestants, truth, baseline)
+
+
+# The public function behind an op, where it has another name.
+_PUBLIC = {"token_logprobs_entropy": "token_stats", "token_logprobs_backward": "token_logprobs"}
+_MAKERS = {
+    "token_logprobs": _logprobs, "token_logprobs_entropy": _logprobs_entropy, "token_logprobs_backward": _logprobs_backward,
+    "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "kl_estimate": _kl_estimate,
+}  # fmt: skip
+assert set(_MAKERS) == set(SHAPES["cpu"])

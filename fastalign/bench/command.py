@@ -1,0 +1,173 @@
+"""`fastalign bench`: every op against plain PyTorch, torch.compile and other packages on this machine, as a table, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalign import ffi, registry
+from fastalign.bench.cases import make_case
+from fastalign.bench.measure import Result, add_bandwidth, cache_bytes, measure, read_bandwidth
+from fastalign.bench.shapes import OPS, SHAPES
+from fastalign.console import Parser, table
+
+# Seconds of timing per case, samples at least and at most.
+EFFORT = {"cpu": (8.0, 5, 50), "cpu-quick": (1.5, 3, 20), "cuda": (5.0, 20, 100), "cuda-quick": (2.0, 20, 50), "tiny": (0.0, 2, 2)}
+HOW = (
+    "ms: median of calls taken in turns with the other lines', on rotating inputs. GB/s: the op's least traffic (each input read once, each result "
+    "written once) over that time; of read: of the bandwidth at which this machine merely reads the same bytes, in the same run. max error: "
+    "against fp64 on sampled rows; a line that is not right gets no time. extra MB: peak memory of one call beyond its inputs."
+)
+
+
+def main(argv: list[str]) -> int:
+    """0: done; 1: a result of fastalign was wrong; 2: a wrong option."""
+    parser = Parser(prog="fastalign bench", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="small shapes: half a minute instead of up to three")
+    parser.add_argument("--op", action="append", choices=OPS, metavar="OP", help=f"only this op (repeatable): {', '.join(OPS)}")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        choices=registry.BACKENDS,
+        metavar="NAME",
+        help="only this backend of fastalign (repeatable); default: all that can serve the call, the reference only where it is alone",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times to FILE (.png, .svg, .pdf)")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    device = torch.device("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
+    for name in arguments.backend or ():
+        if why := ffi.why_not(name, device.type):
+            parser.error(f"--backend {name}: {why}")
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"the directory of {path} does not exist")
+    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot {arguments.plot}: the name must end in .png, .svg or .pdf")
+
+    report = run(
+        f"{device.type}-quick" if arguments.quick else device.type,
+        device,
+        arguments.op or OPS,
+        backends=tuple(arguments.backend) if arguments.backend else None,
+    )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if arguments.plot is not None:
+        plot(report, arguments.plot)
+    return 1 if report["failures"] else 0
+
+
+def run(
+    suite: str,
+    device: torch.device,
+    ops: Sequence[str],
+    *,
+    backends: tuple[str, ...] | None = None,
+    compile: bool = True,
+    show: Any = print,
+) -> dict[str, Any]:
+    """Measure `ops` at the shapes of `suite`, print every table as it is ready, and return what --json writes."""
+    started = time.perf_counter()
+    seconds, least, most = EFFORT[suite]
+    speeds = read_bandwidth(device, 1 << 20 if suite == "tiny" else 512 << 20)
+    machine_gbs = max(speeds.values())
+    report: dict[str, Any] = {"suite": suite, "machine": describe(device), "read_gbs": speeds, "cases": [], "failures": []}
+    show(
+        f"{report['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}; reads "
+        f"{machine_gbs:.1f} GB/s ({', '.join(f'{name} {speed:.1f}' for name, speed in speeds.items())})\n{HOW}\n"
+    )
+    for op in ops:
+        for shape in SHAPES[suite][op]:
+            case = make_case(
+                op, shape, device, backends=backends, compile=compile, cache_bytes=0 if suite == "tiny" else cache_bytes(device)
+            )
+            results = measure(case, device, seconds=seconds, least=least, most=most)
+            gbs = add_bandwidth(case, results, machine_gbs)
+            report["cases"].append(
+                {
+                    "op": op,
+                    "shape": str(shape),
+                    "traffic_bytes": case.traffic,
+                    "read_gbs": gbs,
+                    "results": [result.as_dict() for result in results],
+                }
+            )
+            report["failures"] += [f"{op} {shape}: {r.name}: {r.message}" for r in results if r.kind == "ours" and r.status != "ok"]
+            show(f"{op}, {shape}\n{render(results)}\n")
+            del case
+    report["seconds"] = time.perf_counter() - started
+    for failure in report["failures"]:
+        print(f"fastalign bench: {failure}", file=sys.stderr)
+    show(f"took {report['seconds']:.0f} s")
+    return report
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What the numbers belong to."""
+    import fastalign
+    from fastalign import info
+
+    facts = {**info.versions(), **info.machine(), "extension": info.extension(), "cores": os.cpu_count()}
+    facts["load_average"] = os.getloadavg() if hasattr(os, "getloadavg") else None
+    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["processor"]
+    facts["backends"] = fastalign.backends()
+    return facts
+
+
+def render(results: list[Result]) -> str:
+    """The table of one case; `x` is the time relative to the first line of ours."""
+    own = next((r.ms for r in results if r.kind == "ours" and r.ms), None)
+    rows = []
+    for r in results:
+        if r.ms is None:
+            rows.append([r.name, "wrong" if r.status == "wrong" else "n/a", "", "", "", "", r.message[:90]])
+            continue
+        rows.append(
+            [
+                r.name,
+                f"{r.ms:.3f}",
+                f"{r.ms / own:.2f}" if own else "",
+                f"{r.gbs:.1f}",
+                "" if r.share is None else f"{r.share:.0%}",
+                "" if r.error is None else f"{r.error:.1e}",
+                "" if r.extra_mb is None else f"{r.extra_mb:.1f}",
+            ]
+        )
+    return table(["", "ms", "x", "GB/s", "of read", "max error", "extra MB"], rows)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """One panel per case: the times as bars on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = report["cases"]
+    heights = [0.6 + 0.3 * sum(r["ms"] is not None for r in case["results"]) for case in cases]
+    figure, axes = pyplot.subplots(
+        len(cases), 1, figsize=(9, sum(heights) + 0.5), squeeze=False, layout="constrained", height_ratios=heights
+    )
+    colours = {"ours": "tab:red", "read": "tab:grey", "eager": "tab:blue", "compiled": "tab:cyan", "peer": "tab:green"}
+    for axis, case in zip(axes[:, 0], cases):
+        timed = [r for r in case["results"] if r["ms"] is not None][::-1]
+        bars = axis.barh([r["name"] for r in timed], [r["ms"] for r in timed], color=[colours[r["kind"]] for r in timed])
+        axis.bar_label(bars, labels=[f"{r['ms']:.3g}" for r in timed], padding=3, fontsize=8)
+        axis.set_xscale("log")
+        axis.margins(x=0.15)
+        axis.set_title(f"{case['op']}, {case['shape']}", fontsize=10, loc="left")
+        axis.tick_params(labelsize=8)
+    axes[-1, 0].set_xlabel(f"ms, {report['machine']['device']}", fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,50 @@
+"""The shapes that are measured: the one list behind `fastalign bench`, benchmarks/ and the GPU gate."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Rows(NamedTuple):
+    """Logits [rows, vocab] in `dtype`."""
+
+    rows: int
+    vocab: int
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.vocab} {self.dtype}"
+
+
+class Pairs(NamedTuple):
+    """`pairs` preference pairs whose sequences have `length` tokens each: 2 * pairs * length packed tokens, fp32."""
+
+    pairs: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.pairs} pairs x 2 x {self.length} tokens float32"
+
+
+PACKED_OPS = ("sequence_sum", "preference_loss", "kl_estimate")
+
+
+def _suite(
+    forward: tuple[Rows, ...], backward: tuple[Rows, ...], packed: tuple[Pairs, ...]
+) -> dict[str, tuple[Rows, ...] | tuple[Pairs, ...]]:
+    rows = {"token_logprobs": forward, "token_logprobs_entropy": forward[:1], "token_logprobs_backward": backward}
+    return rows | dict.fromkeys(PACKED_OPS, packed)
+
+
+_REFERENCE = Rows(2048, 128256)  # 525 MB of logits, the shape that CPU numbers are quoted for
+_GPU = (Rows(16384, 128256), Rows(8192, 151936), Rows(32768, 32768), Rows(4096, 262144), Rows(4096, 50257))
+
+# suite -> op -> shapes
+SHAPES = {
+    "cpu": _suite((_REFERENCE, Rows(1024, 128256, "float32")), (_REFERENCE,), (Pairs(64, 1024),)),
+    "cpu-quick": _suite((Rows(256, 128256),), (Rows(256, 128256),), (Pairs(64, 256),)),
+    "cuda": _suite(_GPU, _GPU, (Pairs(64, 1024),)),
+    "cuda-quick": _suite((Rows(4096, 128256),), (Rows(4096, 128256),), (Pairs(64, 1024),)),
+    "tiny": _suite((Rows(16, 1000),), (Rows(16, 1000),), (Pairs(2, 8),)),  # for tests of the benchmark itself
+}
+OPS = tuple(SHAPES["cpu"])

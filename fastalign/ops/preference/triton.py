@@ -1,0 +1,290 @@
+"""The pair kernel in Triton. Forward, one launch: a program per pair side sums its sequence, and the last one to finish evaluates the table of all
+pairs in index order. Backward: a program per sequence walks the pairs in index order. Formulas: fastalign/triton_math.py (twin of csrc/math/pair.h)."""
+
+import triton
+import triton.language as tl
+
+from fastalign import ffi
+from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
+from fastalign.preset import PairParams
+from fastalign.triton_math import at_least_one, div, evaluate_pair, is_finite, sequence_bounds
+
+TOKENS = 1024  # of a sequence, at a time
+PAIRS = 128    # of the table, at a time
+SUMS, TABLE = tl.constexpr(SUM_WIDTH), tl.constexpr(TABLE_WIDTH)
+
+
+@triton.jit
+def _sequence(pairs, i):
+    """Sequence number of pair side i = 2 pair + side; without `pairs` they are the sequences in order."""
+    s = i
+    if pairs is not None:
+        s = tl.load(pairs + i)
+    return s
+
+
+@triton.jit
+def _scored(mask, t, inside):
+    scored = inside
+    if mask is not None:
+        scored = tl.load(mask + t, mask=inside, other=0) != 0
+    return scored
+
+
+@triton.jit
+def _token_ratio(logprob, ref_logprobs, t, scored, reference, low, high):
+    """Each token's clamped log-ratio, and whether its gradient passes the clamp."""
+    d = logprob
+    if ref_logprobs is not None:
+        r = tl.load(ref_logprobs + t, mask=scored, other=0.0)
+        d = tl.where(reference == 0.0, d, tl.where((reference == 1.0) & (d == r), 0.0, d - reference * r))
+    return tl.where(d < low, low, tl.where(d > high, high, d)), (d < low) == (d > high)
+
+
+@triton.jit
+def _sum_side(i, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, tokens, sequences, reference, ld_alpha, low, high,
+              sft_include_prompt: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """One row of `sums`: side i % 2 of pair i // 2. A pair that names no sequence (CUDA does not check) becomes NaN."""
+    s, partner = _sequence(pairs, i), _sequence(pairs, i ^ 1)
+    known = (s >= 0) & (s < sequences) & (partner >= 0) & (partner < sequences)
+    begin, end = sequence_bounds(cu_seqlens, tl.where(known, s, 0), tokens)
+    other_begin, other_end = sequence_bounds(cu_seqlens, tl.where(known, partner, 0), tokens)
+
+    shorter = 0.0  # tokens of the partner, beyond which LD-DPO weighs by ld_alpha
+    if ld_alpha != 1.0:
+        n = tl.zeros([TOKENS], tl.int32)
+        for start in range(other_begin, other_end, TOKENS):
+            t = start + tl.arange(0, TOKENS)
+            n += _scored(mask, t, t < other_end).to(tl.int32)
+        shorter = tl.sum(n, 0).to(tl.float32)
+
+    policy, ratio, kl_sum, sft = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
+    length, sft_length, before = tl.zeros([TOKENS], tl.int32), tl.zeros([TOKENS], tl.int32), 0
+    for start in range(begin, end, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        scored = _scored(mask, t, t < end)
+        one = scored.to(tl.int32)
+        logprob = tl.load(logprobs + t, mask=t < end, other=0.0)
+        w = tl.zeros([TOKENS], tl.float32) + 1.0
+        if weights is not None:
+            w = tl.load(weights + t, mask=scored, other=0.0)
+        rank = (before + tl.cumsum(one, 0) - one).to(tl.float32)
+        w = tl.where(rank < shorter, w, w * ld_alpha)
+        d, _ = _token_ratio(logprob, ref_logprobs, t, scored, reference, low, high)
+        # Selected, not multiplied: what masked tokens hold must not leak.
+        policy += tl.where(scored, w * logprob, 0.0)
+        ratio += tl.where(scored, w * d, 0.0)
+        if kl is not None:
+            kl_sum += tl.load(kl + t, mask=scored, other=0.0)
+        counted = (t < end - 1) if sft_include_prompt else scored  # every row but the last of a sequence predicts something
+        sft += tl.where(counted, logprob, 0.0)
+        sft_length += counted.to(tl.int32)
+        length += one
+        before += tl.sum(one, 0)
+
+    nothing = tl.where(known, 0.0, float("nan"))
+    tl.store(sums + i * SUMS, tl.sum(policy, 0) + nothing)
+    tl.store(sums + i * SUMS + 1, tl.sum(ratio, 0) + nothing)
+    tl.store(sums + i * SUMS + 2, tl.sum(length, 0).to(tl.float32))
+    tl.store(sums + i * SUMS + 3, tl.sum(kl_sum, 0) + nothing)
+    tl.store(sums + i * SUMS + 4, tl.sum(sft, 0) + nothing)
+    tl.store(sums + i * SUMS + 5, tl.sum(sft_length, 0).to(tl.float32))
+
+
+@triton.jit
+def _per_pair(values, stride, i, live, default):
+    v = tl.zeros_like(i).to(tl.float32) + default
+    if values is not None:
+        v = tl.load(values + i * stride, mask=live, other=0.0)
+    return v
+
+
+_STRIDES = ["beta_stride", "omega_stride", "soft_label_stride", "gamma_ext_stride", "target_stride", "anchor_stride"]
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "count", *_STRIDES])
+def preference_fwd_kernel(
+    logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums,
+    betas, beta_stride: tl.int32, omegas, omega_stride: tl.int32, soft_labels, soft_label_stride: tl.int32, gamma_exts, gamma_ext_stride: tl.int32,
+    targets, target_stride: tl.int32, anchors, anchor_stride: tl.int32, valid, num_items, num_sft_tokens, loss, pair_loss, table, counter,
+    tokens: tl.int32, sequences: tl.int32, count: tl.int32,
+    # PairParams, by name
+    reference, length_norm, ld_alpha, token_clamp_low, token_clamp_high, transform_alpha, beta, beta_rejected, gamma, gamma_beta_ratio, len_coef,
+    pos_penalty, kl_chosen, kl_rejected, target, tau, label_smoothing, pair_weight, point_beta, point_beta_power, point_target, anchor, chosen_pos,
+    chosen_neg, rejected_pos, rejected_neg, sft_weight,
+    transform: tl.constexpr, link: tl.constexpr, labels: tl.constexpr, label_entropy: tl.constexpr, detach_kl_chosen: tl.constexpr,
+    point_link: tl.constexpr, point_soft_target: tl.constexpr, sft_norm: tl.constexpr, sft_include_prompt: tl.constexpr,
+    drop_nonfinite: tl.constexpr, reduction: tl.constexpr,
+    WITH_SUMS: tl.constexpr, WITH_TABLE: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    last = WITH_TABLE
+    if WITH_SUMS:
+        _sum_side(tl.program_id(0), logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, tokens, sequences, reference, ld_alpha,
+                  token_clamp_low, token_clamp_high, sft_include_prompt, TOKENS)  # fmt: skip
+        if WITH_TABLE:
+            tl.debug_barrier()  # every thread's sums are written before this program is counted, and read after
+            last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
+            tl.debug_barrier()
+    if last:
+        # Rows before their normalisers, and the counts that those need.
+        pairs_here, sft_here = tl.zeros([PAIRS], tl.int32), tl.zeros([PAIRS], tl.float32)
+        for first in range(0, count, PAIRS):
+            i = first + tl.arange(0, PAIRS)
+            live = i < count
+            w, row = sums + i * (2 * SUMS), table + i * TABLE
+            length_w, length_l = tl.load(w + 2, mask=live, other=0.0), tl.load(w + SUMS + 2, mask=live, other=0.0)
+            b = _per_pair(betas, beta_stride, i, live, beta)
+            value, d_w, d_l, d_kl_w, d_kl_l, reward_w, reward_l, h = evaluate_pair(
+                tl.load(w + 1, mask=live, other=0.0), length_w, tl.load(w + 3, mask=live, other=0.0),
+                tl.load(w + SUMS + 1, mask=live, other=0.0), length_l, tl.load(w + SUMS + 3, mask=live, other=0.0),
+                b, _per_pair(omegas, omega_stride, i, live, 1.0), _per_pair(soft_labels, soft_label_stride, i, live, 1.0),
+                _per_pair(gamma_exts, gamma_ext_stride, i, live, 0.0), _per_pair(targets, target_stride, i, live, target),
+                _per_pair(anchors, anchor_stride, i, live, anchor),
+                length_norm, transform_alpha, beta_rejected, gamma, gamma_beta_ratio, len_coef, pos_penalty, kl_chosen, kl_rejected, tau,
+                label_smoothing, pair_weight, point_beta, point_beta_power, point_target, chosen_pos, chosen_neg, rejected_pos, rejected_neg,
+                transform, link, labels, label_entropy, detach_kl_chosen, point_link, point_soft_target,
+            )  # fmt: skip
+            keep = live & ((length_w > 0) | (length_l > 0))
+            if valid is not None:
+                keep = keep & (tl.load(valid + i, mask=live, other=0) != 0)
+            if drop_nonfinite:
+                sft = tl.load(w + 4, mask=live, other=0.0)
+                keep = keep & is_finite(value) & is_finite(h) & is_finite(tl.where(sft_weight != 0.0, sft, 0.0))
+            tl.store(row, tl.where(keep, d_w, 0.0), mask=live)
+            tl.store(row + 1, tl.where(keep, d_l, 0.0), mask=live)
+            tl.store(row + 2, tl.where(keep, d_kl_w, 0.0), mask=live)
+            tl.store(row + 3, tl.where(keep, d_kl_l, 0.0), mask=live)
+            tl.store(row + 5, reward_w, mask=live)
+            tl.store(row + 6, reward_l, mask=live)
+            tl.store(row + 7, h, mask=live)
+            tl.store(row + 8, keep.to(tl.float32), mask=live)
+            tl.store(row + 9, tl.where(keep, value, 0.0), mask=live)
+            pairs_here += keep.to(tl.int32)
+            sft_here += tl.where(keep, tl.load(w + 5, mask=live, other=0.0), 0.0)
+
+        local = tl.sum(pairs_here, 0).to(tl.float32)
+        items, sft_items = local, tl.sum(sft_here, 0)
+        if num_items is not None:
+            items = tl.load(num_items)
+        if num_sft_tokens is not None:
+            sft_items = tl.load(num_sft_tokens)
+        pair_norm = at_least_one(items) if reduction == 0 else 1.0
+        total = tl.zeros([PAIRS], tl.float32)
+        tl.debug_barrier()
+        for first in range(0, count, PAIRS):
+            i = first + tl.arange(0, PAIRS)
+            live = i < count
+            w, row = sums + i * (2 * SUMS), table + i * TABLE
+            for column in tl.static_range(4):
+                tl.store(row + column, div(tl.load(row + column, mask=live, other=0.0), pair_norm), mask=live)
+            kept = tl.load(row + 8, mask=live, other=0.0) > 0
+            value = div(tl.load(row + 9, mask=live, other=0.0), pair_norm)
+            norm = tl.zeros([PAIRS], tl.float32) + (at_least_one(sft_items) if sft_norm == 0 else at_least_one(items))
+            if sft_norm == 1:
+                norm *= at_least_one(tl.load(w + 5, mask=live, other=0.0))
+            if reduction != 0:
+                norm = div(norm, at_least_one(local))
+            with_sft = kept & (tl.zeros([PAIRS], tl.float32) + sft_weight != 0.0)
+            nll = tl.where(with_sft, div(-sft_weight * tl.load(w + 4, mask=live, other=0.0), norm), 0.0)
+            tl.store(row + 4, tl.where(with_sft, div(-sft_weight, norm), 0.0), mask=live)
+            tl.store(row + 9, value, mask=live)
+            tl.store(row + 10, nll, mask=live)
+            tl.store(pair_loss + i, value + nll, mask=live)
+            total += tl.where(live, value + nll, 0.0)
+        tl.store(loss, tl.sum(total, 0))
+        if WITH_SUMS:
+            tl.store(counter, 0)
+
+
+@triton.jit(do_not_specialize=["grad_stride", "tokens", "sequences", "count"])
+def preference_bwd_kernel(
+    grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, d_logprobs, d_kl, grad_stride: tl.int32, tokens: tl.int32,
+    sequences: tl.int32, count: tl.int32, reference, ld_alpha, token_clamp_low, token_clamp_high,
+    SFT_INCLUDE_PROMPT: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0)
+    begin, end = sequence_bounds(cu_seqlens, s, tokens)
+    first_pair, last_pair = 0, count
+    if pairs is None:
+        first_pair, last_pair = s // 2, tl.minimum(s // 2 + 1, count)
+    clamps = (token_clamp_low > float("-inf")) | (token_clamp_high < float("inf"))
+    before = 0
+    for start in range(begin, end, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        scored = _scored(mask, t, t < end)
+        one = scored.to(tl.int32)
+        rank = (before + tl.cumsum(one, 0) - one).to(tl.float32)
+        before += tl.sum(one, 0)
+        slope, kl_slope, sft_slope = tl.zeros([TOKENS], tl.float32), 0.0, 0.0
+        for block in range(first_pair, last_pair, PAIRS):
+            # Find the blocks that name this sequence at once, then go through their pairs in order.
+            i = block + tl.arange(0, PAIRS)
+            live = i < last_pair
+            named = 0
+            if pairs is None:
+                named = 1
+            else:
+                chosen, rejected = tl.load(pairs + 2 * i, mask=live, other=-1), tl.load(pairs + 2 * i + 1, mask=live, other=-1)
+                named = tl.max(((chosen == s) | (rejected == s)).to(tl.int32), 0)
+            if named != 0:
+                for pair in range(block, tl.minimum(block + PAIRS, last_pair)):
+                    g = tl.load(grad + pair * grad_stride)
+                    for side in tl.static_range(2):
+                        here = _sequence(pairs, 2 * pair + side) == s
+                        own = tl.where(here, g * tl.load(table + pair * TABLE + side), 0.0)
+                        partner_length = tl.load(sums + (2 * pair + 1 - side) * SUMS + 2)
+                        slope += tl.where(rank < partner_length, own, own * ld_alpha)
+                        kl_slope += tl.where(here, g * tl.load(table + pair * TABLE + 2 + side), 0.0)
+                        if side == 0:
+                            sft_slope += tl.where(here, g * tl.load(table + pair * TABLE + 4), 0.0)
+        if weights is not None:
+            slope *= tl.load(weights + t, mask=scored, other=0.0)
+        passes = scored
+        if clamps:
+            logprob = tl.load(logprobs + t, mask=scored, other=0.0)
+            _, is_open = _token_ratio(logprob, ref_logprobs, t, scored, reference, token_clamp_low, token_clamp_high)
+            passes = scored & is_open
+        in_sft = (t < end - 1) if SFT_INCLUDE_PROMPT else scored
+        tl.store(d_logprobs + t, tl.where(passes, slope, 0.0) + tl.where(in_sft, sft_slope, 0.0), mask=t < end)
+        if d_kl is not None:
+            tl.store(d_kl + t, tl.where(scored, kl_slope, 0.0), mask=t < end)
+
+
+def _stride(values):
+    return 0 if values is None or values.numel() == 1 else values.stride(0)
+
+
+def preference_fwd(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, beta, omega, soft_labels, gamma_ext, target, anchor,
+                   valid, num_items, num_sft_tokens, scalars, switches, count, table):  # fmt: skip
+    like = logprobs if sums is None else sums
+    dtype, device, with_sums = like.dtype, like.device, sums is None
+    out_sums = ffi.empty((count, 2, SUM_WIDTH), dtype, device) if with_sums else sums.clone()
+    loss = ffi.empty(() if table else (0,), dtype, device)
+    pair_loss = ffi.empty((count,) if table else (0,), dtype, device)
+    rows = ffi.empty((count, TABLE_WIDTH) if table else (0,), dtype, device)
+    if count == 0:
+        return loss.zero_(), pair_loss, rows, out_sums
+    tokens, sequences = (logprobs.shape[0], cu_seqlens.shape[0] - 1) if with_sums else (0, 0)
+    per_pair = [x for values in (beta, omega, soft_labels, gamma_ext, target, anchor) for x in (values, _stride(values))]
+    with ffi.triton_device(device):
+        preference_fwd_kernel[(2 * count if with_sums else 1,)](
+            logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, out_sums, *per_pair, valid, num_items, num_sft_tokens, loss, pair_loss,
+            rows, ffi.counter(like), tokens, sequences, count, **PairParams(*scalars, *switches)._asdict(),
+            WITH_SUMS=with_sums, WITH_TABLE=bool(table), TOKENS=TOKENS, PAIRS=PAIRS, num_warps=ffi.warps(PAIRS, device), enable_fp_fusion=False,
+        )  # fmt: skip
+    return loss, pair_loss, rows, out_sums
+
+
+def preference_bwd(grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, scalars, switches, with_kl):
+    tokens, sequences, device = logprobs.shape[0], cu_seqlens.shape[0] - 1, logprobs.device
+    d_logprobs = ffi.empty((tokens,), logprobs.dtype, device)
+    d_kl = ffi.empty((tokens if with_kl else 0,), logprobs.dtype, device)
+    p = PairParams(*scalars, *switches)
+    if tokens:
+        with ffi.triton_device(device):
+            preference_bwd_kernel[(sequences,)](
+                grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, d_logprobs, d_kl if with_kl else None, grad.dim(),
+                tokens, sequences, table.shape[0], p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
+                SFT_INCLUDE_PROMPT=p.sft_include_prompt, TOKENS=TOKENS, PAIRS=PAIRS, num_warps=ffi.warps(PAIRS, device), enable_fp_fusion=False,
+            )  # fmt: skip
+    return d_logprobs, d_kl
