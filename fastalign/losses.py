@@ -125,7 +125,7 @@ def _rows() -> list[Preset]:
 PRESETS: Mapping[str, Preset] = MappingProxyType({p.name: p for p in _rows()})
 # TRL's names where the meaning is the same, and a method's second name.
 ALIASES: Mapping[str, str] = MappingProxyType(
-    {**{p.trl: p.name for p in PRESETS.values() if p.trl and p.trl not in PRESETS}, "rso": "hinge_norm"}
+    {**{p.trl: p.name for p in PRESETS.values() if p.trl and p.trl not in PRESETS}, "rso": "hinge_norm", "sppo_hard": "sppo"}
 )
 
 

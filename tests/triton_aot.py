@@ -1,8 +1,11 @@
 """Compile Triton kernels for GPUs that are not there, exactly as the launchers in ops/*/triton.py would: the launcher is called on CPU tensors, and
 in place of a launch each kernel is compiled for the chosen target with the signature, specialisation and options that this call gives it."""
+
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
+from pathlib import Path
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -10,6 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from fastalign import ffi
 
+OUT = Path(__file__).parents[1].resolve() / "build" / "triton_aot"
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 
 
@@ -30,6 +34,7 @@ def compiling_for(target_name):
     def compile_instead(self, *args, grid, warmup, **options):
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
 
+    os.environ["TRITON_CACHE_DIR"] = str(OUT)
     try:
         driver.set_active(_NoDevice(target))
         JITFunction.run = compile_instead

@@ -2,6 +2,7 @@
 // hardware instructions without a C++ spelling) goes through a name in this file; tests/cuda_emu/cuda_emu.h has a twin for each, so the
 // same .cu files run on the CPU under test. Inline PTX stands here and nowhere else.
 #pragma once
+#include <atomic>
 #include "common.h"
 
 // The emulation header is force-included before this file and brings its own half.
@@ -15,7 +16,9 @@ namespace fastalign {
 namespace cuda {
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("fastalign: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();   // reported here; the next check, ours or torch's, must not find it again
+  throw std::runtime_error(std::string("fastalign: ") + what + ": " + cudaGetErrorString(error));
 }
 
 // Makes `device` current and restores the caller's device at the end of the scope.
@@ -54,14 +57,20 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
   check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), name);
 }
 
-// Whether `kernel` can be launched with clusters on this device: the device must have them, and the code that was loaded for it must have
-// been compiled for an architecture that has them (a fat binary without sm_90 code runs there through the PTX of an older architecture).
+// Whether kernels can be launched with clusters on this device: the device must have them, and the code that was loaded for it must have been
+// compiled for an architecture that has them (a fat binary without sm_90 code runs there through the PTX of an older architecture). Asked once
+// per device, of any kernel of the build.
 template <class K> bool clusters_supported(K* kernel, int device) {
+  static std::atomic<signed char> known[64] = {};   // 1: yes, -1: no
+  std::atomic<signed char>* memo = device >= 0 && device < 64 ? &known[device] : nullptr;
+  if (memo && *memo) return *memo > 0;
   int available = 0;
   cudaFuncAttributes attributes = {};
   check(cudaDeviceGetAttribute(&available, cudaDevAttrClusterLaunch, device), "cudaDeviceGetAttribute");
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return available && attributes.ptxVersion >= 90;
+  const bool yes = available && attributes.ptxVersion >= 90;
+  if (memo) *memo = yes ? 1 : -1;
+  return yes;
 }
 
 // Clusters: all threads of all blocks of the cluster meet; this block's rank; the same shared variable in another block.

@@ -7,9 +7,16 @@
 namespace fastalign {
 namespace cuda {
 
-constexpr unsigned kRowThreads = 256;   // threads of a block
+constexpr unsigned kRowThreads = 256;   // most threads of a block
 constexpr int kUnroll = 4;              // vectors a thread has in flight
 constexpr int64_t kShortRow = 4096;     // bytes; rows up to here are served by one warp each
+
+// Threads of a block for a stretch of a row: as few as leave each two bundles, so that no warp idles on rows of a few KiB.
+inline unsigned threads_for(int64_t bytes) {
+  for (unsigned threads : {2 * kWarp, 4 * kWarp})
+    if (bytes <= threads * 2 * kUnroll * 16) return threads;
+  return kRowThreads;
+}
 
 // The first vector of a thread's first bundle (i, i + 32, ...): a warp's bundles are 32 * kUnroll consecutive vectors.
 __device__ inline int bundle_start(unsigned thread) { return int(thread / kWarp * kWarp * kUnroll + thread % kWarp); }
@@ -35,8 +42,8 @@ template <class T> __device__ T* row_pointer(const RowsView& v, int64_t row) {
 // ignored nor in the vocabulary, and the whole row becomes NaN.
 struct RowLabels { bool scored, bad; };
 template <class Args> __device__ RowLabels row_labels(const Args& a, int64_t row) {
-  if (a.mask && !a.mask[row]) return {false, false};
-  if (!a.labels) return {true, false};
+  const bool kept = !a.mask || a.mask[row];   // not an early return: the labels' load need not wait for the mask's
+  if (!a.labels) return {kept, false};
   RowLabels r{false, false};
   for (int64_t k = 0; k < a.targets; ++k) {
     const int64_t label = a.labels[row * a.targets + k];
@@ -44,7 +51,7 @@ template <class Args> __device__ RowLabels row_labels(const Args& a, int64_t row
     r.scored = true;
     r.bad |= label < 0 || label >= a.vocab_total;
   }
-  return r;
+  return {kept && r.scored, kept && r.bad};
 }
 
 // The label's column in this shard of the vocabulary, or -1.

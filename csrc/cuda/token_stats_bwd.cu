@@ -135,10 +135,11 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 
 template <class T, bool kCap, bool kMany> void launch_row_kernel(const TokenStatsBackwardArgs& a, void* stream) {
   const int64_t vectors = ceil_div(a.logits.vocab, kLanes<T>);  // an upper bound of the wide ones
-  const bool by_warp = !kMany && a.logits.vocab * int64_t(sizeof(T)) <= kShortRow;
+  const int64_t row_bytes = a.logits.vocab * int64_t(sizeof(T));
+  const bool by_warp = !kMany && row_bytes <= kShortRow;
+  const dim3 block = by_warp ? dim3(kWarp, kRowThreads / kWarp) : dim3(threads_for(row_bytes));
   // A block's share of a row: enough to hide the row's own few loads; with several labels, what shared memory holds.
-  const int chunk = by_warp ? int(vectors) : (kMany ? 1 : 2) * kUnroll * int(kRowThreads);
-  const dim3 block = by_warp ? dim3(kWarp, kRowThreads / kWarp) : dim3(kRowThreads, 1);
+  const int chunk = by_warp ? int(vectors) : (kMany ? 1 : 2) * kUnroll * int(block.x);
   const int64_t chunks = ceil_div(vectors, chunk);
   const size_t shared = kMany ? size_t(chunk) * kLanes<T> * sizeof(float) : 0;
   FA_LAUNCH((token_stats_bwd_kernel<T, kCap, kMany>), dim3(grid_size(ceil_div(a.logits.rows, block.y) * chunks, "token_stats")), block,

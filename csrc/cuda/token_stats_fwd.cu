@@ -152,10 +152,11 @@ __global__ void __launch_bounds__(kRowThreads, kSums& kTop ? 3 : 4)
 
 unsigned forced_cluster = 0;
 
-// Blocks per row: as few as leave each at most 32 KiB of the row, which is what keeps enough loads in flight per SM without idle threads.
+// Blocks per row. A block's share must be long against its start and its share of the merges, which other blocks hide only in part; shorter
+// shares would serve small batches better, but the choice may not depend on the number of rows.
 unsigned cluster_size(int64_t row_bytes) {
   for (unsigned size : {1u, 2u, 4u})
-    if (row_bytes <= size * int64_t(32 << 10)) return size;
+    if (row_bytes <= size * int64_t(96 << 10)) return size;
   return 8;
 }
 
@@ -167,9 +168,9 @@ template <class T, int kSums, bool kCap> void launch_row_kernel(const TokenStats
     if (forced_cluster) throw std::invalid_argument("fastalign: set_cluster_size: this device or build has no thread-block clusters");
     cluster = 1;
   }
-  const dim3 block = by_warp ? dim3(kWarp, kRowThreads / kWarp) : dim3(kRowThreads, 1);
+  const dim3 block = by_warp ? dim3(kWarp, kRowThreads / kWarp) : dim3(threads_for(row_bytes / cluster));
   const unsigned blocks = grid_size(ceil_div(a.logits.rows, block.y) * cluster, "token_stats");
-  const size_t shared = by_warp ? 0 : (kRowThreads / kWarp + 1) * sizeof(RowState<float>);
+  const size_t shared = by_warp ? 0 : (block.x / kWarp + 1) * sizeof(RowState<float>);
   FA_LAUNCH_CLUSTER((token_stats_fwd_kernel<T, kSums, kCap>), dim3(blocks), block, shared, cluster, stream, a, row_scale(a), cluster);
 }
 

@@ -148,7 +148,7 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
 
 
-class _Runner:
+class Runner:
     """Calls of one contestant on the case's inputs, in turns; an input that a call would destroy is first copied to a buffer."""
 
     def __init__(self, case: Case, contestant: Contestant):
@@ -167,13 +167,13 @@ class _Runner:
 def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5, most: int = 50, memory: bool = True) -> list[Result]:
     """Check every contestant, then time those that are right, in turns, until `seconds` are spent: `least` to `most` samples each."""
     results = [Result(name, "peer", "n/a", why) for name, why in case.missing.items()]
-    running: list[tuple[Result, _Runner, int]] = []
+    running: list[tuple[Result, Runner, int]] = []
     timer = Timer(device)
     for contestant in case.contestants:
         result = Result(contestant.name, contestant.kind)
         results.insert(len(results) - len(case.missing), result)
         try:
-            runner = _Runner(case, contestant)
+            runner = Runner(case, contestant)
             if contestant.kind != "read":
                 output = runner.call(0)()
                 result.error = case.error(output)

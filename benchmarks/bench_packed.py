@@ -1,0 +1,7 @@
+"""Ops over packed per-token scalars: segment sums, KL estimates, the preference loss forward and backward."""
+
+OPS = ("sequence_sum", "kl_estimate", "preference_loss")
+
+
+def test_packed(run_case):
+    run_case()

@@ -1,0 +1,7 @@
+"""Ops over vocabulary rows: log-probs, log-probs with entropy, log-probs with backward in place."""
+
+OPS = ("token_logprobs", "token_logprobs_entropy", "token_logprobs_backward")
+
+
+def test_rows(run_case):
+    run_case()

@@ -1,0 +1,54 @@
+"""One closure per public op: forward and backward on inputs that stay where they are. Shared by the tests of this folder and sanitize.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import fastalign as fa
+from fastalign.testing import make_batch, make_labels, make_logits
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+def public_calls(
+    device: str, *, rows: int = 33, vocab: int = 1031, dtype: torch.dtype = torch.bfloat16, pairs: int = 5
+) -> dict[str, tuple[Tensor, Call]]:
+    """name -> (a floating input that may be changed between calls, the call). A call returns the op's results and the gradient."""
+    logits = make_logits(rows, vocab, dtype=dtype, device=device).requires_grad_()
+    labels = make_labels(rows, vocab, ignored=0.2, device=device)
+    ones = torch.ones(rows, device=device)
+    batch = make_batch(pairs, max_len=300, device=device)
+    logprobs = batch.logprobs.clone().requires_grad_()
+    per_sequence = torch.ones(2 * pairs, device=device)
+    one = torch.ones((), device=device)
+
+    def token_stats() -> tuple[Tensor, ...]:
+        stats = fa.token_stats(logits, labels, outputs=("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1"))
+        values = [x for x in stats if x is not None]
+        return (*(x.detach() for x in values), *torch.autograd.grad((stats.logprob, stats.entropy), logits, (ones, ones)))
+
+    def inplace() -> tuple[Tensor, ...]:
+        scratch = logits * 1
+        value = fa.token_logprobs(scratch, labels, inplace_backward=True)
+        return value.detach(), *torch.autograd.grad(value, scratch, ones)
+
+    def sequence_sum() -> tuple[Tensor, ...]:
+        value = fa.sequence_sum(logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask)
+        return value.detach(), *torch.autograd.grad(value, logprobs, per_sequence)
+
+    def kl_estimate() -> tuple[Tensor, ...]:
+        value = fa.kl_estimate(logprobs, batch.ref_logprobs)
+        return value.detach(), *torch.autograd.grad(value, logprobs, torch.ones_like(value))
+
+    def preference_loss() -> tuple[Tensor, ...]:
+        out = fa.preference_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss="dpo")
+        return out.loss.detach(), out.margins, *torch.autograd.grad(out.loss, logprobs, one)
+
+    calls = (token_stats, inplace, sequence_sum, kl_estimate, preference_loss)
+    return {call.__name__: (logits if call in (token_stats, inplace) else logprobs, call) for call in calls}
+
+
+NAMES = ("token_stats", "inplace", "sequence_sum", "kl_estimate", "preference_loss")

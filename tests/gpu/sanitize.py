@@ -1,0 +1,25 @@
+"""Every op once on small and awkward shapes, for compute-sanitizer: `compute-sanitizer --tool racecheck python tests/gpu/sanitize.py cuda`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from calls import public_calls
+
+import fastalign as fa
+
+
+def main(backend: str, device: str = "cuda") -> None:
+    with fa.use_backend(backend):
+        # One warp, one block, and (where the architecture has them) one cluster per row; even and odd vocabularies.
+        for rows, vocab, dtype in ((5, 7, torch.float32), (3, 1031, torch.bfloat16), (2, 8192, torch.float16), (2, 40003, torch.bfloat16)):
+            for _, call in public_calls(device, rows=rows, vocab=vocab, dtype=dtype, pairs=2).values():
+                call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"ran on backend {backend}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,145 @@
+"""How the ops behave on a device: no synchronisation, CUDA graphs, streams, launch counts, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calls import NAMES, public_calls
+
+import fastalign as fa
+from fastalign.registry import debug_checks
+from fastalign.testing import make_batch, make_labels, make_logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_synchronisation(backend, name):
+    """Forward and backward neither read a device tensor nor copy one to the host."""
+    _, call = public_calls("cuda")[name]
+    call()  # compiles, loads, fills caches
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _warm_up(call):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def _change(tensor):
+    with torch.no_grad():
+        tensor.mul_(1.25)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_graph(backend, name):
+    """A captured forward and backward, replayed on new input values, gives the bits of a plain call."""
+    tensor, call = public_calls("cuda")[name]
+    _warm_up(call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        _change(tensor)
+        graph.replay()
+        for got, want in zip(captured, call()):
+            assert torch.equal(got, want)
+
+
+def test_second_graph_does_not_depend_on_the_first(backend):
+    """Two captures share the capture stream; the second must be right even if the first is never replayed, or gone."""
+    (_, first), (_, second) = public_calls("cuda")["preference_loss"], public_calls("cuda", pairs=9)["preference_loss"]
+    _warm_up(first)
+    _warm_up(second)
+    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+    outputs = []
+    for graph, call in zip(graphs, (first, second)):
+        with torch.cuda.graph(graph):
+            outputs.append(call())
+    graphs[1].replay()
+    graphs[1].replay()
+    for got, want in zip(outputs[1], second()):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_current_stream(backend, name):
+    """On a stream of one's own the ops wait for that stream's work: their input is written late on it."""
+    tensor, call = public_calls("cuda")[name]
+    original = tensor.detach().clone()
+    _change(tensor)
+    want = call()
+    with torch.no_grad():
+        tensor.copy_(original)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second
+        _change(tensor)
+        got = call()
+    stream.synchronize()
+    for a, b in zip(got, want):
+        assert torch.equal(a, b)
+
+
+def _kernels(call):
+    """Names of the GPU kernels of one call, PyTorch's own and copies left out, and how many kernels there were in all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in events if not name.startswith(("Memcpy", "Memset")) and "Synchronize" not in name]
+    return [name for name in kernels if "at::" not in name], len(kernels)
+
+
+def test_launches_of_the_preference_loss(backend, record_property):
+    """One kernel forward, one kernel backward; what the public function adds for its metrics is recorded."""
+    batch = make_batch(64, min_len=800, max_len=1100, device="cuda")
+    logprobs = batch.logprobs.clone().requires_grad_()
+    one, outputs = torch.ones((), device="cuda"), []
+
+    def forward():
+        outputs.append(fa.preference_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask))
+
+    def backward():
+        torch.autograd.grad(outputs[-1].loss, logprobs, one, retain_graph=True)
+
+    for direction, call in (("forward", forward), ("backward", backward)):
+        call()  # warm-up
+        ours, total = _kernels(call)
+        record_property(f"{backend}_{direction}_kernels", f"{len(ours)} of {total}")
+        assert len(ours) == 1, (direction, ours)
+
+
+def test_compile_fullgraph(backend):
+    """A compiled loss function with the ops inside gives the eager bits."""
+    batch = make_batch(4, device="cuda", vocab=200)
+    logits = make_logits(batch.packed.labels.numel(), 200, device="cuda")
+
+    def loss(logits):
+        logprobs = fa.token_logprobs(logits, batch.packed.labels)
+        return fa.preference_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask).loss
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaf = logits.clone().requires_grad_()
+        value = function(leaf)
+        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_debug_checks_name_the_label(backend):
+    """Without a synchronisation a label outside the vocabulary gives NaN; under debug_checks it raises as on the CPU."""
+    logits, labels = make_logits(3, 20, device="cuda"), make_labels(3, 20, device="cuda")
+    labels[1] = 20
+    assert bool(torch.isnan(fa.token_logprobs(logits, labels)[1]))
+    with debug_checks(), pytest.raises(IndexError, match=r"labels\[1\]"):
+        fa.token_logprobs(logits, labels)
