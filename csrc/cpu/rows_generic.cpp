@@ -1,4 +1,4 @@
-// Row kernels for any CPU, on 16-byte vectors of the compiler's own, and the fp64 kernels, whose exp2 and tanh are libm's lane by lane.
+// Row kernels for any CPU, on 32-byte vectors that the compiler maps to what there is, and the fp64 kernels, whose exp2 and tanh are libm's lane by lane.
 #include "cpu/rows_impl.h"
 
 namespace fastalign {
@@ -7,10 +7,10 @@ namespace {
 
 template <class Scalar> struct Simd {
   using A = Scalar;
-  typedef A F __attribute__((vector_size(16)));
-  typedef int16_t Bits __attribute__((vector_size(16)));
+  typedef A F __attribute__((vector_size(32)));
+  typedef int16_t Bits __attribute__((vector_size(32)));
   static constexpr bool kDouble = sizeof(A) == 8;
-  static constexpr int kWidth = 16 / sizeof(A);
+  static constexpr int kWidth = 32 / sizeof(A);
 
   static FA_INLINE F set(A x) { return x - F{}; }
   static FA_INLINE F max_skip_nan(F x, F high) { return x > high ? x : high; }
@@ -28,7 +28,7 @@ template <class Scalar> struct Simd {
       return r;
     } else {
       // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. At -127 the factor 2^n is an exact 0.
-      typedef uint32_t U __attribute__((vector_size(16)));
+      typedef uint32_t U __attribute__((vector_size(32)));
       const F magic = set(12582912.0f);
       d = bounded(d);
       F shifted = d + magic, n = shifted - magic;

@@ -177,8 +177,8 @@ RowState<typename S::A> forward_chunk(const T* x, int64_t n, const RowTransform<
 
     const A largest = block_max<S>(x + start, (n < start + kBlock ? n : start + kBlock) - start);
     if (largest > state.umax) {
-      const A m = f.u(largest) * f.c;
-      // -inf (a mask value that overflows in bits) is no reference point: stay at 0, where such entries have no mass either.
+      const A m = reference_point(f.u(largest), f);
+      // Without mass so far there is nothing to count from: 0 serves, where entries without mass have none either.
       if (m > A(-INFINITY)) sums.move(state.m, m);
       state.m = m;
       state.umax = largest;

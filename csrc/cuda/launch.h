@@ -57,9 +57,9 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
   check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), name);
 }
 
-// Whether kernels can be launched with clusters on this device: the device must have them, and the code that was loaded for it must have been
-// compiled for an architecture that has them (a fat binary without sm_90 code runs there through the PTX of an older architecture). Asked once
-// per device, of any kernel of the build.
+// Whether kernels can be launched with clusters on this device: the device must have them, and the code that was loaded for it must have
+// been compiled for an architecture that has them (a fat binary without sm_90 code runs there through the PTX of an older architecture).
+// Asked once per device, of any kernel of the build.
 template <class K> bool clusters_supported(K* kernel, int device) {
   static std::atomic<signed char> known[64] = {};   // 1: yes, -1: no
   std::atomic<signed char>* memo = device >= 0 && device < 64 ? &known[device] : nullptr;

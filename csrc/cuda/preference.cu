@@ -3,8 +3,7 @@
 // Forward: one block per side of a pair sums over its sequence's tokens (a sequence may be in several pairs). The block that arrives last
 // evaluates all pairs and reduces the loss, both in a fixed order. Backward: one block per sequence walks the pairs it is in, in index
 // order. Unscored tokens are selected away, never multiplied by 0: they may hold anything.
-#include "cuda/reduce.cuh"
-#include "cuda/segment.cuh"
+#include "cuda/sequence.cuh"
 #include "math/pair.h"
 #include "ops.h"
 

@@ -58,24 +58,5 @@ template <int kSums> __device__ RowState<float> merge_row(RowState<float> s, Row
   return s;
 }
 
-// Sums over a block in a fixed tree; every thread gets the result. `partial` has room for one value per warp.
-template <int N> __device__ void sum_block(float (&x)[N], float* partial) {
-  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-#pragma unroll
-  for (int i = 0; i < N; ++i)
-#pragma unroll
-    for (unsigned distance = kWarp / 2; distance; distance /= 2) x[i] += __shfl_down_sync(kFullMask, x[i], distance);
-  if (lane == 0)
-    for (int i = 0; i < N; ++i) partial[warp * N + i] = x[i];
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    float sum = 0;
-    for (unsigned w = 0; w < warps; ++w) sum += partial[w * N + i];
-    x[i] = sum;
-  }
-  __syncthreads();   // the caller may use `partial` again
-}
-
 }  // namespace cuda
 }  // namespace fastalign

@@ -1,6 +1,5 @@
 // Sums over packed sequences: forward one block per sequence, backward one thread per token.
-#include "cuda/reduce.cuh"
-#include "cuda/segment.cuh"
+#include "cuda/sequence.cuh"
 #include "ops.h"
 
 namespace fastalign {

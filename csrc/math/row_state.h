@@ -27,6 +27,12 @@ template <class T> struct RowTransform {
   FA_HD T slope(T u) const { return c * T(kLn2) * (cap_scale != T(0) ? cap_scale * (T(1) - u * u) : T(1)); }
 };
 
+// fl(umax * c). Far below zero, at mask values like -1e30, its rounding error alone overflows exp2: such a maximum counts as -inf, and has no mass.
+template <class T> FA_HD T reference_point(T umax, const RowTransform<T>& f) {
+  const T m = umax * f.c;
+  return m < T(sizeof(T) == 8 ? -0x1p59 : -0x1p30) ? T(-INFINITY) : m;
+}
+
 template <class T> struct RowState {
   T m, s0, s1, s2, sz, umax;
   int32_t top;  // first index that attains umax; -1 in the empty state
@@ -57,6 +63,7 @@ template <class T> FA_HD RowState<T> merge(const RowState<T>& a, const RowState<
 
 // Finished quantities, in nats. Selections keep NaN: `x > 0 ? 0 : x`.
 template <class T> FA_HD T row_logprob(const RowState<T>& s, T target_u, const RowTransform<T>& f) {
+  if (s.s0 == T(0)) return T(NAN);
   T lp = fma(T(kLn2), f.bits(target_u, s.m), -log(s.s0));
   return lp > T(0) ? T(0) : lp;
 }

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     except TrainingError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; --resume goes on from the newest checkpoint", 130)
+        return _fail("interrupted; if --save-every has made a checkpoint, --resume goes on from it", 130)
     return 0
 
 

@@ -35,6 +35,8 @@ def load_pairs(
         raise UserError(f"--max-length {config.max_length} exceeds the model's {positions} positions")
 
     def load(name: str, path: str | None, rows: Iterable[Any] | None) -> list[TokenPair]:
+        if rows is not None and path is not None:
+            raise UserError(f"the {name} examples are given both in memory and as the file {path}")
         source = "in memory" if rows is not None else path
         if source is None:
             raise UserError("--data is missing: it names the file with the training pairs")

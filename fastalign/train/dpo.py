@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,9 @@ def resolve_loss(config: TrainConfig) -> Any:
     lacking = {
         "soft labels per pair": preset.needs_soft_labels,
         "exact sequence KLs": preset.needs_kl,
+        "weights per pair (omega)": preset.needs_omega,
+        f"the {preset.rule} rule's memory of earlier batches": preset.rule is not None,
+        "all pairs of a step in one forward pass, to sort them": preset.order is not None,
         "prompt tokens in the SFT term (sft_include_prompt)": preset.sft_include_prompt,
         'a count of pairs that is known before the forward pass (nonfinite="drop")': preset.nonfinite == "drop",
     }
@@ -124,6 +128,8 @@ def train_dpo(
         TrainingError: a gradient that is not finite.
     """
     preset = resolve_loss(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this trainer is one process; started as several (WORLD_SIZE > 1) they would overwrite each other's output")
     if logprob_fn is not None and config.token_metrics:
         raise UserError("logprob_fn yields no token metrics: set token_metrics=False")
     if model is None and config.model is None:

@@ -38,14 +38,15 @@ def build(variant: str = "ubsan", edits: dict[str, tuple[str, str]] | None = Non
     for name, text in edited.items():
         (overlay / "cuda").mkdir(parents=True, exist_ok=True)
         (overlay / "cuda" / name).write_text(text)
-    flags = [*FLAGS, *VARIANTS[variant], "-DFA_EMU", "-DFA_WITH_CUDA", "-include", "cuda_emu.h"]
+    flags = [*FLAGS, "-DFA_EMU", "-DFA_WITH_CUDA", "-include", "cuda_emu.h"]
     python = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
     strings = [f'-D{k}="{v}"' for k, v in (("FA_VERSION", "emulated"), ("FA_CUDA_ARCHS", "emulated"), ("FA_CUDA_COMPILER", "g++"))]
+    bindings = ["-DFA_MODULE=_C_emu", *strings, *python]
     search = [overlay, CSRC, HERE]
     jobs = []
     for source in [CSRC / "bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]:
         path = overlay / "cuda" / source.name if source.name in edited else source
-        options = [*flags, "-DFA_MODULE=_C_emu", *strings, *python] if source.name == "bindings.cpp" else flags
+        options = [*flags, *(bindings if source.name == "bindings.cpp" else VARIANTS[variant])]
         output = OUT / f"{source.stem}-{_hash(repr((options, _texts([path, HERE / 'cuda_emu.h'], search))))}.o"
         jobs.append((path, output, [*options, *[f"-I{d}" for d in search]]))
     module = OUT / f"{_hash(repr([str(o) for _, o, _ in jobs]))}" / f"_C_emu{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -286,9 +286,31 @@ def test_learning_rate_rises_then_falls():
         ({"labels": "soft"}, "soft labels"),
         ({"kl_chosen": 1.0}, "sequence KLs"),
         ({"nonfinite": "drop"}, "count of pairs"),
+        ({"order": "paired"}, "sort them"),
         ({"sft_weight": 1.0, "sft_include_prompt": True}, "prompt tokens"),
     ],
 )
 def test_a_loss_that_the_trainer_cannot_feed_is_refused(options, words):
     with pytest.raises(UserError, match=words):
         resolve_loss(TrainConfig(loss_options=options))
+
+
+@pytest.mark.parametrize(
+    "loss, words", [("wpo", "weights per pair"), ("beta_dpo", "beta_dpo rule"), ("aot", "sort them"), ("tdpo1", "KLs")]
+)
+def test_a_named_loss_that_needs_more_than_pairs_is_refused(loss, words):
+    with pytest.raises(UserError, match=words):
+        resolve_loss(TrainConfig(loss=loss))
+
+
+def test_several_processes_are_refused(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        train_dpo(config())
+
+
+def test_data_in_memory_and_in_a_file_is_ambiguous(config):
+    with pytest.raises(UserError, match="both in memory and as the file"):
+        train_dpo(config(), examples=make_rows())
+    with pytest.raises(UserError, match="evaluation examples are given both"):
+        train_dpo(config(eval_data=config().data), eval_examples=make_rows())

@@ -67,6 +67,12 @@ def _bits_per_unit(factor, temperature, temperature_ptr):
 
 
 @triton.jit
+def _element(q, column, shift, SPAN: tl.constexpr):
+    """The element of the row that a place of a tile holds. Not kept over the loop: registers are what limits the programs in flight."""
+    return q - shift + tl.where(column < shift, SPAN, 0)
+
+
+@triton.jit
 def _fold(x, SPAN: tl.constexpr):
     """Sum of a vector by halves, top half onto bottom half: rotating the vector changes no pair at any level."""
     for level in tl.static_range(1, 16):
@@ -91,30 +97,30 @@ def token_stats_fwd_kernel(
     limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES * scored, LANES)  # a row that does not count is not read
     column = tl.arange(0, SPAN)[None, :]
     place = tl.arange(0, DEPTH)[:, None] * SPAN + column
-    # The element of a slice that each column holds, minus the column.
-    unrotate = tl.where(column < shift, SPAN - shift, -shift)
 
     m, umax, top = float("-inf"), float("-inf"), -1
     s0, s1 = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     s2, sz = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
-    ahead = tl.load(window + place, mask=place < limit, other=float("-inf"))
-    for start in range(0, vocab * scored, DEPTH * SPAN):
+    TILE: tl.constexpr = DEPTH * SPAN
+    next_x = tl.load(window + place, mask=place < limit, other=float("-inf"))
+    later_x = tl.load(window + place + TILE, mask=place + TILE < limit, other=float("-inf"))
+    for start in range(0, vocab * scored, TILE):
         q = start + place
-        x = ahead  # one tile is under way while the one before is worked on
-        ahead = tl.load(window + q + DEPTH * SPAN, mask=q + DEPTH * SPAN < limit, other=float("-inf"))
+        x, next_x = next_x, later_x  # two tiles are under way while one is worked on
+        later_x = tl.load(window + q + 2 * TILE, mask=q + 2 * TILE < limit, other=float("-inf"))
         if shift != 0:
             beyond = tl.load(window + q + SPAN, mask=(q + SPAN < limit) & (column < LANES), other=float("-inf"))
             x = tl.where(column < shift, beyond, x)
         u = _capped(x, cap_scale, CAPPED)
         counted = u
-        if start + DEPTH * SPAN > vocab:  # the row ends in this tile
-            inside = q + unrotate < vocab
+        if start + TILE > vocab:  # the row ends in this tile
+            inside = _element(q, column, shift, SPAN) < vocab
             u = tl.where(inside, u, float("-inf"))
             counted = tl.where(inside, u, 0.0)
         tile_max = tl.max(tl.max(u, 0), 0)
         if SUMS == EVERYTHING:
             if tile_max > umax:
-                top = tl.min(tl.min(tl.where(u == tile_max, q + unrotate, vocab), 0), 0)
+                top = tl.min(tl.min(tl.where(u == tile_max, _element(q, column, shift, SPAN), vocab), 0), 0)
             sz += tl.sum(counted, 0)
 
         # Move the sums to the new reference point, add the tile. Where all is -inf so far there is no reference point: count from 0.
@@ -289,7 +295,7 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
             token_stats_fwd_kernel[(rows,)](
                 view, labels, mask, temperature_tensor, state_in, target_in, *results, state, target,
                 base, *ffi.row_layout(logits)[1:], vocab, targets, ignore_index, vocab_start, vocab_total, factor, cap_scale, temperature,
-                OUTPUTS=outputs, SUMS=2 if outputs & 56 else outputs >> 1 & 1, CAPPED=cap_scale != 0, LANES=lanes, SPAN=span, DEPTH=4,
+                OUTPUTS=outputs, SUMS=2 if outputs & 56 else outputs >> 1 & 1, CAPPED=cap_scale != 0, LANES=lanes, SPAN=span, DEPTH=2,
                 num_warps=ffi.warps(THREADS, device), enable_fp_fusion=False,
             )  # fmt: skip
     return (*results, state, target)

@@ -1,4 +1,4 @@
-// Packed sequences: where one lies, and the rank of a token among the scored ones.
+// Packed sequences: where one lies, the rank of a token among the scored ones, sums over a block.
 #pragma once
 #include "cuda/launch.h"
 
@@ -33,6 +33,25 @@ __device__ inline unsigned block_rank(bool flag, unsigned* counts, unsigned& run
   }
   __syncthreads();   // the next call writes `counts` again
   return rank;
+}
+
+// Sums over a block in a fixed tree; every thread gets the result. `partial` has room for one value per warp.
+template <int N> __device__ void sum_block(float (&x)[N], float* partial) {
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (unsigned distance = kWarp / 2; distance; distance /= 2) x[i] += __shfl_down_sync(kFullMask, x[i], distance);
+  if (lane == 0)
+    for (int i = 0; i < N; ++i) partial[warp * N + i] = x[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float sum = 0;
+    for (unsigned w = 0; w < warps; ++w) sum += partial[w * N + i];
+    x[i] = sum;
+  }
+  __syncthreads();   // the caller may use `partial` again
 }
 
 }  // namespace cuda
