@@ -3,6 +3,7 @@
 FASTALIGN_CUDA=auto|0|1      compile the .cu files: when nvcc is found (default), never, or fail without nvcc
 FASTALIGN_ARCHS="80;90;100"  compute capabilities to compile for; the last one also as PTX, for later GPUs
 """
+
 import os
 import platform
 import re
@@ -21,7 +22,8 @@ CSRC = ROOT / "csrc"
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastalign" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
 # -ffp-contract=off: a fused multiply-add is where the source says so and nowhere else, so variants of one kernel agree bit by bit.
-CXX_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra"
+# -Wno-psabi: vectors wider than the machine's are only passed to functions that are inlined.
+CXX_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi"
 # Host code of the .cu files. The runtime is linked statically and kept out of the symbol table: the module loads without a driver, and next to
 # any torch with a CUDA runtime of its own.
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
@@ -48,7 +50,9 @@ def cuda_archs():
     text = os.environ.get("FASTALIGN_ARCHS", "80;90;100")
     archs = text.split(";")
     if not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in archs):
-        raise SystemExit(f'FASTALIGN_ARCHS={text!r}: write compute capabilities without the dot, separated by semicolons, as in "80;90;100"')
+        raise SystemExit(
+            f'FASTALIGN_ARCHS={text!r}: write compute capabilities without the dot, separated by semicolons, as in "80;90;100"'
+        )
     return archs
 
 
@@ -62,26 +66,29 @@ def literal(name, value):
     return f"'-D{name}=\"{value}\"'"
 
 
+def compile_rule(name, command):
+    return [f"rule {name}", f"  command = {command} -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
+
+
 def ninja_file(output, nvcc, cuda_sources):
     """The text of build.ninja."""
-    cpu_sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     include = f"-I{CSRC}"
+    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
     defines = f"-DFA_MODULE=_C -DFA_WITH_CPU {literal('FA_VERSION', VERSION)}"
-    rules = []
+    link = "g++ -fopenmp"
+    rules = compile_rule("cxx", f"g++ {CXX_FLAGS} $flags {include} -MMD -MF $out.d")
     if nvcc:
         archs = cuda_archs()
         targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         targets += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
         defines += f" -DFA_WITH_CUDA {literal('FA_CUDA_ARCHS', ';'.join(archs))} {literal('FA_CUDA_COMPILER', cuda_compiler_version(nvcc))}"
-        rules += ["rule cuda", f"  command = {nvcc} {NVCC_FLAGS} {targets} {include} -MD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
-    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-    link = f"{nvcc} {NVCC_LINK_FLAGS}" if nvcc else "g++ -fopenmp"
-    rules += [
-        "rule cxx", f"  command = g++ {CXX_FLAGS} $flags {include} -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc",
-        "rule link", f"  command = {link} -shared $in -o $out",
-    ]  # fmt: skip
+        link = f"{nvcc} {NVCC_LINK_FLAGS}"
+        rules += compile_rule("cuda", f"{nvcc} {NVCC_FLAGS} {targets} {include} -MD -MF $out.d")
+    rules += ["rule link", f"  command = {link} -shared $in -o $out"]
+
+    sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp")), *(cuda_sources if nvcc else [])]
     objects = []
-    for source in [*cpu_sources, *(cuda_sources if nvcc else [])]:
+    for source in sources:
         objects.append(str(source.relative_to(CSRC)).replace("/", ".") + ".o")
         rules.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escape(source)}")
         if source.name == "bindings.cpp":

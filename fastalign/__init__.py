@@ -22,7 +22,8 @@ if _missing := _ffi.missing_backends():
     )
 
 __all__ = [
-    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "PackedBatch", "PreferenceOutput", "Preset", "TokenStats", "__version__", "backends", "entropy_from_logits", "explain",
+    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "PackedBatch", "PreferenceOutput", "Preset", "TokenStats", "__version__",
+    "backends", "entropy_from_logits", "explain",
     "global_denominator", "kl_estimate", "losses", "pack", "preference_loss", "preference_loss_from_sums", "repad", "selective_log_softmax",
     "sequence_sum", "shift_labels", "token_logprobs", "token_stats", "unpad", "use_backend", "wpo_weights",
 ]  # fmt: skip

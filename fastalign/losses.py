@@ -51,12 +51,12 @@ def _rows() -> list[Preset]:
         Preset("rlaif_soft", "P sp(-h) + (1 - P) sp(h)", "Lee et al. 2023, arXiv 2309.00267", labels="soft"),
         Preset("rpo_bwd_kl", "KL(Bernoulli(P), Bernoulli(sg(h)))", reward_aware, labels="soft", label_entropy=True),
         Preset("rpo_fwd_kl", "KL(Bernoulli(sg(h)), Bernoulli(P))", reward_aware, labels="soft", link="exo"),
-        Preset("rpo_sq", "(h - target)^2, target = eta (r_c - r_r) per pair", reward_aware, link="squared", target=1.0),
+        Preset("rpo_sq", "(h - target)^2, target = eta (r_c - r_r) per pair", reward_aware, link="squared", target=1.0, requires=("target",)),
         # --- rules that look at the whole batch (state= a rule of fastalign.rules; omega= from wpo_weights)
         Preset("beta_dpo", "sp(-beta_batch (D_c - D_r)) over the kept pairs", "Wu et al. 2024, arXiv 2407.08639", rule="beta_dpo"),
         Preset("alpha_dpo", "sp(-beta (A_c / L_c - A_r / L_r - stop[alpha z + gamma_beta_ratio]))", "Wu et al. 2024, arXiv 2410.10148", beta=2.5,
                reference=False, length_norm=1.0, gamma_beta_ratio=0.3, rule="alpha_dpo", options=_GAMMA),
-        Preset("wpo", "omega sp(-h), omega = min(1, exp(v_c + v_r))", "Zhou et al. 2024, arXiv 2406.11827", beta=0.01, needs_omega=True),
+        Preset("wpo", "omega sp(-h), omega = min(1, exp(v_c + v_r))", "Zhou et al. 2024, arXiv 2406.11827", beta=0.01, requires=("omega",)),
         Preset("aot", "(1 - e) sp(-d) + e sp(d), d_i = beta (sort(A_c - A_r)_i - sort(R_c - R_r)_i)", "Melnyk et al. 2024, arXiv 2406.05882", "aot",
                beta=0.01, order="paired", options=_SMOOTHING),
         Preset("aot_unpaired", "(1 - e) sp(-d) + e sp(d), d_i = beta (sort(D_c)_i - sort(D_r)_i)", "Melnyk et al. 2024, arXiv 2406.05882",
@@ -64,7 +64,7 @@ def _rows() -> list[Preset]:
         # --- other margins
         Preset("dpop", "sp(-(h - beta pos_penalty relu(-D_c)))", "Pal et al. 2024, arXiv 2402.13228", beta=0.3, pos_penalty=50.0),
         Preset("r_dpo", "sp(-(h + alpha (L_c - L_r)))", "Park et al. 2024, arXiv 2403.19159", len_coef=0.05, options={"alpha": "len_coef"}),
-        Preset("odpo", "sp(-(h - gamma_ext)), gamma_ext = alpha log(score gap) per pair", "Amini et al. 2024, arXiv 2402.10571"),
+        Preset("odpo", "sp(-(h - gamma_ext)), gamma_ext = alpha log(score gap) per pair", "Amini et al. 2024, arXiv 2402.10571", requires=("gamma_ext",)),
         Preset("tdpo1", "sp(-(h - beta (K_r - K_c)))", tdpo, kl_chosen=1.0, kl_rejected=1.0),
         Preset("tdpo2", "sp(-(h - beta alpha (K_r - stop[K_c])))", tdpo, kl_chosen=0.5, kl_rejected=0.5, detach_kl_chosen=True,
                options={"alpha": "kl_chosen = kl_rejected"}),

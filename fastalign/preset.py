@@ -134,7 +134,7 @@ class Preset:
     # what needs the whole batch
     order: str | None = None  # "paired", "unpaired": sort before comparing (AOT)
     rule: str | None = None  # the kind of `state=` object that the loss needs (fastalign.rules)
-    needs_omega: bool = False  # pair weights must be given
+    requires: tuple[str, ...] = ()  # tensors per pair without which the method is not itself
     # The method's own option names: name -> the field that it sets, or a rule of _OPTION_RULES.
     options: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
@@ -194,7 +194,7 @@ class Preset:
 
 _DESCRIPTION = ("name", "formula", "paper", "trl", "options")
 FIELDS = tuple(f.name for f in dataclasses.fields(Preset) if f.name not in _DESCRIPTION)
-HOST_FIELDS = ("order", "rule", "needs_omega")  # read by the op's Python side; every other field travels to the kernel
+HOST_FIELDS = ("order", "rule", "requires")  # read by the op's Python side; every other field travels to the kernel
 # Options that exist as tensors only: [P] (or 0-dim for omega and gamma_ext); `valid` is [P] bool, False drops the pair.
 TENSOR_ONLY = ("omega", "gamma_ext", "soft_labels", "valid")
 TENSOR_FIELDS = ("beta", "target", "anchor")
@@ -280,7 +280,7 @@ def _validate(p: Preset) -> None:
         or p.point_link is not None
         or p.needs_kl
         or p.rule
-        or p.needs_omega
+        or p.requires
         or not p.reference
         or p.pos_penalty
         or p.len_coef

@@ -147,7 +147,7 @@ def preset_of(**fields):
 
 
 # Presets that need no more than log-probs; the others' parts are in the variants below and in test_pair_tensors.
-PRESETS = [p.name for p in losses.PRESETS.values() if not (p.needs_soft_labels or p.needs_kl or p.needs_omega or p.rule)]
+PRESETS = [p.name for p in losses.PRESETS.values() if not (p.needs_soft_labels or p.needs_kl or p.requires or p.rule)]
 LOGODDS = {"reference": False, "length_norm": 1.0}
 VARIANTS = {
     **{f"preset {name}": {"loss": name} for name in PRESETS},

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 import fastalign as fa
 from fastalign import ffi, losses
 from fastalign.preset import FIELDS, HOST_FIELDS, SCALAR_COUNT, PairParams, Preset
-from fastalign.testing import gradient, make_batch
+from fastalign.testing import make_batch
 
 
 class Sums:

@@ -27,7 +27,7 @@ template <class T> struct RowTransform {
   FA_HD T slope(T u) const { return c * T(kLn2) * (cap_scale != T(0) ? cap_scale * (T(1) - u * u) : T(1)); }
 };
 
-// fl(umax * c). Far below zero, at mask values like -1e30, its rounding error alone overflows exp2: such a maximum counts as -inf, and has no mass.
+// fl(umax * c). Far below zero, at mask values like -1e30, its rounding error alone overflows exp2: there it is -inf, and nothing has mass.
 template <class T> FA_HD T reference_point(T umax, const RowTransform<T>& f) {
   const T m = umax * f.c;
   return m < T(sizeof(T) == 8 ? -0x1p59 : -0x1p30) ? T(-INFINITY) : m;

@@ -20,7 +20,7 @@ import fastalign
 from fastalign.console import Parser, integer, table
 from fastalign.train.errors import TrainingError, UserError
 
-SFT_STEPS, PROMPTS, HELD_OUT_PROMPTS, JUDGED = 200, 576, 96, 256
+SFT_STEPS, PROMPTS, HELD_OUT_PROMPTS, JUDGED = 220, 384, 96, 256
 BETA, LEARNING_RATE, BATCH_SIZE = 0.5, 1e-4, 32
 CURVE_POINTS, CURVE_SAMPLES, SHOWN = 6, 128, 4
 

@@ -83,7 +83,7 @@ def resolve_loss(config: TrainConfig) -> Any:
     lacking = {
         "soft labels per pair": preset.needs_soft_labels,
         "exact sequence KLs": preset.needs_kl,
-        "weights per pair (omega)": preset.needs_omega,
+        f"values per pair ({', '.join(preset.requires)})": bool(preset.requires),
         f"the {preset.rule} rule's memory of earlier batches": preset.rule is not None,
         "all pairs of a step in one forward pass, to sort them": preset.order is not None,
         "prompt tokens in the SFT term (sft_include_prompt)": preset.sft_include_prompt,

@@ -319,8 +319,9 @@ def _extra(
     """The op's tensors per pair, `valid`, and the two global counts, in the op's order; constants of the loss."""
     if preset.needs_soft_labels and "soft_labels" not in tensors:
         raise ValueError(f"loss {preset.name!r} needs soft_labels, a tensor [P]")
-    if preset.needs_omega and "omega" not in tensors:
-        raise ValueError(f"loss {preset.name!r} needs omega, a tensor [P] (fastalign.wpo_weights computes it)")
+    if missing := [name for name in preset.requires if name not in tensors]:
+        hint = " (fastalign.wpo_weights computes it)" if preset.name == "wpo" else ""
+        raise ValueError(f"loss {preset.name!r} needs {', '.join(missing)}, a tensor [P]{hint}")
     if "soft_labels" in tensors and not preset.takes_soft_labels:
         raise ValueError(f"loss {preset.name!r} does not use soft_labels (labels='soft' does)")
     out: list[Tensor | None] = []

@@ -290,12 +290,12 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
     target = ffi.empty((0,) if labels is None else (rows, targets), results[0].dtype, device)
     if rows:
         view, base, lanes = ffi.aligned(logits)
-        span = THREADS * 16 // logits.element_size()
+        span, depth = THREADS * 16 // logits.element_size(), logits.element_size()  # one wide load and 4 to 8 columns a thread, 16 elements
         with ffi.triton_device(device):
             token_stats_fwd_kernel[(rows,)](
                 view, labels, mask, temperature_tensor, state_in, target_in, *results, state, target,
                 base, *ffi.row_layout(logits)[1:], vocab, targets, ignore_index, vocab_start, vocab_total, factor, cap_scale, temperature,
-                OUTPUTS=outputs, SUMS=2 if outputs & 56 else outputs >> 1 & 1, CAPPED=cap_scale != 0, LANES=lanes, SPAN=span, DEPTH=2,
+                OUTPUTS=outputs, SUMS=2 if outputs & 56 else outputs >> 1 & 1, CAPPED=cap_scale != 0, LANES=lanes, SPAN=span, DEPTH=depth,
                 num_warps=ffi.warps(THREADS, device), enable_fp_fusion=False,
             )  # fmt: skip
     return (*results, state, target)

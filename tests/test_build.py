@@ -1,0 +1,142 @@
+"""The compiled extension as a build product: what it links, what it exports, how its build refuses, and the package without it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastalign as fa
+from fastalign import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP = (ROOT / "setup.py").read_text()
+
+
+def output_of(*command, **env):
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, **env}).stdout
+
+
+def failure_of(*command, **env):
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env})
+    assert result.returncode != 0
+    return result.stderr
+
+
+def test_build_info():
+    info = _C.build_info()
+    assert info["version"] == fa.__version__ and info["cpu"] is True and info["cpu_isa"] in _C.cpu_isas()
+    assert re.match(r"\d+\.\d+", info["compiler"]) and isinstance(info["cuda"], bool)
+    if info["cuda"]:
+        assert re.fullmatch(r"\d+[af]?(;\d+[af]?)*", info["cuda_archs"]) and info["cuda_compiler"].startswith("nvcc ")
+
+
+def test_links_neither_torch_nor_cuda_libraries():
+    """One build serves every torch, and loads on a machine without a driver."""
+    needed = re.findall(r"\(NEEDED\).*\[(.+?)\]", output_of("readelf", "-d", _C.__file__))
+    allowed = r"(libstdc\+\+|libm|libgcc_s|libgomp|libc|libdl|librt|libpthread|ld-linux-.*)\.so.*"
+    assert needed and all(re.fullmatch(allowed, name) for name in needed), needed
+    undefined = output_of("nm", "-D", "-C", "--undefined-only", _C.__file__)
+    assert not re.search(r"\bU (at|c10|torch|caffe2)::|\bU (cuda|cu)[A-Z]", undefined)
+    # Nor may it offer the CUDA runtime it holds to another module.
+    assert not re.search(r"\b[TW] cuda[A-Z]", output_of("nm", "-D", "--defined-only", _C.__file__))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_one_openmp_runtime():
+    """torch.set_num_threads acts on the kernels because both use the same libgomp."""
+    fa.token_logprobs(torch.randn(64, 5000), torch.zeros(64, dtype=torch.long))
+    runtimes = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line or "libiomp" in line}
+    assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.parametrize("name", ["rows_avx2", "rows_avx512"])
+def test_no_shared_code_in_files_for_one_instruction_set(name, tmp_path):
+    """An inline function emitted there could be the copy that the linker keeps for all files, and crash CPUs without those instructions."""
+    if os.uname().machine != "x86_64":
+        assert "x86_64" not in _C.cpu_isas()
+        return
+    flags = re.search(r'^CXX_FLAGS = "(.+)"$', SETUP, re.MULTILINE)[1].split() + re.search(rf'"{name}\.cpp": "(.+?)"', SETUP)[1].split()
+    output = tmp_path / "rows.o"
+    output_of("g++", *flags, "-Werror", f"-I{ROOT}/csrc", "-c", f"{ROOT}/csrc/cpu/{name}.cpp", "-o", output)
+    symbols = [line.split(None, 2)[-2:] for line in output_of("nm", "-C", "--defined-only", output).splitlines()]
+    assert [symbol for kind, symbol in symbols if not kind.islower()] == [f"fastalign::cpu::{name.removeprefix('rows_')}_rows"]
+
+
+def test_package_works_without_the_extension():
+    code = """
+import sys, warnings
+sys.modules["fastalign._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fastalign, torch
+assert any("_C" in str(w.message) for w in caught), [str(w.message) for w in caught]
+x, y = torch.randn(3, 50), torch.tensor([1, 2, 3])
+torch.testing.assert_close(fastalign.token_logprobs(x, y), torch.log_softmax(x, -1).gather(1, y[:, None])[:, 0])
+"""
+    output_of(sys.executable, "-c", code, FASTALIGN_BACKEND="")
+
+
+@pytest.mark.parametrize(
+    "env,message",
+    [
+        ({"FASTALIGN_CUDA": "yes"}, "FASTALIGN_CUDA='yes': legal values are auto, 0 and 1"),
+        ({"FASTALIGN_CUDA": "1", "PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere"}, "FASTALIGN_CUDA=1, but nvcc is neither on PATH nor in"),
+    ],
+)
+def test_refused_settings(env, message, tmp_path):
+    if "PATH" in env and shutil.which("nvcc", path=env["PATH"]):
+        env = {**env, "PATH": str(Path(sys.executable).parent)}
+    assert message in failure_of(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, **env)
+
+
+@pytest.mark.parametrize("archs", ["", "8.0", "80,90", "sm_90", "80;"])
+def test_refused_archs(archs, tmp_path):
+    """With an nvcc that only knows its version: the value is refused before anything is compiled."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    stderr = failure_of(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, FASTALIGN_ARCHS=archs, PATH=path)
+    assert f"FASTALIGN_ARCHS={archs!r}" in stderr
+
+
+def test_failing_nvcc_is_not_silent(tmp_path):
+    """Under FASTALIGN_CUDA=auto a CUDA compiler that fails stops the build and says how to do without."""
+    source = copy_of_sources(tmp_path)
+    for file in [*(source / "csrc" / "cpu").glob("*.cpp"), source / "csrc" / "bindings.cpp"]:
+        file.write_text("")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\ncase $1 in --version) echo 'release 13.0, V13.0.88';; *) echo 'nvcc is out of order' >&2; exit 1;; esac\n")
+    nvcc.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FASTALIGN_CUDA": "auto"}
+    result = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=source, env=env, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "nvcc is out of order" in result.stdout + result.stderr and "FASTALIGN_CUDA=0 builds without" in result.stderr
+
+
+def test_sdist_holds_the_sources(tmp_path):
+    source = copy_of_sources(tmp_path)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=source, check=True, capture_output=True)
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        inside = {name.split("/", 1)[-1] for name in tar.getnames()}
+    missing = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()} - inside
+    assert not missing and {"setup.py", "pyproject.toml", "LICENSE", "fastalign/__init__.py"} <= inside
+
+
+def copy_of_sources(folder):
+    target = folder / "source"
+    target.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    for name in ("csrc", "fastalign"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return target
