@@ -154,10 +154,17 @@ def triton_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def triton_options(threads: int, warp_size: int, max_registers: int | None) -> dict[str, Any]:
+    """What a Triton kernel is compiled with: so many threads, and no fusion but the fma that it writes itself."""
+    return {"num_warps": threads // warp_size, "enable_fp_fusion": False} | ({"maxnreg": max_registers} if max_registers else {})
+
+
 @lru_cache
-def warps(threads: int, device: torch.device) -> int:
-    """Triton's num_warps for so many threads: warps have 32 threads on NVIDIA and RDNA, 64 on CDNA."""
-    return threads // (torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32)
+def launch_options(threads: int, device: torch.device, max_registers: int | None = None) -> dict[str, Any]:
+    """`triton_options` for a device. Warps have 32 threads on NVIDIA and RDNA, 64 on CDNA. max_registers: per thread, NVIDIA only; without it
+    ptxas may spill a few to reach the next round number of blocks per multiprocessor."""
+    warp_size = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+    return triton_options(threads, warp_size, None if torch.version.hip else max_registers)
 
 
 def launch(backend: str, function: str, tensor: torch.Tensor, *args: Any) -> None:

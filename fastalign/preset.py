@@ -274,6 +274,8 @@ def _validate(p: Preset) -> None:
         raise ValueError('transform="logodds" needs log(p) < 0 per token: reference=False and length_norm=1')
     if p.token_clamp is not None and not (len(p.token_clamp) == 2 and p.token_clamp[0] < p.token_clamp[1]):
         raise ValueError(f"token_clamp={p.token_clamp!r} must be (low, high) with low < high")
+    for name in p.requires:
+        check_choice("requires", name, TENSOR_ONLY + TENSOR_FIELDS)
     if p.order is not None and (
         p.length_norm
         or p.transform != "identity"

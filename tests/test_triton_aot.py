@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections import Counter
 
 import pytest
 import sass
 import torch
 from triton_aot import OUT, TARGETS, compiling_for
 
-from fastalign import ffi, losses
+from fastalign import losses
 from fastalign.ops.token_stats.api import OUTPUT_BITS
 from fastalign.preset import SCALAR_COUNT
 
@@ -125,7 +124,7 @@ def test_registers_threads_and_shared_memory(resources, compiled):
     for k, registers, _, loads, stores in resources:
         print(f"  {k.metadata.name:<26}{registers:>4} registers {k.metadata.shared:>6} B shared, 16-byte loads {loads}, stores {stores}")
         assert k.metadata.shared <= 48 << 10
-        assert k.metadata.num_warps * TARGETS[compiled[0]].warp_size in (128, 256)
+        assert k.metadata.num_warps * TARGETS[compiled[0]].warp_size <= 256
         assert registers <= 255
 
 
@@ -148,13 +147,14 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
         wide = torch.zeros(6, 2048, dtype=torch.bfloat16)
         forward(None, 1, logits=wide[::2, 8:1008])
         forward(None, 1, logits=torch.zeros(8, dtype=torch.bfloat16).expand(4, 8))
-        rows.token_stats_fwd_kernel.run  # noqa: B018
         for beta in (0.0, 0.1, 1.0):
             preference("dpo", "table", beta=beta)
             preference("dpo", "table", label_smoothing=0.0)
     assert {name: len({k.hash for k in group}) for name, group in by_name(kernels).items()} == {
-        "token_stats_fwd_kernel": 1, "token_stats_bwd_kernel": 2, "preference_fwd_kernel": 2,  # in place or not; dpo with or without smoothing
-    }  # fmt: skip
+        "token_stats_fwd_kernel": 1,
+        "token_stats_bwd_kernel": 3,  # in place; out of place; out of place with an alignment of its own
+        "preference_fwd_kernel": 2,  # dpo with and without label smoothing
+    }
 
 
 def by_name(kernels):
@@ -172,7 +172,8 @@ def test_rows_that_do_not_share_an_alignment_with_their_gradient_take_the_narrow
     assert [bool(read_sass(k, "sm_90")[2]) for k in kernels] == [False, True, True]
 
 
-def test_warps_of_64_threads(monkeypatch):
-    with compiling_for("gfx942") as kernels:
-        forward(torch.bfloat16, 1)
-    assert ffi.warps(128, torch.device("cpu")) == 4 and Counter(k.metadata.num_warps for k in kernels) == {2: 1}
+def test_blocks_have_the_same_number_of_threads_everywhere():
+    for target in TARGETS:
+        with compiling_for(target) as kernels:
+            forward(torch.bfloat16, 1)
+        assert kernels[0].metadata.num_warps * TARGETS[target].warp_size == rows.THREADS

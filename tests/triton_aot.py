@@ -29,7 +29,7 @@ class _NoDevice:
 @contextmanager
 def compiling_for(target_name):
     """Yields a list that fills with the compiled kernels of the launches inside, in order."""
-    target, kernels, run, active, warps = TARGETS[target_name], [], JITFunction.run, driver._active, ffi.warps
+    target, kernels, run, active, options = TARGETS[target_name], [], JITFunction.run, driver._active, ffi.launch_options
 
     def compile_instead(self, *args, grid, warmup, **options):
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
@@ -38,8 +38,9 @@ def compiling_for(target_name):
     try:
         driver.set_active(_NoDevice(target))
         JITFunction.run = compile_instead
-        ffi.warps = lambda threads, device: threads // target.warp_size
+        nvidia = target.backend == "cuda"
+        ffi.launch_options = lambda threads, device, max_registers=None: ffi.triton_options(threads, target.warp_size, max_registers if nvidia else None)
         yield kernels
     finally:
-        JITFunction.run, ffi.warps = run, warps
+        JITFunction.run, ffi.launch_options = run, options
         driver._active = active

@@ -22,6 +22,6 @@ def kl_estimate_fwd(logprobs, ref_logprobs, kind):
     if n:
         with ffi.triton_device(device):
             kl_estimate_kernel[(triton.cdiv(n, BLOCK),)](
-                logprobs, ref_logprobs, value, slope, n, KIND=kind, BLOCK=BLOCK, num_warps=ffi.warps(256, device), enable_fp_fusion=False
+                logprobs, ref_logprobs, value, slope, n, KIND=kind, BLOCK=BLOCK, **ffi.launch_options(256, device)
             )
     return value, slope

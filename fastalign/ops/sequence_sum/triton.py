@@ -50,7 +50,7 @@ def sequence_sum_fwd(x, cu_seqlens, mask, weights):
     if sequences:
         with ffi.triton_device(device):
             sequence_sum_fwd_kernel[(sequences,)](
-                x, cu_seqlens, mask, weights, sums, counts, x.shape[0], BLOCK=BLOCK, num_warps=ffi.warps(256, device), enable_fp_fusion=False
+                x, cu_seqlens, mask, weights, sums, counts, x.shape[0], BLOCK=BLOCK, **ffi.launch_options(256, device)
             )
     return sums, counts
 
@@ -61,6 +61,6 @@ def sequence_sum_bwd(grad, cu_seqlens, mask, weights, tokens):
     if tokens:
         with ffi.triton_device(device):
             sequence_sum_bwd_kernel[(grad.shape[0],)](
-                grad, cu_seqlens, mask, weights, grad_x, tokens, BLOCK=BLOCK, num_warps=ffi.warps(256, device), enable_fp_fusion=False
+                grad, cu_seqlens, mask, weights, grad_x, tokens, BLOCK=BLOCK, **ffi.launch_options(256, device)
             )
     return grad_x

@@ -296,7 +296,7 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
                 view, labels, mask, temperature_tensor, state_in, target_in, *results, state, target,
                 base, *ffi.row_layout(logits)[1:], vocab, targets, ignore_index, vocab_start, vocab_total, factor, cap_scale, temperature,
                 OUTPUTS=outputs, SUMS=2 if outputs & 56 else outputs >> 1 & 1, CAPPED=cap_scale != 0, LANES=lanes, SPAN=span, DEPTH=depth,
-                num_warps=ffi.warps(THREADS, device), enable_fp_fusion=False,
+                **ffi.launch_options(THREADS, device, max_registers=168),  # three blocks per multiprocessor at the least
             )  # fmt: skip
     return (*results, state, target)
 
@@ -327,7 +327,7 @@ def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale,
             base, *ffi.row_layout(logits)[1:], grad_base, vocab, pieces, 0 if labels is None else labels.shape[1], ignore_index, vocab_start,
             vocab_total, factor, cap_scale, temperature,
             IN_PLACE=in_place, CAPPED=cap_scale != 0, LANES=lanes, BLOCK=block, BLOCKS=blocks,
-            num_warps=ffi.warps(THREADS, device), enable_fp_fusion=False,
+            **ffi.launch_options(THREADS, device),
         )  # fmt: skip
 
 
