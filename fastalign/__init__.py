@@ -9,6 +9,7 @@ from fastalign import losses
 from fastalign.distributed import global_denominator
 from fastalign.ops.kl_estimate.api import kl_estimate
 from fastalign.ops.preference.api import PreferenceOutput, preference_loss, preference_loss_from_sums
+from fastalign.ops.preference.unpaired import UnpairedOutput, kto_baseline, unpaired_loss
 from fastalign.ops.sequence_sum.api import sequence_sum
 from fastalign.ops.token_stats.api import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
 from fastalign.packing import PackedBatch, pack, repad, shift_labels, unpad
@@ -22,8 +23,8 @@ if _missing := _ffi.missing_backends():
     )
 
 __all__ = [
-    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "PackedBatch", "PreferenceOutput", "Preset", "TokenStats", "__version__",
-    "backends", "entropy_from_logits", "explain",
-    "global_denominator", "kl_estimate", "losses", "pack", "preference_loss", "preference_loss_from_sums", "repad", "selective_log_softmax",
-    "sequence_sum", "shift_labels", "token_logprobs", "token_stats", "unpad", "use_backend", "wpo_weights",
+    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "PackedBatch", "PreferenceOutput", "Preset", "TokenStats", "UnpairedOutput",
+    "__version__", "backends", "entropy_from_logits", "explain", "global_denominator", "kl_estimate", "kto_baseline", "losses", "pack",
+    "preference_loss", "preference_loss_from_sums", "repad", "selective_log_softmax", "sequence_sum", "shift_labels", "token_logprobs",
+    "token_stats", "unpad", "unpaired_loss", "use_backend", "wpo_weights",
 ]  # fmt: skip

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import io
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -19,9 +16,11 @@ from torch import Tensor
 
 import fastalign
 from fastalign.train.config import TrainConfig
-from fastalign.train.data import pack_pairs
-from fastalign.train.dpo import train_dpo
+from fastalign.train.data import Schedule, pack_pairs
+from fastalign.train.dpo import PreferenceMethod, resolve_loss
+from fastalign.train.loop import Split, accumulate, clip_gradients
 from fastalign.train.model import PackedCausalLM
+from fastalign.train.reference import LiveReference
 from fastalign.train.tokenise import TokenPair
 
 
@@ -72,40 +71,52 @@ PATHS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
 }
 
 
-def time_steps(
-    model: torch.nn.Module, tokenizer: Any, pairs: Sequence[TokenPair], config: TrainConfig, *, rounds: int = 4, steps: int = 5
-) -> dict[str, Any]:
-    """Whole optimizer steps of the project's trainer on both paths: same start, data and settings, in turns.
+def time_steps(model: torch.nn.Module, pairs: Sequence[TokenPair], config: TrainConfig, *, steps: int = 16) -> dict[str, Any]:
+    """Whole optimizer steps (policy and live reference forward, backward, clipping, AdamW) by the parts that `train_dpo` is made of, on both
+    paths: same start, data and settings, step by step in turns.
 
-    Each of the `rounds` trains a copy of the model for `steps` steps on either path; the first step of each is warm-up. Returns the median
-    milliseconds per step of each path, the number of steps behind them, and the largest difference between the two paths' losses."""
+    `model` is copied. The first two steps warm up. Returns the median milliseconds per step of each path, the median of the ratios of
+    neighbouring steps, the number of timed steps, and the largest difference between the two paths' losses."""
+    schedule = Schedule(len(pairs), dataclasses.replace(config, max_steps=steps))
+    runs = {name: _Run(model, pairs, config, *functions) for name, functions in PATHS.items()}
     times: dict[str, list[float]] = {name: [] for name in PATHS}
-    losses: dict[str, list[float]] = {}
-    for turn in range(rounds):
-        for name in list(PATHS)[:: 1 if turn % 2 == 0 else -1]:
-            logprob_fn, loss_fn = PATHS[name]
-            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-                # Token metrics are off on both sides: they are free in the fused pass and dear in the plain one.
-                quick = dataclasses.replace(
-                    config,
-                    output=folder,
-                    max_steps=steps,
-                    eval_every=0,
-                    token_metrics=False,
-                    precompute_ref=False,
-                    tensorboard=False,
-                    progress=False,
-                )
-                result = train_dpo(
-                    quick, model=copy.deepcopy(model), tokenizer=tokenizer, examples=pairs, logprob_fn=logprob_fn, loss_fn=loss_fn
-                )
-            times[name] += result.step_times[1:]
-            losses[name] = [record["loss"] for record in result.history if "loss" in record]
-    return {
-        **{f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in times.items()},
-        "timed_steps": len(times["fused"]),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(losses["fused"], losses["plain"])),
-    }
+    losses: dict[str, list[float]] = {name: [] for name in PATHS}
+    for step in range(steps):
+        for name in list(PATHS)[:: 1 if step % 2 == 0 else -1]:
+            seconds = -time.perf_counter()
+            losses[name].append(runs[name].step(schedule.indices(step)))
+            times[name].append(seconds + time.perf_counter())
+    timed = {name: seconds[2:] for name, seconds in times.items()}
+    difference = max(abs(a - b) for a, b in zip(losses["fused"], losses["plain"]))
+    return _medians(timed) | {"timed_steps": steps - 2, "largest_loss_difference": difference}
+
+
+class _Run:
+    """A copy of the model being trained on one of the paths."""
+
+    def __init__(self, model: torch.nn.Module, pairs: Sequence[TokenPair], config: TrainConfig, logprob_fn: Any, loss_fn: Any):
+        def token_stats(logits: Tensor, labels: Tensor) -> SimpleNamespace:
+            # No token metrics on either side: they are free in the fused pass and dear in the plain one.
+            return SimpleNamespace(logprob=logprob_fn(logits, labels), entropy=None, mean_logit=None, is_top1=None)
+
+        self.lm = PackedCausalLM(copy.deepcopy(model).requires_grad_(True))
+        self.split = Split(pairs, LiveReference(self.lm.frozen_copy(), token_stats))
+        self.method = PreferenceMethod(resolve_loss(config), token_stats, loss_fn, config.tokens_per_batch)
+        self.optimizer = torch.optim.AdamW(self.lm.model.parameters(), lr=config.learning_rate)
+        self.max_grad_norm = config.max_grad_norm
+
+    def step(self, indices: Sequence[int]) -> float:
+        sums, _ = accumulate(self.lm, self.method, self.split, indices, backward=True)
+        clip_gradients(list(self.lm.model.parameters()), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sums.means()["loss"]
+
+
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+    """Milliseconds of each path, and plain / fused from calls that followed each other: load that comes and goes meets both."""
+    ratios = [plain / fused for fused, plain in zip(times["fused"], times["plain"])]
+    return {f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in times.items()} | {"ratio": statistics.median(ratios)}
 
 
 def time_head_of(model: torch.nn.Module, pairs: Sequence[TokenPair], config: TrainConfig, *, rounds: int = 15) -> dict[str, Any]:
@@ -121,12 +132,14 @@ def time_head_of(model: torch.nn.Module, pairs: Sequence[TokenPair], config: Tra
     return _time_head(logits, packed, rounds)
 
 
-def time_head_large(vocab: int = 128_256, *, pairs: int = 8, length: int = 32, rounds: int = 7) -> dict[str, Any]:
+def time_head_large(
+    vocab: int = 128_256, *, pairs: int = 8, length: int = 32, rounds: int = 7, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """The same with the vocabulary of a current model and random bf16 logits, where the head costs what it costs in practice."""
     generator = torch.Generator().manual_seed(0)
-    packed = fastalign.pack(torch.randint(vocab, (2 * pairs, length), generator=generator).unbind(0))
+    packed = fastalign.pack(torch.randint(vocab, (2 * pairs, length), generator=generator).unbind(0), device=device)
     logits = torch.empty(2 * pairs * length, vocab, dtype=torch.bfloat16).normal_(std=2.0, generator=generator)
-    return _time_head(logits, packed, rounds)
+    return _time_head(logits.to(device), packed, rounds)
 
 
 def _time_head(logits: Tensor, packed: Any, rounds: int) -> dict[str, Any]:
@@ -137,18 +150,18 @@ def _time_head(logits: Tensor, packed: Any, rounds: int) -> dict[str, Any]:
     for turn in range(rounds + 1):
         for name, (logprob_fn, loss_fn) in PATHS.items():
             rows = buffer.detach().copy_(source)  # fresh, and no leaf of the graph: the fused path writes the gradient over it
+            _synchronize(logits)
             seconds = -time.perf_counter()
-            output = loss_fn(
-                logprob_fn(rows, packed.labels),
-                reference,
-                packed.cu_seqlens,
-                loss=preset,
-                mask=packed.mask,
-                num_items=(len(packed.cu_seqlens) - 1) // 2,
-            )
+            logprobs = logprob_fn(rows, packed.labels)
+            count = (len(packed.cu_seqlens) - 1) // 2
+            output = loss_fn(logprobs, reference, packed.cu_seqlens, loss=preset, mask=packed.mask, num_items=count)
             torch.autograd.grad(output.loss, rows)
-            seconds += time.perf_counter()
+            _synchronize(logits)
             if turn:  # the first turn warms up
-                times[name].append(seconds)
-    medians = {f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in times.items()}
-    return medians | {"tokens": logits.shape[0], "vocabulary": logits.shape[1], "dtype": str(logits.dtype).removeprefix("torch.")}
+                times[name].append(seconds + time.perf_counter())
+    return _medians(times) | {"tokens": logits.shape[0], "vocabulary": logits.shape[1], "dtype": str(logits.dtype).removeprefix("torch.")}
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

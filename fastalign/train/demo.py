@@ -10,7 +10,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def _prepare(output: Path) -> None:
         import matplotlib  # noqa: F401
         import transformers
     except ImportError as error:
-        raise UserError(f"the demo needs transformers, tokenizers and matplotlib: pip install 'fastalign[demo]' ({error})") from None
+        raise UserError(f"the demo needs transformers, tokenizers and matplotlib: pip install 'fastalign[train]' ({error})") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -93,7 +92,6 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
         seed=seed,
         batch_size=BATCH_SIZE,
         max_steps=steps,
-        epochs=-(-steps * BATCH_SIZE // len(pairs)),
         precompute_ref=True,
         eval_every=max(1, steps // CURVE_POINTS),
     )
@@ -115,21 +113,13 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     before, after = (judge_policy(policy, sft, tokenizer, prompts, held_out, seeds[7]) for policy in (sft, model))
     clock.stage("time per step: fused path and plain PyTorch path in turns, then the loss head alone")
     timing = {
-        "step": comparison.time_steps(sft.requires_grad_(True), tokenizer, pairs, config),
+        "step": comparison.time_steps(sft, pairs, config),
         "head": comparison.time_head_of(sft, pairs, config),
-        "head_large_vocabulary": comparison.time_head_large(),
+        "head_large_vocabulary": comparison.time_head_large(device=next(sft.parameters()).device),
     }
     settings = {"seed": seed, "steps": steps, "beta": BETA, "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "pairs": len(pairs)}
-    report = {
-        "settings": settings,
-        "machine": _machine(),
-        "sft_loss": sft_losses,
-        "before": before,
-        "after": after,
-        "curve": curve,
-        "timing": timing,
-        "history": result.history,
-    }
+    report = {"settings": settings, "machine": _machine(), "sft_loss": sft_losses, "before": before, "after": after, "curve": curve,
+              "timing": timing, "history": result.history}  # fmt: skip
     report["seconds"] = clock.stop()
     (output / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     plot(report, output / "curves.png")
@@ -196,7 +186,10 @@ def judge_policy(policy: Any, reference: Any, tokenizer: Any, prompts: list[str]
 def summary(report: dict[str, Any]) -> str:
     """The tables and samples that the demo prints."""
     before, after, timing = report["before"], report["after"], report["timing"]
-    number: Callable[[Any], str] = lambda x: "n/a" if x is None else f"{x:.3f}"  # noqa: E731
+
+    def number(x: float | None) -> str:
+        return "n/a" if x is None else f"{x:.3f}"
+
     rows = [("gold reward (true reward of fresh samples, 0 to 1)", "gold_reward")]
     rows += [
         ("reward accuracy on held-out pairs (implicit reward)", "reward_accuracy"),
@@ -211,10 +204,10 @@ def summary(report: dict[str, Any]) -> str:
     step, head, large = timing["step"], timing["head"], timing["head_large_vocabulary"]
     times = [
         [f"optimizer step, {report['settings']['batch_size']} pairs (policy and reference forward, backward, AdamW)", step],
-        [f"of it the loss head, [{head['tokens']}, {head['vocabulary']}] {head['dtype']} logits", head],
+        [f"of it the policy's loss head, [{head['tokens']}, {head['vocabulary']}] {head['dtype']} logits", head],
         [f"loss head at a usual vocabulary, [{large['tokens']}, {large['vocabulary']}] {large['dtype']} logits", large],
     ]
-    timed = [[name, f"{t['fused_ms']:.1f}", f"{t['plain_ms']:.1f}", f"{t['plain_ms'] / t['fused_ms']:.2f}"] for name, t in times]
+    timed = [[name, f"{t['fused_ms']:.1f}", f"{t['plain_ms']:.1f}", f"{t['ratio']:.2f}"] for name, t in times]
     texts = [f"  {which}: {x['gold_reward']:.2f} {x['text'].strip()!r}" for pair in zip(before["samples"], after["samples"])
              for which, x in zip(("SFT", "DPO"), pair)]  # fmt: skip
     share = head["fused_ms"] / step["fused_ms"]

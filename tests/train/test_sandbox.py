@@ -170,8 +170,8 @@ def test_both_paths_take_the_same_steps(byte_tokenizer, small, tmp_path):
     ids = [torch.tensor(byte_tokenizer(text)["input_ids"], dtype=torch.int32) for text in ("the lamp:", " good", " bad.")]
     config = TrainConfig(output=str(tmp_path), batch_size=4, learning_rate=1e-3, overwrite=True)
     before = [p.clone() for p in small.parameters()]
-    timing = comparison.time_steps(small, byte_tokenizer, [TokenPair(*ids)] * 4, config, rounds=2, steps=3)
-    assert timing["timed_steps"] == 4 and timing["largest_loss_difference"] < 1e-5
+    timing = comparison.time_steps(small, [TokenPair(*ids)] * 4, config, steps=6)
+    assert timing["timed_steps"] == 4 and timing["ratio"] > 0 and timing["largest_loss_difference"] < 1e-5
     assert all(torch.equal(a, b) for a, b in zip(before, small.parameters()))  # copies were trained
 
 
@@ -202,7 +202,7 @@ def test_demo_from_start_to_end_in_small(tmp_path, monkeypatch, capsys, byte_tok
     monkeypatch.setattr(demo, "BATCH_SIZE", 4)
     monkeypatch.setattr(sandbox, "make_model", lambda tokenizer, seed: copy.deepcopy(small))
     monkeypatch.setattr(sandbox, "gold_reward", lambda text: len(text) % 7 / 6)
-    monkeypatch.setattr(comparison, "time_steps", functools.partial(comparison.time_steps, rounds=1, steps=2))
+    monkeypatch.setattr(comparison, "time_steps", functools.partial(comparison.time_steps, steps=3))
     monkeypatch.setattr(comparison, "time_head_large", functools.partial(comparison.time_head_large, vocab=300, rounds=1))
     assert demo.main(["--steps", "3", "--seed", "7", "--output", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -208,7 +208,7 @@ def preference_loss(
         pairs, count = pairs.to(torch.int32).contiguous(), pairs.shape[0]
     tokens = (logprobs, ref, kl, cu_seqlens, pairs, mask, weights)
     if compose.is_plain(components, state):
-        extra = _extra(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
+        extra = pair_extra(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
         value, table, sums = PreferenceFunction.apply(*tokens, extra, presets[0].params(reduction), count)
         return make_output(value, table, sums, presets[0])
     sums = PairSumsFunction.apply(*tokens, compose.shared_params(presets), count)
@@ -230,7 +230,7 @@ def _from_sums(
     with_reference = any(p.needs_reference for p, _ in components)
     for preset, weight in components:
         own, given = compose.prepare(preset, sums, tensors, rules.get(preset.rule), with_reference)
-        extra = _extra(preset, given, sums.shape[0], num_items, num_sft_tokens, sums)
+        extra = pair_extra(preset, given, sums.shape[0], num_items, num_sft_tokens, sums)
         value, table = PreferenceFromSumsFunction.apply(own, extra, preset.params(reduction))
         total = weight * value if total is None else total + weight * value
         if first is None:
@@ -313,7 +313,7 @@ def preference_loss_from_sums(
     return _from_sums(components, torch.stack(sides, 1), tensors, state, reduction, num_items, num_sft_tokens)
 
 
-def _extra(
+def pair_extra(
     preset: Preset, tensors: dict[str, Tensor], count: int, num_items: Any, num_sft_tokens: Any, like: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The op's tensors per pair, `valid`, and the two global counts, in the op's order; constants of the loss."""

@@ -1,0 +1,210 @@
+"""Losses on binary feedback: each response alone, desirable or not, against an anchor. The pair kernel with one side empty."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastalign.checks import check_choice, check_cu_seqlens, check_number, check_same_device, check_shape, per_token, row_mask
+from fastalign.distributed import sum_over_group
+from fastalign.ops.preference.api import PairSumsFunction, PreferenceFromSumsFunction, pair_extra
+from fastalign.ops.preference.output import Metric
+from fastalign.ops.sequence_sum.api import sequence_sum
+from fastalign.preset import REDUCTIONS, Preset
+from fastalign.rules import BCODelta, PairValues
+
+_POINTS = {"pair_weight": 0.0}
+# name -> (loss of a desirable response, of an undesirable one), both written as the chosen side of the pair kernel: psi(u) and psi(-u).
+UNPAIRED = {
+    "kto": (
+        Preset(
+            "kto", "desirable_weight sg(beta (z0 - D)) | undesirable_weight sg(beta (D - z0))", "Ethayarajh et al. 2024, arXiv 2402.01306",
+            point_link="sigmoid", point_chosen=(1.0, 0.0), **_POINTS,
+        ),
+        Preset("kto", point_link="sigmoid", point_chosen=(0.0, 1.0), **_POINTS),
+    ),
+    "apo_zero_unpaired": (
+        Preset("apo_zero_unpaired", "sg(-beta D) | sg(beta D)", "D'Oosterlinck et al. 2024, arXiv 2408.06266", point_link="sigmoid",
+               point_chosen=(1.0, 0.0), **_POINTS),
+        Preset("apo_zero_unpaired", point_link="sigmoid", point_chosen=(0.0, 1.0), **_POINTS),
+    ),
+    "bco": (
+        Preset("bco", "sp(-(beta D - delta)) | omega sp(beta D - delta)", "Jung et al. 2024, arXiv 2404.04656", beta=0.01, point_link="logistic",
+               point_chosen=(1.0, 0.0), **_POINTS),
+        Preset("bco", beta=0.01, point_link="logistic", point_chosen=(0.0, 1.0), **_POINTS),
+    ),
+}  # fmt: skip
+NAMES = (*UNPAIRED, "dro")
+_WEIGHTS = ("desirable_weight", "undesirable_weight")
+_OPTIONS = {"kto": ("beta", *_WEIGHTS), "apo_zero_unpaired": ("beta", *_WEIGHTS), "bco": ("beta", *_WEIGHTS, "omega"),
+            "dro": ("tau", "rescale", "rewards", "values")}  # fmt: skip
+
+
+class UnpairedOutput(NamedTuple):
+    """loss: scalar, or [S] with reduction="none". rewards, logprobs: [S], detached: beta D and the policy's sums. desirable, valid: [S] bool.
+    anchor: what rewards were compared with, 0-dim (kto: beta z0; bco: delta; otherwise 0)."""
+
+    loss: Tensor
+    rewards: Tensor
+    logprobs: Tensor
+    desirable: Tensor
+    valid: Tensor
+    anchor: Tensor
+
+    def metrics(self) -> dict[str, Metric]:
+        """TRL's keys -> Metric (sum, count); a class that is absent from the batch has count 0 (its mean is NaN: leave it out)."""
+        zero = torch.zeros_like(self.rewards)
+        out = {}
+        for side, where in (("chosen", self.valid & self.desirable), ("rejected", self.valid & ~self.desirable)):
+            count = where.sum(dtype=zero.dtype)
+            out[f"rewards/{side}"] = Metric(torch.where(where, self.rewards, zero).sum(), count)
+            out[f"logps/{side}"] = Metric(torch.where(where, self.logprobs, zero).sum(), count)
+        out["anchor"] = Metric(self.anchor, torch.ones_like(self.anchor))
+        return out
+
+
+def kto_baseline(
+    logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """KTO's reference point z0 = max(0, mean over sequences of D), D = sum (logprobs - ref_logprobs), of mismatched prompt-response pairs.
+
+    Args:
+        logprobs, ref_logprobs: [T], of responses paired with other prompts (x_i with y_{i-1}). mask: [T] bool, row-aligned.
+        group: sum and count are taken over all ranks of it.
+
+    Returns:
+        0-dim, detached. Empty responses do not count; without any, 0.
+    """
+    logprobs = per_token("logprobs", logprobs).detach()
+    ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach()
+    difference = torch.where(logprobs == ref, torch.zeros_like(logprobs), logprobs - ref)
+    sums = sequence_sum(difference, cu_seqlens, mask=mask)
+    filled = sequence_sum(torch.ones_like(logprobs), cu_seqlens, mask=mask) > 0
+    total, count = torch.where(filled, sums, 0.0).sum(), filled.sum(dtype=sums.dtype)
+    if group is not None:
+        total, count = sum_over_group(total, group), sum_over_group(count, group)
+    return (total / count.clamp(min=1.0)).clamp(min=0.0)
+
+
+def unpaired_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    cu_seqlens: Tensor,
+    desirable: Tensor,
+    *,
+    loss: str = "kto",
+    mask: Tensor | None = None,
+    baseline: float | Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    state: BCODelta | None = None,
+    **options: Any,
+) -> UnpairedOutput:
+    """A loss on single responses with binary feedback. With D = sum over the response of (logprobs - ref_logprobs), per response:
+
+    - kto (arXiv 2402.01306): desirable_weight sigmoid(beta (z0 - D)) if desirable, undesirable_weight sigmoid(beta (D - z0)) if not; z0 = `baseline`.
+    - apo_zero_unpaired (arXiv 2408.06266): kto with z0 = 0.
+    - bco (arXiv 2404.04656): softplus(-(beta D - delta)) if desirable, omega softplus(beta D - delta) if not; delta = `baseline`, or the
+      running mean of beta D that `state` (a BCODelta) keeps.
+    - dro (arXiv 2405.19107): (r - V - tau D)^2 / 2 with `rewards` r and `values` V; `desirable` is used for metrics only.
+
+    Args:
+        logprobs: [T], row-aligned, differentiable. ref_logprobs: [T]. cu_seqlens: [S + 1] int32. mask: [T] bool.
+        desirable: [S] bool.
+        baseline: kto: z0, required (`kto_baseline`); bco: delta, required without `state`. A number or 0-dim tensor, a constant of the loss.
+        reduction: "mean" over all non-empty responses of both classes, "sum", "none". num_items: their global number, for "mean".
+        options: beta (default 0.1; bco 0.01), desirable_weight, undesirable_weight (default 1); bco: omega [S], weights of undesirable
+            responses; dro: tau (default 1), rewards [S], values [S] (differentiable), rescale (default True: the policy's gradient divided
+            by tau, as in the paper's algorithm 1; the value's is not).
+
+    Returns:
+        UnpairedOutput. An empty response counts nowhere.
+
+    Raises:
+        ValueError, TypeError: unknown loss or option, missing baseline, state, rewards or values, shapes, dtypes, devices.
+    """
+    check_choice("loss", loss, NAMES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    unknown = [name for name in options if name not in _OPTIONS[loss]]
+    if unknown:
+        raise ValueError(f"loss {loss!r} has no option {unknown[0]!r}; legal: {', '.join(_OPTIONS[loss])}")
+    logprobs = per_token("logprobs", logprobs)
+    ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach()
+    cu_seqlens = check_cu_seqlens(cu_seqlens, logprobs)
+    count = cu_seqlens.shape[0] - 1
+    check_shape("desirable", desirable, (count,))
+    check_same_device("desirable", desirable, "logprobs", logprobs)
+    desirable = desirable.to(torch.bool)
+    if baseline is not None and loss not in ("kto", "bco"):
+        raise ValueError(f"loss {loss!r} has no baseline")
+    if state is not None and (loss != "bco" or not isinstance(state, BCODelta)):
+        raise ValueError(f"state is a BCODelta for loss 'bco'; got {type(state).__name__} for loss {loss!r}")
+
+    # Sequence i is the chosen side of pair i; the rejected side is an empty sequence behind the last.
+    pairs = torch.stack([torch.arange(count, device=logprobs.device), torch.full((count,), count, device=logprobs.device)], -1).int()
+    with_empty = torch.cat([cu_seqlens, cu_seqlens[-1:]])
+    shared = next(iter(UNPAIRED.values()))[0].params()
+    sums = PairSumsFunction.apply(logprobs, ref, None, with_empty, pairs, row_mask(mask, logprobs), None, shared, count)
+    valid = sums.detach()[:, 0, 2] > 0
+    items = valid.sum(dtype=logprobs.dtype) if num_items is None else num_items
+    if loss == "dro":
+        return _dro(sums, valid, desirable, items, reduction, **options)
+    anchor, beta = _anchor(loss, sums, valid, baseline, state, options)
+    value = 0.0
+    for preset, option, where in zip(UNPAIRED[loss], _WEIGHTS, (desirable, ~desirable)):
+        weight = options.get(option, 1.0)
+        check_number(option, weight, low=0.0)
+        preset = preset.replace(beta=beta, point_chosen=tuple(weight * k for k in preset.point_chosen))
+        tensors = {"valid": valid & where, "anchor": anchor}
+        if preset.point_chosen[1] and "omega" in options:
+            check_shape("omega", options["omega"], (count,))
+            tensors["omega"] = options["omega"]
+        part, _ = PreferenceFromSumsFunction.apply(sums, pair_extra(preset, tensors, count, items, None, sums), preset.params(reduction))
+        value = value + part
+    rewards = beta * sums.detach()[:, 0, 1]
+    return UnpairedOutput(value, rewards, sums.detach()[:, 0, 0], desirable, valid, anchor)
+
+
+def _anchor(loss: str, sums: Tensor, valid: Tensor, baseline: Any, state: BCODelta | None, options: dict[str, Any]) -> tuple[Tensor, float]:
+    """(what beta D is compared with, 0-dim; beta)."""
+    beta = options.get("beta", UNPAIRED[loss][0].beta)
+    check_number("beta", beta, above=0.0)
+    if loss == "bco" and (baseline is None) == (state is None):
+        raise ValueError("loss 'bco' needs either baseline= (delta) or state= (a BCODelta that keeps it)")
+    if loss == "kto" and baseline is None:
+        raise ValueError("loss 'kto' needs baseline=, the z0 of mismatched pairs (fastalign.kto_baseline); 'apo_zero_unpaired' has z0 = 0")
+    if state is not None:
+        return state(None, PairValues(sums[:, :1], valid, beta))["anchor"], beta
+    if baseline is None:
+        return sums.new_zeros(()), beta
+    if isinstance(baseline, Tensor):
+        if baseline.numel() != 1:
+            raise ValueError(f"baseline must be a number or a tensor of one element, got shape {tuple(baseline.shape)}")
+        check_same_device("baseline", baseline, "logprobs", sums)
+        baseline = baseline.detach().reshape(()).to(sums.dtype)
+    else:
+        check_number("baseline", baseline)
+        baseline = torch.full((), float(baseline), dtype=sums.dtype, device=sums.device)
+    return (beta * baseline if loss == "kto" else baseline), beta
+
+
+def _dro(sums: Tensor, valid: Tensor, desirable: Tensor, items: Any, reduction: str, *, rewards: Tensor | None = None,
+         values: Tensor | None = None, tau: float = 1.0, rescale: bool = True) -> UnpairedOutput:  # fmt: skip
+    """A squared residual of three numbers per response: plain PyTorch over the sums, which carry the gradient to the tokens."""
+    check_number("tau", tau, above=0.0)
+    if rewards is None or values is None:
+        raise ValueError("loss 'dro' needs rewards= and values=, tensors [S]")
+    for name, t in (("rewards", rewards), ("values", values)):
+        check_shape(name, t, tuple(valid.shape))
+        check_same_device(name, t, "logprobs", sums)
+    d = sums[:, 0, 1]
+    if rescale:
+        d = d.detach() + (d - d.detach()) / tau
+    residual = torch.where(valid, rewards.detach().to(d.dtype) - values.to(d.dtype) - tau * d, 0.0)
+    each = 0.5 * residual * residual
+    value = each if reduction == "none" else each.sum() if reduction == "sum" else each.sum() / torch.as_tensor(items).clamp(min=1.0)
+    detached = sums.detach()
+    return UnpairedOutput(value, tau * detached[:, 0, 1], detached[:, 0, 0], desirable, valid, detached.new_zeros(()))
