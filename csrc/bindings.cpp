@@ -85,7 +85,7 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.def("pair_scalar_names", &pair_scalar_names);
   m.def("pair_switch_names", &pair_switch_names);
 #ifdef FA_WITH_CPU
-  m.def("set_cpu_isa", &cpu::set_isa, "avx512 | avx2 | generic | auto: override the choice made at load");
+  m.def("set_cpu_isa", &cpu::set_isa, "avx512bf16 | avx512 | avx2 | generic | auto: override the choice made at load");
   m.def("cpu_isas", &cpu::available_isas);
 #endif
 #ifdef FA_WITH_CUDA

@@ -299,7 +299,7 @@ def evaluate_pair(
     loss, dh = weigh_labels(LINK, LABELS, LABEL_ENTROPY, h, target, tau, soft, label_smoothing)
     loss, dh = tl.where(pair_weight != 0.0, loss * pair_weight, 0.0), tl.where(pair_weight != 0.0, dh * pair_weight, 0.0)
     slope_w, slope_l = dh * beta * dg_w, -dh * beta_l * dg_l
-    slope_w += tl.where((pos_penalty != 0.0) & (a_w < 0), dh * beta * pos_penalty, 0.0)
+    slope_w += tl.where(pos_penalty != 0.0, tl.where(a_w < 0, dh * beta * pos_penalty, 0.0), 0.0)
 
     if POINT_LINK >= 0:
         beta_pt = tl.where(point_beta == point_beta, point_beta, beta)

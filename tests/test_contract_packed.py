@@ -358,6 +358,6 @@ def test_runs_are_bitwise_equal(backend, device):  # row 42
 
 
 def test_many_pairs_and_long_sequences(backend, device, slow_backend):
-    pairs, length = (40, 20) if slow_backend else (300, 700)
+    pairs, length = (40, 20) if slow_backend else (120, 300)
     compare(make_batch(pairs, min_len=1, max_len=length, device=device, noise=0.02), loss="dpo")
     compare(make_batch(pairs // 10, min_len=1, max_len=10 * length // 4, device=device, noise=0.01), loss=preset_of(ld_alpha=0.5))

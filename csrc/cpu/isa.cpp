@@ -11,6 +11,7 @@ bool available(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   // These ask the operating system too: registers it does not save do not count.
+  if (isa == kAvx512Bf16) return available(kAvx512) && __builtin_cpu_supports("avx512bf16");
   if (isa == kAvx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
@@ -19,8 +20,8 @@ bool available(Isa isa) {
   return isa == kGeneric;
 }
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
-constexpr Isa kBestFirst[] = {kAvx512, kAvx2, kGeneric};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
+constexpr Isa kBestFirst[] = {kAvx512Bf16, kAvx512, kAvx2, kGeneric};
 
 Isa best() {
   for (Isa isa : kBestFirst)
@@ -62,6 +63,7 @@ void set_isa(const std::string& name) {
 
 template <> const RowKernels<float>& row_kernels<float>() {
 #if defined(__x86_64__)
+  if (isa() == kAvx512Bf16) return avx512bf16_rows;
   if (isa() == kAvx512) return avx512_rows;
   if (isa() == kAvx2) return avx2_rows;
 #endif

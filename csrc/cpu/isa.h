@@ -6,7 +6,7 @@
 namespace fastalign {
 namespace cpu {
 
-enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 Isa isa();
 std::string isa_name();

@@ -23,7 +23,7 @@ template <class A> struct RowKernels {
   void (*backward)(int dtype, const void* x, void* grad, int64_t n, const RowTransform<A>& f, const GradientRow<A>& g);
 };
 
-extern const RowKernels<float> generic_rows, avx2_rows, avx512_rows;
+extern const RowKernels<float> generic_rows, avx2_rows, avx512_rows, avx512bf16_rows;
 extern const RowKernels<double> generic_rows64;
 
 // The table in force (isa.h); fp64 has one.

@@ -78,7 +78,7 @@ def run(
     show: Any = print,
 ) -> dict[str, Any]:
     """Measure `ops` at the shapes of `suite`, print every table as it is ready, and return what --json writes."""
-    started = time.perf_counter()
+    started, load = time.perf_counter(), _load()
     seconds, least, most = EFFORT[suite]
     speeds = read_bandwidth(device, 1 << 20 if suite == "tiny" else 512 << 20)
     machine_gbs = max(speeds.values())
@@ -107,9 +107,12 @@ def run(
             show(f"{op}, {shape}\n{render(results)}\n")
             del case
     report["seconds"] = time.perf_counter() - started
+    report["load_average"] = {"start": load, "end": _load()}
     for failure in report["failures"]:
         print(f"fastalign bench: {failure}", file=sys.stderr)
-    show(f"took {report['seconds']:.0f} s")
+    show(
+        f"took {report['seconds']:.0f} s; load average {load} at the start, {report['load_average']['end']} at the end (own threads included)"
+    )
     return report
 
 
@@ -119,10 +122,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     from fastalign import info
 
     facts = {**info.versions(), **info.machine(), "extension": info.extension(), "cores": os.cpu_count()}
-    facts["load_average"] = os.getloadavg() if hasattr(os, "getloadavg") else None
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["processor"]
     facts["backends"] = fastalign.backends()
     return facts
+
+
+def _load() -> float | None:
+    """Runnable processes, the average of the last minute; on a busy machine ratios still mean something, times do not."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def render(results: list[Result]) -> str:

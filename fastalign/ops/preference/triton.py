@@ -37,7 +37,8 @@ def _token_ratio(logprob, ref_logprobs, t, scored, reference, low, high):
     d = logprob
     if ref_logprobs is not None:
         r = tl.load(ref_logprobs + t, mask=scored, other=0.0)
-        d = tl.where(reference == 0.0, d, tl.where((reference == 1.0) & (d == r), 0.0, d - reference * r))
+        ratio = tl.where(reference == 1.0, tl.where(d == r, 0.0, d - r), d - reference * r)
+        d = tl.where(reference == 0.0, d, ratio)
     return tl.where(d < low, low, tl.where(d > high, high, d)), (d < low) == (d > high)
 
 

@@ -1,0 +1,12 @@
+// Row kernels for AVX-512 with the bf16 conversion instruction: compiled with those flags, called only after cpuid has shown them.
+#if defined(__x86_64__)
+#include "cpu/simd_avx512.h"
+
+namespace fastalign {
+namespace cpu {
+
+const RowKernels<float> avx512bf16_rows{forward_rows<Simd>, backward_rows<Simd>};
+
+}  // namespace cpu
+}  // namespace fastalign
+#endif
