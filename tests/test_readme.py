@@ -20,7 +20,9 @@ def ops_table():
 
     lines = ["| op | " + " | ".join(WHY[b] for b in BACKENDS) + " |", "|---" * (1 + len(BACKENDS)) + "|"]
     for name, op in OPS.items():
-        cells = [" ".join(str(d).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for d in op.dtypes[b]) for b in BACKENDS]
+        cells = [
+            " ".join(str(d).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for d in op.dtypes[b]) for b in BACKENDS
+        ]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -77,7 +77,9 @@ def trl_loss(losses, weights, batch, logprobs, f_divergence="reverse_kl", alpha=
         _metrics={"train": defaultdict(list)},
     )  # fmt: skip
     ids = torch.zeros_like(completion)
-    loss = DPOTrainer._compute_loss(trainer, trainer.model, {"input_ids": ids, "attention_mask": ids + 1, "completion_mask": completion}, False)
+    loss = DPOTrainer._compute_loss(
+        trainer, trainer.model, {"input_ids": ids, "attention_mask": ids + 1, "completion_mask": completion}, False
+    )
     return loss, trainer._metrics["train"]
 
 
@@ -121,7 +123,9 @@ def test_metrics_equal_trl():
         assert mine[key] == pytest.approx(metrics[key][0], rel=1e-5, abs=1e-6), key
 
 
-@pytest.mark.parametrize("divergence,ours", [("forward_kl", "f_dpo_fkl"), ("js_divergence", "f_dpo_js"), ("alpha_divergence", "f_dpo_alpha")])
+@pytest.mark.parametrize(
+    "divergence,ours", [("forward_kl", "f_dpo_fkl"), ("js_divergence", "f_dpo_js"), ("alpha_divergence", "f_dpo_alpha")]
+)
 def test_f_divergences_equal_trl(divergence, ours):
     """TRL's coefficient is 1 - alpha of the paper."""
     batch = make_batch(5)

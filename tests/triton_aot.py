@@ -39,7 +39,9 @@ def compiling_for(target_name):
         driver.set_active(_NoDevice(target))
         JITFunction.run = compile_instead
         nvidia = target.backend == "cuda"
-        ffi.launch_options = lambda threads, device, max_registers=None: ffi.triton_options(threads, target.warp_size, max_registers if nvidia else None)
+        ffi.launch_options = lambda threads, device, max_registers=None: ffi.triton_options(
+            threads, target.warp_size, max_registers if nvidia else None
+        )
         yield kernels
     finally:
         JITFunction.run, ffi.launch_options = run, options

@@ -155,7 +155,7 @@ def render(results: list[Result]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """One panel per case: the times as bars on a logarithmic axis."""
+    """One panel per case: the times as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,9 +170,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for axis, case in zip(axes[:, 0], cases):
         timed = [r for r in case["results"] if r["ms"] is not None][::-1]
         bars = axis.barh([r["name"] for r in timed], [r["ms"] for r in timed], color=[colours[r["kind"]] for r in timed])
-        axis.bar_label(bars, labels=[f"{r['ms']:.3g}" for r in timed], padding=3, fontsize=8)
-        axis.set_xscale("log")
-        axis.margins(x=0.15)
+        axis.bar_label(bars, labels=[f"{r['ms']:.3g}" if r["ms"] < 100 else f"{r['ms']:.0f}" for r in timed], padding=3, fontsize=8)
+        axis.margins(x=0.1)
         axis.set_title(f"{case['op']}, {case['shape']}", fontsize=10, loc="left")
         axis.tick_params(labelsize=8)
     axes[-1, 0].set_xlabel(f"ms, {report['machine']['device']}", fontsize=9)

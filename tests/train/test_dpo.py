@@ -295,9 +295,7 @@ def test_a_loss_that_the_trainer_cannot_feed_is_refused(options, words):
         resolve_loss(TrainConfig(loss_options=options))
 
 
-@pytest.mark.parametrize(
-    "loss, words", [("wpo", "values per pair"), ("beta_dpo", "beta_dpo rule"), ("aot", "sort them"), ("tdpo1", "KLs")]
-)
+@pytest.mark.parametrize("loss, words", [("wpo", "values per pair"), ("beta_dpo", "beta_dpo rule"), ("aot", "sort them"), ("tdpo1", "KLs")])
 def test_a_named_loss_that_needs_more_than_pairs_is_refused(loss, words):
     with pytest.raises(UserError, match=words):
         resolve_loss(TrainConfig(loss=loss))

@@ -271,7 +271,7 @@ def preference_fwd(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights,
         preference_fwd_kernel[(2 * count if with_sums else 1,)](
             logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, out_sums, *per_pair, valid, num_items, num_sft_tokens, loss, pair_loss,
             rows, ffi.counter(like), tokens, sequences, count, **PairParams(*scalars, *switches)._asdict(),
-            WITH_SUMS=with_sums, WITH_TABLE=bool(table), TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device),
+            WITH_SUMS=with_sums, WITH_TABLE=bool(table), TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
         )  # fmt: skip
     return loss, pair_loss, rows, out_sums
 
@@ -286,6 +286,6 @@ def preference_bwd(grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weight
             preference_bwd_kernel[(sequences,)](
                 grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, d_logprobs, d_kl if with_kl else None, grad.dim(),
                 tokens, sequences, table.shape[0], p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
-                SFT_INCLUDE_PROMPT=p.sft_include_prompt, TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device),
+                SFT_INCLUDE_PROMPT=p.sft_include_prompt, TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
             )  # fmt: skip
     return d_logprobs, d_kl

@@ -21,6 +21,7 @@ from fastalign.ops.token_stats.api import OUTPUT_BITS, STATE_WIDTH
 from fastalign.triton_math import LN2, div, fma, merge, narrow, rescale, row_entropy, row_log_sum_sq, row_logprob, s1_shift, tanh
 
 THREADS = 128
+FWD_REGISTERS, BWD_REGISTERS = 168, 72  # three and seven blocks per multiprocessor; see ffi.launch_options
 LABELS = tl.constexpr(32)  # labels of a row that are handled at once
 COLUMNS = tl.constexpr(STATE_WIDTH)
 # Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
@@ -296,7 +297,7 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
                 view, labels, mask, temperature_tensor, state_in, target_in, *results, state, target,
                 base, *ffi.row_layout(logits)[1:], vocab, targets, ignore_index, vocab_start, vocab_total, factor, cap_scale, temperature,
                 OUTPUTS=outputs, SUMS=2 if outputs & 56 else outputs >> 1 & 1, CAPPED=cap_scale != 0, LANES=lanes, SPAN=span, DEPTH=depth,
-                **ffi.launch_options(THREADS, device, max_registers=168),  # three blocks per multiprocessor at the least
+                **ffi.launch_options(THREADS, device, FWD_REGISTERS),
             )  # fmt: skip
     return (*results, state, target)
 
@@ -327,7 +328,7 @@ def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale,
             base, *ffi.row_layout(logits)[1:], grad_base, vocab, pieces, 0 if labels is None else labels.shape[1], ignore_index, vocab_start,
             vocab_total, factor, cap_scale, temperature,
             IN_PLACE=in_place, CAPPED=cap_scale != 0, LANES=lanes, BLOCK=block, BLOCKS=blocks,
-            **ffi.launch_options(THREADS, device),
+            **ffi.launch_options(THREADS, device, BWD_REGISTERS),
         )  # fmt: skip
 
 
