@@ -5,13 +5,14 @@ without fusion of their own, so the interpreter, NVIDIA and AMD do the same arit
 Kinds (transform, link, labels) are constexpr: a run uses one loss, so one small kernel per loss is compiled at first use, instead of one that
 holds every formula and branches at run time. Numbers (beta, margins, weights) are run-time arguments and never cause a compilation.
 """
+
 import triton
 import triton.language as tl
 
 from fastalign.ffi import TRITON_INTERPRETED
 
 LN2 = tl.constexpr(0.69314718055994531)
-LOG2E = tl.constexpr(1.4426950216293335)         # log2(e) in fp32
+LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) in fp32
 LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # and what fp32 left out
 FINITE = tl.constexpr(3.4028234663852886e38)
 INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
@@ -68,7 +69,10 @@ def tanh(x):
     # logits, hence no more accurate than needed: an approximate exp2 and division.
     a = tl.abs(x)
     q = a * a
-    p = q * (-0.33333298563957214 + q * (0.13331924378871918 + q * (-0.053783826529979706 + q * (0.02079596184194088 + q * -0.005895147565752268))))
+    p = q * (
+        -0.33333298563957214
+        + q * (0.13331924378871918 + q * (-0.053783826529979706 + q * (0.02079596184194088 + q * -0.005895147565752268)))
+    )
     t = tl.where(a < 0.6, fma(a, p, a), 1.0 - 2.0 / (tl.exp2(a * 2.885390081777927) + 1.0))
     return tl.where(x < 0, -t, t)
 

@@ -1,5 +1,5 @@
-"""Two thirds of an interpreted kernel's time go into one habit of Triton's interpreter: whenever a @triton.jit function calls another, it searches all
-of triton.language for functions to replace, though the launch has replaced them already. Here it searches once per calling module."""
+"""Two thirds of an interpreted kernel's time go into one habit of Triton's interpreter: whenever a @triton.jit function calls another, it searches
+all of triton.language for functions to replace, though the launch has replaced them already. Here it searches once per module."""
 
 from __future__ import annotations
 

@@ -336,9 +336,11 @@ def test_strides(backend, device, which, dtype):  # row 23, F4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batch_invariance_and_alignment(backend, device, dtype):  # rows 20, 42; E10
+@pytest.mark.parametrize("vocab", [1037, 5003])  # within one tile of every backend, and over several
+def test_batch_invariance_and_alignment(backend, device, vocab, dtype):  # rows 20, 42; E10
     """A row's result is the same bits alone, in any batch, at any address, and in every run."""
-    vocab = 1037
+    if backend == "reference" and vocab > 1037:
+        return  # PyTorch's own sums of longer rows depend on the address
     row = make_logits(1, vocab, dtype=dtype, device=device)[0]
     label = torch.tensor([17], device=device)
 

@@ -13,7 +13,7 @@ from triton_aot import OUT, TARGETS, compiling_for
 
 from fastalign import losses
 from fastalign.ops.token_stats.api import OUTPUT_BITS
-from fastalign.preset import SCALAR_COUNT
+from fastalign.preset import LINKS, SCALAR_COUNT, TRANSFORMS, Preset
 
 rows, sums, estimate, pair = (
     importlib.import_module(f"fastalign.ops.{op}.triton") for op in ("token_stats", "sequence_sum", "kl_estimate", "preference")
@@ -22,35 +22,33 @@ ALL_BITS = sum(OUTPUT_BITS.values())
 VOCAB = 1001  # odd: no row but the first is aligned, and nothing about sizes is known to the compiler
 
 
-def row_args(logits, capped=False, total=VOCAB):
-    cap_scale = 0.1 if capped else 0.0
-    return logits, torch.zeros(logits.shape[0], 1, dtype=torch.long), None, None, 1.44, cap_scale, 1.0, -100, total
+def row_args(logits, capped=False, skip=0):
+    labels = torch.zeros(logits.shape[0] + skip, 1, dtype=torch.long)[skip:]
+    return logits, labels, None, None, 1.44, 0.1 if capped else 0.0, 1.0, -100
 
 
-def forward(dtype, outputs, capped=False, logits=None):
+def forward(dtype, outputs, capped=False, logits=None, skip=0):
     logits = torch.zeros(3, VOCAB, dtype=dtype) if logits is None else logits
-    *args, total = row_args(logits, capped, logits.shape[1])
-    return rows.token_stats_fwd(*args, outputs, 0, total, None, None)
+    return rows.token_stats_fwd(*row_args(logits, capped, skip), outputs, 0, logits.shape[1], None, None)
 
 
 def backward(dtype, entropy=False, capped=False, in_place=False, logits=None):
     logits = torch.zeros(3, VOCAB, dtype=dtype) if logits is None else logits
-    *args, total = row_args(logits, capped, logits.shape[1])
     n = logits.shape[0]
     run = rows.token_stats_bwd_ if in_place else rows.token_stats_bwd
-    run(*args, 0, total, torch.zeros(n, 12), torch.zeros(n, 1), torch.zeros(n) if entropy else None, None)
+    run(*row_args(logits, capped), 0, logits.shape[1], torch.zeros(n, 12), torch.zeros(n, 1), torch.zeros(n) if entropy else None, None)
 
 
-def preference(loss, stages="both", **options):
-    p, cu, x = losses.get(loss).replace(**options).params(), torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(9)
+def preference(loss, stages="both", kl=None, weights=None, pairs=None, per_pair=(None,) * 9, reduction="mean", **options):
+    preset = losses.get(loss) if isinstance(loss, str) else loss
+    p, cu, x = preset.replace(**options).params(reduction), torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(9)
     scalars, switches = list(p[:SCALAR_COUNT]), list(p[SCALAR_COUNT:])
     given = torch.zeros(1, 2, 6) if stages == "table" else None
-    tokens = (None,) * 7 if stages == "table" else (x, x, None, cu, None, x > 0, None)
-    pair.preference_fwd(*tokens, given, *(None,) * 9, scalars, switches, 1, stages != "sums")
+    tokens = (None,) * 7 if stages == "table" else (x, x, kl, cu, pairs, x > 0, weights)
+    pair.preference_fwd(*tokens, given, *per_pair, scalars, switches, 1, stages != "sums")
     if stages == "both":
-        table = torch.zeros(1, 11)
-        pair.preference_bwd(torch.zeros(()), x, x, cu, torch.zeros(1, 2, dtype=torch.int32), x > 0, None, torch.zeros(1, 2, 6), table,
-                            scalars, switches, False)  # fmt: skip
+        pair.preference_bwd(torch.zeros(()), x, x, cu, pairs, x > 0, weights, torch.zeros(1, 2, 6), torch.zeros(1, 11), scalars, switches,
+                            kl is not None)  # fmt: skip
 
 
 def launch_all():
@@ -97,7 +95,18 @@ def read_sass(kernel, target):
     path.write_bytes(kernel.asm["cubin"])
     (code,) = sass.kernels([path])
     spilled = code.stack + code.local + code.count(r"LDL|STL")
-    return code.registers, spilled, code.count(r"LDG\.E(\.\w+)*\.128"), code.count(r"STG\.E(\.\w+)*\.128")
+    return code.registers, spilled, code.count(WIDE_LOAD), code.count(r"STG\.E(\.\w+)*\.128")
+
+
+WIDE_LOAD = r"LDG\.E(\.\w+)*\.128"
+
+
+def streaming_loop(kernel, target):
+    """Instructions of the innermost loop that loads 16 bytes."""
+    read_sass(kernel, target)
+    (code,) = sass.kernels([OUT / f"{kernel.metadata.name}-{target}.cubin"])
+    bodies = (code.opcodes(b) for b in code.loops())
+    return min((b for b in bodies if any(re.match(WIDE_LOAD, o) for o in b)), key=len)
 
 
 def read_amdgcn(kernel):
@@ -136,12 +145,24 @@ def test_streaming_kernels_move_16_bytes_at_a_time(resources):
         assert loads >= (4 if forward else 2) and stores >= (0 if forward else 2), f"{k.metadata.name}: {loads} loads, {stores} stores"
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_streaming_loop_is_short_and_loads_nothing_narrow(target):
+    """At H200 bandwidth an SM has about 15 instructions per bf16 element. Counted with what rows that end or are misaligned do besides."""
+    with compiling_for(target) as kernels:
+        forward(torch.bfloat16, 1)
+        forward(torch.bfloat16, 3)
+    for k in kernels:
+        loop = streaming_loop(k, target)
+        assert all(re.match(WIDE_LOAD, o) for o in loop if o.startswith("LDG"))
+        assert len(loop) <= 22 * 16, f"{len(loop)} instructions for 16 elements"
+
+
 def test_sizes_alignments_and_numbers_compile_nothing_anew():
     """H2: one kernel for any number of rows, vocabulary, stride and address, and for any temperature or margin."""
     with compiling_for("sm_90") as kernels:
         for n, vocab, skip in ((1, 1, 0), (2, 16, 0), (16, 128256, 0), (5, 50257, 3), (3, 1000, 8)):
             logits = torch.zeros(n * vocab + skip, dtype=torch.bfloat16)[skip:].view(n, vocab)
-            forward(None, 1, logits=logits)
+            forward(None, 1, logits=logits, skip=skip)
             backward(None, logits=logits)
             backward(None, logits=logits, in_place=True)
         wide = torch.zeros(6, 2048, dtype=torch.bfloat16)
@@ -155,6 +176,31 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
         "token_stats_bwd_kernel": 3,  # in place; out of place; out of place with an alignment of its own
         "preference_fwd_kernel": 2,  # dpo with and without label smoothing
     }
+
+
+def test_every_option_compiles():
+    """The interpreter accepts what the compiler refuses (types that change in a branch, say): optional tensors, links, transforms, labels."""
+    x, y, state = torch.zeros(3, VOCAB), torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 12)
+    options, row, token, one = (1.44, 0.0, 1.0, -100), torch.zeros(3), torch.zeros(9), torch.zeros(1)
+    with compiling_for("sm_90") as kernels:
+        rows.token_stats_fwd(x, None, None, None, *options, 2, 0, VOCAB, None, None)
+        rows.token_stats_fwd(x, y, row > 0, one[0], *options, 31, 0, VOCAB, state, torch.zeros(3, 2))
+        rows.token_stats_bwd(x, None, None, None, *options, 0, VOCAB, state, None, row, None)
+        rows.token_stats_bwd(x, y, row > 0, one[0], *options, 0, VOCAB, state, torch.zeros(3, 2), row, row)
+        for kind in range(4):
+            estimate.kl_estimate_fwd(token, token, kind)
+        sums.sequence_sum_fwd(token, torch.tensor([0, 9], dtype=torch.int32), None, None)
+        pairs = torch.zeros(1, 2, dtype=torch.int32)
+        preference("dpo", kl=token, weights=token, pairs=pairs, per_pair=(*(one,) * 6, one > 0, one[0], one[0]), kl_chosen=0.5)
+        preference("dpo", reduction="none", sft_weight=0.5, sft_norm="seq_mean", sft_include_prompt=True, nonfinite="drop")
+        for kind in LINKS:
+            smoothing = 0.01 if kind == "exo" else 0.0
+            preference(Preset(link=kind, label_smoothing=smoothing, point_link=kind, point_chosen=(1.0, 0.5)), "table")
+        for kind in TRANSFORMS:
+            preference(Preset(transform=kind, **({"reference": False, "length_norm": 1.0} if kind == "logodds" else {})), "table")
+        for kind in ("smooth", "robust", "soft"):
+            preference(Preset(labels=kind, label_smoothing=0.0 if kind == "soft" else 0.1, label_entropy=kind == "smooth"), "table")
+    assert len(kernels) == 31
 
 
 def by_name(kernels):

@@ -29,19 +29,20 @@ class _NoDevice:
 @contextmanager
 def compiling_for(target_name):
     """Yields a list that fills with the compiled kernels of the launches inside, in order."""
+    assert not ffi.TRITON_INTERPRETED, "TRITON_INTERPRET is set: kernels would be interpreted, not compiled"
     target, kernels, run, active, options = TARGETS[target_name], [], JITFunction.run, driver._active, ffi.launch_options
 
     def compile_instead(self, *args, grid, warmup, **options):
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
 
     os.environ["TRITON_CACHE_DIR"] = str(OUT)
+
+    def launch_options(threads, device, max_registers=None):
+        return ffi.triton_options(threads, target.warp_size, max_registers if target.backend == "cuda" else None)
+
     try:
         driver.set_active(_NoDevice(target))
-        JITFunction.run = compile_instead
-        nvidia = target.backend == "cuda"
-        ffi.launch_options = lambda threads, device, max_registers=None: ffi.triton_options(
-            threads, target.warp_size, max_registers if nvidia else None
-        )
+        JITFunction.run, ffi.launch_options = compile_instead, launch_options
         yield kernels
     finally:
         JITFunction.run, ffi.launch_options = run, options

@@ -39,7 +39,7 @@ template <class S> FA_INLINE typename S::F tanh_float(typename S::F y) {
 }
 
 // The last elements of a row, fewer than load2 takes: `x` filled up with zeros, `hide` 0 for a real element and -inf for a filling.
-// u + hide is then the neutral element of max and of the exponential sums, and u itself that of the plain sum, with or without tanh.
+// u + hide of a filling is neutral in the exponential sums, and u itself in the plain sum, with or without tanh.
 template <class S, class T> struct Rest {
   static constexpr int kPair = 2 * S::kWidth;
   alignas(64) T x[kPair], hide[kPair];

@@ -14,7 +14,7 @@ import torch
 
 from fastalign import ffi, registry
 from fastalign.bench.cases import make_case
-from fastalign.bench.measure import Result, add_bandwidth, cache_bytes, measure, read_bandwidth
+from fastalign.bench.measure import Result, add_bandwidth, cache_bytes, ceilings, measure, read_bandwidth
 from fastalign.bench.shapes import OPS, SHAPES
 from fastalign.console import Parser, table
 
@@ -80,12 +80,21 @@ def run(
     """Measure `ops` at the shapes of `suite`, print every table as it is ready, and return what --json writes."""
     started, load = time.perf_counter(), _load()
     seconds, least, most = EFFORT[suite]
-    speeds = read_bandwidth(device, 1 << 20 if suite == "tiny" else 512 << 20)
+    size = 1 << 20 if suite == "tiny" else 512 << 20
+    speeds, limits = read_bandwidth(device, size), ceilings(device, size)
     machine_gbs = max(speeds.values())
-    report: dict[str, Any] = {"suite": suite, "machine": describe(device), "read_gbs": speeds, "cases": [], "failures": []}
+    report: dict[str, Any] = {
+        "suite": suite,
+        "machine": describe(device),
+        "read_gbs": speeds,
+        "ceilings": limits,
+        "cases": [],
+        "failures": [],
+    }
     show(
-        f"{report['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}; reads "
-        f"{machine_gbs:.1f} GB/s ({', '.join(f'{name} {speed:.1f}' for name, speed in speeds.items())})\n{HOW}\n"
+        f"{report['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+        f"reads {machine_gbs:.1f} GB/s ({', '.join(f'{name} {speed:.1f}' for name, speed in speeds.items())}), copies "
+        f"{limits['copy_gbs']:.1f} GB/s (read + written), bf16 matmul {limits['matmul_tflops']:.2f} TFLOP/s\n{HOW}\n"
     )
     for op in ops:
         for shape in SHAPES[suite][op]:
@@ -129,7 +138,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def _load() -> float | None:
     """Runnable processes, the average of the last minute; on a busy machine ratios still mean something, times do not."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def render(results: list[Result]) -> str:

@@ -53,6 +53,7 @@ READERS: dict[str, Callable[[Tensor], Tensor]] = {
     "int64 sum": lambda x: _raw(x).sum(),
     "int64 max": lambda x: _raw(x).max(),
     "int32 max": lambda x: _raw(x).view(torch.int32).max(),
+    "float32 sum": lambda x: _raw(x).view(torch.float32).sum(),
 }
 _fastest_reader = "int64 sum"
 
@@ -71,6 +72,15 @@ def read_bandwidth(device: torch.device, size: int, *, rounds: int = 9) -> dict[
     speeds = {name: size / seconds / 1e9 for name, seconds in times.items()}
     _fastest_reader = max(speeds, key=lambda name: speeds[name])
     return speeds
+
+
+def ceilings(device: torch.device, size: int, *, rounds: int = 9) -> dict[str, float]:
+    """What else bounds this machine: GB/s of a copy (bytes read and bytes written) of a buffer of `size` bytes, TFLOP/s of a bf16 matmul."""
+    source = torch.empty(size // 8, dtype=torch.int64, device=device).random_()
+    target, n = torch.empty_like(source), 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    times = Timer(device).medians({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, rounds)
+    return {"copy_gbs": 2 * size / times["copy"] / 1e9, "matmul_tflops": 2 * n**3 / times["matmul"] / 1e12}
 
 
 class Timer:

@@ -8,7 +8,7 @@ from fastalign import ffi, triton_math
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["logprobs", "ref_logprobs"])
 def kl_estimate_kernel(logprobs, ref_logprobs, value, slope, n: tl.int64, KIND: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v, s = triton_math.kl_estimate(KIND, tl.load(logprobs + i, mask=i < n, other=0.0), tl.load(ref_logprobs + i, mask=i < n, other=0.0))

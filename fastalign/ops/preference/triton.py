@@ -1,5 +1,5 @@
-"""The pair kernel in Triton. Forward, one launch: a program per pair side sums its sequence, and the last one to finish evaluates the table of all
-pairs in index order. Backward: a program per sequence walks the pairs in index order. Formulas: fastalign/triton_math.py (twin of csrc/math/pair.h)."""
+"""The pair kernel in Triton. Forward, one launch: a program per pair side sums its sequence, and the last one to finish evaluates the table of
+all pairs in index order. Backward: a program per sequence walks the pairs in index order. The formulas are in fastalign/triton_math.py."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from fastalign.preset import PairParams
 from fastalign.triton_math import at_least_one, div, evaluate_pair, is_finite, sequence_bounds
 
 TOKENS = 1024  # of a sequence, at a time
-PAIRS = 128    # of the table, at a time
+PAIRS = 128  # of the table, at a time
 SUMS, TABLE = tl.constexpr(SUM_WIDTH), tl.constexpr(TABLE_WIDTH)
 
 
@@ -59,7 +59,8 @@ def _sum_side(i, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, s
             n += _scored(mask, t, t < other_end).to(tl.int32)
         shorter = tl.sum(n, 0).to(tl.float32)
 
-    policy, ratio, kl_sum, sft = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
+    policy, ratio = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
+    kl_sum, sft = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
     length, sft_length, before = tl.zeros([TOKENS], tl.int32), tl.zeros([TOKENS], tl.int32), 0
     for start in range(begin, end, TOKENS):
         t = start + tl.arange(0, TOKENS)
@@ -100,10 +101,14 @@ def _per_pair(values, stride, i, live, default):
     return v
 
 
-_STRIDES = ["beta_stride", "omega_stride", "soft_label_stride", "gamma_ext_stride", "target_stride", "anchor_stride"]
+# Neither sizes nor alignments compile anything anew; which tensors are given, and the kinds of the loss, do.
+SIZES = ["tokens", "sequences", "count", "grad_stride", "beta_stride", "omega_stride", "soft_label_stride", "gamma_ext_stride", "target_stride",
+         "anchor_stride"]  # fmt: skip
+TENSORS = ["logprobs", "ref_logprobs", "kl", "cu_seqlens", "pairs", "mask", "weights", "sums", "betas", "omegas", "soft_labels", "gamma_exts",
+           "targets", "anchors", "valid", "num_items", "num_sft_tokens", "grad", "table"]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "count", *_STRIDES])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def preference_fwd_kernel(
     logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums,
     betas, beta_stride: tl.int32, omegas, omega_stride: tl.int32, soft_labels, soft_label_stride: tl.int32, gamma_exts, gamma_ext_stride: tl.int32,
@@ -197,7 +202,7 @@ def preference_fwd_kernel(
             tl.store(counter, 0)
 
 
-@triton.jit(do_not_specialize=["grad_stride", "tokens", "sequences", "count"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def preference_bwd_kernel(
     grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, d_logprobs, d_kl, grad_stride: tl.int32, tokens: tl.int32,
     sequences: tl.int32, count: tl.int32, reference, ld_alpha, token_clamp_low, token_clamp_high,

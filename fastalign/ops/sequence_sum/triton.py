@@ -7,9 +7,10 @@ from fastalign import ffi
 from fastalign.triton_math import sequence_bounds
 
 BLOCK = 2048  # tokens at a time
+TENSORS = ["x", "grad", "cu_seqlens", "mask", "weights"]  # their alignment compiles nothing anew
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=TENSORS)
 def sequence_sum_fwd_kernel(x, cu_seqlens, mask, weights, sums, counts, tokens: tl.int32, BLOCK: tl.constexpr):
     i = tl.program_id(0)
     begin, end = sequence_bounds(cu_seqlens, i, tokens)
@@ -28,7 +29,7 @@ def sequence_sum_fwd_kernel(x, cu_seqlens, mask, weights, sums, counts, tokens: 
     tl.store(counts + i, tl.sum(count, 0).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=TENSORS)
 def sequence_sum_bwd_kernel(grad, cu_seqlens, mask, weights, grad_x, tokens: tl.int32, BLOCK: tl.constexpr):
     i = tl.program_id(0)
     begin, end = sequence_bounds(cu_seqlens, i, tokens)

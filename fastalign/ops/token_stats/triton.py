@@ -1,14 +1,14 @@
 """Row ops in Triton: one program streams one vocabulary row forward; backward is elementwise over pieces of rows.
 
-16-byte loads at any V and stride. A row starts at any element, so programs count in aligned coordinates: q = element + shift, where LANES elements are
-16 bytes and shift < LANES is the row's distance from the boundary before it. Every address is then a known multiple of LANES plus q, and masks are
-rounded out to whole groups of LANES: the two facts that the compiler needs to emit wide loads. The rest of a 16-byte chunk that holds an element of
-the row is readable memory; what it holds is discarded. Stores are masked exactly.
+16-byte loads at any V and stride. A row starts at any element, so programs count in aligned coordinates: q = element + shift, where LANES
+elements are 16 bytes and shift < LANES is the row's distance from the boundary before it. Every address is then a known multiple of LANES plus
+q, and masks are rounded out to whole groups of LANES: the two facts that the compiler needs to emit wide loads. The rest of a 16-byte chunk
+that holds an element of the row is readable memory; what it holds is discarded. Stores are masked exactly.
 
-The reduction tree depends on V and the dtype alone, not on shift. Tiles are cut at fixed elements of the row: DEPTH slices of SPAN elements. A slice
-lies rotated by shift in the SPAN columns of its tile: its last `shift` elements, which lie beyond the aligned window, go to the columns in front, which
-the window left to elements of the slice before. Each column keeps its own running sums, which see the same elements in the same order whatever the
-shift, and in the end the columns are folded in halves, a tree that rotation does not change.
+The reduction tree depends on V and the dtype alone, not on shift. Tiles are cut at fixed elements of the row: DEPTH slices of SPAN elements. A
+slice lies rotated by shift in the SPAN columns of its tile: its last `shift` elements, which lie beyond the aligned window, go to the columns
+in front, which the window left to elements of the slice before. Each column keeps its own running sums, which see the same elements in the
+same order whatever the shift, and in the end the columns are folded in halves, a tree that rotation does not change.
 """
 
 import math
@@ -21,7 +21,7 @@ from fastalign.ops.token_stats.api import OUTPUT_BITS, STATE_WIDTH
 from fastalign.triton_math import LN2, div, fma, merge, narrow, rescale, row_entropy, row_log_sum_sq, row_logprob, s1_shift, tanh
 
 THREADS = 128
-FWD_REGISTERS, BWD_REGISTERS = 168, 72  # three and seven blocks per multiprocessor; see ffi.launch_options
+FWD_REGISTERS, BWD_REGISTERS = 168, 72  # at least three and seven programs per multiprocessor; see ffi.launch_options
 LABELS = tl.constexpr(32)  # labels of a row that are handled at once
 COLUMNS = tl.constexpr(STATE_WIDTH)
 # Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
@@ -82,7 +82,13 @@ def _fold(x, SPAN: tl.constexpr):
     return tl.sum(x, 0)
 
 
-@triton.jit(do_not_specialize=["base", "inner", "stride_outer", "stride_inner", "vocab", "targets", "ignore_index", "vocab_start", "vocab_total"])
+# What differs from call to call compiles nothing anew: neither sizes nor the alignment of the small tensors.
+SIZES = ["base", "inner", "stride_outer", "stride_inner", "grad_base", "vocab", "pieces", "targets", "ignore_index", "vocab_start",
+         "vocab_total"]  # fmt: skip
+SMALL = ["labels", "mask", "temperature_ptr", "state_in", "target_in", "state", "g_logprob", "g_entropy", "g_logsumexp"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_fwd_kernel(
     logits, labels, mask, temperature_ptr, state_in, target_in, logprob, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state, target,
     base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32,
@@ -200,7 +206,7 @@ def _gradient(x, q, q_begin, q_end, row, m, a, b, labels, g_logprob, targets, ig
     else:
         dx = e * a
     if g_logprob is not None:
-        for k in range(0, targets):
+        for k in range(targets):
             y = tl.load(labels + row * targets + k)
             at = y + label_shift
             if (y != ignore_index) & (at >= q_begin) & (at < q_end):
@@ -211,8 +217,7 @@ def _gradient(x, q, q_begin, q_end, row, m, a, b, labels, g_logprob, targets, ig
     return dx
 
 
-@triton.jit(do_not_specialize=["base", "inner", "stride_outer", "stride_inner", "grad_base", "vocab", "pieces", "targets", "ignore_index",
-                               "vocab_start", "vocab_total"])  # fmt: skip
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_bwd_kernel(
     logits, grad, labels, mask, temperature_ptr, state, g_logprob, g_entropy, g_logsumexp,
     base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, grad_base: tl.int64, vocab: tl.int32, pieces: tl.int32,
@@ -266,17 +271,16 @@ def token_stats_bwd_kernel(
             dx = _gradient(x, q, start, start + BLOCK, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
                            WITH_ENTROPY, CAPPED)  # fmt: skip
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=(q >= first) & (q < last))
-    if LANES > 1:
-        if piece == 0:
-            i = tl.arange(0, 2 * LANES)
-            q = tl.where(i < LANES, i, last - LANES + i)
-            mine = (q < vocab + shift) & tl.where(i < LANES, (q >= shift) & (q < first), q >= first)
-            dx = tl.zeros([2 * LANES], tl.float32)
-            if live:
-                x = tl.load(window + q, mask=mine, other=0.0)
-                dx = _gradient(x, q, 0, limit, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
-                               WITH_ENTROPY, CAPPED)  # fmt: skip
-            tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=mine)
+    if LANES > 1 and piece == 0:
+        i = tl.arange(0, 2 * LANES)
+        q = tl.where(i < LANES, i, last - LANES + i)
+        mine = (q < vocab + shift) & tl.where(i < LANES, (q >= shift) & (q < first), q >= first)
+        dx = tl.zeros([2 * LANES], tl.float32)
+        if live:
+            x = tl.load(window + q, mask=mine, other=0.0)
+            dx = _gradient(x, q, 0, limit, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
+                           WITH_ENTROPY, CAPPED)  # fmt: skip
+        tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=mine)
 
 
 def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
@@ -291,23 +295,24 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
     target = ffi.empty((0,) if labels is None else (rows, targets), results[0].dtype, device)
     if rows:
         view, base, lanes = ffi.aligned(logits)
-        span, depth = THREADS * 16 // logits.element_size(), logits.element_size()  # one wide load and 4 to 8 columns a thread, 16 elements
+        sums = 2 if outputs >= OUTPUT_BITS["log_sum_sq_probs"] else int(outputs & OUTPUT_BITS["entropy"] > 0)
         with ffi.triton_device(device):
             token_stats_fwd_kernel[(rows,)](
                 view, labels, mask, temperature_tensor, state_in, target_in, *results, state, target,
                 base, *ffi.row_layout(logits)[1:], vocab, targets, ignore_index, vocab_start, vocab_total, factor, cap_scale, temperature,
-                OUTPUTS=outputs, SUMS=2 if outputs & 56 else outputs >> 1 & 1, CAPPED=cap_scale != 0, LANES=lanes, SPAN=span, DEPTH=depth,
-                **ffi.launch_options(THREADS, device, FWD_REGISTERS),
+                # A thread has 16 bytes of each slice of a tile, 16 elements in all.
+                OUTPUTS=outputs, SUMS=sums, CAPPED=cap_scale != 0, LANES=lanes, SPAN=THREADS * 16 // logits.element_size(),
+                DEPTH=logits.element_size(), **ffi.launch_options(THREADS, device, FWD_REGISTERS),
             )  # fmt: skip
     return (*results, state, target)
 
 
 def _shared_lanes(logits, base, lanes, grad_base, grad_lanes):
-    """Elements that a load and the store of a row may move at once: those of 16 bytes where each row of the logits and its contiguous gradient have
-    the same alignment, else 1."""
+    """Elements that the backward kernel moves at once: 16 bytes of them where each row of the logits and its gradient, which is contiguous, have the
+    same alignment, else 1."""
     rows, inner, stride_outer, stride_inner = ffi.row_layout(logits)
     vocab = logits.shape[-1]
-    skews = [base - grad_base, stride_inner - vocab, 0 if rows <= inner else stride_outer - inner * vocab]
+    skews = [base - grad_base, 0 if rows == 1 else stride_inner - vocab, 0 if rows <= inner else stride_outer - inner * vocab]
     return lanes if lanes == grad_lanes and all(skew % lanes == 0 for skew in skews) else 1
 
 
