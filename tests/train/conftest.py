@@ -1,9 +1,6 @@
 """The tiny model of tiny.py on disk, a data file, and a builder of short runs."""
 
 import pytest
-
-pytest.importorskip("transformers", reason="the trainer is tested where transformers is installed")
-
 import torch
 import transformers
 from tiny import make_model, make_rows, make_tokenizer, write_jsonl
