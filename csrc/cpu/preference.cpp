@@ -1,6 +1,8 @@
 // The pair kernel: sums per pair side, then the table of values and slopes, then the slopes carried back to the tokens.
 // Sums and pair formulas are evaluated in double and rounded once; the order is that of tokens and of pair numbers, whatever the thread count.
+#include <algorithm>
 #include <vector>
+#include "cpu/lane_sums.h"
 #include "math/pair.h"
 #include "ops.h"
 
@@ -28,17 +30,42 @@ template <class Args> bool in_sft(const PairParams<double>& p, const Args& a, in
   return p.sft_include_prompt ? n + 1 < end : is_scored(a, n);
 }
 
+// Whether all scored tokens of a sequence count alike: no token needs a look of its own.
+template <class Args> bool uniform_tokens(const PairParams<double>& p, const Args& a) {
+  return p.ld_alpha == 1.0 && !a.weights && !p.sft_include_prompt && !is_finite(p.token_clamp_low) && !is_finite(p.token_clamp_high);
+}
+
 template <class T> struct Forward {
   const PreferenceArgs& a;
   const PairParams<double> p = pair_params<double>(a.scalars, a.switches);
+  const bool uniform = uniform_tokens(p, a);
   T* const sums = static_cast<T*>(a.sums);
 
   static double at(const void* v, int64_t i) { return double(static_cast<const T*>(v)[i]); }
 
+  // The sums of a sequence whose tokens count alike.
+  void sum_uniform(int64_t s, double* sum) const {
+    const int64_t start = a.cu_seqlens[s], n = a.cu_seqlens[s + 1] - start;
+    const uint8_t* mask = a.mask ? a.mask + start : nullptr;
+    auto tokens = [&](const void* v) { return v ? static_cast<const T*>(v) + start : nullptr; };
+    const bool with_reference = a.ref_logprobs && p.reference != 0.0;
+    const LaneSums r = lane_sums(tokens(a.logprobs), with_reference ? tokens(a.ref_logprobs) : nullptr, p.reference, mask, n);
+    sum[kSumPolicy] = sum[kSumSft] = r.x;
+    sum[kSumRatio] = r.difference;
+    sum[kSumLength] = sum[kSumSftLength] = double(r.count);
+    if (a.kl) sum[kSumKl] = lane_sums(tokens(a.kl), nullptr, 0.0, mask, n).x;
+  }
+
   void sum_side(int64_t pair, int side) const {
+    double sum[kSumWidth] = {};
+    if (uniform) sum_uniform(sequence_of(a, pair, side), sum);
+    else sum_tokens(pair, side, sum);
+    for (int i = 0; i < kSumWidth; ++i) sums[(2 * pair + side) * kSumWidth + i] = T(sum[i]);
+  }
+
+  void sum_tokens(int64_t pair, int side, double* sum) const {
     const int64_t s = sequence_of(a, pair, side), end = a.cu_seqlens[s + 1];
     const double partner_length = p.ld_alpha == 1.0 ? 0.0 : count_scored(a, sequence_of(a, pair, 1 - side));
-    double sum[kSumWidth] = {};
     for (int64_t n = a.cu_seqlens[s]; n < end; ++n) {
       const double logprob = at(a.logprobs, n);
       if (in_sft(p, a, n, end)) {
@@ -53,7 +80,6 @@ template <class T> struct Forward {
       sum[kSumLength] += 1.0;
       if (a.kl) sum[kSumKl] += at(a.kl, n);
     }
-    for (int i = 0; i < kSumWidth; ++i) sums[(2 * pair + side) * kSumWidth + i] = T(sum[i]);
   }
 
   SideSums<double> side(int64_t pair, int side) const {
@@ -116,7 +142,32 @@ template <class T> struct Backward {
 
   static double at(const void* v, int64_t i) { return double(static_cast<const T*>(v)[i]); }
 
-  void run_sequence(int64_t s) const {
+  // The gradients of a sequence whose tokens count alike are one number each.
+  void run_uniform(int64_t s) const {
+    double d_logprob = 0, d_kl = 0;
+    for (int64_t e = first[size_t(s)]; e < first[size_t(s) + 1]; ++e) {
+      const int64_t pair = places[size_t(e)] / 2, side = places[size_t(e)] % 2;
+      const T* row = static_cast<const T*>(a.table) + pair * kTableWidth;
+      if (row[kTabValid] == T(0)) continue;
+      const double g = at(a.grad, pair * a.grad_stride);
+      d_logprob += g * double(row[kTabChosen + side]);
+      if (p.sft_weight != 0.0 && side == 0) d_logprob += g * double(row[kTabSft]);
+      d_kl += g * double(row[kTabKlChosen + side]);
+    }
+    fill(static_cast<T*>(a.grad_logprobs), s, T(d_logprob));
+    if (a.grad_kl) fill(static_cast<T*>(a.grad_kl), s, T(d_kl));
+  }
+
+  void fill(T* grad, int64_t s, T value) const {
+    const int64_t start = a.cu_seqlens[s], end = a.cu_seqlens[s + 1];
+    if (!a.mask) {
+      std::fill(grad + start, grad + end, value);
+      return;
+    }
+    for (int64_t n = start; n < end; ++n) grad[n] = a.mask[n] ? value : T(0);
+  }
+
+  void run_tokens(int64_t s) const {
     T *grad_logprobs = static_cast<T*>(a.grad_logprobs), *grad_kl = static_cast<T*>(a.grad_kl);
     const bool clamped = is_finite(p.token_clamp_low) || is_finite(p.token_clamp_high);
     double rank = 0;
@@ -144,8 +195,9 @@ template <class T> struct Backward {
   }
 
   void run() const {
+    const bool uniform = uniform_tokens(p, a);
 #pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
-    for (int64_t s = 0; s < a.sequences; ++s) run_sequence(s);
+    for (int64_t s = 0; s < a.sequences; ++s) uniform ? run_uniform(s) : run_tokens(s);
   }
 };
 

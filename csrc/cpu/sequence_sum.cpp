@@ -1,5 +1,6 @@
-// Sums over packed sequences. A sequence is summed by one thread, in token order, in double: the result does not depend on the thread count.
+// Sums over packed sequences. A sequence is summed by one thread, in a fixed order, in double: the result does not depend on the thread count.
 #include "common.h"
+#include "cpu/lane_sums.h"
 #include "ops.h"
 
 namespace fastalign {
@@ -13,11 +14,18 @@ template <class T> void forward(const SequenceSumArgs& a) {
   T *sums = static_cast<T*>(a.sums), *counts = static_cast<T*>(a.counts);
 #pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
   for (int64_t s = 0; s < a.sequences; ++s) {
+    if (!weights) {
+      const int64_t start = a.cu_seqlens[s];
+      const LaneSums r = lane_sums(x + start, nullptr, 0.0, a.mask ? a.mask + start : nullptr, a.cu_seqlens[s + 1] - start);
+      sums[s] = T(r.x);
+      counts[s] = T(r.count);
+      continue;
+    }
     double sum = 0;
     int64_t count = 0;
     for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; ++n) {
       if (a.mask && !a.mask[n]) continue;
-      sum += weights ? double(weights[n]) * double(x[n]) : double(x[n]);
+      sum += double(weights[n]) * double(x[n]);
       ++count;
     }
     sums[s] = T(sum);

@@ -19,7 +19,7 @@ from fastalign.checks import (
     row_mask,
 )  # fmt: skip
 from fastalign.ops.preference import compose
-from fastalign.ops.preference.output import PreferenceOutput, make_output
+from fastalign.ops.preference.output import PreferenceOutput
 from fastalign.preset import REDUCTIONS, SCALAR_COUNT, TENSOR_FIELDS, TENSOR_ONLY, Preset
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 from fastalign.rules import BatchRule
@@ -210,7 +210,7 @@ def preference_loss(
     if compose.is_plain(components, state):
         extra = pair_extra(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
         value, table, sums = PreferenceFunction.apply(*tokens, extra, presets[0].params(reduction), count)
-        return make_output(value, table, sums, presets[0])
+        return PreferenceOutput(value, presets[0], table, sums, presets[0].sft_weight != 0)
     sums = PairSumsFunction.apply(*tokens, compose.shared_params(presets), count)
     return _from_sums(components, sums, tensors, state, reduction, num_items, num_sft_tokens)
 
@@ -234,9 +234,8 @@ def _from_sums(
         value, table = PreferenceFromSumsFunction.apply(own, extra, preset.params(reduction))
         total = weight * value if total is None else total + weight * value
         if first is None:
-            first = make_output(value, compose.own_rewards(preset, table, sums, given), sums.detach(), preset)
-    has_sft = any(p.sft_weight for p, _ in components)
-    return first._replace(loss=total, has_sft=has_sft)
+            first = preset, compose.own_rewards(preset, table, sums, given), sums.detach()
+    return PreferenceOutput(total, *first, any(p.sft_weight for p, _ in components))
 
 
 def preference_loss_from_sums(

@@ -22,23 +22,50 @@ class Metric(NamedTuple):
 
 
 class PreferenceOutput(NamedTuple):
-    """What a preference loss returns. `loss` is differentiable; everything else is detached, [P] per pair.
-
-    loss: scalar, or [P] with reduction="none". chosen_rewards, rejected_rewards: beta * a, with the method's own aggregation (token means where
-    the method averages). margins: their difference. chosen_logprobs, rejected_logprobs: sums of the policy's log-probs over the scored tokens
-    (means for the reference-free methods that average, as TRL logs them). valid: bool, which pairs counted."""
+    """What a preference loss returns. `loss` is differentiable: a scalar, or [P] with reduction="none". Everything else is detached, and read
+    from the kernel's own `table` and `sums` only when asked for."""
 
     loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    margins: Tensor
-    chosen_logprobs: Tensor
-    rejected_logprobs: Tensor
-    valid: Tensor
     preset: Preset
     table: Tensor
     sums: Tensor
     has_sft: bool
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        """[P]: beta * a, with the method's own aggregation (token means where the method averages)."""
+        return self.table[:, 5]
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        """[P], as `chosen_rewards`."""
+        return self.table[:, 6]
+
+    @property
+    def margins(self) -> Tensor:
+        """[P]: chosen_rewards - rejected_rewards."""
+        return self.table[:, 5] - self.table[:, 6]
+
+    @property
+    def chosen_logprobs(self) -> Tensor:
+        """[P]: sums of the policy's log-probs over the scored tokens (means for the reference-free methods that average, as TRL logs them)."""
+        return self._logprobs(0)
+
+    @property
+    def rejected_logprobs(self) -> Tensor:
+        """[P], as `chosen_logprobs`."""
+        return self._logprobs(1)
+
+    @property
+    def valid(self) -> Tensor:
+        """[P] bool: which pairs counted."""
+        return self.table[:, 8] > 0
+
+    def _logprobs(self, side: int) -> Tensor:
+        total = self.sums[:, side, 0]
+        if self.preset.reference or not self.preset.length_norm:
+            return total
+        return total / self.sums[:, side, 2].clamp(min=1.0) ** self.preset.length_norm
 
     def metrics(self) -> dict[str, Metric]:
         """TRL's keys -> Metric (sum, count) over the valid pairs: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies
@@ -68,14 +95,3 @@ class PreferenceOutput(NamedTuple):
         out["n_empty"] = Metric((self.sums[:, :, 2] == 0).any(-1).sum(dtype=zero.dtype), pairs)
         out["nonfinite_pairs"] = Metric((~torch.isfinite(self.margins)).sum(dtype=zero.dtype), pairs)
         return out
-
-
-def make_output(value: Tensor, table: Tensor, sums: Tensor, preset: Preset) -> PreferenceOutput:
-    chosen, rejected = sums[:, 0, 0], sums[:, 1, 0]
-    if not preset.reference and preset.length_norm:
-        lengths = sums[:, :, 2].clamp(min=1.0) ** preset.length_norm
-        chosen, rejected = chosen / lengths[:, 0], rejected / lengths[:, 1]
-    rewards = table[:, 5], table[:, 6]
-    return PreferenceOutput(
-        value, *rewards, rewards[0] - rewards[1], chosen, rejected, table[:, 8] > 0, preset, table, sums, preset.sft_weight != 0
-    )
