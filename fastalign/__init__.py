@@ -5,14 +5,16 @@ __version__ = "0.1.0"
 import warnings as _warnings
 
 from fastalign import ffi as _ffi
-from fastalign import losses
+from fastalign import losses, policy_losses
 from fastalign.distributed import global_denominator
 from fastalign.ops.kl_estimate.api import kl_estimate
+from fastalign.ops.policy.api import PolicyOutput, ValueOutput, policy_loss, value_loss
 from fastalign.ops.preference.api import PreferenceOutput, preference_loss, preference_loss_from_sums
 from fastalign.ops.preference.unpaired import UnpairedOutput, kto_baseline, unpaired_loss
 from fastalign.ops.sequence_sum.api import sequence_sum
 from fastalign.ops.token_stats.api import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
 from fastalign.packing import PackedBatch, pack, repad, shift_labels, unpad
+from fastalign.policy_losses import PolicyPreset
 from fastalign.preset import Preset
 from fastalign.registry import BackendError, backends, explain, use_backend
 from fastalign.rules import AlphaDPO, BCODelta, BetaDPO, wpo_weights
@@ -23,8 +25,9 @@ if _missing := _ffi.missing_backends():
     )
 
 __all__ = [
-    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "PackedBatch", "PreferenceOutput", "Preset", "TokenStats", "UnpairedOutput",
-    "__version__", "backends", "entropy_from_logits", "explain", "global_denominator", "kl_estimate", "kto_baseline", "losses", "pack",
-    "preference_loss", "preference_loss_from_sums", "repad", "selective_log_softmax", "sequence_sum", "shift_labels", "token_logprobs",
-    "token_stats", "unpad", "unpaired_loss", "use_backend", "wpo_weights",
+    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "PackedBatch", "PolicyOutput", "PolicyPreset", "PreferenceOutput", "Preset",
+    "TokenStats", "UnpairedOutput", "ValueOutput", "__version__", "backends", "entropy_from_logits", "explain", "global_denominator",
+    "kl_estimate", "kto_baseline", "losses", "pack", "policy_loss", "policy_losses", "preference_loss", "preference_loss_from_sums",
+    "repad", "selective_log_softmax", "sequence_sum", "shift_labels", "token_logprobs", "token_stats", "unpad", "unpaired_loss",
+    "use_backend", "value_loss", "wpo_weights",
 ]  # fmt: skip

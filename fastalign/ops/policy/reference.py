@@ -1,0 +1,194 @@
+"""The definition of the policy and value losses in plain PyTorch; the twin of csrc/math/policy.h, function by function."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastalign.ops.kl_estimate.reference import kl_estimate_fwd
+from fastalign.ops.sequence_sum.reference import _segments
+from fastalign.policy_losses import PolicyParams
+
+# Columns of the statistics, sums over the scored tokens of this call; csrc/math/policy.h holds the same list.
+STATS = (
+    "items", "loss", "policy", "tokens", "sequences", "ratio", "ratio_sq", "approx_kl", "clip_low", "clip_high", "clip_dual", "kl", "entropy",
+    "is_weight", "is_clipped", "nonfinite",
+)  # fmt: skip
+VALUE_STATS = ("items", "loss", "tokens", "sequences", "clipped", "value", "returns", "returns_sq", "error", "error_sq", "nonfinite")
+LOG_W_MIN = math.log(1e-8)  # of vespo
+
+
+def log_ratio(p, logprobs, old_logprobs, advantages):
+    """What a sequence sums: each token's log-ratio, of gmpo clipped on the side that A's sign allows, of vespo clamped; and whether it is open."""
+    lr = torch.where(logprobs == old_logprobs, torch.zeros_like(logprobs), logprobs - old_logprobs)
+    if p.surrogate == 4:
+        high, low = (advantages > 0) & (lr > p.ratio_max), ~(advantages > 0) & (lr < p.ratio_min)
+        term = torch.where(high, torch.full_like(lr, p.ratio_max), torch.where(low, torch.full_like(lr, p.ratio_min), lr))
+        return lr, term, high, low
+    none = torch.zeros_like(lr, dtype=torch.bool)
+    return lr, torch.clamp(lr, -20.0, 20.0) if p.surrogate == 5 else lr, none, none
+
+
+def choose(where, x, y, like):
+    """x where true, else y: numbers, in the type of `like` (torch.where alone would make fp32 of two numbers)."""
+    return torch.where(where, torch.full_like(like, x), torch.full_like(like, y))
+
+
+def surrogate(p, logprobs, log_rho, advantages, high, low):
+    """Value, d value / d log-prob (through the token's own ratio), and the clip flags: low, high, dual."""
+    a, none = advantages, torch.zeros_like(high)
+    rho = torch.exp(log_rho)
+    if p.surrogate == 1:
+        return -a * logprobs, -a + 0.0 * logprobs, none, none, none
+    if p.surrogate == 2:
+        w = torch.clamp(rho, p.ratio_min, p.ratio_max)
+        return -w * a * logprobs, -w * a, rho < p.ratio_min, rho > p.ratio_max, none
+    if p.surrogate == 3:
+        tau = choose(a > 0, p.tau_pos, p.tau_neg, rho)
+        s, n = torch.sigmoid(tau * (rho - 1.0)), torch.sigmoid(-tau * (rho - 1.0))
+        return -a * (4.0 / tau) * s, -a * 4.0 * s * n * rho, none, none, none
+    if p.surrogate == 4:
+        return -a * rho, torch.where(high | low, torch.zeros_like(rho), -a * rho), low, high, none
+    if p.surrogate == 5:
+        k, lam = choose(a >= 0, p.k_pos, p.k_neg, rho), choose(a >= 0, p.lam_pos, p.lam_neg, rho)
+        phi = torch.exp(lam + k * log_rho - lam * rho)
+        return -phi * a * logprobs, -phi * a, none, none, none
+    high, low, dual = (a > 0) & (rho > p.ratio_max), (a < 0) & (rho < p.ratio_min), (a < 0) & (rho > p.dual_clip)
+    held = torch.where(dual, torch.full_like(rho, p.dual_clip), choose(high, p.ratio_max, p.ratio_min, rho))
+    clipped = high | low | dual
+    return -a * torch.where(clipped, held, rho), torch.where(clipped, torch.zeros_like(rho), -a * rho), low, high, dual
+
+
+def kl_term(p, logprobs, ref_logprobs):
+    """Value and slope of the KL estimate; k3+ has the slope of k2."""
+    value, slope = kl_estimate_fwd(logprobs, ref_logprobs, 2 if p.kl_kind == 4 else p.kl_kind)
+    return value, kl_estimate_fwd(logprobs, ref_logprobs, 1)[1] if p.kl_kind == 4 else slope
+
+
+def divisors(aggregation, norm_length, length):
+    """What a token's term is divided by, before the number of items."""
+    if aggregation == 1:
+        return torch.clamp(length, min=1.0)
+    return torch.full_like(length, norm_length if aggregation == 3 else 1.0)
+
+
+def at_least_one(x):
+    return torch.where(x > 0, x, torch.ones_like(x))
+
+
+class Layout:
+    """Sequence numbers, mask and sums over sequences; without cu_seqlens all tokens are one sequence."""
+
+    def __init__(self, like, cu_seqlens, mask):
+        tokens, device = like.shape[0], like.device
+        self.sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.index = torch.zeros(tokens, dtype=torch.long, device=device) if cu_seqlens is None else _segments(cu_seqlens, tokens)
+        self.scored = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
+        self.lengths = self.sums(torch.ones_like(like))
+
+    def keep(self, x):
+        """Masked entries become 0, whatever they hold."""
+        return None if x is None else torch.where(self.scored, x, torch.zeros_like(x))
+
+    def sums(self, x):
+        total = torch.zeros(self.sequences, dtype=torch.float64, device=x.device)
+        return total.index_add(0, self.index, self.keep(x).double()).to(x.dtype)
+
+    def total(self, x):
+        return self.keep(x.to(self.lengths.dtype)).double().sum().to(self.lengths.dtype)
+
+    def items(self, aggregation, num_items):
+        """The denominator of the mean: tokens, sequences with a scored token, or 1."""
+        if aggregation == 4:
+            return torch.ones_like(self.lengths.sum())
+        if num_items is not None:
+            return at_least_one(num_items)
+        return at_least_one(self.lengths.sum() if aggregation == 0 else self.filled())
+
+    def filled(self):
+        return (self.lengths > 0).to(self.lengths.dtype).sum()
+
+
+def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items,
+               scalars, switches, with_entropy_grad):  # fmt: skip
+    p = PolicyParams(*scalars, *switches)
+    at = Layout(logprobs, cu_seqlens, mask)
+    lp, ref, h = at.keep(logprobs), at.keep(ref_logprobs), at.keep(entropy)
+    old = lp if old_logprobs is None else at.keep(old_logprobs)
+    a = at.keep(advantages[at.index] if p.advantages_per_sequence else advantages)
+    kl_coef, entropy_coef = p.kl_coef if kl_coef is None else kl_coef, p.entropy_coef if entropy_coef is None else entropy_coef
+
+    lr, term, high, low = log_ratio(p, lp, old, a)
+    length = at.lengths[at.index]
+    if p.ratio == 0:
+        log_rho = term
+    else:
+        log_rho = at.sums(term)[at.index] / (torch.ones_like(length) if p.ratio == 3 else torch.clamp(length, min=1.0))
+    log_rho = torch.clamp(log_rho, LOG_W_MIN if p.surrogate == 5 else -20.0, 20.0)
+    rho = torch.exp(log_rho)
+    value, slope, low, high, dual = surrogate(p, lp, log_rho, a, high, low)
+    if p.ratio == 3 and p.surrogate in (0, 3):  # the sequence's one term, seen from each of its tokens
+        slope = slope * length
+    weight = torch.ones_like(lp)
+    outside = torch.zeros_like(lp, dtype=torch.bool)
+    if is_weight is not None:
+        weight = at.keep(is_weight[at.index] if p.is_per_sequence else is_weight)
+        outside = (weight > p.is_max) | ((weight < p.is_min) if p.is_mode == 2 else False)
+    used = weight
+    if p.is_mode == 1:
+        used = torch.clamp(weight, max=p.is_max)
+    value, slope = used * value, used * slope
+    if p.is_mode == 2:
+        value, slope = (torch.where(outside, torch.zeros_like(x), x) for x in (value, slope))
+
+    total = value
+    kl = torch.zeros_like(lp)
+    if ref is not None:
+        kl, kl_slope = kl_term(p, lp, ref)
+        on, kl_value = torch.as_tensor(kl_coef, dtype=lp.dtype, device=lp.device) != 0, kl
+        if p.kl_bias_correction:
+            kl_value, kl_slope = rho * kl, rho * (kl + kl_slope)
+        total = torch.where(on, total + kl_coef * kl_value, total)
+        slope = torch.where(on, slope + kl_coef * kl_slope, slope)
+    if h is not None:
+        on = torch.as_tensor(entropy_coef, dtype=lp.dtype, device=lp.device) != 0
+        total = torch.where(on, total - entropy_coef * h, total)
+
+    divisor = divisors(p.aggregation, p.norm_length, length)
+    items = at.items(p.aggregation, num_items)
+    loss, policy = at.total(total / divisor), at.total(value / divisor)
+    stats = {
+        "items": items, "loss": loss, "policy": policy, "tokens": at.lengths.sum(), "sequences": at.filled(), "ratio": at.total(rho - 1.0),
+        "ratio_sq": at.total((rho - 1.0) ** 2), "approx_kl": at.total(lr * lr / 2.0), "clip_low": at.total(low), "clip_high": at.total(high),
+        "clip_dual": at.total(dual), "kl": at.total(kl), "entropy": at.total(torch.zeros_like(lp) if h is None else h),
+        "is_weight": at.total(weight), "is_clipped": at.total(outside), "nonfinite": at.total(~torch.isfinite(total)),
+    }  # fmt: skip
+    entropy_slopes = logprobs.new_empty(0)
+    if with_entropy_grad:
+        entropy_slopes = at.keep(-entropy_coef * torch.ones_like(lp) / divisor)
+    return loss / items, at.keep(slope / divisor), entropy_slopes, torch.stack([stats[name] for name in STATS])
+
+
+def value_fwd(values, old_values, returns, cu_seqlens, mask, num_items, clip, aggregation, norm_length):
+    at = Layout(values, cu_seqlens, mask)
+    v, target = at.keep(values), at.keep(returns)
+    error = v - target
+    each, slope, clipped = error * error / 2.0, error, torch.zeros_like(at.scored)
+    if old_values is not None:
+        old = at.keep(old_values)
+        held = torch.where(v < old - clip, old - clip, torch.where(v > old + clip, old + clip, v)) - target
+        clipped = held * held > error * error
+        each, slope = torch.where(clipped, held * held / 2.0, each), torch.where(clipped, torch.zeros_like(error), error)
+    divisor = divisors(aggregation, norm_length, at.lengths[at.index])
+    items, loss = at.items(aggregation, num_items), at.total(each / divisor)
+    stats = {
+        "items": items, "loss": loss, "tokens": at.lengths.sum(), "sequences": at.filled(), "clipped": at.total(clipped), "value": at.total(v),
+        "returns": at.total(target), "returns_sq": at.total(target * target), "error": at.total(error), "error_sq": at.total(error * error),
+        "nonfinite": at.total(~torch.isfinite(each)),
+    }  # fmt: skip
+    return loss / items, at.keep(slope / divisor), torch.stack([stats[name] for name in VALUE_STATS])
+
+
+def policy_bwd(grad, slopes, entropy_slopes, stats):
+    return grad * slopes / stats[0], grad * entropy_slopes / stats[0]
