@@ -7,7 +7,10 @@ import warnings as _warnings
 from fastalign import ffi as _ffi
 from fastalign import losses, policy_losses
 from fastalign.distributed import global_denominator
+from fastalign.list_preset import ListPreset
 from fastalign.ops.kl_estimate.api import kl_estimate
+from fastalign.ops.listwise.api import listwise_loss, listwise_loss_from_sums
+from fastalign.ops.listwise.output import ListwiseOutput
 from fastalign.ops.policy.api import PolicyOutput, ValueOutput, policy_loss, value_loss
 from fastalign.ops.preference.api import PreferenceOutput, preference_loss, preference_loss_from_sums
 from fastalign.ops.preference.unpaired import UnpairedOutput, kto_baseline, unpaired_loss
@@ -17,6 +20,7 @@ from fastalign.packing import PackedBatch, pack, repad, shift_labels, unpad
 from fastalign.policy_losses import PolicyPreset
 from fastalign.preset import Preset
 from fastalign.registry import BackendError, backends, explain, use_backend
+from fastalign.reward import kwise_reward_loss, reward_loss
 from fastalign.rules import AlphaDPO, BCODelta, BetaDPO, wpo_weights
 
 if _missing := _ffi.missing_backends():
@@ -25,9 +29,10 @@ if _missing := _ffi.missing_backends():
     )
 
 __all__ = [
-    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "PackedBatch", "PolicyOutput", "PolicyPreset", "PreferenceOutput", "Preset",
-    "TokenStats", "UnpairedOutput", "ValueOutput", "__version__", "backends", "entropy_from_logits", "explain", "global_denominator",
-    "kl_estimate", "kto_baseline", "losses", "pack", "policy_loss", "policy_losses", "preference_loss", "preference_loss_from_sums",
-    "repad", "selective_log_softmax", "sequence_sum", "shift_labels", "token_logprobs", "token_stats", "unpad", "unpaired_loss",
-    "use_backend", "value_loss", "wpo_weights",
+    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "ListPreset", "ListwiseOutput", "PackedBatch", "PolicyOutput", "PolicyPreset",
+    "PreferenceOutput", "Preset", "TokenStats", "UnpairedOutput", "ValueOutput", "__version__", "backends", "entropy_from_logits",
+    "explain", "global_denominator", "kl_estimate", "kto_baseline", "kwise_reward_loss", "listwise_loss", "listwise_loss_from_sums",
+    "losses", "pack", "policy_loss", "policy_losses", "preference_loss", "preference_loss_from_sums", "repad", "reward_loss",
+    "selective_log_softmax", "sequence_sum", "shift_labels", "token_logprobs", "token_stats", "unpad", "unpaired_loss", "use_backend",
+    "value_loss", "wpo_weights",
 ]  # fmt: skip

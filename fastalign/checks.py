@@ -46,25 +46,39 @@ def check_choice(name: str, value: Any, legal: Any) -> None:
         raise ValueError(f"{name}={value!r} is unknown; legal: {', '.join(str(v) for v in legal)}")
 
 
-def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor) -> Tensor:
-    """Shape, dtype and device; returns it as contiguous int32. Values are checked by `check_cu_seqlens_values`, inside the ops."""
+def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor, *, name: str = "cu_seqlens", total: str = "tokens") -> Tensor:
+    """Shape, dtype and device; returns it as contiguous int32. Values are checked by `check_cu_seqlens_values`, inside the ops. Offsets of
+    other things than sequences of tokens have another `name` and `total`."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError("cu_seqlens must be a 1-D integer tensor [S + 1] that starts at 0 and ends at the number of tokens")
+        raise ValueError(f"{name} must be a 1-D integer tensor that starts at 0 and ends at the number of {total}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 (or int64), got {cu_seqlens.dtype}")
-    check_same_device("cu_seqlens", cu_seqlens, "the per-token tensor", tokens)
+        raise TypeError(f"{name} must be int32 (or int64), got {cu_seqlens.dtype}")
+    check_same_device(name, cu_seqlens, "the per-token tensor", tokens)
     return cu_seqlens.to(torch.int32).contiguous()
 
 
-def check_cu_seqlens_values(cu_seqlens: Tensor, tokens: int) -> None:
+def check_cu_seqlens_values(cu_seqlens: Tensor, tokens: int, *, name: str = "cu_seqlens", total: str = "tokens") -> None:
     """Starts at 0, never decreases, ends at the number of tokens."""
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
         raise ValueError(
-            f"cu_seqlens must start at 0 and end at the number of tokens ({tokens}); it runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+            f"{name} must start at 0 and end at the number of {total} ({tokens}); it runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
         )
     if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         where = int((cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()[0])
-        raise ValueError(f"cu_seqlens decreases at position {where + 1}; it must be non-decreasing")
+        raise ValueError(f"{name} decreases at position {where + 1}; it must be non-decreasing")
+
+
+def global_count(name: str, value: Any, like: Tensor) -> Tensor | None:
+    """num_items and its kin, a number or a tensor of one element, as a 0-dim tensor of `like`'s dtype and device; a constant. None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+        check_same_device(name, value, "the log-probs", like)
+        return value.detach().reshape(()).to(like.dtype)
+    check_number(name, value, low=0)
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
 def per_token(name: str, tensor: Any, like: Tensor | None = None) -> Tensor:

@@ -1,9 +1,13 @@
-"""The named preference losses: one row of data per method, all evaluated by the one pair kernel of `fastalign.preset`.
+"""The named preference losses: one row of data per method, all evaluated by the one pair kernel of `fastalign.preset`, and the listwise ones,
+evaluated by the list kernel of `fastalign.list_preset`.
 
-`get(name)` returns a `Preset`; `preset.replace(link="hinge", length_norm=1.0)` composes another loss from the same parts; any loss
-function takes a name or a Preset. Notation of the formulas: A = sum of the policy's log-probs over the response, D = sum of policy minus
-reference, L = number of response tokens, K = sum of KL(ref || policy); _c chosen, _r rejected; a = D (or A), u = beta a, h = beta (D_c - D_r);
-sp = softplus, sg = sigmoid.
+`get(name)` returns a `Preset` (`get_listwise(name)` a `ListPreset`); `preset.replace(link="hinge", length_norm=1.0)` composes another loss from
+the same parts; any loss function takes a name or a preset.
+
+Notation of the formulas: A = sum of the policy's log-probs over the response, D = sum of policy minus reference, L = number of response tokens,
+K = sum of KL(ref || policy); _c chosen, _r rejected; a = D (or A), u = beta a, h = beta (D_c - D_r); sp = softplus, sg = sigmoid. Of lists:
+r = score, s = beta a (a a mean over tokens where the table says so), K = number of responses, p = softmax(r / alpha), q = softmax(s), rank:
+1 for the largest s.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastalign.list_preset import ListPreset, with_list_options
 from fastalign.preset import Preset, with_options
 
 # How the option `name` of a method sets fields (see preset._OPTION_RULES).
@@ -129,10 +134,36 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 )
 
 
+def _list_rows() -> list[ListPreset]:
+    nca = "Chen et al. 2024, arXiv 2402.05369"
+    alpha = {"alpha": "reward_temperature"}
+    return [
+        ListPreset("plackett_luce", "sum_k logsumexp(s_k, ..., s_K) - s_k, best to worst", "Rafailov et al. 2023, arXiv 2305.18290",
+                   kind="plackett_luce"),
+        ListPreset("rrhf", "sum over r_i < r_j of relu(s_i - s_j) + NLL_best / L_best", "Yuan et al. 2023, arXiv 2304.05302", beta=1.0,
+                   reference=False, length_norm=1.0, link="hinge", target=0.0, sft_weight=1.0),
+        ListPreset("pro", "sum_k logsumexp(s_k T_k, {s_i (r_k - r_i)}) - s_k T_k, T_k = r_k - min r, + sft_weight (K - 1)^2 NLL_best",
+                   "Song et al. 2023, arXiv 2306.17492", beta=1.0, reference=False, length_norm=1.0, kind="pro", sft_weight=0.05,
+                   sft_norm="seq_sum", sft_power=2.0),
+        ListPreset("lipo", "sum over r_i > r_j of (2^r_i - 2^r_j) abs(1 / log(1 + rank_i) - 1 / log(1 + rank_j)) sp(-(s_i - s_j))",
+                   "Liu et al. 2024, arXiv 2402.01878", beta=0.05, pair_gain="lambda"),
+        ListPreset("infonca", "-sum p log q", nca, beta=0.01, kind="infonca", options=alpha),
+        ListPreset("nca", "sum p sp(-s) + sp(s) / K", nca, beta=0.01, kind="nca", options=alpha),
+        ListPreset("exo_list", "sum q (log q - log p)", "Ji et al. 2024, arXiv 2402.00856", kind="exo", options=alpha),
+        ListPreset("kwise_rm", "mean over r_i > r_j of sp(-(s_i - s_j)), s: the reward model's scores", "Ouyang et al. 2022, arXiv 2203.02155",
+                   beta=1.0, reference=False, pair_mean=True),
+    ]  # fmt: skip
+
+
+LISTWISE: Mapping[str, ListPreset] = MappingProxyType({p.name: p for p in _list_rows()})
+
+
 def get(name: str) -> Preset:
     """The preset of this name (ours, or TRL's where the meaning is the same); an unknown name raises and lists the legal ones."""
     found = PRESETS.get(ALIASES.get(name, name))
     if found is None:
+        if name in LISTWISE:
+            raise ValueError(f"loss={name!r} ranks lists: fastalign.listwise_loss takes it, losses.get_listwise returns it")
         raise ValueError(f"loss={name!r} is unknown; legal: {', '.join(available().names())}")
     return found
 
@@ -143,6 +174,21 @@ def resolve(loss: str | Preset, options: Mapping[str, Any]) -> tuple[Preset, dic
     if not isinstance(preset, Preset):
         raise TypeError(f"loss must be a name or a Preset, got {type(loss).__name__}; names: {', '.join(PRESETS)}")
     return with_options(preset, options)
+
+
+def get_listwise(name: str) -> ListPreset:
+    """The listwise preset of this name; an unknown name raises and lists the legal ones."""
+    if name not in LISTWISE:
+        raise ValueError(f"loss={name!r} is unknown here; legal for lists: {', '.join(LISTWISE)}")
+    return LISTWISE[name]
+
+
+def resolve_listwise(loss: str | ListPreset, options: Mapping[str, Any]) -> tuple[ListPreset, dict[str, Tensor]]:
+    """The preset that `loss` (a name or a ListPreset) and `options` give, and the options that are tensors."""
+    preset = get_listwise(loss) if isinstance(loss, str) else loss
+    if not isinstance(preset, ListPreset):
+        raise TypeError(f"loss must be a name or a ListPreset, got {type(loss).__name__}; names: {', '.join(LISTWISE)}")
+    return with_list_options(preset, options)
 
 
 class LossTable(tuple):
@@ -164,13 +210,49 @@ class LossTable(tuple):
             "|---|---|---|---|---|---|---|---|",
         ]
         for p in self:
-            tokens = {0.0: "sum", 1.0: "mean"}.get(p.length_norm, f"sum / L^{p.length_norm:g}")
             own = ", ".join([*p.options, *(f for f in ("label_smoothing",) if getattr(p, f) and f not in p.options)])
-            cells = [p.name, f"`{p.formula}`", tokens, f"{p.beta:g}", "yes" if p.needs_reference else "no", own, p.trl or "none", p.paper]
+            cells = [
+                p.name,
+                f"`{p.formula}`",
+                _over_tokens(p),
+                f"{p.beta:g}",
+                "yes" if p.needs_reference else "no",
+                own,
+                p.trl or "none",
+                p.paper,
+            ]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
 
 def available() -> LossTable:
-    """Every named loss, one Preset per row."""
+    """Every named loss of pairs, one Preset per row."""
     return LossTable(PRESETS.values())
+
+
+class ListLossTable(tuple):
+    """The listwise presets as rows; printing it shows the table."""
+
+    def names(self) -> list[str]:
+        return [p.name for p in self]
+
+    def __str__(self) -> str:
+        return self.markdown()
+
+    def markdown(self) -> str:
+        """name, formula, reduction over tokens, what beta is, reference needed, options, paper."""
+        lines = ["| loss | formula per list | over tokens | beta | reference | own options | paper |", "|---|---|---|---|---|---|---|"]
+        for p in self:
+            own = ", ".join([*p.options, *(f for f in ("sft_weight",) if getattr(p, f))])
+            cells = [p.name, f"`{p.formula}`", _over_tokens(p), f"{p.beta:g}", "yes" if p.reference else "no", own, p.paper]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def available_listwise() -> ListLossTable:
+    """Every named loss of lists, one ListPreset per row."""
+    return ListLossTable(LISTWISE.values())
+
+
+def _over_tokens(p: Preset | ListPreset) -> str:
+    return {0.0: "sum", 1.0: "mean"}.get(p.length_norm, f"sum / L^{p.length_norm:g}")

@@ -31,7 +31,7 @@ REDUCTIONS = ("mean", "sum", "none")
 NONFINITE = ("propagate", "drop")
 ORDERS = (None, "paired", "unpaired")
 RULES = (None, "beta_dpo", "alpha_dpo", "bco")  # the classes are in fastalign/rules.py
-_TARGET_LINKS = ("hinge", "squared", "truncquad")
+TARGET_LINKS = ("hinge", "squared", "truncquad")
 
 
 class PairParams(NamedTuple):
@@ -201,7 +201,7 @@ TENSOR_FIELDS = ("beta", "target", "anchor")
 
 # A field that has no effect in a combination raises when it is passed: field -> (has an effect, what it needs).
 _EFFECT: dict[str, tuple[Callable[[Preset], bool], str]] = {
-    "target": (lambda p: p.link in _TARGET_LINKS and p.pair_weight != 0, f"link in {_TARGET_LINKS}"),
+    "target": (lambda p: p.link in TARGET_LINKS and p.pair_weight != 0, f"link in {TARGET_LINKS}"),
     "link_tau": (lambda p: "discopop" in (p.link, p.point_link), 'link="discopop"'),
     "transform_alpha": (lambda p: p.transform == "alpha", 'transform="alpha"'),
     "label_smoothing": (
@@ -213,7 +213,7 @@ _EFFECT: dict[str, tuple[Callable[[Preset], bool], str]] = {
     "point_rejected": (lambda p: p.point_link is not None, "point_link"),
     "point_beta": (lambda p: p.point_link is not None, "point_link"),
     "point_beta_power": (lambda p: p.point_link is not None, "point_link"),
-    "point_target": (lambda p: p.point_link in _TARGET_LINKS, f"point_link in {_TARGET_LINKS}"),
+    "point_target": (lambda p: p.point_link in TARGET_LINKS, f"point_link in {TARGET_LINKS}"),
     "anchor": (lambda p: p.point_link is not None, "point_link"),
     "sft_norm": (lambda p: p.sft_weight != 0, "sft_weight"),
     "sft_include_prompt": (lambda p: not p.sft_include_prompt or p.sft_weight != 0, "sft_weight"),

@@ -201,4 +201,6 @@ _PUBLIC = {
     "sequence_sum": "sequence_sum_fwd",
     "preference_loss": "preference_fwd",
     "preference_loss_from_sums": "preference_fwd",
+    "listwise_loss": "listwise_fwd",
+    "listwise_loss_from_sums": "listwise_fwd",
 }

@@ -12,9 +12,9 @@ from fastalign.checks import (
     check_choice,
     check_cu_seqlens,
     check_cu_seqlens_values,
-    check_number,
     check_same_device,
     check_shape,
+    global_count,
     per_token,
     row_mask,
 )  # fmt: skip
@@ -334,16 +334,7 @@ def pair_extra(
             t = t.detach().to(torch.bool if name == "valid" else like.dtype).contiguous()
             t = t.reshape(()) if t.dim() and tuple(t.shape) != (count,) else t
         out.append(t)
-    for name, value in (("num_items", num_items), ("num_sft_tokens", num_sft_tokens)):
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-            check_same_device(name, value, "the log-probs", like)
-            value = value.detach().reshape(()).to(like.dtype)
-        elif value is not None:
-            check_number(name, value, low=0)
-            value = torch.full((), float(value), dtype=like.dtype, device=like.device)
-        out.append(value)
+    out += [global_count(name, value, like) for name, value in (("num_items", num_items), ("num_sft_tokens", num_sft_tokens))]
     return tuple(out)
 
 

@@ -7,18 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.metric import Metric
 from fastalign.preset import Preset
-
-
-class Metric(NamedTuple):
-    """A mean as its (sum, count), both 0-dim tensors on the loss's device: add them over micro-batches and ranks, divide at the end."""
-
-    sum: Tensor
-    count: Tensor
-
-    def __float__(self) -> float:
-        count = float(self.count)
-        return float(self.sum) / count if count else float("nan")
 
 
 class PreferenceOutput(NamedTuple):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastalign.checks import check_choice, check_cu_seqlens, check_number, check_same_device, check_shape, per_token, row_mask
 from fastalign.distributed import sum_over_group
+from fastalign.metric import Metric
 from fastalign.ops.preference.api import PairSumsFunction, PreferenceFromSumsFunction, pair_extra
-from fastalign.ops.preference.output import Metric
 from fastalign.ops.sequence_sum.api import sequence_sum
 from fastalign.preset import REDUCTIONS, Preset
 from fastalign.rules import BCODelta, PairValues
