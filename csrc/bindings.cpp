@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 #include "cpu/isa.h"
 #include "math/pair.h"
@@ -29,6 +30,34 @@ void check_params(const std::vector<double>& scalars, const std::vector<int>& sw
   if (scalars.size() != size_t(kPairScalars) || switches.size() != size_t(kPairSwitches))
     throw std::invalid_argument("fastalign: PairParams of fastalign/losses.py and csrc/math/pair.h differ; rebuild the extension");
 }
+
+// Arguments that come as one tuple, since one op takes two sets of them: Arguments<decltype(f)> is the tuple that std::apply(f, ...) takes.
+template <class F> struct ArgumentsOf;
+template <class R, class... A> struct ArgumentsOf<R(A...)> { using type = std::tuple<A...>; };
+template <class F> using Arguments = typename ArgumentsOf<F>::type;
+
+// clang-format off: argument lists, which it would set one name per line
+TokenStatsArgs token_stats_args(RowsTuple logits, RowsTuple ref, int dtype, uintptr_t labels, int64_t targets, uintptr_t mask,
+                                int64_t ignore_index, double factor, double cap_scale, uintptr_t temperature_ptr, double temperature,
+                                int64_t vocab_start, int64_t vocab_total, int outputs, uintptr_t state_in, uintptr_t target_in,
+                                uintptr_t logprob, uintptr_t entropy, uintptr_t logsumexp, uintptr_t log_sum_sq, uintptr_t mean_logit,
+                                uintptr_t is_top1, uintptr_t ref_logprob, uintptr_t kl_policy_ref, uintptr_t kl_ref_policy, uintptr_t state,
+                                uintptr_t target) {
+  return {rows_view(logits), rows_view(ref), dtype, ptr<int64_t>(labels), targets, ptr<uint8_t>(mask), ignore_index, factor, cap_scale,
+          ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total, outputs, ptr<void>(state_in), ptr<void>(target_in),
+          ptr<void>(logprob), ptr<void>(entropy), ptr<void>(logsumexp), ptr<void>(log_sum_sq), ptr<void>(mean_logit), ptr<void>(is_top1),
+          ptr<void>(ref_logprob), ptr<void>(kl_policy_ref), ptr<void>(kl_ref_policy), ptr<void>(state), ptr<void>(target)};
+}
+TokenStatsBackwardArgs token_stats_backward_args(RowsTuple logits, RowsTuple grad, int dtype, uintptr_t labels, int64_t targets,
+                                                 uintptr_t mask, int64_t ignore_index, double factor, double cap_scale,
+                                                 uintptr_t temperature_ptr, double temperature, int64_t vocab_start, int64_t vocab_total,
+                                                 uintptr_t state, uintptr_t g_logprob, uintptr_t g_entropy, uintptr_t g_logsumexp,
+                                                 RowsTuple ref, uintptr_t g_kl_policy_ref, uintptr_t g_kl_ref_policy) {
+  return {rows_view(logits), rows_view(grad), dtype, ptr<int64_t>(labels), targets, ptr<uint8_t>(mask), ignore_index, factor, cap_scale,
+          ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total, ptr<void>(state), ptr<void>(g_logprob), ptr<void>(g_entropy),
+          ptr<void>(g_logsumexp), rows_view(ref), ptr<void>(g_kl_policy_ref), ptr<void>(g_kl_ref_policy)};
+}
+// clang-format on
 
 // device < 0: CPU. Otherwise the CUDA op on that device and stream. The GIL is released while the op runs.
 template <class Args, class Cpu, class Cuda> void dispatch(const Args& a, int device, uintptr_t stream, Cpu cpu_op, Cuda cuda_op) {
@@ -100,25 +129,22 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.attr("table_width") = int(kTableWidth);
 
   // clang-format off: argument lists, which it would set one name per line
-  m.def("token_stats_fwd", [](int device, uintptr_t stream, RowsTuple logits, int dtype, uintptr_t labels, int64_t targets, uintptr_t mask,
-                              int64_t ignore_index, double factor, double cap_scale, uintptr_t temperature_ptr, double temperature,
-                              int64_t vocab_start, int64_t vocab_total, int outputs, uintptr_t state_in, uintptr_t target_in, uintptr_t logprob,
-                              uintptr_t entropy, uintptr_t logsumexp, uintptr_t log_sum_sq, uintptr_t mean_logit, uintptr_t is_top1,
-                              uintptr_t state, uintptr_t target) {
-    TokenStatsArgs a{rows_view(logits), dtype, ptr<int64_t>(labels), targets, ptr<uint8_t>(mask), ignore_index, factor, cap_scale,
-                     ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total, outputs, ptr<void>(state_in), ptr<void>(target_in),
-                     ptr<void>(logprob), ptr<void>(entropy), ptr<void>(logsumexp), ptr<void>(log_sum_sq), ptr<void>(mean_logit),
-                     ptr<void>(is_top1), ptr<void>(state), ptr<void>(target)};
+  m.def("token_stats_fwd", [](int device, uintptr_t stream, const Arguments<decltype(token_stats_args)>& t) {
+    const TokenStatsArgs a = std::apply(token_stats_args, t);
     FA_DISPATCH(token_stats_fwd);
   });
-  m.def("token_stats_bwd", [](int device, uintptr_t stream, RowsTuple logits, RowsTuple grad, int dtype, uintptr_t labels, int64_t targets,
-                              uintptr_t mask, int64_t ignore_index, double factor, double cap_scale, uintptr_t temperature_ptr,
-                              double temperature, int64_t vocab_start, int64_t vocab_total, uintptr_t state, uintptr_t g_logprob,
-                              uintptr_t g_entropy, uintptr_t g_logsumexp) {
-    TokenStatsBackwardArgs a{rows_view(logits), rows_view(grad), dtype, ptr<int64_t>(labels), targets, ptr<uint8_t>(mask), ignore_index, factor,
-                             cap_scale, ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total, ptr<void>(state),
-                             ptr<void>(g_logprob), ptr<void>(g_entropy), ptr<void>(g_logsumexp)};
+  m.def("token_stats_bwd", [](int device, uintptr_t stream, const Arguments<decltype(token_stats_backward_args)>& t) {
+    const TokenStatsBackwardArgs a = std::apply(token_stats_backward_args, t);
     FA_DISPATCH(token_stats_bwd);
+  });
+  m.def("token_stats_fused", [](int device, uintptr_t stream, const Arguments<decltype(token_stats_args)>& forward,
+                                const Arguments<decltype(token_stats_backward_args)>& backward) {
+    const TokenStatsFusedArgs a{std::apply(token_stats_args, forward), std::apply(token_stats_backward_args, backward)};
+    FA_DISPATCH(token_stats_fused);
+  });
+  m.def("scale_rows", [](int device, uintptr_t stream, RowsTuple x, int dtype, uintptr_t scale) {
+    ScaleRowsArgs a{rows_view(x), dtype, ptr<void>(scale)};
+    FA_DISPATCH(scale_rows);
   });
   m.def("sequence_sum_fwd", [](int device, uintptr_t stream, uintptr_t x, uintptr_t cu_seqlens, int64_t tokens, int64_t sequences, int dtype,
                                uintptr_t mask, uintptr_t weights, uintptr_t sums, uintptr_t counts) {

@@ -12,7 +12,7 @@ struct RowsView {
 };
 
 struct TokenStatsArgs {
-  RowsView logits;
+  RowsView logits, ref;         // ref: the reference logits, same dtype, rows and vocab, strides of their own; data null: none
   int dtype;
   const int64_t* labels;        // [rows, targets], or null
   int64_t targets;
@@ -24,9 +24,10 @@ struct TokenStatsArgs {
   int64_t vocab_start, vocab_total;
   int outputs;                  // RowOutput bits
   const void* state_in;         // [rows, kStateWidth]: states of the shards before this one, merged in; or null
-  const void* target_in;        // [rows, targets]: u of the targets found so far (-inf: not yet); or null
-  // accumulation dtype, null when not asked for:
-  void *logprob /* [rows, targets] */, *entropy, *logsumexp, *log_sum_sq, *mean_logit, *is_top1, *state, *target;
+  const void* target_in;        // [rows, targets], with ref [2, rows, targets]: u of the targets found so far (-inf: not yet); or null
+  // accumulation dtype, null when not asked for; target is [rows, targets], with ref [2, rows, targets]: policy, then reference:
+  void *logprob /* [rows, targets] */, *entropy, *logsumexp, *log_sum_sq, *mean_logit, *is_top1, *ref_logprob /* [rows, targets] */,
+      *kl_policy_ref, *kl_ref_policy, *state, *target;
 };
 
 struct TokenStatsBackwardArgs {
@@ -42,6 +43,22 @@ struct TokenStatsBackwardArgs {
   int64_t vocab_start, vocab_total;
   const void* state;            // [rows, kStateWidth]
   const void *g_logprob /* [rows, targets] */, *g_entropy /* [rows] */, *g_logsumexp /* [rows] */;  // accumulation dtype or null
+  RowsView ref;                 // as in the forward op; read only where a KL has an upstream gradient
+  const void *g_kl_policy_ref, *g_kl_ref_policy;  // [rows] or null
+};
+
+// Forward and backward of one call, for upstream gradients that are known beforehand: the rows may be read once. backward.state is
+// forward.state, a workspace; backward.grad may be the same memory as the logits.
+struct TokenStatsFusedArgs {
+  TokenStatsArgs forward;
+  TokenStatsBackwardArgs backward;
+};
+
+// x *= scale, without touching x where scale is 1.
+struct ScaleRowsArgs {
+  RowsView x;
+  int dtype;
+  const void* scale;            // one element, accumulation dtype
 };
 
 struct SequenceSumArgs {
@@ -116,6 +133,8 @@ struct PreferenceBackwardArgs {
 #define FA_OPS(X)                                      \
   X(token_stats_fwd, TokenStatsArgs)                   \
   X(token_stats_bwd, TokenStatsBackwardArgs)           \
+  X(token_stats_fused, TokenStatsFusedArgs)            \
+  X(scale_rows, ScaleRowsArgs)                         \
   X(sequence_sum_fwd, SequenceSumArgs)                 \
   X(sequence_sum_bwd, SequenceSumBackwardArgs)         \
   X(kl_estimate_fwd, KlEstimateArgs)                   \

@@ -16,6 +16,7 @@ from fastalign.ops.preference.api import PreferenceOutput, preference_loss, pref
 from fastalign.ops.preference.unpaired import UnpairedOutput, kto_baseline, unpaired_loss
 from fastalign.ops.sequence_sum.api import sequence_sum
 from fastalign.ops.token_stats.api import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
+from fastalign.ops.token_stats.kl import TokenKLLoss, token_kl, token_kl_loss
 from fastalign.packing import PackedBatch, pack, repad, shift_labels, unpad
 from fastalign.policy_losses import PolicyPreset
 from fastalign.preset import Preset
@@ -30,9 +31,9 @@ if _missing := _ffi.missing_backends():
 
 __all__ = [
     "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "ListPreset", "ListwiseOutput", "PackedBatch", "PolicyOutput", "PolicyPreset",
-    "PreferenceOutput", "Preset", "TokenStats", "UnpairedOutput", "ValueOutput", "__version__", "backends", "entropy_from_logits",
-    "explain", "global_denominator", "kl_estimate", "kto_baseline", "kwise_reward_loss", "listwise_loss", "listwise_loss_from_sums",
-    "losses", "pack", "policy_loss", "policy_losses", "preference_loss", "preference_loss_from_sums", "repad", "reward_loss",
-    "selective_log_softmax", "sequence_sum", "shift_labels", "token_logprobs", "token_stats", "unpad", "unpaired_loss", "use_backend",
-    "value_loss", "wpo_weights",
+    "PreferenceOutput", "Preset", "TokenKLLoss", "TokenStats", "UnpairedOutput", "ValueOutput", "__version__", "backends",
+    "entropy_from_logits", "explain", "global_denominator", "kl_estimate", "kto_baseline", "kwise_reward_loss", "listwise_loss",
+    "listwise_loss_from_sums", "losses", "pack", "policy_loss", "policy_losses", "preference_loss", "preference_loss_from_sums",
+    "repad", "reward_loss", "selective_log_softmax", "sequence_sum", "shift_labels", "token_kl", "token_kl_loss", "token_logprobs",
+    "token_stats", "unpad", "unpaired_loss", "use_backend", "value_loss", "wpo_weights",
 ]  # fmt: skip

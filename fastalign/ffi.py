@@ -119,8 +119,10 @@ def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
     return rows, merged[1][0], merged[0][1], merged[1][1]
 
 
-def rows_view(logits: torch.Tensor) -> tuple[int, int, int, int, int, int]:
-    """The RowsView of csrc/ops.h. The public functions made the layout collapsible before."""
+def rows_view(logits: torch.Tensor | None) -> tuple[int, int, int, int, int, int]:
+    """The RowsView of csrc/ops.h; data is null for None. The public functions made the layout collapsible before."""
+    if logits is None:
+        return (0,) * 6
     layout = row_layout(logits)
     assert layout is not None
     return (ptr(logits), *layout, logits.shape[-1])

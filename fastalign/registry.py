@@ -197,6 +197,8 @@ _PUBLIC = {
     "token_logprobs": "token_stats_fwd",
     "selective_log_softmax": "token_stats_fwd",
     "entropy_from_logits": "token_stats_fwd",
+    "token_kl": "token_stats_fwd",
+    "token_kl_loss": "token_stats_fused",
     "kl_estimate": "kl_estimate_fwd",
     "sequence_sum": "sequence_sum_fwd",
     "preference_loss": "preference_fwd",

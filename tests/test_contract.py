@@ -405,13 +405,13 @@ def test_vocabulary_shards_merge(backend, device, cuts):  # row 43 for one rank:
     x = make_logits(rows, vocab, device=device)
     x[0, : cuts[0]] = -math.inf
     labels = torch.tensor([[vocab - 1], [cuts[0] - 1], [cuts[0]], [0], [-100]], device=device)
-    options, bits = RowOptions(1.4426950408889634, 0.0, 1.0, -100), sum(OUTPUT_BITS.values())
+    options, bits = RowOptions(1.4426950408889634, 0.0, 1.0, -100), sum(OUTPUT_BITS[name] for name in ALL)
     whole = token_stats_fwd(x, labels, None, None, *options, bits, 0, vocab, None, None)
     state = target = None
     edges = [0, *cuts, vocab]
     for lo, hi in zip(edges, edges[1:]):
         *outputs, state, target = token_stats_fwd(x[:, lo:hi].contiguous(), labels, None, None, *options, bits, lo, vocab, state, target)
-    for name, got, want in zip(OUTPUT_BITS, outputs, whole):
+    for name, got, want in zip(ALL, outputs, whole):
         assert_close(got, want.double(), what=name)
 
 

@@ -194,11 +194,17 @@ template <class T> struct Backward {
 }  // namespace
 
 void token_stats_fwd(const TokenStatsArgs& a) {
+  if (a.ref.data) throw std::invalid_argument("fastalign: the CPU kernels do not take reference logits yet");
   with_dtype(a.dtype, [&](auto tag) { Forward<decltype(tag)>{a}.run(); });
 }
 void token_stats_bwd(const TokenStatsBackwardArgs& a) {
+  if (a.ref.data) throw std::invalid_argument("fastalign: the CPU kernels do not take reference logits yet");
   with_dtype(a.dtype, [&](auto tag) { Backward<decltype(tag)>{a}.run_all(); });
 }
+void token_stats_fused(const TokenStatsFusedArgs&) {
+  throw std::invalid_argument("fastalign: the CPU kernels do not take reference logits yet");
+}
+void scale_rows(const ScaleRowsArgs&) { throw std::invalid_argument("fastalign: the CPU kernels do not scale rows yet"); }
 
 }  // namespace cpu
 }  // namespace fastalign

@@ -149,6 +149,7 @@ template <class T, bool kCap, bool kMany> void launch_row_kernel(const TokenStat
 }  // namespace
 
 void token_stats_bwd(const TokenStatsBackwardArgs& a, int device, void* stream) {
+  if (a.ref.data) throw std::invalid_argument("fastalign: the CUDA kernels do not take reference logits yet");
   if (a.logits.rows == 0) return;
   const DeviceGuard guard(device);
   with_row_dtype(a.dtype, "token_stats", [&](auto tag) {

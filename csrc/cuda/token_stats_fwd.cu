@@ -183,6 +183,7 @@ void set_cluster_size(int size) {
 }
 
 void token_stats_fwd(const TokenStatsArgs& a, int device, void* stream) {
+  if (a.ref.data) throw std::invalid_argument("fastalign: the CUDA kernels do not take reference logits yet");
   if (a.logits.rows == 0) return;
   const DeviceGuard guard(device);
   with_row_dtype(a.dtype, "token_stats", [&](auto tag) {

@@ -5,21 +5,50 @@
 //   c = factor / temperature,  factor = log2(e) * logit_scale   (softcap: log2(e) * softcap, cap_scale = logit_scale / softcap)
 //   m  = fl(max u * c)                the reference point of every sum
 //   s0 = sum 2^(w - m)                s1 = sum 2^(w - m) (w - m)        s2 = sum 4^(w - m)        sz = sum u
-//   w - m is always fma(u, c, -m): a common offset of the logits cancels exactly there, whatever its size (pitfalls E6).
+//   w - m is always fma(u, c, -m): a common offset of the logits cancels exactly there, whatever its size.
+//
+// With reference logits, which the same transform turns into bits, the reference row's m and s0 and two sums over both rows stand beside the
+// state. d = w - m of the policy row, dr = w - m of the reference row:
+//   t  = sum 2^d (d - dr)             tr = sum 2^dr (d - dr)      a term without mass (2^d = 0, 2^dr = 0) is 0
+//   KL(p || q) = ln2 t / s0 - log(s0 / r.s0)                      KL(q || p) = log(s0 / r.s0) - ln2 tr / r.s0
 #pragma once
 #include "math/scalar.h"
 
 namespace fastalign {
 
-// Columns of the saved state tensor [rows, kStateWidth]. 8..11 are the second row's, used when reference logits are given.
-enum StateColumn : int { kColM, kColS0, kColS1, kColS2, kColSz, kColUmax, kColTop, kColValid, kStateWidth = 12 };
+// Columns of the saved state tensor [rows, kStateWidth]. The last four are 0 without reference logits.
+enum StateColumn : int {
+  kColM,
+  kColS0,
+  kColS1,
+  kColS2,
+  kColSz,
+  kColUmax,
+  kColTop,
+  kColValid,
+  kColRefM,
+  kColRefS0,
+  kColT,
+  kColTr,
+  kStateWidth
+};
 
 // Bits of the `outputs` argument; the same numbers stand in ops/token_stats/api.py.
-enum RowOutput : int { kOutLogprob = 1, kOutEntropy = 2, kOutLogsumexp = 4, kOutLogSumSq = 8, kOutMeanLogit = 16, kOutIsTop1 = 32 };
+enum RowOutput : int {
+  kOutLogprob = 1,
+  kOutEntropy = 2,
+  kOutLogsumexp = 4,
+  kOutLogSumSq = 8,
+  kOutMeanLogit = 16,
+  kOutIsTop1 = 32,
+  kOutRefLogprob = 64,
+  kOutKlPolicyRef = 128,
+  kOutKlRefPolicy = 256  // need reference logits
+};
 
 // Everything about a call that maps a raw logit to bits.
 template <class T> struct RowTransform {
-  T c;          // bits per unit of u
+  T c;  // bits per unit of u
   T cap_scale;  // 0: no softcap
   FA_HD T u(T x) const { return cap_scale != T(0) ? tanh(x * cap_scale) : x; }
   FA_HD T bits(T u, T m) const { return fma(u, c, -m); }
@@ -38,6 +67,13 @@ template <class T> struct RowState {
   int32_t top;  // first index that attains umax; -1 in the empty state
 
   static FA_HD RowState empty() { return {T(-INFINITY), T(0), T(0), T(0), T(0), T(-INFINITY), -1}; }
+};
+
+// The reference row's part of the state.
+template <class T> struct RefState {
+  T m, s0, t, tr;
+
+  static FA_HD RefState empty() { return {T(-INFINITY), T(0), T(0), T(0)}; }
 };
 
 // 2^(from - to), and 1 when both are -inf.
@@ -61,8 +97,29 @@ template <class T> FA_HD RowState<T> merge(const RowState<T>& a, const RowState<
   return r;
 }
 
-// Finished quantities, in nats. Selections keep NaN: `x > 0 ? 0 : x`.
-template <class T> FA_HD T row_logprob(const RowState<T>& s, T target_u, const RowTransform<T>& f) {
+// What t or tr becomes when every d - dr gains `shift` and the terms, which have `mass`, are scaled by `factor`. Mass that does not survive
+// takes its terms along, even infinite ones.
+template <class T> FA_HD T move_cross(T cross, T mass, T shift, T factor) {
+  if (factor == T(0)) return T(0);
+  return (mass == T(0) ? cross : fma(shift, mass, cross)) * factor;
+}
+
+// Merges the reference parts of two states; `a` and `b` are their policy parts, `m` the reference point of the merged policy row.
+template <class T> FA_HD RefState<T> merge_ref(const RowState<T>& a, const RefState<T>& ar, const RowState<T>& b, const RefState<T>& br,
+                                               T m) {
+  RefState<T> r;
+  r.m = ar.m > br.m ? ar.m : br.m;
+  const auto shift = [](T from, T to) { return from == to ? T(0) : from - to; };
+  const T fa = rescale(ar.m, r.m), fb = rescale(br.m, r.m);
+  const T da = shift(a.m, m) - shift(ar.m, r.m), db = shift(b.m, m) - shift(br.m, r.m);
+  r.s0 = ar.s0 * fa + br.s0 * fb;
+  r.t = move_cross(ar.t, a.s0, da, rescale(a.m, m)) + move_cross(br.t, b.s0, db, rescale(b.m, m));
+  r.tr = move_cross(ar.tr, ar.s0, da, fa) + move_cross(br.tr, br.s0, db, fb);
+  return r;
+}
+
+// Finished quantities, in nats. Selections keep NaN: `x > 0 ? 0 : x`. The log-prob is that of either row.
+template <class State, class T> FA_HD T row_logprob(const State& s, T target_u, const RowTransform<T>& f) {
   if (s.s0 == T(0)) return T(NAN);
   T lp = fma(T(kLn2), f.bits(target_u, s.m), -log(s.s0));
   return lp > T(0) ? T(0) : lp;
@@ -81,6 +138,16 @@ template <class T> FA_HD T row_mean_logit(const RowState<T>& s, T vocab, const R
 }
 template <class T> FA_HD T row_is_top1(const RowState<T>& s, int64_t label) { return s.s0 != s.s0 ? s.s0 : T(s.top == label); }
 
+// Identical rows have t = tr = 0 and s0 = r.s0 to the bit, hence exactly 0. +inf where one row has mass and the other one has none.
+template <class T> FA_HD T row_kl_policy_ref(const RowState<T>& s, const RefState<T>& r) {
+  T v = fma(T(kLn2), r.t / s.s0, -log(s.s0 / r.s0));
+  return v < T(0) ? T(0) : v;
+}
+template <class T> FA_HD T row_kl_ref_policy(const RowState<T>& s, const RefState<T>& r) {
+  T v = fma(T(-kLn2), r.tr / r.s0, log(s.s0 / r.s0));
+  return v < T(0) ? T(0) : v;
+}
+
 template <class T> FA_HD void store_state(const RowState<T>& s, bool valid, T* out) {
   out[kColM] = s.m;
   out[kColS0] = s.s0;
@@ -90,20 +157,43 @@ template <class T> FA_HD void store_state(const RowState<T>& s, bool valid, T* o
   out[kColUmax] = s.umax;
   out[kColTop] = T(s.top);
   out[kColValid] = T(valid);
-  for (int i = kColValid + 1; i < kStateWidth; ++i) out[i] = T(0);
+  for (int i = kColRefM; i < kStateWidth; ++i) out[i] = T(0);
 }
 template <class T> FA_HD RowState<T> load_state(const T* in) {
   return {in[kColM], in[kColS0], in[kColS1], in[kColS2], in[kColSz], in[kColUmax], int32_t(in[kColTop])};
 }
+template <class T> FA_HD void store_ref(const RefState<T>& r, T* out) {
+  out[kColRefM] = r.m;
+  out[kColRefS0] = r.s0;
+  out[kColT] = r.t;
+  out[kColTr] = r.tr;
+}
+template <class T> FA_HD RefState<T> load_ref(const T* in) { return {in[kColRefM], in[kColRefS0], in[kColT], in[kColTr]}; }
 
-// The coefficient contract (design.md section 1), logits-only part:
-//   dL/dz_v = p_v (A + B log p_v) + sum_k g_k 1[v = y_k],   dL/dx_v = dL/dz_v * slope(u_v)
-// from the upstream gradients of logprob (sum over the K targets), entropy and logsumexp. B = 0 switches the log off: p log p is 0 at p = 0.
+// The coefficient contract (one backward kernel for every loss):
+//   dL/dz_v = p_v (A + B log p_v + C (log(p_v / q_v) - KL(p || q))) + D (p_v - q_v) + sum_k g_k 1[v = y_k],   dL/dx_v = dL/dz_v * slope(u_v)
+// from the upstream gradients of logprob (sum over the K targets), entropy, logsumexp, and C, D of the two KLs. A term without mass is 0.
 template <class T> struct RowCoefficients { T a, b; };
 template <class T> FA_HD RowCoefficients<T> row_coefficients(const RowState<T>& s, T g_logprob_sum, T g_entropy, T g_logsumexp) {
   T a = g_logsumexp - g_logprob_sum;
   if (g_entropy != T(0)) a -= g_entropy * row_entropy(s);
   return {a, -g_entropy};
+}
+
+// The two KL terms, for an element with e = 2^d, er = 2^dr:  e c (d - dr - mean) + k (e - ratio er).  For identical rows both are exactly 0.
+// An element whose logit is -inf gets 0, and so does e c (...) where e = 0.
+template <class T> struct KlCoefficients { T c, mean, k, ratio; };
+template <class T> FA_HD KlCoefficients<T> kl_coefficients(const RowState<T>& s, const RefState<T>& r, T g_kl_policy_ref,
+                                                           T g_kl_ref_policy) {
+  return {g_kl_policy_ref * T(kLn2) / s.s0, r.t / s.s0, g_kl_ref_policy / s.s0, s.s0 / r.s0};
+}
+
+// Whether the row has a gradient; if not it is NaN throughout. Without mass or with NaN it has none; with an upstream gradient of a KL, neither
+// where the reference row is so, nor where KL(p || q) itself is infinite. (That of an infinite KL(q || p) is p - q as ever.)
+template <class T> FA_HD bool has_gradient(const RowState<T>& s) { return s.s0 > T(0); }
+template <class T> FA_HD bool has_gradient(const RowState<T>& s, const RefState<T>& r, T g_kl_policy_ref, T g_kl_ref_policy) {
+  const bool with_kl = g_kl_policy_ref != T(0) || g_kl_ref_policy != T(0);
+  return s.s0 > T(0) && (!with_kl || r.s0 > T(0)) && (g_kl_policy_ref == T(0) || is_finite(r.t));
 }
 
 }  // namespace fastalign

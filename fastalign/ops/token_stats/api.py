@@ -14,8 +14,14 @@ from fastalign.checks import check_device, check_number, check_same_device, chec
 from fastalign.registry import Op, row_dtypes, standard_kernels
 
 # Bits of the op's `outputs` argument, in the order of its results; the same numbers stand in csrc/math/row_state.h (RowOutput).
-OUTPUT_BITS = {"logprob": 1, "entropy": 2, "logsumexp": 4, "log_sum_sq_probs": 8, "mean_logit": 16, "is_top1": 32}
-NEED_LABELS = ("logprob", "is_top1")
+OUTPUT_BITS = {
+    "logprob": 1, "entropy": 2, "logsumexp": 4, "log_sum_sq_probs": 8, "mean_logit": 16, "is_top1": 32, "ref_logprob": 64,
+    "kl_policy_ref": 128, "kl_ref_policy": 256,
+}  # fmt: skip
+NEED_LABELS = ("logprob", "is_top1", "ref_logprob")
+NEED_REF = ("ref_logprob", "kl_policy_ref", "kl_ref_policy")
+PER_LABEL = ("logprob", "ref_logprob")
+DIFFERENTIABLE = ("logprob", "entropy", "logsumexp", "kl_policy_ref", "kl_ref_policy")
 STATE_WIDTH = 12
 LOG2E = 1.4426950408889634
 MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32
@@ -47,43 +53,54 @@ class RowOptions(NamedTuple):
     ignore_index: int
 
 
-_FWD_SCHEMA = (
-    "(Tensor logits, Tensor? labels, Tensor? mask, Tensor? temperature_tensor, float factor, float cap_scale, float temperature,"
-    " int ignore_index, int outputs, int vocab_start, int vocab_total, Tensor? state_in, Tensor? target_in)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_RESULTS = ", ".join(["Tensor"] * (len(OUTPUT_BITS) + 2))
+_ROWS = (
+    "Tensor{alias} logits, Tensor? labels, Tensor? mask, Tensor? temperature_tensor, float factor, float cap_scale, float temperature,"
+    " int ignore_index"
 )
-# logits [..., V]; labels [rows, K] int64; mask [rows] bool; temperature_tensor 0-dim in the accumulation dtype;
-# state_in [rows, STATE_WIDTH] and target_in [rows, K] of the vocabulary shards before this one. Results: the six outputs in the order of
-# OUTPUT_BITS (logprob [rows, K], the others [rows]; empty(0) if not asked for), state [rows, STATE_WIDTH], target [rows, K]
-# (raw logit of each label, after tanh if capped; -inf while its shard has not come; empty(0) without labels).
+_FWD_SCHEMA = (
+    f"({_ROWS.format(alias='')}, int outputs, int vocab_start, int vocab_total, Tensor? state_in, Tensor? target_in, Tensor? ref_logits=None)"
+    f" -> ({_RESULTS})"
+)
+# logits [..., V]; labels [rows, K] int64; mask [rows] bool; temperature_tensor 0-dim in the accumulation dtype; ref_logits of logits' shape and
+# dtype, strides of its own; state_in and target_in: the last two results of the vocabulary shards before this one. Results: the outputs in the
+# order of OUTPUT_BITS (PER_LABEL [rows, K], the others [rows]; empty(0) if not asked for), state [rows, STATE_WIDTH], target [rows, K], with
+# ref_logits [2, rows, K] for policy and reference (raw logit of each label, after tanh if capped; -inf while its shard has not come; empty(0)
+# without labels).
+
+
+def forward_shapes(logits, labels, outputs, ref_logits=None):
+    """Shapes of the results of token_stats_fwd, all in the accumulation dtype."""
+    rows = math.prod(logits.shape[:-1])
+    targets = (0,) if labels is None else (rows, labels.shape[1])
+    asked = [(targets if name in PER_LABEL else (rows,)) if outputs & bit else (0,) for name, bit in OUTPUT_BITS.items()]
+    return [*asked, (rows, STATE_WIDTH), targets if labels is None or ref_logits is None else (2, *targets)]
 
 
 def _fwd_fake(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
-              state_in, target_in):  # fmt: skip
-    rows = math.prod(logits.shape[:-1])
+              state_in, target_in, ref_logits=None):  # fmt: skip
     acc = ffi.acc_dtype(logits.dtype)
-    none = (0,)
-    targets = none if labels is None else tuple(labels.shape)
-    shapes = [targets if name == "logprob" else (rows,) for name in OUTPUT_BITS]
-    results = [logits.new_empty(s if outputs & bit else none, dtype=acc) for s, bit in zip(shapes, OUTPUT_BITS.values())]
-    return (*results, logits.new_empty((rows, STATE_WIDTH), dtype=acc), logits.new_empty(targets, dtype=acc))
+    return tuple(logits.new_empty(shape, dtype=acc) for shape in forward_shapes(logits, labels, outputs, ref_logits))
 
 
 _BWD_SCHEMA = (
-    "(Tensor{alias} logits, Tensor? labels, Tensor? mask, Tensor? temperature_tensor, float factor, float cap_scale, float temperature,"
-    " int ignore_index, int vocab_start, int vocab_total, Tensor state, Tensor? g_logprob, Tensor? g_entropy, Tensor? g_logsumexp) -> {result}"
+    f"({_ROWS}, int vocab_start, int vocab_total, Tensor state, Tensor? g_logprob, Tensor? g_entropy, Tensor? g_logsumexp,"
+    " Tensor? ref_logits=None, Tensor? g_kl_policy_ref=None, Tensor? g_kl_ref_policy=None) -> {result}"
 )
-# g_logprob [rows, K], g_entropy and g_logsumexp [rows], in the accumulation dtype. The plain op returns d loss / d logits (logits' shape and
-# dtype, contiguous); the one with an underscore writes it over the logits.
+# g_logprob [rows, K], the other upstream gradients [rows], in the accumulation dtype; ref_logits belongs to the gradients of the KLs. The plain op
+# returns d loss / d logits (logits' shape and dtype, contiguous); the one with an underscore writes it over the logits.
 
 
 def _check_values(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, *rest):
     """Values that cannot be checked without reading tensors: temperature > 0, labels of unmasked rows inside the vocabulary."""
+    check_values(logits, labels, mask, temperature_tensor, ignore_index, vocab_total=rest[2])
+
+
+def check_values(logits, labels, mask, temperature_tensor, ignore_index, vocab_total):
     if temperature_tensor is not None and not float(temperature_tensor) > 0:
         raise ValueError(f"temperature must be positive, got {float(temperature_tensor)}")
     if labels is None or labels.numel() == 0:
         return
-    vocab_total = rest[2]
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_total))
     if mask is not None:
         wrong &= mask.unsqueeze(-1)
@@ -110,24 +127,27 @@ class TokenStatsFunction(torch.autograd.Function):
     """Forward streams the rows once and keeps the row states; backward streams them once more."""
 
     @staticmethod
-    def forward(ctx, logits, labels, mask, temperature_tensor, options: RowOptions, outputs: int, inplace: bool):
+    def forward(ctx, logits, ref_logits, labels, mask, temperature_tensor, options: RowOptions, outputs: int, inplace: bool):
         vocab = logits.shape[-1]
-        *results, state, _ = token_stats_fwd(logits, labels, mask, temperature_tensor, *options, outputs, 0, vocab, None, None)
-        ctx.save_for_backward(logits, labels, mask, temperature_tensor, state)
+        *results, state, _ = token_stats_fwd(logits, labels, mask, temperature_tensor, *options, outputs, 0, vocab, None, None, ref_logits)
+        ctx.save_for_backward(logits, ref_logits, labels, mask, temperature_tensor, state)
         ctx.options, ctx.inplace = options, inplace
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*results[3:])
+        ctx.mark_non_differentiable(*(r for name, r in zip(OUTPUT_BITS, results) if name not in DIFFERENTIABLE))
         return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_logprob, g_entropy, g_logsumexp, *_):
-        none = (None,) * 6
+    def backward(ctx, *grads):
+        none = (None,) * 7
         if not ctx.needs_input_grad[0]:
             return None, *none
-        logits, labels, mask, temperature_tensor, state = ctx.saved_tensors
-        grads = [None if g is None or g.numel() == 0 else g.contiguous() for g in (g_logprob, g_entropy, g_logsumexp)]
-        args = (logits, labels, mask, temperature_tensor, *ctx.options, 0, logits.shape[-1], state, *grads)
+        logits, ref_logits, labels, mask, temperature_tensor, state = ctx.saved_tensors
+        upstream = {n: None if g is None or g.numel() == 0 else g.contiguous() for n, g in zip(OUTPUT_BITS, grads)}
+        g = [upstream[name] for name in DIFFERENTIABLE]
+        args = (logits, labels, mask, temperature_tensor, *ctx.options, 0, logits.shape[-1], state, *g[:3])
+        if any(x is not None for x in g[3:]):
+            args = (*args, ref_logits, *g[3:])
         if not ctx.inplace:
             return token_stats_bwd(*args), *none
         # The buffer stops being the logits here: any other consumer that saved it must see a changed version, not changed numbers.
@@ -141,6 +161,7 @@ def token_stats(
     logits: Tensor,
     labels: Tensor | None = None,
     *,
+    ref_logits: Tensor | None = None,
     outputs: Sequence[str] = ("logprob",),
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -160,13 +181,21 @@ def token_stats(
     - mean_logit = mean over the vocabulary of z
     - is_top1 = 1.0 where the label is the first index that attains the largest logit (argmax), else 0.0
 
-    logprob, entropy and logsumexp are differentiable in `logits`; the other outputs are not.
+    and with q = softmax of `ref_logits`, transformed alike, in the same pass over both rows:
+
+    - ref_logprob = log q[label]
+    - kl_policy_ref = KL(p || q) = sum p (log p - log q), exact over the vocabulary, never negative, 0 for identical rows
+    - kl_ref_policy = KL(q || p) = sum q (log q - log p), likewise (the sequence KL of TDPO, arXiv 2404.11999)
+
+    logprob, entropy, logsumexp and both KLs are differentiable in `logits`, the other outputs are not; nothing is in `ref_logits`.
 
     Args:
         logits: (..., V), fp32, bf16 or fp16 (fp64 on the reference and CPU backends); last dim contiguous, any leading dims and strides.
         labels: (...) or, for the log-probs of K tokens per row, (..., K); integers. Row t is scored against labels[t]. Needed by logprob and is_top1.
             A label equal to `ignore_index` masks its row (with K labels: that entry; the row when all are ignored).
-        outputs: names from the list above.
+        ref_logits: logits of the reference model, of the shape, dtype and device of `logits`, strides of its own. A constant: no gradient
+            flows into it. Needed by ref_logprob, kl_policy_ref and kl_ref_policy; not read for the others.
+        outputs: names from the lists above.
         mask: (...) bool, row-aligned; False masks the row. Masked rows give exactly 0 in every output and receive exactly 0 gradient,
             whatever they hold.
         temperature: > 0; a 0-dim tensor for schedules (no recompilation under torch.compile).
@@ -177,7 +206,8 @@ def token_stats(
 
     Returns:
         TokenStats; each output (...) (logprob: the shape of labels), fp32, or fp64 for fp64 logits. NaN or +inf logits, and rows that are
-        -inf throughout, give NaN in their own row only; single -inf logits have probability 0 and gradient 0.
+        -inf throughout, give NaN in their own row only; single -inf logits have probability 0 and gradient 0. A KL is +inf where its first
+        distribution has mass on a token that the second one gives none; the gradient of an infinite kl_policy_ref is NaN in that row.
 
     Raises:
         ValueError, TypeError: on shapes, dtypes, devices, unknown outputs, non-positive temperature, scale or cap.
@@ -190,24 +220,29 @@ def token_stats(
         raise ValueError(f"outputs={tuple(outputs)!r}: unknown or empty; legal names: {', '.join(OUTPUT_BITS)}")
     if labels is None and (need := [name for name in outputs if name in NEED_LABELS]):
         raise ValueError(f"labels is required for outputs {', '.join(need)}")
-    rows_shape, logits, labels, mask = _check_rows(logits, labels, mask, ignore_index)
+    if ref_logits is None and (need := [name for name in outputs if name in NEED_REF]):
+        raise ValueError(f"ref_logits is required for outputs {', '.join(need)}")
+    ref_logits = None if ref_logits is None else check_ref(ref_logits, logits)
+    rows_shape, logits, labels, mask = check_rows(logits, labels, mask)
     if "is_top1" in outputs and labels.dim() == 2 and labels.shape[1] != 1:
         raise ValueError("is_top1 needs one label per row; labels has a trailing dim of several")
-    options, temperature_tensor = _row_options(logits, temperature, logit_scale, softcap, ignore_index)
+    options, temperature_tensor = row_options(logits, temperature, logit_scale, softcap, ignore_index)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward:
-        _check_inplace(logits)
+        check_inplace(logits, "inplace_backward")
     bits = 0
     for name in outputs:
         bits |= OUTPUT_BITS[name]
-    results = TokenStatsFunction.apply(logits, labels, mask, temperature_tensor, options, bits, inplace_backward)
+    if not any(name in NEED_REF for name in outputs):
+        ref_logits = None
+    results = TokenStatsFunction.apply(logits, ref_logits, labels, mask, temperature_tensor, options, bits, inplace_backward)
     label_shape = rows_shape if labels is None or labels.shape[-1] == 1 and labels.numel() == math.prod(rows_shape) else None
     named: dict[str, Any] = {}
     for name, value in zip(OUTPUT_BITS, results):
         if name not in outputs:
             continue
         shape = rows_shape
-        if name == "logprob" and label_shape is None:
+        if name in PER_LABEL and label_shape is None:
             shape = (*rows_shape, labels.shape[-1])
         named[name] = value.view(shape)
     return TokenStats(**named)
@@ -248,7 +283,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     return token_stats(logits, outputs=("entropy",)).entropy
 
 
-def _check_rows(logits, labels, mask, ignore_index):
+def check_rows(logits, labels, mask):
     """Validate and bring into the op's shapes: logits with a collapsible layout, labels [rows, K] int64, mask [rows] bool."""
     if not isinstance(logits, Tensor) or logits.dim() < 1:
         raise TypeError("logits must be a tensor of shape (..., V)")
@@ -280,7 +315,17 @@ def _check_rows(logits, labels, mask, ignore_index):
     return rows_shape, logits, labels, mask
 
 
-def _row_options(logits, temperature, logit_scale, softcap, ignore_index):
+def check_ref(ref_logits, logits):
+    """Validate; returns it detached and with a collapsible layout."""
+    check_shape("ref_logits", ref_logits, tuple(logits.shape))
+    if ref_logits.dtype != logits.dtype:
+        raise TypeError(f"ref_logits is {ref_logits.dtype} but logits is {logits.dtype}; they must have the same dtype")
+    check_same_device("ref_logits", ref_logits, "logits", logits)
+    ref_logits = ref_logits.detach()
+    return ref_logits.contiguous() if ffi.row_layout(ref_logits) is None else ref_logits
+
+
+def row_options(logits, temperature, logit_scale, softcap, ignore_index):
     """(RowOptions, temperature as a 0-dim tensor or None)."""
     check_number("logit_scale", logit_scale, above=0.0)
     if softcap is not None:
@@ -299,15 +344,13 @@ def _row_options(logits, temperature, logit_scale, softcap, ignore_index):
     return RowOptions(LOG2E * softcap, logit_scale / softcap, float(temperature), ignore_index), tensor
 
 
-def _check_inplace(logits):
+def check_inplace(logits, name):
     """Overwriting is only safe for a temporary of the graph that owns its memory."""
     owner = logits._base if logits._is_view() else logits
     if owner.requires_grad and owner.is_leaf:
-        raise ValueError("inplace_backward=True would overwrite a leaf tensor; pass the output of a layer, or leave it False")
+        raise ValueError(f"{name}=True would overwrite a leaf tensor; pass the output of a layer, or leave it False")
     if _self_overlapping(logits):
-        raise ValueError(
-            "inplace_backward=True needs logits whose rows do not share memory (expanded or overlapping views cannot be written)"
-        )
+        raise ValueError(f"{name}=True needs logits whose rows do not share memory (expanded or overlapping views cannot be written)")
 
 
 def _self_overlapping(tensor):

@@ -7,6 +7,7 @@ import math
 import torch
 
 from fastalign import ffi
+from fastalign.ops.token_stats.api import OUTPUT_BITS, PER_LABEL
 
 LN2 = math.log(2.0)
 
@@ -39,8 +40,14 @@ def _bits(u, umax, c):
     return (u - peak.unsqueeze(-1)) * c
 
 
+def _cross_bits(u, m, c):
+    """fma(u, c, -m) as the kernels form it (in fp64 rounded twice); where the row has no mass (m = -inf) counted from 0."""
+    peak = torch.where(torch.isneginf(m), torch.zeros_like(m), m)
+    return (u.double() * c.double() - peak.double().unsqueeze(-1)).to(u.dtype)
+
+
 def merge_states(a, b):
-    """The monoid on states [rows, STATE_WIDTH]: the twin of `merge` in csrc/math/row_state.h."""
+    """The monoid on states [rows, STATE_WIDTH]: the twin of `merge` and `merge_ref` in csrc/math/row_state.h."""
     (ma, a0, a1, a2, az, ua, ta), (mb, b0, b1, b2, bz, ub, tb) = a.unbind(-1)[:7], b.unbind(-1)[:7]
     m = torch.maximum(ma, mb)
     fa, fb = (torch.where(x == m, 1.0, torch.exp2(x - m)) for x in (ma, mb))
@@ -53,7 +60,22 @@ def merge_states(a, b):
         m, a0 * fa + b0 * fb, moved(ma, a0, a1) * fa + moved(mb, b0, b1) * fb, a2 * fa * fa + b2 * fb * fb, az + bz,
         torch.where(take_b, ub, ua), torch.where(take_b, tb, ta), torch.maximum(a[:, 7], b[:, 7]),
     ]  # fmt: skip
-    return torch.cat([torch.stack(columns, -1), torch.zeros_like(a[:, len(columns) :])], -1)
+    (rma, ra0, at, atr), (rmb, rb0, bt, btr) = a.unbind(-1)[8:], b.unbind(-1)[8:]
+    rm = torch.maximum(rma, rmb)
+
+    def shift(old, new):
+        return torch.where(old == new, 0.0, old - new)
+
+    def factor(old, new):
+        return torch.where(old == new, 1.0, torch.exp2(old - new))
+
+    def cross(x, mass, by, f):
+        return torch.where(f == 0, 0.0, torch.where(mass == 0, x, x + by * mass) * f)
+
+    da, db = shift(ma, m) - shift(rma, rm), shift(mb, m) - shift(rmb, rm)
+    ga, gb = factor(rma, rm), factor(rmb, rm)
+    columns += [rm, ra0 * ga + rb0 * gb, cross(at, a0, da, fa) + cross(bt, b0, db, fb), cross(atr, ra0, da, ga) + cross(btr, rb0, db, gb)]
+    return torch.stack(columns, -1)
 
 
 def _row_states(u, c, scored, vocab_start):
@@ -66,7 +88,7 @@ def _row_states(u, c, scored, vocab_start):
     s2 = (e * e).sum(-1)
     # Move the sums from max(u) * c to its rounded value, which is what the kernels' fma(u, c, -m) counts from.
     m = umax * c
-    shift = torch.where(torch.isfinite(m), umax.double() * c.double() - m.double(), torch.zeros_like(m, dtype=torch.double)).to(u.dtype)
+    shift = _rounding(umax, c, m)
     f = torch.exp2(shift)
     columns = [m, s0 * f, (s1 + shift * s0) * f, s2 * f * f, u.sum(-1), umax, (top + vocab_start).to(u.dtype), scored.to(u.dtype)]
     # A row of -inf has no mass (and no NaN yet: another shard may bring some).
@@ -76,63 +98,104 @@ def _row_states(u, c, scored, vocab_start):
     return torch.stack([*columns, *[torch.zeros_like(m)] * 4], -1)
 
 
+def _add_reference(state, u, ref_u, c, scored):
+    """Fills the last four columns: the reference row's m and s0, and the sums over both rows."""
+    m, r0 = _row_states(ref_u, c, scored, 0).unbind(-1)[:2]
+    d, dr = _cross_bits(u, state[:, 0], c), _cross_bits(ref_u, m, c)
+    sums = [torch.where(e == 0, torch.zeros_like(e), e * (d - dr)).sum(-1) for e in (torch.exp2(d), torch.exp2(dr))]
+    return torch.cat([state[:, :8], torch.stack([m, r0, *sums], -1)], -1)
+
+
+def _local_targets(u, labels, vocab_start):
+    """Raw logit of each label that lies in this part of the vocabulary, -inf for the others."""
+    local = labels - vocab_start
+    return torch.where((local >= 0) & (local < u.shape[1]), u.gather(-1, local.clamp(0, u.shape[1] - 1)), -math.inf)
+
+
+def _is_mass(state):
+    """The columns of the state that hold a row's mass, as a mask over columns."""
+    column = torch.arange(state.shape[1], device=state.device)
+    return (column == 1) | (column == 9)
+
+
+def _rounding(umax, c, m):
+    """umax c - m: what rounding the reference point took."""
+    return torch.where(torch.isfinite(m), umax.double() * c.double() - m.double(), torch.zeros_like(m, dtype=torch.double)).to(umax.dtype)
+
+
 def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
-                    state_in, target_in):  # fmt: skip
+                    state_in, target_in, ref_logits=None):  # fmt: skip
     u = _capped(logits, cap_scale)
+    ref_u = None if ref_logits is None else _capped(ref_logits, cap_scale)
     c = _scale(u, factor, temperature, temperature_tensor)
-    rows, vocab = u.shape
+    rows = u.shape[0]
     scored = _scored_rows(rows, labels, mask, ignore_index, u.device)
     state = _row_states(u, c, scored, vocab_start)
+    if ref_u is not None:
+        state = _add_reference(state, u, ref_u, c, scored)
     if state_in is not None:
         state = merge_states(state_in, state)
     target = u.new_empty(0)
     if labels is not None:
-        local = labels - vocab_start
-        here = (local >= 0) & (local < vocab)
-        target = torch.where(here, u.gather(-1, local.clamp(0, vocab - 1)), -math.inf)
+        target = _local_targets(u, labels, vocab_start)
+        if ref_u is not None:
+            target = torch.stack([target, _local_targets(ref_u, labels, vocab_start)])
         if target_in is not None:
             target = torch.maximum(target, target_in)
         bad = ((labels != ignore_index) & ((labels < 0) | (labels >= vocab_total))).any(-1)
-        state = torch.where((bad.unsqueeze(-1)) & (torch.arange(state.shape[1], device=u.device) == 1), math.nan, state)
-    m, s0, s1, s2, sz, umax, top = state.unbind(-1)[:7]
-    log_s0 = torch.log(s0)
-    results = []
-    if outputs & 1:
-        d = (target - umax.unsqueeze(-1)) * c + (umax.double() * c.double() - m.double()).to(u.dtype).unsqueeze(-1)
-        logprob = torch.clamp(LN2 * d - log_s0.unsqueeze(-1), max=0.0)
-        results.append(_select(scored.unsqueeze(-1) & (labels != ignore_index), logprob))
-    else:
-        results.append(u.new_empty(0))
+        state = torch.where(bad.unsqueeze(-1) & _is_mass(state), math.nan, state)
+    m, s0, s1, s2, sz, umax, top, _, rm, r0, t, tr = state.unbind(-1)
+    log_s0, log_ratio = torch.log(s0), torch.log(s0 / r0)
+
+    def logprob(d, log_mass):
+        return torch.where(labels == ignore_index, 0.0, torch.clamp(LN2 * d - log_mass.unsqueeze(-1), max=0.0))
+
+    policy_target = target[0] if target.dim() == 3 else target
     finished = {
-        2: lambda: torch.clamp(log_s0 - LN2 * (s1 / s0), min=0.0),
-        4: lambda: LN2 * m + log_s0,
-        8: lambda: torch.clamp(torch.log(s2) - 2 * log_s0, max=0.0),
-        16: lambda: sz / vocab_total * (c * LN2),
-        32: lambda: torch.where(torch.isnan(s0), s0, (top == labels[:, 0]).to(u.dtype)),
+        "logprob": lambda: logprob((policy_target - umax.unsqueeze(-1)) * c + _rounding(umax, c, m).unsqueeze(-1), log_s0),
+        "entropy": lambda: torch.clamp(log_s0 - LN2 * (s1 / s0), min=0.0),
+        "logsumexp": lambda: LN2 * m + log_s0,
+        "log_sum_sq_probs": lambda: torch.clamp(torch.log(s2) - 2 * log_s0, max=0.0),
+        "mean_logit": lambda: sz / vocab_total * (c * LN2),
+        "is_top1": lambda: torch.where(torch.isnan(s0), s0, (top == labels[:, 0]).to(u.dtype)),
+        "ref_logprob": lambda: logprob(_cross_bits(target[1], rm, c), torch.log(r0)),
+        "kl_policy_ref": lambda: torch.clamp(LN2 * (t / s0) - log_ratio, min=0.0),
+        "kl_ref_policy": lambda: torch.clamp(log_ratio - LN2 * (tr / r0), min=0.0),
     }
-    for bit, value in finished.items():
-        results.append(_select(scored, value()) if outputs & bit else u.new_empty(0))
+    results = [u.new_empty(0)] * len(OUTPUT_BITS)
+    for i, (name, bit) in enumerate(OUTPUT_BITS.items()):
+        if outputs & bit:
+            results[i] = _select(scored.unsqueeze(-1) if name in PER_LABEL else scored, finished[name]())
     return (*results, state, target)
 
 
 def _gradient(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, vocab_start, vocab_total, state,
-              g_logprob, g_entropy, g_logsumexp):  # fmt: skip
+              g_logprob, g_entropy, g_logsumexp, ref_logits=None, g_kl_policy_ref=None, g_kl_ref_policy=None):  # fmt: skip
     u = _capped(logits, cap_scale)
     c = _scale(u, factor, temperature, temperature_tensor)
-    m, s0, s1, _, _, umax = state.unbind(-1)[:6]
+    m, s0, s1, _, _, umax, _, _, rm, r0, t, _ = state.unbind(-1)
     zero = torch.zeros_like(s0)
     each = None if g_logprob is None else torch.where(labels == ignore_index, torch.zeros_like(g_logprob), g_logprob)
     g_lp = zero if each is None else each.sum(-1)
     g_h = zero if g_entropy is None else g_entropy
     g_lse = zero if g_logsumexp is None else g_logsumexp
     # Same exponent as the forward: relative to max(u), moved to the rounded reference point.
-    shift = torch.where(torch.isfinite(m), umax.double() * c.double() - m.double(), torch.zeros_like(m, dtype=torch.double)).to(u.dtype)
-    log2p = _bits(u, umax, c) + (shift - torch.log2(s0)).unsqueeze(-1)
+    log2p = _bits(u, umax, c) + (_rounding(umax, c, m) - torch.log2(s0)).unsqueeze(-1)
     p = torch.exp2(log2p)
     entropy = torch.clamp(torch.log(s0) - LN2 * (s1 / s0), min=0.0)
     a = g_lse - g_lp - torch.where(g_h == 0, zero, g_h * entropy)
     p_log_p = torch.where((p == 0) | (g_h == 0).unsqueeze(-1), torch.zeros_like(p), p * log2p * LN2)
     dz = p * a.unsqueeze(-1) - p_log_p * g_h.unsqueeze(-1)
+    defined = s0 > 0
+    if ref_logits is not None:
+        g_p, g_r = (zero if g is None else g for g in (g_kl_policy_ref, g_kl_ref_policy))
+        with_kl = (g_p != 0) | (g_r != 0)
+        defined &= (~with_kl | (r0 > 0)) & ((g_p == 0) | torch.isfinite(t))
+        d, dr = _cross_bits(u, m, c), _cross_bits(_capped(ref_logits, cap_scale), rm, c)
+        e, er = torch.exp2(d), torch.exp2(dr)
+        reverse = torch.where(e == 0, torch.zeros_like(e), e * (d - dr - (t / s0).unsqueeze(-1)))
+        kl = reverse * (g_p * LN2 / s0).unsqueeze(-1) + (e - er * (s0 / r0).unsqueeze(-1)) * (g_r / s0).unsqueeze(-1)
+        dz = dz + torch.where(with_kl.unsqueeze(-1), kl, torch.zeros_like(kl))
     if each is not None:
         local = labels - vocab_start
         here = (local >= 0) & (local < u.shape[1])
@@ -143,7 +206,7 @@ def _gradient(logits, labels, mask, temperature_tensor, factor, cap_scale, tempe
     dx = dz * slope
     # -inf logits: probability 0, gradient 0 (also where the target sits on one); a row without any mass, or with NaN: NaN.
     dx = torch.where(torch.isneginf(u), torch.zeros_like(dx), dx)
-    dx = torch.where((s0 > 0).unsqueeze(-1), dx, torch.full_like(dx, math.nan))
+    dx = torch.where(defined.unsqueeze(-1), dx, torch.full_like(dx, math.nan))
     scored = _scored_rows(u.shape[0], labels, mask, ignore_index, u.device)
     return _select(scored.unsqueeze(-1), dx).to(logits.dtype).view(logits.shape)
 
@@ -154,3 +217,21 @@ def token_stats_bwd(*args):
 
 def token_stats_bwd_(logits, *rest):
     logits.copy_(_gradient(logits, *rest))
+
+
+def token_stats_fused(
+    logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, ref_logits, *upstream
+):
+    rows, vocab = (logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index), logits.shape[-1]
+    *results, state, _ = token_stats_fwd(*rows, outputs, 0, vocab, None, None, ref_logits)
+    return *results, _gradient(*rows, 0, vocab, state, *upstream[:3], ref_logits, *upstream[3:])
+
+
+def token_stats_fused_(logits, *rest):
+    *results, grad = token_stats_fused(logits, *rest)
+    logits.copy_(grad)
+    return tuple(results)
+
+
+def scale_rows_(x, scale):
+    x.copy_(x.to(scale.dtype) * scale)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from fastalign import ffi
-from fastalign.ops.token_stats.api import OUTPUT_BITS, STATE_WIDTH
+from fastalign.ops.token_stats.api import OUTPUT_BITS, STATE_WIDTH, forward_shapes
+from fastalign.registry import BackendError
 from fastalign.triton_math import LN2, div, fma, merge, narrow, rescale, row_entropy, row_log_sum_sq, row_logprob, s1_shift, tanh
 
 THREADS = 128
@@ -26,6 +27,7 @@ LABELS = tl.constexpr(32)  # labels of a row that are handled at once
 COLUMNS = tl.constexpr(STATE_WIDTH)
 # Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
 ENTROPY, EVERYTHING = tl.constexpr(1), tl.constexpr(2)
+EVERYTHING_BITS = sum(OUTPUT_BITS[name] for name in ("log_sum_sq_probs", "mean_logit", "is_top1"))
 
 
 @triton.jit
@@ -284,21 +286,18 @@ def token_stats_bwd_kernel(
 
 
 def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
-                    state_in, target_in):  # fmt: skip
+                    state_in, target_in, ref_logits=None):  # fmt: skip
+    if ref_logits is not None:
+        raise BackendError("the Triton kernels do not take reference logits yet")
     rows, vocab, device = math.prod(logits.shape[:-1]), logits.shape[-1], logits.device
     targets = 0 if labels is None else labels.shape[1]
-    results = []
-    for name, bit in OUTPUT_BITS.items():
-        shape = (rows, targets) if name == "logprob" else (rows,)
-        results.append(ffi.empty(shape if outputs & bit else (0,), ffi.acc_dtype(logits.dtype), device))
-    state = ffi.empty((rows, STATE_WIDTH), results[0].dtype, device)
-    target = ffi.empty((0,) if labels is None else (rows, targets), results[0].dtype, device)
+    *results, state, target = (ffi.empty(s, ffi.acc_dtype(logits.dtype), device) for s in forward_shapes(logits, labels, outputs))
     if rows:
         view, base, lanes = ffi.aligned(logits)
-        sums = 2 if outputs >= OUTPUT_BITS["log_sum_sq_probs"] else int(outputs & OUTPUT_BITS["entropy"] > 0)
+        sums = 2 if outputs & EVERYTHING_BITS else int(outputs & OUTPUT_BITS["entropy"] > 0)
         with ffi.triton_device(device):
             token_stats_fwd_kernel[(rows,)](
-                view, labels, mask, temperature_tensor, state_in, target_in, *results, state, target,
+                view, labels, mask, temperature_tensor, state_in, target_in, *results[:6], state, target,
                 base, *ffi.row_layout(logits)[1:], vocab, targets, ignore_index, vocab_start, vocab_total, factor, cap_scale, temperature,
                 # A thread has 16 bytes of each slice of a tile, 16 elements in all.
                 OUTPUTS=outputs, SUMS=sums, CAPPED=cap_scale != 0, LANES=lanes, SPAN=THREADS * 16 // logits.element_size(),
@@ -317,7 +316,9 @@ def _shared_lanes(logits, base, lanes, grad_base, grad_lanes):
 
 
 def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, vocab_start, vocab_total, state,
-              g_logprob, g_entropy, g_logsumexp):  # fmt: skip
+              g_logprob, g_entropy, g_logsumexp, ref_logits=None, *_):  # fmt: skip
+    if ref_logits is not None:
+        raise BackendError("the Triton kernels do not take reference logits yet")
     if logits.numel() == 0:
         return
     rows, vocab, device = math.prod(logits.shape[:-1]), logits.shape[-1], logits.device
@@ -345,3 +346,10 @@ def token_stats_bwd(logits, *rest):
 
 def token_stats_bwd_(logits, *rest):
     _backward(logits, logits, *rest)
+
+
+def token_stats_fused(*args):
+    raise BackendError("the Triton kernels do not take reference logits yet")
+
+
+token_stats_fused_ = scale_rows_ = token_stats_fused
