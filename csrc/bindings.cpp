@@ -120,6 +120,8 @@ PYBIND11_MODULE(FA_MODULE, m) {
 #ifdef FA_WITH_CUDA
   m.def("set_cluster_size", &cuda::set_cluster_size,
         "blocks per row of token_stats_fwd: 1, 2, 4 or 8; 0 restores the choice by row length");
+  m.def("set_gae_scheme", &cuda::set_gae_scheme,
+        "1: a block per sequence; 2: a block per tile; 0 restores the choice by tokens and sequences");
 #endif
 #ifdef FA_EMU
   m.def("_emu_set_seed", [](unsigned seed) { emu::machine.seed = seed; }, "another seed, another interleaving of the emulated threads");
@@ -186,6 +188,14 @@ PYBIND11_MODULE(FA_MODULE, m) {
                              sequences, pairs, ptr<int32_t>(pair_index), ptr<uint8_t>(mask), ptr<void>(weights), dtype, scalars.data(),
                              switches.data(), ptr<void>(sums), ptr<void>(table), ptr<void>(grad_logprobs), ptr<void>(grad_kl)};
     FA_DISPATCH(preference_bwd);
+  });
+  m.def("gae_fwd", [](int device, uintptr_t stream, uintptr_t rewards, uintptr_t values, uintptr_t cu_seqlens, int64_t tokens, int64_t sequences,
+                      int dtype, uintptr_t mask, uintptr_t bootstrap, uintptr_t gamma_ptr, uintptr_t lam_ptr, double gamma, double lam,
+                      uintptr_t advantages, uintptr_t returns, uintptr_t moments, uintptr_t workspace, uintptr_t counter) {
+    GaeArgs a{ptr<void>(rewards), ptr<void>(values), ptr<int32_t>(cu_seqlens), tokens, sequences, dtype, ptr<uint8_t>(mask),
+              ptr<void>(bootstrap), ptr<void>(gamma_ptr), ptr<void>(lam_ptr), gamma, lam, ptr<void>(advantages), ptr<void>(returns),
+              ptr<void>(moments), ptr<void>(workspace), ptr<uint32_t>(counter)};
+    FA_DISPATCH(gae_fwd);
   });
   // clang-format on
 }

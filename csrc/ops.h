@@ -129,6 +129,24 @@ struct PreferenceBackwardArgs {
   void *grad_logprobs, *grad_kl;             // [tokens]; grad_kl may be null
 };
 
+// Tokens that one CUDA block scans at a time; a tile never crosses a sequence's bounds.
+constexpr int64_t kGaeTile = 1024;
+
+struct GaeArgs {
+  const void *rewards, *values;         // [tokens]
+  const int32_t* cu_seqlens;            // [sequences + 1]
+  int64_t tokens, sequences;
+  int dtype;                            // kFloat32 or kFloat64, of every floating tensor here but the workspace
+  const uint8_t* mask;                  // [tokens] or null
+  const void* bootstrap;                // [sequences], the value beyond each sequence's last token; or null: 0
+  const void *gamma_ptr, *lam_ptr;      // one element each, or null: `gamma`, `lam`
+  double gamma, lam;
+  void *advantages, *returns;           // [tokens]
+  void* moments;                        // [3]: count, mean and m2 of the scored advantages
+  void* workspace;                      // [5 * (tokens / kGaeTile + sequences)], double on the CPU and float on CUDA
+  uint32_t* counter;                    // as in PreferenceArgs
+};
+
 // FA_OPS(X): one line per op; X(name, argument struct). Declarations, bindings and the emulator all expand this list.
 #define FA_OPS(X)                                      \
   X(token_stats_fwd, TokenStatsArgs)                   \
@@ -139,7 +157,8 @@ struct PreferenceBackwardArgs {
   X(sequence_sum_bwd, SequenceSumBackwardArgs)         \
   X(kl_estimate_fwd, KlEstimateArgs)                   \
   X(preference_fwd, PreferenceArgs)                    \
-  X(preference_bwd, PreferenceBackwardArgs)
+  X(preference_bwd, PreferenceBackwardArgs)            \
+  X(gae_fwd, GaeArgs)
 
 namespace cpu {
 #define FA_DECLARE(name, args) void name(const args& a);
@@ -151,6 +170,8 @@ namespace cuda {
 FA_OPS(FA_DECLARE)
 #undef FA_DECLARE
 void set_cluster_size(int size);  // blocks per row of token_stats_fwd: 1, 2, 4, 8, or 0 for the choice by row length; for tests and tuning
+void set_gae_scheme(
+    int scheme);  // 1: a block per sequence, 2: a block per tile, 0: the choice by tokens and sequences; for tests and tuning
 }  // namespace cuda
 
 }  // namespace fastalign

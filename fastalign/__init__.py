@@ -8,6 +8,7 @@ from fastalign import ffi as _ffi
 from fastalign import losses, policy_losses
 from fastalign.distributed import global_denominator
 from fastalign.list_preset import ListPreset
+from fastalign.ops.gae.api import GAE, gae
 from fastalign.ops.kl_estimate.api import kl_estimate
 from fastalign.ops.listwise.api import listwise_loss, listwise_loss_from_sums
 from fastalign.ops.listwise.output import ListwiseOutput

@@ -205,4 +205,5 @@ _PUBLIC = {
     "preference_loss_from_sums": "preference_fwd",
     "listwise_loss": "listwise_fwd",
     "listwise_loss_from_sums": "listwise_fwd",
+    "gae": "gae_fwd",
 }

@@ -184,6 +184,46 @@ def sequence_bounds(cu_seqlens, i, tokens):
     return begin, tl.minimum(tl.maximum(tl.load(cu_seqlens + i + 1), begin), tokens)
 
 
+# --- affine.h, moments.h ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def compose(inner_a, inner_b, outer_a, outer_b):
+    """The map outer(inner(x)) of x -> a x + b; in the order of a forward scan, which has the inner one first."""
+    return inner_a * outer_a, fma(outer_a, inner_b, outer_b)
+
+
+@triton.jit
+def gae_map(reward, value, gamma, lam):
+    return gamma * lam, fma(lam, reward, (1.0 - lam) * value)
+
+
+@triton.jit
+def push_moments(x, counted, count, shift, total, square):
+    """Adds x, where it is counted, to the sums of each lane."""
+    shift = tl.where(counted & (count == 0), x, shift)
+    d = tl.where(counted, x - shift, 0.0)
+    return count + tl.where(counted, 1.0, 0.0), shift, total + d, square + d * d
+
+
+@triton.jit
+def lane_moments(count, shift, total, square):
+    """Count, mean and m2 of each lane's sums."""
+    mean = div(total, at_least_one(count))
+    m2 = square - mean * total
+    return count, shift + mean, tl.where(m2 < 0, 0.0, m2)
+
+
+@triton.jit
+def moved_m2(count, mean, m2, new_mean):
+    return m2 + count * (mean - new_mean) * (mean - new_mean)
+
+
+@triton.jit
+def at_least_one(x):
+    return tl.where(x > 0, x, 1.0)
+
+
 # --- pair.h -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -323,8 +363,3 @@ def evaluate_pair(
     d_kl_l = tl.where(with_kl, -omega * dh * beta * kl_rejected, 0.0)
     reward_w, reward_l = beta * (a_w + tl.where(with_kl, kl_w, 0.0)), beta_l * (a_l + tl.where(with_kl, kl_l, 0.0))
     return omega * loss, div(omega * slope_w, norm_w), div(omega * slope_l, norm_l), d_kl_w, d_kl_l, reward_w, reward_l, h
-
-
-@triton.jit
-def at_least_one(x):
-    return tl.where(x > 0, x, 1.0)

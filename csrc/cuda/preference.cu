@@ -66,19 +66,6 @@ __device__ void side_sums(const PreferenceArgs& a, const PairParams<float>& p, i
   if (!own.ok) out[kSumLength] = 1;  // the pair must count, or its NaN would be dropped as an empty pair
 }
 
-// True in all threads of the block that arrives last; what the others wrote before is then visible to it.
-__device__ bool last_block(uint32_t* counter, unsigned* flag) {
-  if (threadIdx.x == 0) {
-    __threadfence();
-    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!*flag) return false;
-  __threadfence();
-  if (threadIdx.x == 0) *counter = 0;  // for the next launch
-  return true;
-}
-
 // Sums to table, pair losses and loss, by one block. The pairs are evaluated twice: the normalisers count the valid ones first.
 __device__ void write_table(const PreferenceArgs& a, const PairParams<float>& p, float* shared) {
   const float* sums = static_cast<const float*>(a.sums);

@@ -1,4 +1,4 @@
-// Packed sequences: where one lies, the rank of a token among the scored ones, sums over a block.
+// Packed sequences: where one lies, the rank of a token among the scored ones, sums over a block, the last block of a grid.
 #pragma once
 #include "cuda/launch.h"
 
@@ -52,6 +52,20 @@ template <int N> __device__ void sum_block(float (&x)[N], float* partial) {
     x[i] = sum;
   }
   __syncthreads();   // the caller may use `partial` again
+}
+
+// True in all threads of the block that arrives last; what the others wrote before is then visible to it. `counter` is 0 between launches,
+// `flag` a word of shared memory.
+__device__ inline bool last_block(uint32_t* counter, unsigned* flag) {
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!*flag) return false;
+  __threadfence();
+  if (threadIdx.x == 0) *counter = 0;  // for the next launch
+  return true;
 }
 
 }  // namespace cuda

@@ -14,6 +14,10 @@ template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned distance,
   const unsigned lane = ::emu::machine.current->linear % 32, from = lane + distance < 32 ? lane + distance : lane;
   return ::emu::from_word<T>(::emu::machine.meet_warp("__shfl_down_sync", mask, ::emu::to_word(value), from, true, site));
 }
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned distance, ::emu::Site site = ::emu::Site()) {
+  const unsigned lane = ::emu::machine.current->linear % 32, from = lane >= distance ? lane - distance : lane;
+  return ::emu::from_word<T>(::emu::machine.meet_warp("__shfl_up_sync", mask, ::emu::to_word(value), from, true, site));
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate, ::emu::Site site = ::emu::Site()) {
   return unsigned(::emu::machine.meet_warp("__ballot_sync", mask, predicate != 0, 0, false, site));
 }

@@ -203,7 +203,7 @@ MISSING = {
         8,
     ),
     "the barrier before the last block is known": (
-        "preference.cu",
+        "sequence.cuh",
         (
             "    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }\n  __syncthreads();",
             "    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }",

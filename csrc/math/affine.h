@@ -1,0 +1,39 @@
+// Generalised advantage estimation as one scan of affine maps, against time. Twin: fastalign/triton_math.py; ops/gae/reference.py has the
+// textbook form, which is
+//   delta_t = r_t + gamma V_next - V_t,    A_t = delta_t + gamma lam A_next,    R_t = A_t + V_t.
+// With X_t = lam R_t + (1 - lam) V_t, what the token before t bootstraps from, it becomes
+//   R_t = r_t + gamma X_next,    A_t = R_t - V_t,    X_t = gamma lam X_next + (lam r_t + (1 - lam) V_t):
+// one affine map per token, where the textbook carries two numbers. An unscored token is the identity; beyond a sequence's last token X is
+// its bootstrap value. With lam = 1 no value enters X, so nothing has to cancel.
+#pragma once
+#include "math/scalar.h"
+
+namespace fastalign {
+
+// x y + z, rounded once on a GPU, so that every kernel there rounds alike. On the CPU the fused form may be a function call.
+template <class T> FA_HD T multiply_add(T x, T y, T z) {
+#ifdef __CUDA_ARCH__
+  return fma(x, y, z);
+#else
+  return x * y + z;
+#endif
+}
+
+template <class T> struct Affine {
+  T a, b;
+  static FA_HD Affine identity() { return {T(1), T(0)}; }
+  FA_HD T operator()(T x) const { return multiply_add(a, x, b); }
+};
+
+// outer(inner(x)): the monoid. Not commutative; `inner` belongs to the later tokens.
+template <class T> FA_HD Affine<T> compose(const Affine<T>& outer, const Affine<T>& inner) {
+  return {outer.a * inner.a, multiply_add(outer.a, inner.b, outer.b)};
+}
+
+template <class T> struct GaeStep {
+  T gamma, lam;
+  FA_HD Affine<T> map(T reward, T value) const { return {gamma * lam, multiply_add(lam, reward, (T(1) - lam) * value)}; }
+  FA_HD T returns(T reward, T x_next) const { return multiply_add(gamma, x_next, reward); }
+};
+
+}  // namespace fastalign

@@ -1,0 +1,34 @@
+// Count, mean and centred sum of squares (m2 = sum of (x - mean)^2), and how parts of them merge. Twin: fastalign/triton_math.py.
+#pragma once
+#include "math/scalar.h"
+
+namespace fastalign {
+
+template <class T> struct Moments { T count, mean, m2; };
+
+// Values pushed one by one, as sums of x - shift with the first value as the shift: since that is one of the values, the sum of squares is at
+// most count + 1 times m2, and equal values give 0 exactly.
+template <class T> struct MomentSums {
+  T count = 0, shift = 0, sum = 0, square = 0;
+  FA_HD void push(T x) {
+    if (count == T(0)) shift = x;
+    const T d = x - shift;
+    count += T(1);
+    sum += d;
+    square += d * d;
+  }
+  FA_HD Moments<T> moments() const {
+    if (count == T(0)) return {T(0), T(0), T(0)};
+    const T m2 = square - sum / count * sum;
+    return {count, shift + sum / count, m2 < T(0) ? T(0) : m2};
+  }
+};
+
+// Parts merge in two sweeps (Chan, Golub, LeVeque 1979, for any number of parts): mean = sum of count mean / sum of count, then
+// m2 = sum of moved_m2(part, mean). An empty part holds zeros; no parts at all have mean 0.
+template <class T> FA_HD T merged_mean(T count, T weighted) { return count == T(0) ? T(0) : weighted / count; }
+template <class T> FA_HD T moved_m2(const Moments<T>& part, T mean) {
+  return part.m2 + part.count * (part.mean - mean) * (part.mean - mean);
+}
+
+}  // namespace fastalign
