@@ -1,7 +1,7 @@
-"""Reference trainer: preference training of Hugging Face causal LMs with fastalign's public operations.
+"""Reference trainer: alignment of Hugging Face causal LMs with fastalign's public operations.
 
-    from fastalign.train import TrainConfig, train_dpo
-    result = train_dpo(TrainConfig(model="my-model", data="pairs.jsonl", output="out", loss="dpo", loss_options={"beta": 0.1}))
+    from fastalign.train import TrainConfig, train
+    result = train("dpo", TrainConfig(model="my-model", data="pairs.jsonl", output="out", loss="simpo", loss_options={"beta": 2.0}))
 
 Needs transformers (`pip install fastalign[train]`), which is imported when one of the names below is first used.
 """
@@ -12,17 +12,20 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "RunConfig": "config",
     "TrainConfig": "config",
     "UserError": "errors",
     "DataError": "errors",
     "TrainingError": "errors",
-    "train_dpo": "dpo",
-    "PreferenceMethod": "dpo",
+    "train": "offline",
+    "train_dpo": "offline",
+    "PreferenceMethod": "methods.dpo",
     "TrainResult": "loop",
     "PackedCausalLM": "model",
     "load_model": "model",
     "load_tokenizer": "model",
-    "TokenPair": "tokenise",
+    "TokenExample": "tokenise",
+    "token_pair": "tokenise",
     "plain_template": "tokenise",
 }
 __all__ = list(_HOME)

@@ -1,6 +1,7 @@
 """Checkpoints that survive an interruption, and the rules for what may be written where.
 
-    OUTPUT/checkpoints/step-00000100/    a model directory (loadable by itself) plus trainer.pt: optimizer, random state, settings
+    OUTPUT/checkpoints/step-00000100/    a model directory (loadable by itself) plus trainer.pt: optimizer, random state, settings, and
+                                         what the method remembers
 
 A checkpoint is written into "step-...tmp" and renamed when complete, so a directory named step-00000100 is always whole.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastalign.train.config import FREE_ON_RESUME, TrainConfig, flag_of
+from fastalign.train.config import FREE_ON_RESUME, RunConfig, flag_of
 from fastalign.train.errors import UserError
 
 # What a run leaves in its output directory besides the model; --overwrite removes these.
@@ -40,7 +41,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(temporary, path)
 
 
-def check_output(config: TrainConfig) -> Path:
+def check_output(config: RunConfig) -> Path:
     """The output directory, if it is a place to write without destroying anything that --resume or --overwrite does not name."""
     output = config.output_dir()
     if config.model is not None and output == Path(config.model).expanduser().resolve():
@@ -118,17 +119,19 @@ def load_state(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume: the checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
-def settings(config: TrainConfig) -> dict[str, Any]:
+def settings(config: RunConfig) -> dict[str, Any]:
     """The settings that determine the numbers of a run."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_ON_RESUME}
 
 
-def check_same_run(state: dict[str, Any], config: TrainConfig, data: str) -> None:
+def check_same_run(state: dict[str, Any], config: RunConfig, method: str, data: str) -> None:
     """Refuse to resume a run with other settings or other data: its result would belong to neither."""
+    if state["method"] != method:
+        raise UserError(f"--resume: the run was started as 'fastalign train {state['method']}', not {method}")
     saved, now = state["settings"], settings(config)
     differing = [name for name in now if saved.get(name) != now[name]]
     if differing:
-        changes = "; ".join(f"{flag_of(name)} was {saved.get(name)}, is {now[name]}" for name in differing)
+        changes = "; ".join(f"{flag_of(name, type(config))} was {saved.get(name)}, is {now[name]}" for name in differing)
         raise UserError(f"--resume: the run was started with other settings: {changes}")
     if state["data"] != data:
         raise UserError("--resume: the data or its tokenisation has changed since the run was started")

@@ -1,29 +1,42 @@
-"""`fastalign train METHOD`: flags to `TrainConfig`, errors to one line and an exit code."""
+"""`fastalign train METHOD`: flags to a configuration, errors to one line and an exit code."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastalign.console import Parser
-from fastalign.train import config
+from fastalign.train.config import RunConfig, TrainConfig, add_arguments, from_arguments
 from fastalign.train.errors import TrainingError, UserError
+from fastalign.train.methods import METHODS as OFFLINE
 
-# name -> (one line of help, "module:function" that takes a TrainConfig). Imported when used: --help answers without loading transformers.
-METHODS = {"dpo": ("direct preference optimisation and its variants (--loss)", "fastalign.train.dpo:train_dpo")}
+
+class Command(NamedTuple):
+    """A method on the command line. `home`: "module:function" that takes (method, config), imported when used: --help answers without
+    loading transformers. `settings`: those of the configuration class `config` that the method has, besides the common ones."""
+
+    summary: str
+    home: str
+    config: type[RunConfig]
+    settings: tuple[str, ...]
+
+
+COMMANDS = {name: Command(entry.summary, "fastalign.train.offline:train", TrainConfig, entry.settings) for name, entry in OFFLINE.items()}
 
 
 def main(argv: list[str]) -> int:
     """0: done; 1: training broke off; 2: the user's mistake, before training; 130: interrupted."""
     parser = Parser(prog="fastalign train", description="Train a Hugging Face causal LM.")
     commands = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
-    for name, (summary, _) in METHODS.items():
-        config.add_arguments(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
+    for name, command in COMMANDS.items():
+        own = commands.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
+        add_arguments(own, command.config, command.settings)
     arguments = parser.parse_args(argv)
+    command = COMMANDS[arguments.method]
     try:
-        _load(arguments.method)(config.from_arguments(arguments))
+        _load(command)(arguments.method, from_arguments(arguments, command.config))
     except UserError as error:
         return _fail(error, 2)
     except TrainingError as error:
@@ -33,14 +46,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _load(method: str) -> Callable[[config.TrainConfig], Any]:
+def _load(command: Command) -> Callable[[str, RunConfig], Any]:
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"fastalign train needs transformers and tokenizers: pip install 'fastalign[train]' ({error})") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    module, function = METHODS[method][1].split(":")
+    module, function = command.home.split(":")
     return getattr(importlib.import_module(module), function)
 
 

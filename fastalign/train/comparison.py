@@ -16,12 +16,14 @@ from torch import Tensor
 
 import fastalign
 from fastalign.train.config import TrainConfig
-from fastalign.train.data import Schedule, pack_pairs
-from fastalign.train.dpo import PreferenceMethod, resolve_loss
-from fastalign.train.loop import Split, accumulate, clip_gradients
+from fastalign.train.data import Schedule, pack_examples
+from fastalign.train.methods.base import Split
+from fastalign.train.methods.dpo import PreferenceMethod
 from fastalign.train.model import PackedCausalLM
+from fastalign.train.offline import accumulate
+from fastalign.train.optimise import clip_gradients
 from fastalign.train.reference import LiveReference
-from fastalign.train.tokenise import TokenPair
+from fastalign.train.tokenise import TokenExample
 
 
 def plain_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -71,8 +73,8 @@ PATHS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
 }
 
 
-def time_steps(model: torch.nn.Module, pairs: Sequence[TokenPair], config: TrainConfig, *, steps: int = 16) -> dict[str, Any]:
-    """Whole optimizer steps (policy and live reference forward, backward, clipping, AdamW) by the parts that `train_dpo` is made of, on both
+def time_steps(model: torch.nn.Module, pairs: Sequence[TokenExample], config: TrainConfig, *, steps: int = 16) -> dict[str, Any]:
+    """Whole optimizer steps (policy and live reference forward, backward, clipping, AdamW) by the parts that the trainer is made of, on both
     paths: same start, data and settings, step by step in turns.
 
     `model` is copied. The first two steps warm up. Returns the median milliseconds per step of each path, the median of the ratios of
@@ -94,14 +96,11 @@ def time_steps(model: torch.nn.Module, pairs: Sequence[TokenPair], config: Train
 class _Run:
     """A copy of the model being trained on one of the paths."""
 
-    def __init__(self, model: torch.nn.Module, pairs: Sequence[TokenPair], config: TrainConfig, logprob_fn: Any, loss_fn: Any):
-        def token_stats(logits: Tensor, labels: Tensor) -> SimpleNamespace:
-            # No token metrics on either side: they are free in the fused pass and dear in the plain one.
-            return SimpleNamespace(logprob=logprob_fn(logits, labels), entropy=None, mean_logit=None, is_top1=None)
-
+    def __init__(self, model: torch.nn.Module, pairs: Sequence[TokenExample], config: TrainConfig, logprob_fn: Any, loss_fn: Any):
         self.lm = PackedCausalLM(copy.deepcopy(model).requires_grad_(True))
-        self.split = Split(pairs, LiveReference(self.lm.frozen_copy(), token_stats))
-        self.method = PreferenceMethod(resolve_loss(config), token_stats, loss_fn, config.tokens_per_batch)
+        # No token metrics on either side: they are free in the fused pass and dear in the plain one.
+        self.method = PreferenceMethod(dataclasses.replace(config, token_metrics=False), logprob_fn=logprob_fn, loss_fn=loss_fn)
+        self.split = Split(pairs, LiveReference(self.lm.frozen_copy(), self.method.token_stats))
         self.optimizer = torch.optim.AdamW(self.lm.model.parameters(), lr=config.learning_rate)
         self.max_grad_norm = config.max_grad_norm
 
@@ -119,9 +118,9 @@ def _medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in times.items()} | {"ratio": statistics.median(ratios)}
 
 
-def time_head_of(model: torch.nn.Module, pairs: Sequence[TokenPair], config: TrainConfig, *, rounds: int = 15) -> dict[str, Any]:
+def time_head_of(model: torch.nn.Module, pairs: Sequence[TokenExample], config: TrainConfig, *, rounds: int = 15) -> dict[str, Any]:
     """The loss head alone on a batch of the run: log-probs of the model's own logits, preference loss, and back to d loss / d logits."""
-    (batch, *_) = pack_pairs(pairs, range(config.batch_size), 1 << 30)
+    (batch, *_) = pack_examples(pairs, range(config.batch_size), 1 << 30)
     lm = PackedCausalLM(model)
     try:
         with torch.no_grad():

@@ -1,4 +1,7 @@
-"""Every setting of a training run, and the command-line flags generated from them."""
+"""The settings of a training run, and the command-line flags generated from them.
+
+`RunConfig` holds what every trainer has; a family of methods adds its own settings in a subclass (`TrainConfig`: the methods that learn
+from a fixed data file). A method that does not have one of its class's settings refuses a value for it (`check_settings`)."""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import ast
 import dataclasses
 import math
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from fastalign.train.errors import UserError
 
 
-def _setting(default: Any, doc: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None, metavar: str | None = None) -> Any:
+def setting(default: Any, doc: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None, metavar: str | None = None) -> Any:
     """A dataclass field with its one line of documentation (`--help` shows it) and how its flag is spelled."""
     metadata = {"doc": doc, "choices": choices, "flag": flag, "metavar": metavar}
     if isinstance(default, dict):
@@ -22,76 +26,65 @@ def _setting(default: Any, doc: str, *, choices: tuple[str, ...] | None = None, 
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one run. A "pair" is one example: a prompt with a chosen and a rejected completion."""
+class RunConfig:
+    """Settings that every trainer has. An "example" is one line of the data: a pair, a response, a list of responses, a prompt."""
 
     # What is trained on what
-    model: str | None = _setting(None, "directory of a Hugging Face causal LM: config, weights, tokenizer", metavar="DIR")
-    data: str | None = _setting(None, "training pairs, one JSON object per line, in TRL's preference formats", metavar="FILE")
-    output: str | None = _setting(None, "directory that receives the model, metrics and checkpoints", metavar="DIR")
-    ref_model: str | None = _setting(
-        None, "directory of the reference model; default: the weights that training starts from", metavar="DIR"
-    )
-    precompute_ref: bool = _setting(
-        False, "compute the reference log-probs once, cache them in the output directory, and free the reference model"
-    )
-    loss: str = _setting("dpo", "name of the loss; an unknown name lists the legal ones", metavar="NAME")
-    loss_options: dict[str, Any] = _setting(
-        {}, "an option of the loss, for example --set beta=0.05 (repeatable)", flag="--set", metavar="OPTION=VALUE"
-    )
+    model: str | None = setting(None, "directory of a Hugging Face causal LM: config, weights, tokenizer", metavar="DIR")
+    data: str | None = setting(None, "training data, one JSON object per line, in TRL's formats (docs/training.md)", metavar="FILE")
+    output: str | None = setting(None, "directory that receives the model, metrics and checkpoints", metavar="DIR")
 
     # Data
-    eval_data: str | None = _setting(None, "pairs to evaluate on, in the same formats", metavar="FILE")
-    eval_fraction: float = _setting(0.0, "share of the training pairs that is held out for evaluation instead")
-    max_length: int | None = _setting(None, "longest sequence in tokens (prompt + completion); default: the model's positions")
-    overlong: str = _setting(
+    eval_data: str | None = setting(None, "data to evaluate on, in the same format", metavar="FILE")
+    eval_fraction: float = setting(0.0, "share of the training examples that is held out for evaluation instead")
+    max_length: int | None = setting(None, "longest sequence in tokens (prompt + completion); default: the model's positions")
+    overlong: str = setting(
         "error",
-        "what to do with a pair that exceeds --max-length or --tokens-per-batch: stop, leave it out, "
+        "what to do with an example that exceeds --max-length or --tokens-per-batch: stop, leave it out, "
         "cut the start of its prompt, or cut the end of its completions (the last two leave out "
-        "pairs that cannot be cut to fit)",
+        "examples that cannot be cut to fit)",
         choices=("error", "drop", "truncate_prompt", "truncate_completion"),
     )
 
     # Steps
-    batch_size: int = _setting(32, "pairs per optimizer step")
-    tokens_per_batch: int = _setting(
+    batch_size: int = setting(32, "examples per optimizer step")
+    tokens_per_batch: int = setting(
         8192, "token budget of one forward pass; a step is split into as many passes as it needs, and the split does not change its result"
     )
-    epochs: int = _setting(1, "passes over the training pairs")
-    max_steps: int | None = _setting(None, "number of optimizer steps, in place of --epochs")
-    learning_rate: float = _setting(1e-6, "peak learning rate of AdamW")
-    warmup_ratio: float = _setting(0.1, "share of the steps over which the learning rate rises; afterwards it falls as a cosine to 0")
-    weight_decay: float = _setting(0.0, "weight decay of AdamW, on matrices only")
-    max_grad_norm: float = _setting(1.0, "gradients are scaled down to this global norm; 0: no clipping")
-    seed: int = _setting(0, "seed of the data order and of the evaluation split")
+    epochs: int = setting(1, "passes over the training examples")
+    max_steps: int | None = setting(None, "number of optimizer steps, in place of --epochs")
+    learning_rate: float = setting(1e-6, "peak learning rate of AdamW")
+    warmup_ratio: float = setting(0.1, "share of the steps over which the learning rate rises; afterwards it falls as a cosine to 0")
+    weight_decay: float = setting(0.0, "weight decay of AdamW, on matrices only")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0: no clipping")
+    seed: int = setting(0, "seed of the data order and of the evaluation split")
 
     # Machine
-    dtype: str = _setting(
+    dtype: str = setting(
         "float32",
         "precision of the forward pass; weights, gradients and optimizer are float32 either way, since "
         "updates of a typical size vanish in bfloat16 weights",
         choices=("float32", "bfloat16"),
     )
-    attention: str = _setting(
+    attention: str = setting(
         "auto",
         "attention implementation; packed: sdpa per sequence, sdpa and eager: one mask over the whole "
         "pack, auto: the first of flash_attention_2 (where installed), packed, sdpa, eager that "
         "keeps packed sequences apart",
         choices=("auto", "packed", "sdpa", "eager", "flash_attention_2"),
     )
-    device: str = _setting("auto", "torch device; auto: cuda if there is one, else cpu")
-    trust_remote_code: bool = _setting(False, "run Python code that the model directory brings along")
+    device: str = setting("auto", "torch device; auto: cuda if there is one, else cpu")
+    trust_remote_code: bool = setting(False, "run Python code that the model directory brings along")
 
     # Output
-    token_metrics: bool = _setting(True, "also log entropy, mean logits and token accuracy; they come out of the same pass over the logits")
-    log_every: int = _setting(10, "steps between lines on the console; metrics.jsonl has every step")
-    eval_every: int = _setting(0, "steps between evaluations; 0: only before the first and after the last step")
-    save_every: int = _setting(0, "steps between checkpoints; 0: none")
-    keep_checkpoints: int = _setting(2, "how many of the newest checkpoints are kept")
-    resume: bool = _setting(False, "go on from the newest checkpoint in the output directory")
-    overwrite: bool = _setting(False, "start afresh in an output directory that holds an earlier run, whose files are removed")
-    tensorboard: bool = _setting(True, "write TensorBoard events where tensorboard is installed")
-    progress: bool = _setting(True, "show a progress bar on a terminal")
+    log_every: int = setting(10, "steps between lines on the console; metrics.jsonl has every step")
+    eval_every: int = setting(0, "steps between evaluations; 0: only before the first and after the last step")
+    save_every: int = setting(0, "steps between checkpoints; 0: none")
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept")
+    resume: bool = setting(False, "go on from the newest checkpoint in the output directory")
+    overwrite: bool = setting(False, "start afresh in an output directory that holds an earlier run, whose files are removed")
+    tensorboard: bool = setting(True, "write TensorBoard events where tensorboard is installed")
+    progress: bool = setting(True, "show a progress bar on a terminal")
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "tokens_per_batch", "epochs", "max_steps", "max_length", "log_every", "keep_checkpoints", "learning_rate")
@@ -111,10 +104,10 @@ class TrainConfig:
             raise UserError("--eval-data and --eval-fraction exclude each other")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other")
-        for setting in dataclasses.fields(self):
-            choices = setting.metadata["choices"]
-            if choices and getattr(self, setting.name) not in choices:
-                raise UserError(f"{flag_of(setting.name)} is '{getattr(self, setting.name)}'; legal: {', '.join(choices)}")
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            if choices and getattr(self, field.name) not in choices:
+                raise UserError(f"{flag_of(field.name, type(self))} is '{getattr(self, field.name)}'; legal: {', '.join(choices)}")
 
     def output_dir(self) -> Path:
         """The output directory as an absolute path, symbolic links resolved."""
@@ -123,49 +116,82 @@ class TrainConfig:
         return Path(self.output).expanduser().resolve()
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Settings of the methods that learn from a fixed data file."""
+
+    ref_model: str | None = setting(None, "directory of the reference model; default: the weights that training starts from", metavar="DIR")
+    precompute_ref: bool = setting(
+        False, "compute the reference log-probs once, cache them in the output directory, and free the reference model"
+    )
+    loss: str | None = setting(None, "name of the loss; default: the method's own; an unknown name lists the legal ones", metavar="NAME")
+    loss_options: dict[str, Any] = setting(
+        {}, "an option of the loss, for example --set beta=0.05 (repeatable)", flag="--set", metavar="OPTION=VALUE"
+    )
+    token_metrics: bool = setting(True, "also log entropy, mean logits and token accuracy; they come out of the same pass over the logits")
+
+
 # Settings that may differ between a run and its continuation: none of them changes a number that training produces.
 FREE_ON_RESUME = frozenset(
     {"resume", "overwrite", "output", "log_every", "save_every", "keep_checkpoints", "tensorboard", "progress", "trust_remote_code"}
 )
 
 
-def flag_of(name: str) -> str:
+def flag_of(name: str, kind: type[RunConfig] = TrainConfig) -> str:
     """`tokens_per_batch` -> `--tokens-per-batch`."""
-    setting = TrainConfig.__dataclass_fields__[name]
-    return setting.metadata["flag"] or "--" + name.replace("_", "-")
+    return kind.__dataclass_fields__[name].metadata["flag"] or "--" + name.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the parser one flag for every field of `TrainConfig`."""
-    types = typing.get_type_hints(TrainConfig)
-    for setting in dataclasses.fields(TrainConfig):
-        options: dict[str, Any] = {"dest": setting.name, "help": setting.metadata["doc"].replace("%", "%%"), "default": argparse.SUPPRESS}
-        kind = types[setting.name]
-        kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind) if type(None) in typing.get_args(kind) else kind
-        if kind is bool:
+def common_settings() -> tuple[str, ...]:
+    """The names that every method has."""
+    return tuple(field.name for field in dataclasses.fields(RunConfig))
+
+
+def check_settings(config: RunConfig, names: Collection[str], method: str) -> None:
+    """Refuse a setting that was given although the method has none of this name: it would be ignored. `names`: those it has besides the
+    common ones."""
+    for field in dataclasses.fields(config):
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        if field.name not in (*common_settings(), *names) and getattr(config, field.name) != default:
+            own = ", ".join(flag_of(name, type(config)) for name in names) or "none"
+            raise UserError(f"{method} has no setting {flag_of(field.name, type(config))}; beside the common ones it has: {own}")
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: type[RunConfig], names: Collection[str]) -> None:
+    """Give the parser a flag for every setting of `kind`. Those outside `names` and the common ones stay out of --help; that they are
+    refused with a reason is the work of `check_settings`."""
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        options: dict[str, Any] = {"dest": field.name, "help": field.metadata["doc"].replace("%", "%%"), "default": argparse.SUPPRESS}
+        hint = types[field.name]
+        hint = next((k for k in typing.get_args(hint) if k is not type(None)), hint) if type(None) in typing.get_args(hint) else hint
+        if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif setting.name == "loss_options":
-            options.update(action="append", metavar=setting.metadata["metavar"])
+        elif field.default is dataclasses.MISSING:  # a dict: OPTION=VALUE, repeatable
+            options.update(action="append", metavar=field.metadata["metavar"])
         else:
-            options.update(type=kind, metavar=setting.metadata["metavar"], choices=setting.metadata["choices"])
-            if setting.default is not None:
-                options["help"] += f" (default: {setting.default})"
-        parser.add_argument(flag_of(setting.name), **options)
+            options.update(type=hint, metavar=field.metadata["metavar"], choices=field.metadata["choices"])
+            if field.default is not None:
+                options["help"] += f" (default: {field.default})"
+        if field.name not in (*common_settings(), *names):
+            options["help"] = argparse.SUPPRESS
+        parser.add_argument(flag_of(field.name, kind), **options)
 
 
-def from_arguments(arguments: argparse.Namespace) -> TrainConfig:
-    """The `TrainConfig` of a parsed command line."""
-    names = {setting.name for setting in dataclasses.fields(TrainConfig)}
-    values = {name: value for name, value in vars(arguments).items() if name in names}
-    values["loss_options"] = dict(map(_parse_option, values.get("loss_options", [])))
-    return TrainConfig(**values)
+def from_arguments(arguments: argparse.Namespace, kind: type[RunConfig]) -> RunConfig:
+    """The `kind` of configuration that a parsed command line gives."""
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind) if hasattr(arguments, field.name)}
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name in values:  # options as OPTION=VALUE, collected
+            values[field.name] = dict(_parse_option(flag_of(field.name, kind), text) for text in values[field.name])
+    return kind(**values)
 
 
-def _parse_option(text: str) -> tuple[str, Any]:
+def _parse_option(flag: str, text: str) -> tuple[str, Any]:
     """`beta=0.1` -> ("beta", 0.1). A value that is no Python literal is a word: `sft_norm=seq_mean`."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise UserError(f"--set {text}: expected OPTION=VALUE")
+        raise UserError(f"{flag} {text}: expected OPTION=VALUE")
     try:
         return name.strip(), ast.literal_eval(value.strip())
     except (ValueError, SyntaxError):

@@ -1,4 +1,4 @@
-"""The pairs of a run: read, tokenised, split into training and evaluation, ordered, and grouped into packs."""
+"""The examples of a run: read, tokenised, split into training and evaluation, ordered, and grouped into packs."""
 
 from __future__ import annotations
 
@@ -10,53 +10,55 @@ from typing import Any, NamedTuple
 import torch
 
 import fastalign
-from fastalign.train.config import TrainConfig
+from fastalign.train.config import RunConfig
 from fastalign.train.errors import UserError
-from fastalign.train.formats import read_jsonl
-from fastalign.train.tokenise import TokenPair, tokenise
+from fastalign.train.formats import Format, read_jsonl
+from fastalign.train.tokenise import TokenExample, tokenise
 
 
-class PairBatch(NamedTuple):
-    """One forward pass: which pairs of the split, and their sequences packed as chosen, rejected, chosen, rejected, ..."""
+class Batch(NamedTuple):
+    """One forward pass: which examples of the split, and their sequences packed example by example (a pair: chosen, rejected)."""
 
-    pairs: list[int]
+    members: list[int]
     packed: Any
 
 
-def load_pairs(
-    config: TrainConfig,
+def load_examples(
+    config: RunConfig,
+    form: Format,
     tokenizer: Any,
     positions: int | None,
     examples: Iterable[Any] | None = None,
     eval_examples: Iterable[Any] | None = None,
-) -> tuple[list[TokenPair], list[TokenPair]]:
-    """(training pairs, evaluation pairs). `examples` and `eval_examples` stand in for the files; what was cut or dropped is printed."""
+) -> tuple[list[TokenExample], list[TokenExample]]:
+    """(training examples, evaluation examples). `examples` and `eval_examples` stand in for the files; what was cut or dropped is printed."""
     if positions is not None and (config.max_length or 0) > positions:
         raise UserError(f"--max-length {config.max_length} exceeds the model's {positions} positions")
 
-    def load(name: str, path: str | None, rows: Iterable[Any] | None) -> list[TokenPair]:
+    def load(name: str, path: str | None, rows: Iterable[Any] | None) -> list[TokenExample]:
         if rows is not None and path is not None:
             raise UserError(f"the {name} examples are given both in memory and as the file {path}")
         source = "in memory" if rows is not None else path
         if source is None:
-            raise UserError("--data is missing: it names the file with the training pairs")
+            raise UserError("--data is missing: it names the file with the training data")
         numbered = read_jsonl(path) if rows is None else ((f"{name} example {i}", row) for i, row in enumerate(rows))
-        pairs, report = tokenise(
+        kept, report = tokenise(
             numbered,
             tokenizer,
+            form,
             budget=config.tokens_per_batch,
             max_length=config.max_length or positions,
             overlong=config.overlong,
             progress=config.progress,
         )
-        if not pairs:
+        if not kept:
             raise UserError(
-                f"no pair to train on: {source} is empty"
+                f"no {form.noun} to train on: {source} is empty"
                 if not report.dropped
-                else f"no pair to train on: all {report.dropped} in {source} are over-long"
+                else f"no {form.noun} to train on: all {report.dropped} in {source} are over-long"
             )
         print(f"{name} data: {report} ({source})")
-        return pairs
+        return kept
 
     train = load("training", config.data, examples)
     if eval_examples is not None or config.eval_data is not None:
@@ -66,7 +68,7 @@ def load_pairs(
     held_out = round(len(train) * config.eval_fraction)
     if config.eval_fraction and not 0 < held_out < len(train):
         raise UserError(
-            f"--eval-fraction {config.eval_fraction} of {len(train)} pairs leaves {held_out} for evaluation "
+            f"--eval-fraction {config.eval_fraction} of {len(train)} {form.noun}s leaves {held_out} for evaluation "
             f"and {len(train) - held_out} for training"
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -74,49 +76,49 @@ def load_pairs(
 
 
 class Schedule:
-    """Which pairs each optimizer step sees. A function of the step alone, so that a resumed run needs no other state."""
+    """Which examples each optimizer step sees. A function of the step alone, so that a resumed run needs no other state."""
 
-    def __init__(self, pairs: int, config: TrainConfig):
-        self.pairs, self.batch_size, self.seed = pairs, config.batch_size, config.seed
-        self.steps_per_epoch = math.ceil(pairs / config.batch_size)
+    def __init__(self, examples: int, config: RunConfig):
+        self.examples, self.batch_size, self.seed = examples, config.batch_size, config.seed
+        self.steps_per_epoch = math.ceil(examples / config.batch_size)
         self.steps = config.max_steps or config.epochs * self.steps_per_epoch
         self._epoch, self._order = -1, []
 
     def indices(self, step: int) -> list[int]:
-        """The pairs of step 0, 1, ...: a fresh permutation in every epoch, the last step of an epoch takes what is left."""
+        """The examples of step 0, 1, ...: a fresh permutation in every epoch, the last step of an epoch takes what is left."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.pairs, generator=generator).tolist()
+            self._epoch, self._order = epoch, torch.randperm(self.examples, generator=generator).tolist()
         return self._order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
-def pack_pairs(pairs: Sequence[TokenPair], indices: Iterable[int], budget: int) -> list[PairBatch]:
-    """Group the pairs into as few packs of at most `budget` tokens as first-fit decreasing finds. A pair is never split."""
-    groups: list[tuple[int, list[int]]] = []  # (tokens used, pairs)
-    for i in sorted(indices, key=lambda i: (-pairs[i].tokens(), i)):
-        tokens = pairs[i].tokens()
+def pack_examples(examples: Sequence[TokenExample], indices: Iterable[int], budget: int) -> list[Batch]:
+    """Group the examples into as few packs of at most `budget` tokens as first-fit decreasing finds. An example is never split."""
+    groups: list[tuple[int, list[int]]] = []  # (tokens used, examples)
+    for i in sorted(indices, key=lambda i: (-examples[i].tokens(), i)):
+        tokens = examples[i].tokens()
         place = next((g for g, (used, _) in enumerate(groups) if used + tokens <= budget), None)
         if place is None:
             groups.append((tokens, [i]))
         else:
             groups[place] = (groups[place][0] + tokens, groups[place][1] + [i])
-    return [_pack([pairs[i] for i in members], members) for _, members in groups]
+    return [Batch(members, _pack([examples[i] for i in members])) for _, members in groups]
 
 
-def _pack(pairs: list[TokenPair], members: list[int]) -> PairBatch:
-    sides = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
-    return PairBatch(
-        members,
-        fastalign.pack([torch.cat(side) for side in sides], masks=[[False] * len(prompt) + [True] * len(side) for prompt, side in sides]),
-    )
+def _pack(examples: list[TokenExample]) -> fastalign.PackedBatch:
+    """Every completion after its prompt, end to end; the completions' tokens are scored."""
+    sequences = [(example.prompt, completion) for example in examples for completion in example.completions]
+    masks = [[False] * len(prompt) + [True] * len(completion) for prompt, completion in sequences]
+    return fastalign.pack([torch.cat(parts) for parts in sequences], masks=masks)
 
 
-def fingerprint(pairs: Iterable[TokenPair]) -> str:
-    """Hash of the token ids and boundaries: any change of data, tokenizer, template or truncation changes it."""
+def fingerprint(examples: Iterable[TokenExample]) -> str:
+    """Hash of token ids, boundaries and numbers: any change of data, tokenizer, template or truncation changes it."""
     digest = hashlib.blake2b(digest_size=16)
-    for pair in pairs:
-        for part in pair:
+    for example in examples:
+        for part in (example.prompt, *example.completions):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part.numpy().tobytes())
+        digest.update(repr(sorted(example.values.items())).encode())
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """`fastalign demo`: from random weights through SFT to DPO on a task whose true reward is known, in under three minutes on two cores.
 
-Nothing is downloaded. The task, model and tokenizer are those of `fastalign.train.sandbox`; training is `fastalign.train.train_dpo`."""
+Nothing is downloaded. The task, model and tokenizer are those of `fastalign.train.sandbox`; training is `fastalign.train.train`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     """The whole demonstration. Returns what metrics.json holds."""
     from fastalign.train import comparison, sandbox
     from fastalign.train.config import TrainConfig
-    from fastalign.train.dpo import train_dpo
+    from fastalign.train.offline import train_dpo
 
     clock = _Clock()
     seeds = [1000 * seed + i for i in range(8)]  # one for each use of chance
@@ -168,7 +168,7 @@ def judge_policy(policy: Any, reference: Any, tokenizer: Any, prompts: list[str]
     from fastalign.train import sandbox
 
     samples = sandbox.generate(policy, tokenizer, prompts, seed=seed)
-    sides = [[sandbox.Sample(pair.prompt.tolist(), side.tolist(), "") for side in pair[1:]] for pair in pairs]
+    sides = [[sandbox.Sample(pair.prompt.tolist(), side.tolist(), "") for side in pair.completions] for pair in pairs]
     flat = [sample for both in sides for sample in both]
     logps, ref_logps = (torch.stack([s.sum() for s in sandbox.score_samples(m, flat)]).view(-1, 2) for m in (policy, reference))
     rewards = BETA * (logps - ref_logps)

@@ -1,8 +1,8 @@
-"""TRL's preference formats, read from JSON Lines and brought into one shape.
+"""TRL's data formats, read from JSON Lines and brought into one shape: a prompt and its completions.
 
-    standard          {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
-    conversational    {"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
-    implicit prompt   either of the two without "prompt": chosen and rejected begin with it
+    preference, standard          {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
+    preference, conversational    {"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
+    preference, implicit prompt   either of the two without "prompt": chosen and rejected begin with it
 
 An implicit prompt is what both sides share: the longest common run of messages, or the longest common text, less the space that
 would end it. A conversational pair may carry its prompt as text as well (UltraFeedback does); the messages decide then. Other
@@ -11,8 +11,9 @@ columns are left alone, except those that would change the prompt (`tools`, `ima
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,33 @@ from fastalign.train.errors import DataError, UserError
 Text = str
 Messages = list[dict[str, Any]]
 
+_SIDES = ("chosen", "rejected")
 _UNSUPPORTED = ("tools", "images", "image", "videos", "audio", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, slots=True)
-class Preference:
-    """One pair with an explicit prompt: three texts, or three lists of messages. `source` says where it came from."""
+class Texts:
+    """One example with an explicit prompt: texts, or lists of messages. `source` says where it came from; `fields` names each
+    completion's place in the line, for error messages; `values` holds the example's numbers (labels, scores, weights)."""
 
     source: str
     prompt: Text | Messages
-    chosen: Text | Messages
-    rejected: Text | Messages
+    completions: tuple[Text | Messages, ...]
+    fields: tuple[str, ...]
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def conversational(self) -> bool:
         return isinstance(self.prompt, list)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data format: what an example is called, and how a line becomes one."""
+
+    name: str
+    noun: str
+    parse: Callable[[str, Any], Texts]
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -58,34 +71,38 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"cannot read the data file {path}: {error.strerror}") from None
 
 
-def parse_preference(source: str, row: Any) -> Preference:
+def parse_preference(source: str, row: Any) -> Texts:
     """Check one row and make its prompt explicit. Raises `DataError` naming the source and the field at fault."""
-    if not isinstance(row, dict):
-        raise DataError(source, None, f"expected a JSON object, got {_kind(row)}")
-    for field in _UNSUPPORTED:
-        if row.get(field):
-            raise DataError(source, field, "not supported: the prompt would not be the one that was judged")
-    for field in ("chosen", "rejected"):
-        if field not in row:
-            raise DataError(source, field, f"missing (the line has: {', '.join(map(str, row)) or 'nothing'})")
+    _check_row(source, row, ("chosen", "rejected"))
     if isinstance(row["chosen"], list) or isinstance(row["rejected"], list):
         return _conversational(source, row)
     return _standard(source, row)
 
 
-def _standard(source: str, row: dict[str, Any]) -> Preference:
+def _check_row(source: str, row: Any, required: tuple[str, ...]) -> None:
+    if not isinstance(row, dict):
+        raise DataError(source, None, f"expected a JSON object, got {_kind(row)}")
+    for field in _UNSUPPORTED:
+        if row.get(field):
+            raise DataError(source, field, "not supported: the prompt would not be the one that was judged")
+    for field in required:
+        if field not in row:
+            raise DataError(source, field, f"missing (the line has: {', '.join(map(str, row)) or 'nothing'})")
+
+
+def _standard(source: str, row: dict[str, Any]) -> Texts:
     chosen, rejected = _text(source, "chosen", row["chosen"]), _text(source, "rejected", row["rejected"])
     if row.get("prompt") is not None:
-        return Preference(source, _text(source, "prompt", row["prompt"]), chosen, rejected)
+        return Texts(source, _text(source, "prompt", row["prompt"]), (chosen, rejected), _SIDES)
     shared = common_prefix(chosen, rejected)
     if chosen[shared - 1 : shared] == " ":  # a word and the space before it belong together
         shared -= 1
     if not shared:
         raise DataError(source, "prompt", "missing, and chosen and rejected share no beginning that could be the prompt")
-    return Preference(source, chosen[:shared], chosen[shared:], rejected[shared:])
+    return Texts(source, chosen[:shared], (chosen[shared:], rejected[shared:]), _SIDES)
 
 
-def _conversational(source: str, row: dict[str, Any]) -> Preference:
+def _conversational(source: str, row: dict[str, Any]) -> Texts:
     chosen, rejected = _messages(source, "chosen", row["chosen"]), _messages(source, "rejected", row["rejected"])
     prompt = row.get("prompt")
     if isinstance(prompt, list):
@@ -102,18 +119,23 @@ def _conversational(source: str, row: dict[str, Any]) -> Preference:
         if prompt is not None and not any(prompt in message["content"] for message in chosen[:shared]):
             raise DataError(source, "prompt", "differs from the messages that chosen and rejected share")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if prompt[-1]["role"] == "assistant":
-        raise DataError(source, "prompt", "ends with an assistant turn; the completion must be a turn of its own")
-    for field, completion in (("chosen", chosen), ("rejected", rejected)):
+    return _check_roles(Texts(source, prompt, (chosen, rejected), _SIDES))
+
+
+def _check_roles(texts: Texts) -> Texts:
+    """The example, if its prompt leaves the turn to the assistant and its completions are the assistant's."""
+    if texts.prompt[-1]["role"] == "assistant":
+        raise DataError(texts.source, "prompt", "ends with an assistant turn; the completion must be a turn of its own")
+    for field, completion in zip(texts.fields, texts.completions):
         roles = {message["role"] for message in completion}
         if roles != {"assistant"}:
             raise DataError(
-                source,
+                texts.source,
                 field,
                 "must hold assistant turns only after the prompt, since all of it is trained on; "
                 f"it has: {', '.join(sorted(roles)) or 'no message'}",
             )
-    return Preference(source, prompt, chosen, rejected)
+    return texts
 
 
 def _text(source: str, field: str, value: Any) -> str:
@@ -151,3 +173,6 @@ def common_prefix(a: Any, b: Any) -> int:
 def _kind(value: Any) -> str:
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+PREFERENCE = Format("preference", "pair", parse_preference)

@@ -1,46 +1,51 @@
-"""The training loop. A method supplies batches and losses; everything else about a run is here, and nothing about any loss."""
+"""The training loop: steps, records, evaluations, checkpoints, resumption. What a step is, a `Task` says; nothing here knows of any loss."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import fastalign
 from fastalign.train import checkpoint
 from fastalign.train import model as models
-from fastalign.train.config import TrainConfig
-from fastalign.train.data import Schedule
-from fastalign.train.errors import TrainingError
-from fastalign.train.metrics import Metrics, MetricSums, RunLog
+from fastalign.train.config import RunConfig
+from fastalign.train.metrics import RunLog
+from fastalign.train.optimise import Optimizer
 
 
-@dataclass
-class Split:
-    """Examples to train or evaluate on, and where their reference log-probs come from (None: the loss needs none)."""
+class Task(Protocol):
+    """What a run does: learning from a data file (`fastalign.train.offline`), or from the policy's own samples."""
 
-    examples: Sequence[Any]
-    reference: Callable[[Any, Any], torch.Tensor] | None = None
+    method: str  # its name on the command line
+    data: str  # hash of the data; a run is resumed with the same only
+    steps: int
+    steps_per_epoch: float
+    evaluates: bool  # whether there is anything to evaluate on
 
+    def describe(self) -> str:
+        """One line about what is about to happen."""
 
-class Method(Protocol):
-    """What the loop needs to know of a method. A batch is anything with a `fastalign.PackedBatch` as `.packed`."""
+    def modules(self) -> Mapping[str, torch.nn.Module]:
+        """What is trained and saved besides the model (a value head): name -> module, saved as NAME.safetensors beside the model."""
 
-    def batches(self, split: Split, indices: Sequence[int]) -> list[Any]:
-        """The chosen examples as packed batches, one forward pass each."""
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that a resumed run needs."""
 
-    def denominators(self, split: Split, batches: Sequence[Any]) -> dict[str, int]:
-        """What the loss divides by, counted over all of these batches."""
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def loss(self, lm: models.PackedCausalLM, split: Split, batch: Any, **denominators: int) -> tuple[torch.Tensor, Metrics]:
-        """This batch's part of the loss, and its metrics."""
+    def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
+        """Do step 0, 1, ...: (its metrics with the learning rate, tokens seen)."""
+
+    def evaluate(self) -> dict[str, float]:
+        """The metrics of an evaluation, "loss" among them, without prefix."""
 
 
 @dataclass
@@ -55,54 +60,44 @@ class TrainResult:
 
 @dataclass
 class Run:
-    """Everything that one run is made of. `data` identifies the data; `callback` gets every record."""
+    """Everything that one run is made of. `callback` gets every record."""
 
-    config: TrainConfig
+    config: RunConfig
     output: Path
-    lm: models.PackedCausalLM
+    lm: models.PackedModel
     tokenizer: Any
-    method: Method
-    train: Split
-    evaluation: Split
-    data: str
+    task: Task
     callback: Callable[[dict[str, Any]], None] | None = None
 
     def fit(self) -> TrainResult:
         """Train in place, log, evaluate, checkpoint, resume, and save the result in the output directory."""
-        config, schedule = self.config, Schedule(len(self.train.examples), self.config)
-        parameters = [p for p in self.lm.model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(parameters, config)
+        config, task = self.config, self.task
+        modules = [self.lm.model, *task.modules().values()]
+        optimizer = Optimizer([p for m in modules for p in m.parameters() if p.requires_grad], config, task.steps)
         first, tokens = self._resume(optimizer) if config.resume else (0, 0)
-        self._describe(schedule, first)
-        log = RunLog(self.output, config, first_step=first, total_steps=schedule.steps)
+        self._describe(first)
+        log = RunLog(self.output, config, first_step=first, total_steps=task.steps)
 
         def report(step: int, values: dict[str, Any]) -> None:
-            record = {"step": step, "epoch": step / schedule.steps_per_epoch, **values}
+            record = {"step": step, "epoch": step / task.steps_per_epoch, **values}
             log.write(record)
             if self.callback is not None:
                 self.callback(record)
 
+        def evaluate(step: int) -> None:
+            with torch.no_grad():
+                report(step, {f"eval_{name}": value for name, value in task.evaluate().items()})
+
         try:
-            if first == 0 and self.evaluation.examples:
-                report(0, self.evaluate())
-            for step in range(first, schedule.steps):
+            if first == 0 and task.evaluates:
+                evaluate(0)
+            for step in range(first, task.steps):
                 started = time.perf_counter()
-                sums, seen = accumulate(self.lm, self.method, self.train, schedule.indices(step), backward=True)
-                sums.add({"grad_norm": (clip_gradients(parameters, config.max_grad_norm), 1)})
-                metrics, tokens = sums.means(), tokens + seen  # the step's only transfer from the device
-                if not math.isfinite(metrics["grad_norm"]):
-                    raise TrainingError(
-                        f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; no update was made"
-                    )
-                rate = learning_rate(step, schedule.steps, config)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                done, seconds = step + 1, time.perf_counter() - started
-                report(done, metrics | {"learning_rate": rate, "num_tokens": tokens, "step_time": seconds})
-                if self.evaluation.examples and (done == schedule.steps or config.eval_every and done % config.eval_every == 0):
-                    report(done, self.evaluate())
+                metrics, seen = task.step(step, optimizer)
+                done, tokens, seconds = step + 1, tokens + seen, time.perf_counter() - started
+                report(done, metrics | {"num_tokens": tokens, "step_time": seconds})
+                if task.evaluates and (done == task.steps or config.eval_every and done % config.eval_every == 0):
+                    evaluate(done)
                 if config.save_every and done % config.save_every == 0:
                     self._save_checkpoint(optimizer, done, tokens)
         finally:
@@ -111,84 +106,45 @@ class Run:
         print(f"model saved in {self.output}")
         return result(log.history, self.output)
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the whole evaluation split, under eval_ names."""
-        sums, _ = accumulate(self.lm, self.method, self.evaluation, range(len(self.evaluation.examples)))
-        return {f"eval_{name}": value for name, value in sums.means().items()}
-
-    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-        """Bring model, optimizer and random state to the newest checkpoint; (steps done, tokens seen)."""
+    def _resume(self, optimizer: Optimizer) -> tuple[int, int]:
+        """Bring model, optimizer, task and random state to the newest checkpoint; (steps done, tokens seen)."""
         path = checkpoint.newest(self.output)
         state = checkpoint.load_state(path)
-        checkpoint.check_same_run(state, self.config, self.data)
-        saved = models.load_model(path, trust_remote_code=self.config.trust_remote_code)
-        self.lm.model.load_state_dict(saved.state_dict())
+        checkpoint.check_same_run(state, self.config, self.task.method, self.task.data)
+        self.lm.load_weights(str(path), trust_remote_code=self.config.trust_remote_code)
+        for name, module in self.task.modules().items():
+            module.load_state_dict(load_file(path / f"{name}.safetensors"))
         optimizer.load_state_dict(state["optimizer"])
+        self.task.load_state_dict(state["task"])
         checkpoint.restore_random_state(state["random"])
         print(f"resumed from {path}")
         return state["step"], state["tokens"]
 
-    def _save_checkpoint(self, optimizer: torch.optim.Optimizer, step: int, tokens: int) -> None:
+    def _save_checkpoint(self, optimizer: Optimizer, step: int, tokens: int) -> None:
         state = {"step": step, "tokens": tokens, "optimizer": optimizer.state_dict(), "random": checkpoint.random_state()}
-        state |= {"data": self.data, "settings": checkpoint.settings(self.config)}
+        state |= {"method": self.task.method, "data": self.task.data, "settings": checkpoint.settings(self.config)}
+        state["task"] = self.task.state_dict()
         checkpoint.save_checkpoint(self.output, step, state, self._save_model, self.config.keep_checkpoints)
 
     def _save_model(self, folder: Path) -> None:
         self.lm.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        for name, module in self.task.modules().items():
+            save_file(module.state_dict(), folder / f"{name}.safetensors")
 
-    def _describe(self, schedule: Schedule, first: int) -> None:
+    def _describe(self, first: int) -> None:
         """Print what is about to happen, and keep the settings and versions beside the result."""
         size = sum(p.numel() for p in self.lm.model.parameters())
         passed_over = "".join(f"; not {name}: {reason}" for name, reason in self.lm.refused.items())
         print(
             f"model: {type(self.lm.model).__name__}, {size / 1e6:.3g} M parameters, on {self.lm.device}, forward in {self.config.dtype}\n"
             f"attention: {self.lm.attention}{passed_over}\n"
-            f"training: {schedule.steps - first} steps of up to {self.config.batch_size} pairs, loss {self.config.loss}, output {self.output}"
+            f"training: {self.task.method}, {self.task.steps - first} steps, {self.task.describe()}, output {self.output}"
         )
         versions = {module.__name__: module.__version__ for module in (fastalign, torch, transformers)}
-        text = json.dumps({"config": asdict(self.config), "versions": versions}, indent=2) + "\n"
+        record = {"method": self.task.method, "config": asdict(self.config), "versions": versions}
+        text = json.dumps(record, indent=2) + "\n"
         checkpoint.replace_file(checkpoint.inside(self.output, "train_config.json"), lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def accumulate(
-    lm: models.PackedCausalLM, method: Method, split: Split, indices: Sequence[int], *, backward: bool = False
-) -> tuple[MetricSums, int]:
-    """(metrics, tokens) of the chosen examples taken as one batch, whatever number of forward passes they need. `backward` adds the
-    gradient to the parameters."""
-    batches = method.batches(split, indices)
-    denominators = method.denominators(split, batches)
-    sums, total, tokens = MetricSums(), 0.0, 0
-    for batch in batches:
-        loss, metrics = method.loss(lm, split, batch, **denominators)
-        if backward:
-            loss.backward()
-        sums.add(metrics)
-        total = total + loss.detach()
-        tokens += batch.packed.input_ids.numel()
-    sums.add({"loss": (total, 1)})
-    return sums, tokens
-
-
-def make_optimizer(parameters: Sequence[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay acts on matrices only, not on norms and biases."""
-    matrices, vectors = ([p for p in parameters if (p.dim() >= 2) is wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
-
-
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The rate of step 0, 1, ..., total - 1: a linear rise over the first `warmup_ratio` of the steps, then a cosine towards 0."""
-    warmup = math.ceil(total * config.warmup_ratio)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradients to at most this global norm (0: leave them) and return the norm they had."""
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
 
 def result(history: list[dict[str, Any]], output: Path) -> TrainResult:

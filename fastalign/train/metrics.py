@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fastalign.train.checkpoint import inside, replace_file
-from fastalign.train.config import TrainConfig
+from fastalign.train.config import RunConfig
 
 Metrics = Mapping[str, tuple[torch.Tensor, torch.Tensor | int]]  # name -> (sum, count), tensors on the device
 
@@ -43,7 +43,7 @@ class MetricSums:
 class RunLog:
     """One record per optimizer step and per evaluation, in `history`, metrics.jsonl and TensorBoard; some lines on the console."""
 
-    def __init__(self, output: Path, config: TrainConfig, *, first_step: int, total_steps: int):
+    def __init__(self, output: Path, config: RunConfig, *, first_step: int, total_steps: int):
         self.path, self.log_every = inside(output, "metrics.jsonl"), config.log_every
         self.history = self._keep_until(first_step)
         self.file = self.path.open("a", encoding="utf-8")

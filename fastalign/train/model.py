@@ -69,8 +69,8 @@ def _from_directory(load: Any, directory: str, what: str, **options: Any) -> Any
         raise UserError(f"cannot load the {what} in {directory}: {' '.join(str(error).split())[:300]}") from error
 
 
-class PackedCausalLM:
-    """A causal LM that reads packed sequences: `lm.logits(batch)` is [T, V] for a `fastalign.PackedBatch` of T tokens.
+class PackedModel:
+    """A model that reads packed sequences. `rows(batch)` is what it makes of a `fastalign.PackedBatch` of T tokens, [T, *].
 
     Dropout is off (the model stays in evaluation mode) because policy and reference must be the same function at step 0. With
     dtype="bfloat16" the forward pass runs under autocast; weights stay in float32.
@@ -99,8 +99,15 @@ class PackedCausalLM:
             + "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
         )
 
-    def logits(self, batch: Any) -> torch.Tensor:
-        """Logits [T, V] of the packed batch: row t predicts the token after `batch.input_ids[t]`."""
+    def rows(self, batch: Any) -> torch.Tensor:
+        raise TypeError(f"{type(self).__name__} does not say what it makes of a batch")
+
+    def load_weights(self, directory: str, *, trust_remote_code: bool = False) -> None:
+        """Take over the weights of a directory that this model was saved in."""
+        raise TypeError(f"{type(self).__name__} does not say how it is loaded")
+
+    def forward(self, module: torch.nn.Module, batch: Any) -> Any:
+        """The output of the model, or of a part of it, on the packed batch, with what keeps its sequences apart."""
         options: dict[str, Any] = {}
         if self.attention == "packed":
             options["packed_lengths"] = tuple(batch.cu_seqlens.diff().tolist())
@@ -113,12 +120,11 @@ class PackedCausalLM:
             )
         # sdpa and eager build a block-diagonal mask where position_ids start again; it needs attention_mask=None and no cache.
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            output = self.model(
+            return module(
                 input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=None, use_cache=False, **options
             )
-        return output.logits.squeeze(0)
 
-    def frozen_copy(self) -> PackedCausalLM:
+    def frozen_copy(self) -> PackedModel:
         """An independent copy that takes no gradient: the reference."""
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model).requires_grad_(False)
@@ -154,17 +160,17 @@ class PackedCausalLM:
 
     @torch.no_grad()
     def _leak(self) -> str | None:
-        """Change both neighbours of a sequence in a pack: its logits must not move. None if they do not."""
+        """Change both neighbours of a sequence in a pack: its outputs must not move. None if they do not."""
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocabulary(), (5, 8), generator=generator)
         a, middle, b, other_a, other_b = tokens
         first, second, alone = (
-            self.logits(self.to_device(fastalign.pack(rows))).float() for rows in ([a, middle, b], [other_a, middle, other_b], [middle])
+            self.rows(self.to_device(fastalign.pack(rows))).float() for rows in ([a, middle, b], [other_a, middle, other_b], [middle])
         )
         scale = first.abs().max()
         exact = self.dtype is torch.float32
         if not torch.isfinite(scale):
-            return "its logits are not finite"
+            return "its outputs are not finite"
         if (first[8:16] - second[8:16]).abs().max() > (1e-5 if exact else 1e-2) * scale:
             return "a packed sequence sees its neighbours"
         if (first[8:16] - alone).abs().max() > (1e-3 if exact else 5e-2) * scale:
@@ -174,3 +180,29 @@ class PackedCausalLM:
     def to_device(self, batch: Any) -> Any:
         """The batch on the model's device."""
         return batch.to(self.device)
+
+
+class PackedCausalLM(PackedModel):
+    """A causal LM on packed sequences."""
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        """Logits [T, V] of the packed batch: row t predicts the token after `batch.input_ids[t]`."""
+        return self.forward(self.model, batch).logits.squeeze(0)
+
+    rows = logits
+
+    def logits_and_hidden(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits, and the last hidden states [T, H] that the LM head made them from: what a value head reads."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise UserError(f"{type(self.model).__name__} does not say which module is its LM head")
+        seen = []
+        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            logits = self.logits(batch)
+        finally:
+            hook.remove()
+        return logits, seen[-1].reshape(logits.shape[0], -1)
+
+    def load_weights(self, directory: str, *, trust_remote_code: bool = False) -> None:
+        self.model.load_state_dict(load_model(directory, trust_remote_code=trust_remote_code).state_dict())

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fastalign.train.checkpoint import replace_file
-from fastalign.train.data import PairBatch, fingerprint, pack_pairs
+from fastalign.train.data import Batch, fingerprint, pack_examples
 from fastalign.train.model import PackedCausalLM
-from fastalign.train.tokenise import TokenPair
+from fastalign.train.tokenise import TokenExample
 
 # (batch, the same packed batch on the device) -> log-probs [T], row-aligned, 0 where nothing is scored
-Reference = Callable[[PairBatch, Any], torch.Tensor]
+Reference = Callable[[Batch, Any], torch.Tensor]
 
 
 class LiveReference:
@@ -28,39 +28,39 @@ class LiveReference:
         self.lm, self.token_stats = lm, token_stats
 
     @torch.no_grad()
-    def __call__(self, batch: PairBatch, packed: Any) -> torch.Tensor:
+    def __call__(self, batch: Batch, packed: Any) -> torch.Tensor:
         return self.token_stats(self.lm.logits(packed), packed.labels).logprob
 
 
 class CachedReference:
-    """Log-probs of every pair, computed once. They came out of other packs than training uses, so they agree with a live reference
+    """Log-probs of every example, computed once. They came out of other packs than training uses, so they agree with a live reference
     to rounding (float32: about 1e-6 per token), not bitwise."""
 
-    def __init__(self, pairs: Sequence[TokenPair], logprobs: torch.Tensor):
-        self.parts = logprobs.split([pair.tokens() for pair in pairs])
+    def __init__(self, examples: Sequence[TokenExample], logprobs: torch.Tensor):
+        self.parts = logprobs.split([example.tokens() for example in examples])
 
-    def __call__(self, batch: PairBatch, packed: Any) -> torch.Tensor:
-        return torch.cat([self.parts[i] for i in batch.pairs]).to(packed.labels.device, non_blocking=True)
+    def __call__(self, batch: Batch, packed: Any) -> torch.Tensor:
+        return torch.cat([self.parts[i] for i in batch.members]).to(packed.labels.device, non_blocking=True)
 
 
 def precompute(
-    reference: LiveReference, pairs: Sequence[TokenPair], path: Path, *, weights: str, budget: int, progress: bool
+    reference: LiveReference, examples: Sequence[TokenExample], path: Path, *, weights: str, budget: int, progress: bool
 ) -> CachedReference:
     """Read the cache at `path` if it was made with the same weights, data, tokenisation and precision; otherwise say so and make it."""
     lm = reference.lm
-    key = "/".join((weights, fingerprint(pairs), str(lm.dtype), str(lm.attention)))
-    logprobs = _read(path, key, sum(pair.tokens() for pair in pairs))
+    key = "/".join((weights, fingerprint(examples), str(lm.dtype), str(lm.attention)))
+    logprobs = _read(path, key, sum(example.tokens() for example in examples))
     if logprobs is None:
-        parts: list[torch.Tensor] = [torch.empty(0)] * len(pairs)
-        batches = pack_pairs(pairs, range(len(pairs)), budget)
+        parts: list[torch.Tensor] = [torch.empty(0)] * len(examples)
+        batches = pack_examples(examples, range(len(examples)), budget)
         for batch in tqdm(batches, desc="reference log-probs", unit=" packs", leave=False, disable=None if progress else True):
             scored = reference(batch, lm.to_device(batch.packed)).float().cpu()
-            for i, part in zip(batch.pairs, scored.split([pairs[i].tokens() for i in batch.pairs])):
+            for i, part in zip(batch.members, scored.split([examples[i].tokens() for i in batch.members])):
                 parts[i] = part.clone()
         logprobs = torch.cat(parts)
         replace_file(path, lambda temporary: save_file({"logprobs": logprobs}, temporary, metadata={"key": key}))
-        print(f"reference log-probs of {len(pairs)} pairs computed and cached in {path}")
-    return CachedReference(pairs, logprobs)
+        print(f"reference log-probs of {len(examples)} examples computed and cached in {path}")
+    return CachedReference(examples, logprobs)
 
 
 def _read(path: Path, key: str, tokens: int) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastalign
 from fastalign.train.model import PackedCausalLM
-from fastalign.train.tokenise import TokenPair
+from fastalign.train.tokenise import TokenExample, token_pair
 
 PRODUCTS = ("kettle", "lamp", "chair", "phone", "radio", "clock", "mug", "bag", "desk", "fan", "pen", "watch")
 PARTS = ("handle", "base", "cover", "finish", "button", "edge")
@@ -182,7 +182,7 @@ def generate(
 
 def sample_pairs(
     model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], *, seed: int, per_prompt: int = 4, **options: Any
-) -> list[TokenPair]:
+) -> list[TokenExample]:
     """Preference pairs as they are collected in practice: several samples per prompt, ranked by the gold reward, best against worst.
     Prompts whose samples all score the same give none."""
     samples = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(per_prompt)], seed=seed, **options)
@@ -191,7 +191,7 @@ def sample_pairs(
         ranked = sorted(samples[start : start + per_prompt], key=lambda sample: gold_reward(sample.text))
         worst, best = ranked[0], ranked[-1]
         if gold_reward(best.text) > gold_reward(worst.text):
-            pairs.append(TokenPair(*(torch.tensor(ids, dtype=torch.int32) for ids in (best.prompt, best.completion, worst.completion))))
+            pairs.append(token_pair(*(torch.tensor(ids, dtype=torch.int32) for ids in (best.prompt, best.completion, worst.completion))))
     return pairs
 
 

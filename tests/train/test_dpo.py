@@ -1,6 +1,5 @@
 """What a run computes: step 0, accumulation, reference, losses, precision, the saved model."""
 
-import functools
 import json
 import math
 
@@ -13,17 +12,20 @@ import fastalign
 from fastalign.train import (
     PackedCausalLM,
     PreferenceMethod,
-    TokenPair,
     TrainConfig,
     TrainingError,
     UserError,
     load_model,
     load_tokenizer,
+    token_pair,
     train_dpo,
 )
-from fastalign.train.data import load_pairs
-from fastalign.train.dpo import resolve_loss
-from fastalign.train.loop import Split, accumulate, learning_rate
+from fastalign.train.data import load_examples
+from fastalign.train.formats import PREFERENCE
+from fastalign.train.methods.base import Split
+from fastalign.train.methods.dpo import resolve_loss
+from fastalign.train.offline import accumulate
+from fastalign.train.optimise import learning_rate
 from fastalign.train.reference import LiveReference, precompute, weights_fingerprint
 
 LN2 = math.log(2)
@@ -87,12 +89,12 @@ def test_micro_batching_changes_nothing(config, loss, tmp_path):
 
 def random_pairs(*sizes):
     generator = torch.Generator().manual_seed(0)
-    return [TokenPair(*(torch.randint(300, (n,), dtype=torch.int32, generator=generator) for n in size)) for size in sizes]
+    return [token_pair(*(torch.randint(300, (n,), dtype=torch.int32, generator=generator) for n in size)) for size in sizes]
 
 
-def preference_method(config, **options):
-    token_stats = functools.partial(fastalign.token_stats, inplace_backward=True)
-    return PreferenceMethod(resolve_loss(config), token_stats, fastalign.preference_loss, config.tokens_per_batch, **options), token_stats
+def preference_method(config):
+    method = PreferenceMethod(config)
+    return method, method.token_stats
 
 
 def test_loss_and_gradient_are_those_of_the_formula(config):
@@ -207,7 +209,7 @@ def test_precomputed_reference_is_cached_by_what_it_depends_on(config, capsys, d
         # A cache in the directory counts as an earlier run; resuming is the way to use it, so call the function itself.
         method, token_stats = preference_method(config())
         lm = PackedCausalLM(load_model(settings.pop("model", config().model)), dtype=settings.pop("dtype", "float32"))
-        pairs, _ = load_pairs(config(eval_fraction=0.25, **settings), load_tokenizer(config().model), None)
+        pairs, _ = load_examples(config(eval_fraction=0.25, **settings), PREFERENCE, load_tokenizer(config().model), None)
         precompute(
             LiveReference(lm, token_stats),
             pairs,

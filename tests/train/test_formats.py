@@ -18,7 +18,7 @@ def assistant(text):
 
 def parts(row):
     preference = parse_preference("x, line 1", row)
-    return preference.prompt, preference.chosen, preference.rejected
+    return preference.prompt, *preference.completions
 
 
 def test_standard():

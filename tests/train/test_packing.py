@@ -8,9 +8,9 @@ import transformers
 from tiny import make_model
 
 import fastalign
-from fastalign.train import PackedCausalLM, TokenPair, UserError
+from fastalign.train import PackedCausalLM, UserError, token_pair
 from fastalign.train.attention import packed_attention
-from fastalign.train.data import Schedule, fingerprint, pack_pairs
+from fastalign.train.data import Schedule, fingerprint, pack_examples
 
 ATTENTION = ("packed", "sdpa", "eager")
 LENGTHS = (7, 12, 1, 9)
@@ -170,7 +170,7 @@ def test_flash_attention_gets_the_boundaries():
 def pairs(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        TokenPair(*(torch.randint(300, (int(n),), dtype=torch.int32) for n in torch.randint(1, 20, (3,), generator=generator)))
+        token_pair(*(torch.randint(300, (int(n),), dtype=torch.int32) for n in torch.randint(1, 20, (3,), generator=generator)))
         for _ in range(count)
     ]
 
@@ -178,12 +178,12 @@ def pairs(count, seed=0):
 def test_packs_hold_every_pair_once_within_the_budget_and_nothing_but_its_tokens():
     data = pairs(40)
     indices = list(range(5, 35))
-    batches = pack_pairs(data, indices, budget=150)
-    assert sorted(i for batch in batches for i in batch.pairs) == indices
+    batches = pack_examples(data, indices, budget=150)
+    assert sorted(i for batch in batches for i in batch.members) == indices
     for batch in batches:
-        expected = [torch.cat([data[i].prompt, side]) for i in batch.pairs for side in (data[i].chosen, data[i].rejected)]
+        expected = [torch.cat([data[i].prompt, side]) for i in batch.members for side in (data[i].chosen, data[i].rejected)]
         assert batch.packed.input_ids.tolist() == torch.cat(expected).tolist() and len(batch.packed.input_ids) <= 150  # no padding
-        assert batch.packed.mask.sum() == sum(len(data[i].chosen) + len(data[i].rejected) for i in batch.pairs)
+        assert batch.packed.mask.sum() == sum(len(data[i].chosen) + len(data[i].rejected) for i in batch.members)
         assert batch.packed.cu_seqlens.diff().tolist() == list(map(len, expected))
     tokens = sum(data[i].tokens() for i in indices)
     assert len(batches) <= 1.5 * tokens / 150 + 1
@@ -200,6 +200,13 @@ def test_every_epoch_visits_every_pair_once(config):
 def test_the_fingerprint_sees_tokens_and_boundaries():
     data = pairs(3)
     first = data[0]
-    moved = first._replace(prompt=torch.cat([first.prompt, first.chosen[:1]]), chosen=first.chosen[1:])
-    variants = [data, data[::-1], [moved, *data[1:]], data[:2], [first._replace(rejected=first.rejected + 1), *data[1:]]]
+    moved = token_pair(torch.cat([first.prompt, first.chosen[:1]]), first.chosen[1:], first.rejected)
+    variants = [
+        data,
+        data[::-1],
+        [moved, *data[1:]],
+        data[:2],
+        [token_pair(first.prompt, first.chosen, first.rejected + 1), *data[1:]],
+        [token_pair(first.prompt, first.chosen, first.rejected, weight=0.5), *data[1:]],
+    ]
     assert len({fingerprint(variant) for variant in variants}) == len(variants)

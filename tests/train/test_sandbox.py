@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastalign
 from fastalign.train import TrainConfig, comparison, demo, sandbox
-from fastalign.train.tokenise import TokenPair
+from fastalign.train.tokenise import token_pair
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_pairs_are_ranked_by_the_reward(byte_tokenizer, small, monkeypatch):
     pairs = sandbox.sample_pairs(small, byte_tokenizer, sandbox.make_prompts(6, 0), seed=1, per_prompt=3, max_new_tokens=9)
     assert pairs
     for pair in pairs:
-        chosen, rejected = (byte_tokenizer.decode(side, skip_special_tokens=True) for side in pair[1:])
+        chosen, rejected = (byte_tokenizer.decode(side, skip_special_tokens=True) for side in pair.completions)
         assert sandbox.gold_reward(chosen) > sandbox.gold_reward(rejected)
         assert byte_tokenizer.decode(pair.prompt).startswith("review of the ")
     monkeypatch.setattr(sandbox, "gold_reward", lambda text: 0.5)
@@ -170,7 +170,7 @@ def test_both_paths_take_the_same_steps(byte_tokenizer, small, tmp_path):
     ids = [torch.tensor(byte_tokenizer(text)["input_ids"], dtype=torch.int32) for text in ("the lamp:", " good", " bad.")]
     config = TrainConfig(output=str(tmp_path), batch_size=4, learning_rate=1e-3, overwrite=True)
     before = [p.clone() for p in small.parameters()]
-    timing = comparison.time_steps(small, [TokenPair(*ids)] * 4, config, steps=6)
+    timing = comparison.time_steps(small, [token_pair(*ids)] * 4, config, steps=6)
     assert timing["timed_steps"] == 4 and timing["ratio"] > 0 and timing["largest_loss_difference"] < 1e-5
     assert all(torch.equal(a, b) for a, b in zip(before, small.parameters()))  # copies were trained
 

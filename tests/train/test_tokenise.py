@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import CHAT_TEMPLATE, make_rows, make_tokenizer
 
-from fastalign.train import DataError, TokenPair, UserError, plain_template
-from fastalign.train.formats import parse_preference
-from fastalign.train.tokenise import PairTokenizer, fit, tokenise
+from fastalign.train import DataError, UserError, plain_template, token_pair
+from fastalign.train.formats import PREFERENCE, parse_preference
+from fastalign.train.tokenise import ExampleTokenizer, fit, tokenise
 
 
 def encode(tokenizer, row):
-    return PairTokenizer(tokenizer)(parse_preference("test", row))
+    return ExampleTokenizer(tokenizer)(parse_preference("test", row))
 
 
 def text(tokenizer, *parts):
@@ -95,15 +95,15 @@ def test_tokenizer_without_eos(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.eos_token = None
     with pytest.raises(UserError, match="no EOS"):
-        PairTokenizer(bare)
+        ExampleTokenizer(bare)
 
 
 def pair_of(prompt, chosen, rejected):
-    return TokenPair(*(torch.arange(n, dtype=torch.int32) for n in (prompt, chosen, rejected)))
+    return token_pair(*(torch.arange(n, dtype=torch.int32) for n in (prompt, chosen, rejected)))
 
 
 def lengths(pair):
-    return None if pair is None else tuple(map(len, pair))
+    return None if pair is None else (len(pair.prompt), *map(len, pair.completions))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_truncating_the_prompt_keeps_bos():
 
 
 @pytest.mark.parametrize(
-    "sizes, words", [((5, 10, 3), "a sequence of 15 tokens exceeds 12"), ((5, 7, 7), "pair's 24 tokens exceed --tokens-per-batch 20")]
+    "sizes, words", [((5, 10, 3), "a sequence of 15 tokens exceeds 12"), ((5, 7, 7), "example's 24 tokens exceed --tokens-per-batch 20")]
 )
 def test_overlong_is_an_error_by_default(sizes, words):
     with pytest.raises(DataError, match=words):
@@ -140,6 +140,6 @@ def test_overlong_is_an_error_by_default(sizes, words):
 
 def test_what_was_cut_or_dropped_is_counted(tokenizer):
     rows = [("0", make_rows()[0]), ("1", {"prompt": "x", "chosen": "y" * 40, "rejected": "z"}), ("2", pair_of(30, 2, 2))]
-    pairs, report = tokenise(rows, tokenizer, budget=60, max_length=30, overlong="truncate_completion")
-    assert (len(pairs), report.pairs, report.truncated, report.dropped) == (2, 2, 1, 1)
+    pairs, report = tokenise(rows, tokenizer, PREFERENCE, budget=60, max_length=30, overlong="truncate_completion")
+    assert (len(pairs), report.count, report.truncated, report.dropped) == (2, 2, 1, 1)
     assert "1 truncated" in str(report) and "1 dropped" in str(report)

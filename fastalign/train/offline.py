@@ -1,0 +1,203 @@
+"""Training from a fixed data file with any of the methods in `fastalign.train.methods`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalign.train import checkpoint
+from fastalign.train import model as models
+from fastalign.train.config import TrainConfig
+from fastalign.train.data import Schedule, fingerprint, load_examples
+from fastalign.train.errors import UserError
+from fastalign.train.loop import Run, TrainResult
+from fastalign.train.methods import make_method
+from fastalign.train.methods.base import LogprobFn, Method, Split, join
+from fastalign.train.methods.dpo import PreferenceMethod
+from fastalign.train.metrics import MetricSums
+from fastalign.train.optimise import Optimizer
+from fastalign.train.reference import LiveReference, precompute, weights_fingerprint
+from fastalign.train.tokenise import TokenExample
+
+
+def train(
+    method: str | Method,
+    config: TrainConfig,
+    *,
+    model: torch.nn.Module | None = None,
+    tokenizer: Any = None,
+    examples: Iterable[Any] | None = None,
+    eval_examples: Iterable[Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train a model by one of the offline methods.
+
+    Args:
+        method: a name of `fastalign.train.methods.METHODS`, or a method made for this config.
+        config: the settings. `output` is always needed; `model` and `data` unless they are given in memory.
+        model, tokenizer: in place of `config.model`; the model is trained where it is, in float32.
+        examples, eval_examples: in place of the data files: rows in the method's data format, or `TokenExample`s.
+        callback: called with every record (training and evaluation) as it is logged.
+
+    Returns:
+        TrainResult. The trained model and its tokenizer are saved in `config.output`.
+
+    Raises:
+        UserError: anything wrong with settings, paths or data; before the first step.
+        TrainingError: a gradient that is not finite.
+    """
+    method = make_method(method, config) if isinstance(method, str) else method
+    config = method.config
+    check_one_process()
+    if model is None and config.model is None:
+        raise UserError("--model is missing: it names the directory of the model to train")
+    trust = {"trust_remote_code": config.trust_remote_code}
+    if tokenizer is None:
+        tokenizer = models.load_tokenizer(config.model, **trust)
+    model_config = model.config if model is not None else models.load_config(config.model, **trust)
+    if config.ref_model is not None:
+        models.load_config(config.ref_model, **trust)
+    output = checkpoint.check_output(config)
+    positions = models.max_positions(model_config)
+    train_examples, eval_examples = load_examples(config, method.format, tokenizer, positions, examples, eval_examples)
+    method.read(train_examples, eval_examples)
+    lm = method.make_lm(model if model is not None else method.load_model(config.model, **trust), tokenizer)
+    try:
+        check_vocabulary(train_examples + eval_examples, lm, "model")
+        method.start(lm)
+        checkpoint.create_output(output, overwrite=config.overwrite)
+        splits = Split(train_examples), Split(eval_examples)
+        if method.needs_reference:
+            _attach_reference(method, output, lm, splits)
+        return Run(config, output, lm, tokenizer, OfflineTask(method, lm, *splits), callback).fit()
+    finally:
+        lm.restore()
+
+
+def train_dpo(
+    config: TrainConfig, *, logprob_fn: LogprobFn | None = None, loss_fn: Callable[..., Any] | None = None, **data: Any
+) -> TrainResult:
+    """`train("dpo", config, ...)` with replaceable head functions (see `PreferenceMethod`)."""
+    return train(PreferenceMethod(config, logprob_fn=logprob_fn, loss_fn=loss_fn), config, **data)
+
+
+@dataclass
+class OfflineTask:
+    """A run over a training split, by one method: the loop's `Task`."""
+
+    learner: Method
+    lm: models.PackedModel
+    train: Split
+    evaluation: Split
+
+    def __post_init__(self) -> None:
+        config = self.learner.config
+        self.schedule = Schedule(len(self.train.examples), config)
+        self.method, self.evaluates = self.learner.name, bool(self.evaluation.examples)
+        self.steps, self.steps_per_epoch = self.schedule.steps, self.schedule.steps_per_epoch
+        self.data = fingerprint([*self.train.examples, *self.evaluation.examples])
+
+    def describe(self) -> str:
+        config = self.learner.config
+        return f"up to {config.batch_size} {self.learner.format.noun}s each, loss {config.loss}"
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return self.learner.modules()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state)
+
+    def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
+        sums, tokens = accumulate(self.lm, self.learner, self.train, self.schedule.indices(step), backward=True)
+        sums.add({"grad_norm": (optimizer.clip(), 1)})
+        metrics = self.learner.derived(sums.means())  # the step's only transfer from the device
+        return metrics | {"learning_rate": optimizer.update(step, metrics)}, tokens
+
+    def evaluate(self) -> dict[str, float]:
+        sums, _ = accumulate(self.lm, self.learner, self.evaluation, range(len(self.evaluation.examples)))
+        return self.learner.derived(sums.means())
+
+
+def accumulate(
+    lm: models.PackedModel, method: Method, split: Split, indices: Sequence[int], *, backward: bool = False
+) -> tuple[MetricSums, int]:
+    """(metrics, tokens) of the chosen examples taken as one batch, whatever number of forward passes they need. `backward` adds the
+    gradient to the parameters, and lets the method update what it remembers."""
+    batches = method.batches(split, indices)
+    known = method.constants(lm, split, indices)
+    sums = MetricSums()
+    if method.joint and len(batches) > 1:
+        loss, metrics = _jointly(lm, method, split, batches, known, backward)
+        sums.add(metrics)
+        total = loss.detach()
+    else:
+        total = 0.0
+        for batch in batches:
+            loss, metrics = method.loss(method.score(lm, split, batch), training=backward, **known)
+            if backward:
+                loss.backward()
+            sums.add(metrics)
+            total = total + loss.detach()
+    sums.add({"loss": (total, 1)})
+    return sums, sum(batch.packed.input_ids.numel() for batch in batches)
+
+
+def _jointly(
+    lm: models.PackedModel, method: Method, split: Split, batches: Sequence[Any], known: dict[str, Any], backward: bool
+) -> tuple[torch.Tensor, Any]:
+    """A loss that must see every example of the step at once, over several packs. It is made of a few numbers per token, which a first
+    pass without gradient gathers; the slopes of the loss in them then meet a second pass, pack by pack."""
+    with torch.no_grad():
+        whole = join([method.score(lm, split, batch) for batch in batches])
+    leaves = {name: value.requires_grad_(backward) for name, value in whole.policy.items()}
+    with torch.set_grad_enabled(backward):
+        loss, metrics = method.loss(whole, training=backward, **known)
+    if backward:
+        loss.backward()
+        sizes = [batch.packed.input_ids.numel() for batch in batches]
+        slopes = {name: leaf.grad.split(sizes) for name, leaf in leaves.items() if leaf.grad is not None}
+        for i, batch in enumerate(batches):
+            again = method.score(lm, split, batch, policy_only=True).policy
+            torch.autograd.backward([again[name] for name in slopes], [slopes[name][i] for name in slopes])
+    return loss, metrics
+
+
+def check_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this trainer is one process; started as several (WORLD_SIZE > 1) they would overwrite each other's output")
+
+
+def check_vocabulary(examples: Sequence[TokenExample], lm: models.PackedModel, what: str) -> None:
+    largest = max(int(part.max()) for example in examples for part in (example.prompt, *example.completions))
+    if largest >= lm.vocabulary():
+        raise UserError(f"the tokenizer gives token id {largest}, but the {what}'s vocabulary has {lm.vocabulary()} entries")
+
+
+def _attach_reference(method: Method, output: Path, lm: models.PackedCausalLM, splits: Sequence[Split]) -> None:
+    """Give the splits their reference log-probs: from a model that stays in memory, or computed once now, before any weight has changed."""
+    config = method.config
+    if config.ref_model is not None:
+        loaded = models.load_model(config.ref_model, trust_remote_code=config.trust_remote_code)
+        reference = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device)
+        check_vocabulary([example for split in splits for example in split.examples], reference, "reference model")
+    else:
+        reference = lm if config.precompute_ref else lm.frozen_copy()
+    live = LiveReference(reference, method.token_stats)
+    if not config.precompute_ref:
+        for split in splits:
+            split.reference = live
+        return
+    weights = weights_fingerprint(reference.model)
+    for split, name in zip(splits, ("ref_logprobs.safetensors", "ref_logprobs_eval.safetensors")):
+        if split.examples:
+            path = checkpoint.inside(output, name)
+            budget, progress = config.tokens_per_batch, config.progress
+            split.reference = precompute(live, split.examples, path, weights=weights, budget=budget, progress=progress)
