@@ -31,10 +31,10 @@ if _missing := _ffi.missing_backends():
     )
 
 __all__ = [
-    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "ListPreset", "ListwiseOutput", "PackedBatch", "PolicyOutput", "PolicyPreset",
-    "PreferenceOutput", "Preset", "TokenKLLoss", "TokenStats", "UnpairedOutput", "ValueOutput", "__version__", "backends",
-    "entropy_from_logits", "explain", "global_denominator", "kl_estimate", "kto_baseline", "kwise_reward_loss", "listwise_loss",
-    "listwise_loss_from_sums", "losses", "pack", "policy_loss", "policy_losses", "preference_loss", "preference_loss_from_sums",
-    "repad", "reward_loss", "selective_log_softmax", "sequence_sum", "shift_labels", "token_kl", "token_kl_loss", "token_logprobs",
-    "token_stats", "unpad", "unpaired_loss", "use_backend", "value_loss", "wpo_weights",
+    "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "GAE", "ListPreset", "ListwiseOutput", "PackedBatch", "PolicyOutput",
+    "PolicyPreset", "PreferenceOutput", "Preset", "TokenKLLoss", "TokenStats", "UnpairedOutput", "ValueOutput", "__version__",
+    "backends", "entropy_from_logits", "explain", "gae", "global_denominator", "kl_estimate", "kto_baseline", "kwise_reward_loss",
+    "listwise_loss", "listwise_loss_from_sums", "losses", "pack", "policy_loss", "policy_losses", "preference_loss",
+    "preference_loss_from_sums", "repad", "reward_loss", "selective_log_softmax", "sequence_sum", "shift_labels", "token_kl",
+    "token_kl_loss", "token_logprobs", "token_stats", "unpad", "unpaired_loss", "use_backend", "value_loss", "wpo_weights",
 ]  # fmt: skip
