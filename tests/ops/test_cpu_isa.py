@@ -16,6 +16,7 @@ from fastalign.testing import assert_close, gradient, gradient_scale, make_label
 ALL = ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK, CHUNK = 2048, 16384  # csrc/cpu/rows.h
+STATE = -2  # the place of the row states among the results
 
 
 @pytest.fixture(params=_C.cpu_isas())
@@ -93,12 +94,12 @@ def test_bitwise_whatever_the_threads_and_rows(isa, threads, dtype):
     for count in (1, 2, 3, 16):
         threads(count)
         results.append(forward(logits, labels))
-        grad = backward(token_stats_bwd, logits, labels, results[-1][6], g_logprob, g_entropy)
+        grad = backward(token_stats_bwd, logits, labels, results[-1][STATE], g_logprob, g_entropy)
         results[-1] = [*results[-1], grad]
         for n in (1, 2, rows):  # one and two rows are fewer than most thread counts: they are split
             some = forward(logits[:n], labels[:n])
             assert all(torch.equal(a, b[:n]) for a, b in zip(some, results[-1]))
-            assert torch.equal(backward(token_stats_bwd, logits[:n], labels[:n], some[6], g_logprob[:n], g_entropy[:n]), grad[:n])
+            assert torch.equal(backward(token_stats_bwd, logits[:n], labels[:n], some[STATE], g_logprob[:n], g_entropy[:n]), grad[:n])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
@@ -110,14 +111,14 @@ def test_bitwise_whatever_the_layout(isa, dtype):
     logits, labels = make_logits(rows, vocab, dtype=dtype), make_labels(rows, vocab).unsqueeze(1)
     want = forward(logits, labels)
     g = torch.ones(rows, 1)
-    want_grad = backward(token_stats_bwd, logits, labels, want[6], g, g[:, 0])
+    want_grad = backward(token_stats_bwd, logits, labels, want[STATE], g, g[:, 0])
     for shift in (1, 3):
         wide = torch.full((rows, vocab + 8), 77.0, dtype=dtype)
         view = wide[:, shift : shift + vocab]
         view.copy_(logits)
         got = forward(view, labels)
         assert all(torch.equal(a, b) for a, b in zip(got, want))
-        backward(token_stats_bwd_, view, labels, got[6], g, g[:, 0])
+        backward(token_stats_bwd_, view, labels, got[STATE], g, g[:, 0])
         assert torch.equal(view, want_grad)
         assert bool((wide[:, :shift] == 77).all()) and bool((wide[:, shift + vocab :] == 77).all())
 
@@ -164,7 +165,7 @@ def test_nan_and_inf_reach_every_output(isa, dtype, rest, at):
 def test_gradient_is_rounded_once(isa, dtype):
     """The 16-bit gradient is the fp32 one rounded to nearest even, NaN included."""
     logits, labels = make_logits(4, 5003, dtype=dtype), make_labels(4, 5003).unsqueeze(1)
-    state = forward(logits.float(), labels)[6]
+    state = forward(logits.float(), labels)[STATE]
     g = torch.tensor([[1.0], [-3e4], [1e-6], [math.nan]])
     got = backward(token_stats_bwd, logits, labels, state, g, torch.ones(4))
     want = backward(token_stats_bwd, logits.float(), labels, state, g, torch.ones(4)).to(dtype)
@@ -192,7 +193,7 @@ def test_in_place_with_many_targets(isa, threads, dtype):
     vocab = CHUNK + 300
     logits = make_logits(2, vocab, dtype=dtype)
     labels = torch.tensor([[CHUNK - 1, CHUNK, 5, CHUNK, -100, vocab - 1], [0, 0, 0, 1, -100, -100]])
-    state = forward(logits, labels)[6]
+    state = forward(logits, labels)[STATE]
     g = torch.linspace(-1, 1, 12).view(2, 6)
     want = backward(token_stats_bwd, logits, labels, state, g, None)
     for count in (1, 2, 4):
