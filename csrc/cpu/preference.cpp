@@ -10,8 +10,6 @@ namespace fastalign {
 namespace cpu {
 namespace {
 
-constexpr int64_t kSerialTokens = 1 << 14;  // below this, waking threads costs more than the work
-
 // The sequence on one side (0 chosen, 1 rejected) of a pair.
 template <class Args> int64_t sequence_of(const Args& a, int64_t pair, int side) {
   return a.pair_index ? a.pair_index[2 * pair + side] : 2 * pair + side;
@@ -120,7 +118,7 @@ template <class T> struct Forward {
 
   void run() const {
     if (a.stages & 1) {
-#pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
+#pragma omp parallel for schedule(dynamic) if (a.tokens > (uniform ? kSerialUniform : kSerialTokens))
       for (int64_t i = 0; i < 2 * a.pairs; ++i) sum_side(i / 2, int(i % 2));
     }
     if (a.stages & 2) table();
@@ -196,7 +194,7 @@ template <class T> struct Backward {
 
   void run() const {
     const bool uniform = uniform_tokens(p, a);
-#pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
+#pragma omp parallel for schedule(dynamic) if (a.tokens > (uniform ? kSerialUniform : kSerialTokens))
     for (int64_t s = 0; s < a.sequences; ++s) uniform ? run_uniform(s) : run_tokens(s);
   }
 };
