@@ -1,0 +1,78 @@
+"""What the demonstrations share: the clock, the start from random weights to an SFT model, and the record of the machine."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+import fastalign
+
+SFT_STEPS = 220
+
+
+class Clock:
+    """Prints each stage as it begins and keeps the seconds of each."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.name, self.seconds = "", {}
+
+    def stage(self, title: str) -> None:
+        self._close()
+        self.name = title.split(":")[0]
+        print(f"\n[{time.perf_counter() - self.started:5.1f} s] {title}", flush=True)
+
+    def _close(self) -> None:
+        now = time.perf_counter()
+        if self.name:
+            self.seconds[self.name] = now - self.last
+        self.last = now
+
+    def stop(self) -> dict[str, float]:
+        self._close()
+        return self.seconds | {"total": time.perf_counter() - self.started}
+
+
+class Start(NamedTuple):
+    """Where every method begins: a model after SFT (to be trained), its frozen copy, the tokenizer, the losses of SFT."""
+
+    model: torch.nn.Module
+    sft: torch.nn.Module
+    tokenizer: Any
+    sft_losses: list[float]
+
+
+def start_from_sft(clock: Clock, seeds: list[int]) -> Start:
+    """A small model with random weights, warmed up on generated reviews. seeds: for the weights, the reviews, the order."""
+    from fastalign.train import sandbox
+
+    tokenizer = sandbox.make_tokenizer()
+    model = sandbox.make_model(tokenizer, seeds[0])
+    clock.stage(f"SFT: {sum(p.numel() for p in model.parameters()):,} parameters, byte tokenizer, {SFT_STEPS} steps on generated reviews")
+    losses = sandbox.train_sft(model, tokenizer, sandbox.make_reviews(4000, seeds[1]), steps=SFT_STEPS, seed=seeds[2])
+    return Start(model, copy.deepcopy(model).requires_grad_(False), tokenizer, losses)
+
+
+def sampling_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy that can generate: the trainer's attention serves packed sequences only."""
+    policy = copy.deepcopy(model)
+    policy.set_attn_implementation("sdpa")
+    return policy
+
+
+def machine() -> dict[str, Any]:
+    """What the times belong to."""
+    return {
+        "fastalign": fastalign.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "backend": fastalign.explain("token_logprobs", torch.empty(1, 1)).splitlines()[0].rpartition(": ")[2],
+    }
