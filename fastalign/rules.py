@@ -26,6 +26,7 @@ class BatchRule:
         self.group = group
         self.training = True
         self.memory: dict[str, Any] = {}
+        self.used: dict[str, Tensor] = {}  # what the last call returned, for logging
 
     def train(self, mode: bool = True) -> BatchRule:
         """Training mode updates the memory; evaluation mode only reads it."""
@@ -44,6 +45,11 @@ class BatchRule:
         self.memory = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
     def __call__(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
+        """The rule's tensors for these pairs, by the name of the loss's option."""
+        self.used = self.evaluate(preset, values)
+        return self.used
+
+    def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} is not a rule by itself; use BetaDPO, AlphaDPO or BCODelta")
 
     def _sum(self, *values: Tensor) -> list[Tensor]:
@@ -109,7 +115,7 @@ class BetaDPO(BatchRule):
         self.alpha, self.filter, self.momentum, self.seed = alpha, filter, momentum, seed
         self.memory = {"mean": None, "std": None, "steps": 0}
 
-    def __call__(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
+    def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
         margin, valid = values.ratio[:, 0] - values.ratio[:, 1], values.valid
         count, mean, std = self._moments(margin, valid)
         if self.training:
@@ -156,7 +162,7 @@ class AlphaDPO(BatchRule):
         self.alpha, self.momentum = alpha, momentum
         self.memory = {"mean": None, "std": None, "steps": 0}
 
-    def __call__(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
+    def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
         means = values.ratio / values.length
         gap = means[:, 0] - means[:, 1]
         _, mean, std = self._moments(gap, values.valid)
@@ -181,7 +187,7 @@ class BCODelta(BatchRule):
         self.momentum = momentum
         self.memory = {"mean": None, "count": None}
 
-    def __call__(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
+    def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
         rewards = (
             values.beta if not isinstance(values.beta, Tensor) or values.beta.dim() == 0 else values.beta.unsqueeze(-1)
         ) * values.ratio

@@ -3,16 +3,19 @@
     preference, standard          {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
     preference, conversational    {"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
     preference, implicit prompt   either of the two without "prompt": chosen and rejected begin with it
+    optional columns of a pair    "soft_label": P(chosen is better); "weight": of the pair; "margin": what chosen should win by; "target"
 
 An implicit prompt is what both sides share: the longest common run of messages, or the longest common text, less the space that
-would end it. A conversational pair may carry its prompt as text as well (UltraFeedback does); the messages decide then. Other
-columns are left alone, except those that would change the prompt (`tools`, `images`, ...): they are refused.
+would end it. A conversational pair may carry its prompt as text as well (UltraFeedback does); the messages decide then. An optional
+column stands in every line or in none. Other columns are left alone, except those that would change the prompt (`tools`, `images`,
+...): they are refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,8 @@ Text = str
 Messages = list[dict[str, Any]]
 
 _SIDES = ("chosen", "rejected")
+_ANY = (-math.inf, math.inf)
+_PAIR_COLUMNS = {"soft_label": (0.0, 1.0), "weight": (0.0, math.inf), "margin": _ANY, "target": _ANY}
 _UNSUPPORTED = ("tools", "images", "image", "videos", "audio", "chat_template_kwargs")
 
 
@@ -50,6 +55,22 @@ class Format:
     name: str
     noun: str
     parse: Callable[[str, Any], Texts]
+    required: tuple[str, ...] = ()  # columns of numbers that every line must have
+
+    def requiring(self, *columns: str) -> Format:
+        """The same format with more columns that must be there."""
+        return dataclasses.replace(self, required=(*self.required, *columns))
+
+    def check_values(self, source: str, values: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+        """Refuse an example without a required column, and one whose columns are not those of the first example."""
+        for column in self.required:
+            if column not in values:
+                raise DataError(source, column, "missing: the chosen loss needs this number in every line")
+        for column in {**first, **values}:
+            if column not in first or column not in values:
+                raise DataError(
+                    source, column, f"{'missing' if column in first else 'given'} here, unlike in the first line; give it in all or none"
+                )
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -74,9 +95,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
 def parse_preference(source: str, row: Any) -> Texts:
     """Check one row and make its prompt explicit. Raises `DataError` naming the source and the field at fault."""
     _check_row(source, row, ("chosen", "rejected"))
-    if isinstance(row["chosen"], list) or isinstance(row["rejected"], list):
-        return _conversational(source, row)
-    return _standard(source, row)
+    conversational = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
+    texts = (_conversational if conversational else _standard)(source, row)
+    return dataclasses.replace(texts, values=_columns(source, row, _PAIR_COLUMNS))
+
+
+def _columns(source: str, row: dict[str, Any], legal: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The optional numbers of a row: name -> (lowest, highest legal value)."""
+    return {name: _number(source, name, row[name], low, high) for name, (low, high) in legal.items() if row.get(name) is not None}
 
 
 def _check_row(source: str, row: Any, required: tuple[str, ...]) -> None:
@@ -146,6 +172,15 @@ def _text(source: str, field: str, value: Any) -> str:
     except UnicodeEncodeError as error:  # a lone surrogate such as "\ud800" is legal JSON and no character
         raise DataError(source, field, f"character {error.start} is half of a surrogate pair") from None
     return value
+
+
+def _number(source: str, field: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DataError(source, field, f"expected a number, got {_kind(value)}")
+    if not (math.isfinite(value) and low <= value <= high):
+        legal = "a finite number" if math.isinf(low) else f"a number from {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
+        raise DataError(source, field, f"expected {legal}, got {value}")
+    return float(value)
 
 
 def _messages(source: str, field: str, value: Any) -> Messages:

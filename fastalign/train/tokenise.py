@@ -152,8 +152,11 @@ def tokenise(
 ) -> tuple[list[TokenExample], DataReport]:
     """Check, tokenise and fit every example (a row in the format `form`, or a ready `TokenExample`)."""
     to_tokens, kept, report = ExampleTokenizer(tokenizer), [], DataReport(form.noun)
+    first: Mapping[str, Any] | None = None
     for source, row in tqdm(examples, desc="tokenising", unit=f" {form.noun}s", leave=False, disable=None if progress else True):
         example, moved = (row, False) if isinstance(row, TokenExample) else to_tokens(form.parse(source, row))
+        first = example.values if first is None else first
+        form.check_values(source, example.values, first)
         report.boundary_moved += moved
         fitted = fit(example, budget=budget, max_length=max_length, overlong=overlong, bos=tokenizer.bos_token_id, source=source)
         if fitted is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -78,7 +77,18 @@ class Method:
     def __init__(self, config: TrainConfig, *, logprob_fn: LogprobFn | None = None):
         check_settings(config, METHODS[self.name].settings, f"fastalign train {self.name}")
         self.config = dataclasses.replace(config, loss=config.loss or self.default_loss)
-        self.token_stats = _token_stats(self.config, logprob_fn)
+        self.outputs = ("logprob", *(TOKEN_METRICS if config.token_metrics else ()))
+        if logprob_fn is not None and config.token_metrics:
+            raise UserError("logprob_fn yields no token metrics: set token_metrics=False")
+        self.logprob_fn = logprob_fn
+
+    def token_stats(self, logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        """(logits [T, V], labels [T]) -> an object with .logprob [T] and the other `outputs`. Policy and reference go through the same
+        function, so that equal weights give equal bits."""
+        if self.logprob_fn is not None:
+            return SimpleNamespace(logprob=self.logprob_fn(logits, labels))
+        # The logits have no other consumer: their gradient is written over them.
+        return fastalign.token_stats(logits, labels, outputs=self.outputs, inplace_backward=True)
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
         """Look at the data before anything is loaded: refuse it, or take its statistics."""
@@ -103,6 +113,10 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def labels(self, packed: fastalign.PackedBatch) -> torch.Tensor:
+        """Which tokens the policy's log-probs are taken of."""
+        return packed.labels
+
     def batches(self, split: Split, indices: Iterable[int]) -> list[Batch]:
         """The packed batches of one optimizer step (or of an evaluation), one forward pass each."""
         return pack_examples(split.examples, indices, self.config.tokens_per_batch)
@@ -116,7 +130,7 @@ class Method:
         tokens, and the reference's log-probs."""
         packed = lm.to_device(batch.packed)
         fixed = {} if policy_only or split.reference is None else {"ref_logprobs": split.reference(batch, packed)}
-        stats = self.token_stats(lm.logits(packed), packed.labels)
+        stats = self.token_stats(lm.logits(packed), self.labels(packed))
         policy = {name: value for name, value in vars_of(stats).items() if value is not None}
         return Scored([split.examples[i] for i in batch.members], packed, policy, fixed)
 
@@ -132,18 +146,6 @@ class Method:
 def vars_of(stats: Any) -> dict[str, Any]:
     """The fields of a NamedTuple or namespace."""
     return stats._asdict() if hasattr(stats, "_asdict") else vars(stats)
-
-
-def _token_stats(config: TrainConfig, logprob_fn: LogprobFn | None) -> Callable[[torch.Tensor, torch.Tensor], Any]:
-    """(logits [T, V], labels [T]) -> an object with .logprob [T] and, if they are logged, the token metrics. Policy and reference go
-    through the same function."""
-    if logprob_fn is not None:
-        if config.token_metrics:
-            raise UserError("logprob_fn yields no token metrics: set token_metrics=False")
-        return lambda logits, labels: SimpleNamespace(logprob=logprob_fn(logits, labels))
-    outputs = ("logprob", *(TOKEN_METRICS if config.token_metrics else ()))
-    # The logits have no other consumer: their gradient is written over them.
-    return functools.partial(fastalign.token_stats, outputs=outputs, inplace_backward=True)
 
 
 def token_metrics(scored: Scored, chosen: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -1,8 +1,9 @@
-"""Preference pairs: DPO and every loss of `fastalign.losses`."""
+"""Preference pairs: DPO, every other loss of `fastalign.losses`, and mixtures of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,20 @@ from fastalign.train.errors import UserError
 from fastalign.train.formats import PREFERENCE
 from fastalign.train.methods.base import LogprobFn, Method, Scored, Split, token_metrics
 from fastalign.train.metrics import Metrics
+from fastalign.train.tokenise import TokenExample
+
+RULES = {rule.rule: rule for rule in (fastalign.BetaDPO, fastalign.AlphaDPO, fastalign.BCODelta)}
+# Column of the data -> the option of the loss that takes one number per pair.
+COLUMNS = {"soft_label": "soft_labels", "weight": "omega", "margin": "gamma_ext", "target": "target"}
+# What a rule returns -> the metric that shows it.
+_RULE_METRICS = {"beta": "beta_used", "valid": "kept_fraction", "gamma_ext": "margin_used", "anchor": "delta"}
 
 
 class PreferenceMethod(Method):
     """DPO and its variants.
+
+    A loss that looks at all pairs of a step (a rule with memory, sorting) is joint: with more than one pack per step the policy runs
+    twice. WPO's weights are computed from the policy; the other numbers per pair are columns of the data.
 
     Args:
         logprob_fn: (logits [T, V], labels [T], -100 where nothing is scored) -> log-probs [T], in place of `fastalign.token_stats`; for
@@ -28,40 +39,156 @@ class PreferenceMethod(Method):
 
     def __init__(self, config: TrainConfig, *, logprob_fn: LogprobFn | None = None, loss_fn: Callable[..., Any] | None = None):
         super().__init__(config, logprob_fn=logprob_fn)
-        self.preset, self.loss_fn = resolve_loss(self.config), loss_fn or fastalign.preference_loss
-        self.needs_reference = self.preset.needs_reference
+        self.loss_fn = loss_fn or fastalign.preference_loss
+        self.parts, self.rules, self.wpo_clamp = resolve_loss(self.config)
+        presets = [preset for preset, _ in self.parts]
+        self.needs_reference = any(p.needs_reference for p in presets)
+        if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
+            raise UserError(f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it")
+        self.joint = any(p.rule is not None or p.order is not None or p.nonfinite == "drop" for p in presets)
+        self.include_prompt = any(p.sft_include_prompt for p in presets)
+        self.wpo = any("omega" in p.requires for p in presets)
+        if self.wpo:
+            if logprob_fn is not None:
+                raise UserError("logprob_fn yields no log_sum_sq_probs, from which WPO's weights are made")
+            self.outputs += ("log_sum_sq_probs",)
+        self.format = PREFERENCE.requiring(*(column for column, option in COLUMNS.items() if self._requires(option)))
+        self.columns: tuple[str, ...] = ()
+
+    def _requires(self, option: str) -> bool:
+        preset = self.parts[0][0]
+        return option in preset.requires and option != "omega" or option == "soft_labels" and preset.needs_soft_labels
+
+    def _reads(self, column: str) -> bool:
+        """Whether the loss has a use for a column that the data has."""
+        preset = self.parts[0][0]
+        if len(self.parts) > 1 or preset.order is not None:
+            return False  # a mixture shares no numbers per pair among its losses; a sorted pair has no partner
+        return {
+            "soft_label": preset.takes_soft_labels,
+            "weight": True,
+            "margin": preset.pair_weight != 0,
+            "target": "target" in preset.requires,
+        }[column]
+
+    def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
+        found = [column for column in COLUMNS if column in train[0].values]
+        self.columns = tuple(column for column in found if self._reads(column))
+        for column in found:
+            print(f"column {column}: {'used' if column in self.columns else f'not used by --loss {self.config.loss}'}")
+        lacking = [column for column in self.columns if evaluation and column not in evaluation[0].values]
+        if lacking:
+            raise UserError(f"the evaluation data lacks the column {lacking[0]!r} that the training data has")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {rule.rule: rule.state_dict() for rule in self.rules}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for rule in self.rules:
+            rule.load_state_dict(state[rule.rule])
+
+    def labels(self, packed: fastalign.PackedBatch) -> torch.Tensor:
+        # An SFT term over the prompt needs the log-probs of its tokens too; the mask keeps them out of everything else.
+        return fastalign.shift_labels(packed.input_ids, packed.cu_seqlens) if self.include_prompt else packed.labels
 
     def constants(self, lm: Any, split: Split, indices: Sequence[int]) -> dict[str, Any]:
-        return {"num_items": len(indices), "num_sft_tokens": sum(len(split.examples[i].chosen) for i in indices)}
+        if self.joint:  # the one call sees every pair and counts for itself
+            return {}
+        examples = [split.examples[i] for i in indices]
+        prompt = sum(len(example.prompt) - 1 for example in examples) if self.include_prompt else 0
+        return {"num_items": len(examples), "num_sft_tokens": prompt + sum(len(example.chosen) for example in examples)}
 
     def loss(self, scored: Scored, *, training: bool, **known: Any) -> tuple[torch.Tensor, Metrics]:
-        packed = scored.packed
+        packed, logprob = scored.packed, scored.policy["logprob"]
+        metrics, options = {}, {COLUMNS[column]: scored.column(column) for column in self.columns}
+        if self.wpo:
+            omega = fastalign.wpo_weights(
+                logprob, scored.policy["log_sum_sq_probs"], packed.cu_seqlens, mask=packed.mask, clamp=self.wpo_clamp
+            )
+            options["omega"] = omega * options.get("omega", 1.0)
+            metrics["omega_mean"] = (omega.sum(), omega.numel())
+        if self.rules:
+            options["state"] = [rule.train(training) for rule in self.rules]
+        preset, weight = self.parts[0]
         output = self.loss_fn(
-            scored.policy["logprob"], scored.fixed.get("ref_logprobs"), packed.cu_seqlens, loss=self.preset, mask=packed.mask, **known
+            logprob,
+            scored.fixed.get("ref_logprobs"),
+            packed.cu_seqlens,
+            loss=preset if len(self.parts) == 1 and weight == 1.0 else self.parts,
+            mask=packed.mask,
+            **known,
+            **options,
         )
+        for rule in self.rules:
+            shown = {_RULE_METRICS[name]: value.double() for name, value in rule.used.items()}
+            metrics |= {name: (value.sum(), value.numel()) for name, value in shown.items()}
         chosen = torch.arange(len(packed.cu_seqlens) - 1, device=packed.mask.device) % 2 == 0
-        return output.loss, {**output.metrics(), **token_metrics(scored, chosen)}
+        return output.loss, {**output.metrics(), **metrics, **token_metrics(scored, chosen)}
 
 
-def resolve_loss(config: TrainConfig) -> Any:
-    """The preset that --loss and --set name. Raises `UserError` that lists the legal names, or says why the trainer cannot serve it."""
-    try:
-        preset = fastalign.losses.get(config.loss or "dpo").replace(**config.loss_options)
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
-    lacking = {
-        "soft labels per pair": preset.needs_soft_labels,
-        "exact sequence KLs": preset.needs_kl,
-        f"values per pair ({', '.join(preset.requires)})": bool(preset.requires),
-        f"the {preset.rule} rule's memory of earlier batches": preset.rule is not None,
-        "all pairs of a step in one forward pass, to sort them": preset.order is not None,
-        "prompt tokens in the SFT term (sft_include_prompt)": preset.sft_include_prompt,
-        'a count of pairs that is known before the forward pass (nonfinite="drop")': preset.nonfinite == "drop",
+def resolve_loss(config: TrainConfig) -> tuple[list[tuple[fastalign.Preset, float]], list[Any], float | None]:
+    """(losses with their weights, rule objects, upper bound of WPO's weights) that --loss and --set name. Raises `UserError` that lists
+    the legal names, or says why the trainer cannot serve it."""
+    weights = _mixture(config.loss or PreferenceMethod.default_loss)
+    options: dict[str, dict[str, Any]] = {name: {} for name in weights}
+    for key, value in config.loss_options.items():
+        name, dot, option = key.rpartition(".")
+        if len(weights) > 1 and not dot:
+            raise UserError(f"--set {key}: in a mixture an option belongs to one of its losses, for example {next(iter(weights))}.{key}")
+        if dot and name not in weights:
+            raise UserError(f"--set {key}: --loss {config.loss} has no part {name!r}")
+        options[name if dot else next(iter(weights))][option] = value
+    parts, rules, clamp = [], {}, 1.0
+    for name, weight in weights.items():
+        try:
+            preset, own = fastalign.losses.get(name), dict(options[name])
+            if preset.rule is not None and preset.rule not in rules:
+                rules[preset.rule] = _make_rule(preset.rule, own, config.seed)
+            if "omega" in preset.requires and "clamp" in own:
+                clamp = own.pop("clamp")
+            preset = preset.replace(**own)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from None
+        _check_served(name, preset, mixed=len(weights) > 1)
+        parts.append((preset, weight))
+    if clamp is not None and not (isinstance(clamp, (int, float)) and clamp > 0):
+        raise UserError(f"--set clamp={clamp}: a positive number, or None for weights without an upper bound")
+    return parts, list(rules.values()), clamp
+
+
+def _mixture(text: str) -> dict[str, float]:
+    """`sigmoid=0.8,sft` -> {"sigmoid": 0.8, "sft": 1.0}."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, weight = (piece.strip() for piece in part.partition("="))
+        if name in weights:
+            raise UserError(f"--loss {text}: {name!r} is named twice")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise UserError(f"--loss {text}: the weight of {name!r} must be a number, got {weight!r}") from None
+    return weights
+
+
+def _make_rule(kind: str, options: dict[str, Any], seed: int) -> Any:
+    """The rule object; takes its own options out of `options`."""
+    legal = [name for name in inspect.signature(RULES[kind]).parameters if name != "group"]
+    own = {"seed": seed} if "seed" in legal else {}
+    own |= {name: options.pop(name) for name in legal if name in options}
+    return RULES[kind](**own)
+
+
+def _check_served(name: str, preset: fastalign.Preset, *, mixed: bool) -> None:
+    """What cannot work on a file of pairs, and where to find it."""
+    needs = [*preset.requires, *(["soft_labels"] if preset.needs_soft_labels else [])]
+    elsewhere: Mapping[str, bool] = {
+        "the KL between whole distributions; 'fastalign train tdpo' computes it": preset.needs_kl,
+        "the scores of a reward model; 'fastalign train reward' trains one": preset.name == "bt_rm",
+        f"one number per pair ({', '.join(needs)}), which the losses of a mixture cannot share; use it alone": mixed and bool(needs),
     }
-    if any(lacking.values()):
-        raise UserError(
-            f"--loss {config.loss} needs {next(what for what, needed in lacking.items() if needed)}, which this trainer does not have"
-        )
-    if not preset.needs_reference and (config.precompute_ref or config.ref_model is not None):
-        raise UserError(f"--loss {config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it")
-    return preset
+    for reason, applies in elsewhere.items():
+        if applies:
+            raise UserError(f"--loss {name} needs {reason}")
+    other = [field for field in needs if field not in COLUMNS.values()]
+    if other:
+        raise UserError(f"--loss {name} needs {other[0]}, for which the data has no column")
