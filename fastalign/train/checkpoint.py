@@ -22,7 +22,9 @@ from fastalign.train.config import FREE_ON_RESUME, RunConfig, flag_of
 from fastalign.train.errors import UserError
 
 # What a run leaves in its output directory besides the model; --overwrite removes these.
-RUN_FILES = ("metrics.jsonl", "train_config.json", "ref_logprobs.safetensors", "ref_logprobs_eval.safetensors")
+RUN_FILES = (
+    "metrics.jsonl", "train_config.json", "ref_logprobs.safetensors", "ref_logprobs_eval.safetensors", "value_head.safetensors",
+)  # fmt: skip
 RUN_DIRECTORIES = ("checkpoints", "tensorboard")
 
 

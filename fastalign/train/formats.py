@@ -3,6 +3,8 @@
     preference, standard          {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
     preference, conversational    {"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], "rejected": [...]}
     preference, implicit prompt   either of the two without "prompt": chosen and rejected begin with it
+    unpaired                      {"prompt": ..., "completion": ..., "label": true}, texts or messages; or "score": a number, for some methods
+    listwise                      {"prompt": ..., "completions": [..., ...], "scores": [..., ...]}, each completion text or messages
     optional columns of a pair    "soft_label": P(chosen is better); "weight": of the pair; "margin": what chosen should win by; "target"
 
 An implicit prompt is what both sides share: the longest common run of messages, or the longest common text, less the space that
@@ -28,6 +30,8 @@ Messages = list[dict[str, Any]]
 
 _SIDES = ("chosen", "rejected")
 _ANY = (-math.inf, math.inf)
+_UNPAIRED_COLUMNS = {"score": _ANY, "weight": (0.0, math.inf)}
+MAX_LIST = 64  # what the list kernel takes
 _PAIR_COLUMNS = {"soft_label": (0.0, 1.0), "weight": (0.0, math.inf), "margin": _ANY, "target": _ANY}
 _UNSUPPORTED = ("tools", "images", "image", "videos", "audio", "chat_template_kwargs")
 
@@ -65,7 +69,7 @@ class Format:
         """Refuse an example without a required column, and one whose columns are not those of the first example."""
         for column in self.required:
             if column not in values:
-                raise DataError(source, column, "missing: the chosen loss needs this number in every line")
+                raise DataError(source, column, "missing: the chosen method and loss need it in every line")
         for column in {**first, **values}:
             if column not in first or column not in values:
                 raise DataError(
@@ -103,6 +107,39 @@ def parse_preference(source: str, row: Any) -> Texts:
 def _columns(source: str, row: dict[str, Any], legal: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """The optional numbers of a row: name -> (lowest, highest legal value)."""
     return {name: _number(source, name, row[name], low, high) for name, (low, high) in legal.items() if row.get(name) is not None}
+
+
+def parse_unpaired(source: str, row: Any) -> Texts:
+    """Check one row of a prompt, a completion, and what is known of it."""
+    _check_row(source, row, ("prompt", "completion"))
+    values: dict[str, Any] = _columns(source, row, _UNPAIRED_COLUMNS)
+    if row.get("label") is not None:
+        if not isinstance(row["label"], bool):
+            raise DataError(source, "label", f"expected true or false, got {_kind(row['label'])}")
+        values["label"] = row["label"]
+    return _with_prompt(source, row, [("completion", row["completion"])], values)
+
+
+def parse_listwise(source: str, row: Any) -> Texts:
+    """Check one row of a prompt, its completions, and a score for each."""
+    _check_row(source, row, ("prompt", "completions", "scores"))
+    for field in ("completions", "scores"):
+        if not isinstance(row[field], list):
+            raise DataError(source, field, f"expected a list, got {_kind(row[field])}")
+    if not 1 <= len(row["completions"]) <= MAX_LIST:
+        raise DataError(source, "completions", f"expected 1 to {MAX_LIST} of them, got {len(row['completions'])}")
+    if len(row["scores"]) != len(row["completions"]):
+        raise DataError(source, "scores", f"expected one for each of the {len(row['completions'])} completions, got {len(row['scores'])}")
+    scores = tuple(_number(source, f"scores[{i}]", score) for i, score in enumerate(row["scores"]))
+    return _with_prompt(source, row, [(f"completions[{i}]", each) for i, each in enumerate(row["completions"])], {"scores": scores})
+
+
+def _with_prompt(source: str, row: dict[str, Any], completions: list[tuple[str, Any]], values: dict[str, Any]) -> Texts:
+    """An explicit prompt and completions of its kind: all texts, or all lists of messages."""
+    read = _messages if isinstance(row["prompt"], list) else _text
+    fields = tuple(field for field, _ in completions)
+    texts = Texts(source, read(source, "prompt", row["prompt"]), tuple(read(source, *each) for each in completions), fields, values)
+    return _check_roles(texts) if texts.conversational else texts
 
 
 def _check_row(source: str, row: Any, required: tuple[str, ...]) -> None:
@@ -185,7 +222,7 @@ def _number(source: str, field: str, value: Any, low: float = -math.inf, high: f
 
 def _messages(source: str, field: str, value: Any) -> Messages:
     if not isinstance(value, list):
-        raise DataError(source, field, f"expected a list of messages like the other side, got {_kind(value)}")
+        raise DataError(source, field, f"expected a list of messages like the rest of the example, got {_kind(value)}")
     if not value:
         raise DataError(source, field, "has no message")
     for i, message in enumerate(value):
@@ -211,3 +248,5 @@ def _kind(value: Any) -> str:
 
 
 PREFERENCE = Format("preference", "pair", parse_preference)
+UNPAIRED = Format("unpaired", "response", parse_unpaired)
+LISTWISE = Format("listwise", "list", parse_listwise)

@@ -15,7 +15,9 @@ from tqdm import tqdm
 from fastalign.train.checkpoint import inside, replace_file
 from fastalign.train.config import RunConfig
 
-Metrics = Mapping[str, tuple[torch.Tensor, torch.Tensor | int]]  # name -> (sum, count), tensors on the device
+# name -> (sum, count), tensors on the device; or (value, "total"), (value, "min"), (value, "max") of what is no mean
+Metrics = Mapping[str, tuple[Any, Any]]
+_COMBINE = {"total": torch.add, "min": torch.minimum, "max": torch.maximum}
 
 # What the console shows of a record; the files have everything.
 _CONSOLE = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "step_time")
@@ -28,10 +30,14 @@ class MetricSums:
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, metrics: Metrics) -> None:
-        for name, (total, count) in metrics.items():
-            total = torch.as_tensor(total, dtype=torch.float64).detach()
-            pair = torch.stack([total, torch.as_tensor(count, dtype=torch.float64, device=total.device)])
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+        for name, (value, count) in metrics.items():
+            value, old = torch.as_tensor(value, dtype=torch.float64).detach(), self.sums.get(name)
+            if isinstance(count, str):
+                value = value if old is None else _COMBINE[count](old[0], value)
+                self.sums[name] = torch.stack([value, torch.ones_like(value)])
+            else:
+                pair = torch.stack([value, torch.as_tensor(count, dtype=torch.float64, device=value.device)])
+                self.sums[name] = pair if old is None else old + pair
 
     def means(self) -> dict[str, float]:
         if not self.sums:

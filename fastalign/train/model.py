@@ -25,12 +25,12 @@ _IMPLEMENTATION = {"packed": packed.NAME, "sdpa": "sdpa", "eager": "eager", "fla
 
 def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory."""
-    return _from_directory(AutoTokenizer.from_pretrained, directory, "tokenizer", trust_remote_code=trust_remote_code)
+    return from_directory(AutoTokenizer.from_pretrained, directory, "tokenizer", trust_remote_code=trust_remote_code)
 
 
 def load_model(directory: str, *, trust_remote_code: bool = False) -> torch.nn.Module:
     """The causal LM of a directory, in float32. Raises `UserError` for a directory that does not hold all of its weights."""
-    model, info = _from_directory(
+    model, info = from_directory(
         AutoModelForCausalLM.from_pretrained,
         directory,
         "causal LM",
@@ -54,10 +54,11 @@ def max_positions(config: Any) -> int | None:
 
 def load_config(directory: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model directory."""
-    return _from_directory(AutoConfig.from_pretrained, directory, "configuration", trust_remote_code=trust_remote_code)
+    return from_directory(AutoConfig.from_pretrained, directory, "configuration", trust_remote_code=trust_remote_code)
 
 
-def _from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
+def from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
+    """What a function of transformers loads from a directory; every way in which that fails is a `UserError`."""
     path = Path(directory).expanduser()
     if not path.is_dir():
         raise UserError(f"the model directory {directory} does not exist (fetch a model from the hub first)")
@@ -191,13 +192,17 @@ class PackedCausalLM(PackedModel):
 
     rows = logits
 
-    def logits_and_hidden(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits, and the last hidden states [T, H] that the LM head made them from: what a value head reads."""
+    def head(self) -> torch.nn.Module:
+        """The layer from hidden states to logits."""
         head = self.model.get_output_embeddings()
         if head is None:
             raise UserError(f"{type(self.model).__name__} does not say which module is its LM head")
+        return head
+
+    def logits_and_hidden(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits, and the last hidden states [T, H] that the LM head made them from: what a value head reads."""
         seen = []
-        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        hook = self.head().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
             logits = self.logits(batch)
         finally:

@@ -66,7 +66,8 @@ def train(
     positions = models.max_positions(model_config)
     train_examples, eval_examples = load_examples(config, method.format, tokenizer, positions, examples, eval_examples)
     method.read(train_examples, eval_examples)
-    lm = method.make_lm(model if model is not None else method.load_model(config.model, **trust), tokenizer)
+    method.max_length = config.max_length or positions
+    lm, tokenizer = method.make_lm(model if model is not None else method.load_model(config.model, **trust), tokenizer)
     try:
         check_vocabulary(train_examples + eval_examples, lm, "model")
         method.start(lm)
@@ -146,7 +147,7 @@ def accumulate(
                 loss.backward()
             sums.add(metrics)
             total = total + loss.detach()
-    sums.add({"loss": (total, 1)})
+    sums.add({"loss": (total, "total")})
     return sums, sum(batch.packed.input_ids.numel() for batch in batches)
 
 
@@ -188,6 +189,11 @@ def _attach_reference(method: Method, output: Path, lm: models.PackedCausalLM, s
         loaded = models.load_model(config.ref_model, trust_remote_code=config.trust_remote_code)
         reference = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device)
         check_vocabulary([example for split in splits for example in split.examples], reference, "reference model")
+        if method.exact_kl and reference.vocabulary() != lm.vocabulary():
+            raise UserError(
+                f"the reference model's vocabulary has {reference.vocabulary()} entries, the model's {lm.vocabulary()}: "
+                "their distributions cannot be compared"
+            )
     else:
         reference = lm if config.precompute_ref else lm.frozen_copy()
     live = LiveReference(reference, method.token_stats)

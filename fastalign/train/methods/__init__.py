@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fastalign.train.config import TrainConfig
 from fastalign.train.errors import UserError
 
-_REFERENCE, _LOSS = ("ref_model", "precompute_ref"), ("loss", "loss_options")
+_REFERENCE, _LOSS, _TOKENS = ("ref_model", "precompute_ref"), ("loss", "loss_options"), ("token_metrics",)
 
 
 class Entry(NamedTuple):
@@ -23,7 +23,13 @@ class Entry(NamedTuple):
 
 
 METHODS = {
-    "dpo": Entry("preference pairs: DPO and its variants (--loss)", "dpo:PreferenceMethod", (*_LOSS, *_REFERENCE, "token_metrics")),
+    "dpo": Entry("preference pairs: DPO and its variants (--loss)", "dpo:PreferenceMethod", (*_LOSS, *_REFERENCE, *_TOKENS)),
+    "tdpo": Entry("preference pairs: token-level DPO (tdpo1, tdpo2)", "tdpo:TDPO", (*_LOSS, *_REFERENCE, *_TOKENS)),
+    "kto": Entry("responses with a label: KTO (kto, apo_zero_unpaired)", "kto:KTO", (*_LOSS, *_REFERENCE, *_TOKENS)),
+    "bco": Entry("responses with a label: BCO", "kto:BCO", (*_LOSS, *_REFERENCE, *_TOKENS)),
+    "dro": Entry("responses with a label or score: DRO with a value head", "dro:DRO", (*_LOSS, *_REFERENCE, *_TOKENS)),
+    "listwise": Entry("ranked lists of responses (--loss)", "listwise:Listwise", (*_LOSS, *_REFERENCE, *_TOKENS)),
+    "reward": Entry("reward model from pairs (bt_rm) or ranked lists (kwise_rm)", "reward:Reward", _LOSS),
 }
 
 

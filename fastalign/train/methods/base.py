@@ -72,7 +72,9 @@ class Method:
     format: ClassVar[Format]
     default_loss: ClassVar[str]
     needs_reference = True
+    exact_kl = False  # the loss compares whole distributions: the reference model must have the policy's vocabulary
     joint = False
+    max_length: int | None = None  # longest sequence, in tokens; set when the model is known
 
     def __init__(self, config: TrainConfig, *, logprob_fn: LogprobFn | None = None):
         check_settings(config, METHODS[self.name].settings, f"fastalign train {self.name}")
@@ -96,9 +98,10 @@ class Method:
     def load_model(self, directory: str, *, trust_remote_code: bool) -> torch.nn.Module:
         return models.load_model(directory, trust_remote_code=trust_remote_code)
 
-    def make_lm(self, model: torch.nn.Module, tokenizer: Any) -> models.PackedModel:
+    def make_lm(self, model: torch.nn.Module, tokenizer: Any) -> tuple[models.PackedModel, Any]:
+        """(the model on packed sequences, the tokenizer that is saved with it)."""
         config = self.config
-        return models.PackedCausalLM(model, attention=config.attention, dtype=config.dtype, device=config.device)
+        return models.PackedCausalLM(model, attention=config.attention, dtype=config.dtype, device=config.device), tokenizer
 
     def start(self, lm: models.PackedModel) -> None:
         """Make what is trained besides the model."""
@@ -131,7 +134,7 @@ class Method:
         packed = lm.to_device(batch.packed)
         fixed = {} if policy_only or split.reference is None else {"ref_logprobs": split.reference(batch, packed)}
         stats = self.token_stats(lm.logits(packed), self.labels(packed))
-        policy = {name: value for name, value in vars_of(stats).items() if value is not None}
+        policy = {name: value for name, value in _fields(stats).items() if value is not None}
         return Scored([split.examples[i] for i in batch.members], packed, policy, fixed)
 
     def loss(self, scored: Scored, *, training: bool, **known: Any) -> tuple[torch.Tensor, Metrics]:
@@ -143,7 +146,7 @@ class Method:
         return dict(means)
 
 
-def vars_of(stats: Any) -> dict[str, Any]:
+def _fields(stats: Any) -> dict[str, Any]:
     """The fields of a NamedTuple or namespace."""
     return stats._asdict() if hasattr(stats, "_asdict") else vars(stats)
 

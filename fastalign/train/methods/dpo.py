@@ -40,7 +40,7 @@ class PreferenceMethod(Method):
     def __init__(self, config: TrainConfig, *, logprob_fn: LogprobFn | None = None, loss_fn: Callable[..., Any] | None = None):
         super().__init__(config, logprob_fn=logprob_fn)
         self.loss_fn = loss_fn or fastalign.preference_loss
-        self.parts, self.rules, self.wpo_clamp = resolve_loss(self.config)
+        self.parts, self.rules, self.wpo_clamp = resolve_loss(self.config, exact_kl=self.exact_kl)
         presets = [preset for preset, _ in self.parts]
         self.needs_reference = any(p.needs_reference for p in presets)
         if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
@@ -116,6 +116,7 @@ class PreferenceMethod(Method):
             packed.cu_seqlens,
             loss=preset if len(self.parts) == 1 and weight == 1.0 else self.parts,
             mask=packed.mask,
+            kl_ref_policy=scored.policy.get("kl_ref_policy"),
             **known,
             **options,
         )
@@ -126,7 +127,7 @@ class PreferenceMethod(Method):
         return output.loss, {**output.metrics(), **metrics, **token_metrics(scored, chosen)}
 
 
-def resolve_loss(config: TrainConfig) -> tuple[list[tuple[fastalign.Preset, float]], list[Any], float | None]:
+def resolve_loss(config: TrainConfig, *, exact_kl: bool = False) -> tuple[list[tuple[fastalign.Preset, float]], list[Any], float | None]:
     """(losses with their weights, rule objects, upper bound of WPO's weights) that --loss and --set name. Raises `UserError` that lists
     the legal names, or says why the trainer cannot serve it."""
     weights = _mixture(config.loss or PreferenceMethod.default_loss)
@@ -149,7 +150,7 @@ def resolve_loss(config: TrainConfig) -> tuple[list[tuple[fastalign.Preset, floa
             preset = preset.replace(**own)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
-        _check_served(name, preset, mixed=len(weights) > 1)
+        _check_served(name, preset, mixed=len(weights) > 1, exact_kl=exact_kl)
         parts.append((preset, weight))
     if clamp is not None and not (isinstance(clamp, (int, float)) and clamp > 0):
         raise UserError(f"--set clamp={clamp}: a positive number, or None for weights without an upper bound")
@@ -178,17 +179,19 @@ def _make_rule(kind: str, options: dict[str, Any], seed: int) -> Any:
     return RULES[kind](**own)
 
 
-def _check_served(name: str, preset: fastalign.Preset, *, mixed: bool) -> None:
+def _check_served(name: str, preset: fastalign.Preset, *, mixed: bool, exact_kl: bool) -> None:
     """What cannot work on a file of pairs, and where to find it."""
     needs = [*preset.requires, *(["soft_labels"] if preset.needs_soft_labels else [])]
     elsewhere: Mapping[str, bool] = {
-        "the KL between whole distributions; 'fastalign train tdpo' computes it": preset.needs_kl,
+        "the KL between whole distributions; 'fastalign train tdpo' computes it": preset.needs_kl and not exact_kl,
         "the scores of a reward model; 'fastalign train reward' trains one": preset.name == "bt_rm",
         f"one number per pair ({', '.join(needs)}), which the losses of a mixture cannot share; use it alone": mixed and bool(needs),
     }
     for reason, applies in elsewhere.items():
         if applies:
             raise UserError(f"--loss {name} needs {reason}")
+    if exact_kl and not mixed and not preset.needs_kl:
+        raise UserError(f"--loss {name} uses no KL between whole distributions: 'fastalign train dpo' trains it, at less cost")
     other = [field for field in needs if field not in COLUMNS.values()]
     if other:
         raise UserError(f"--loss {name} needs {other[0]}, for which the data has no column")

@@ -1,0 +1,86 @@
+"""Reward models: Bradley-Terry on pairs, K-wise ranking on lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import fastalign
+from fastalign.train import model as models
+from fastalign.train.config import TrainConfig
+from fastalign.train.data import Batch
+from fastalign.train.errors import UserError
+from fastalign.train.formats import LISTWISE, PREFERENCE
+from fastalign.train.methods.base import Method, Scored, Split
+from fastalign.train.methods.listwise import list_inputs
+from fastalign.train.metrics import Metrics
+from fastalign.train.scorer import PackedScorer, load_scorer, with_padding
+from fastalign.train.tokenise import TokenExample
+
+_COLUMNS = {"margin": "margin", "soft_label": "soft_labels"}
+_PAIR_METRICS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+
+class Reward(Method):
+    """A reward model from pairs (bt_rm; columns `margin` and `soft_label` are used where present) or from lists (kwise_rm). --model is a
+    causal LM, which gets a new score head, or a sequence classifier with one label. The score is read at the last token, and the result
+    loads with transformers' AutoModelForSequenceClassification."""
+
+    name, default_loss = "reward", "bt_rm"
+    needs_reference = False
+
+    def __init__(self, config: TrainConfig):
+        super().__init__(config)
+        legal = {"bt_rm": ("centering",), "kwise_rm": ()}
+        if self.config.loss not in legal:
+            raise UserError(f"--loss {self.config.loss} is unknown to fastalign train reward; legal: {', '.join(legal)}")
+        self.options, own = dict(config.loss_options), legal[self.config.loss]
+        unknown = [name for name in self.options if name not in own]
+        if unknown:
+            raise UserError(f"loss {self.config.loss!r} has no option {unknown[0]!r}; legal: {', '.join(own) or 'none'}")
+        self.pairs = self.config.loss == "bt_rm"
+        self.format = PREFERENCE if self.pairs else LISTWISE
+        if self.pairs:
+            try:
+                fastalign.reward_loss(torch.zeros(1), torch.zeros(1), **self.options)
+            except (ValueError, TypeError) as error:
+                raise UserError(str(error)) from None
+        self.columns: tuple[str, ...] = ()
+
+    def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
+        if self.pairs:
+            self.columns = tuple(column for column in _COLUMNS if column in train[0].values)
+            for column in self.columns:
+                print(f"column {column}: used")
+            lacking = [column for column in self.columns if evaluation and column not in evaluation[0].values]
+            if lacking:
+                raise UserError(f"the evaluation data lacks the column {lacking[0]!r} that the training data has")
+
+    def load_model(self, directory: str, *, trust_remote_code: bool) -> torch.nn.Module:
+        return load_scorer(directory, seed=self.config.seed, trust_remote_code=trust_remote_code)
+
+    def make_lm(self, model: torch.nn.Module, tokenizer: Any) -> tuple[models.PackedModel, Any]:
+        config = self.config
+        tokenizer = with_padding(model, tokenizer)
+        return PackedScorer(model, attention=config.attention, dtype=config.dtype, device=config.device), tokenizer
+
+    def constants(self, lm: Any, split: Split, indices: Sequence[int]) -> dict[str, Any]:
+        return {"num_items": len(indices)}
+
+    def score(self, lm: Any, split: Split, batch: Batch, *, policy_only: bool = False) -> Scored:
+        packed = lm.to_device(batch.packed)
+        return Scored([split.examples[i] for i in batch.members], packed, {"scores": lm.scores(packed)}, {})
+
+    def loss(self, scored: Scored, *, training: bool, **known: Any) -> tuple[torch.Tensor, Metrics]:
+        scores = scored.policy["scores"]
+        if self.pairs:
+            numbers = {_COLUMNS[column]: scored.column(column) for column in self.columns}
+            output = fastalign.reward_loss(scores[0::2], scores[1::2], **numbers, **self.options, **known)
+        else:
+            output = fastalign.kwise_reward_loss(scores, *list_inputs(scored), **known)
+        found, seen = output.metrics(), scores.detach()
+        metrics = {name: found[key] for key, name in _PAIR_METRICS.items()}
+        extremes = {"min_reward": (seen.min(), "min"), "max_reward": (seen.max(), "max")}
+        return output.loss, {**metrics, "mean_reward": (seen.sum(), seen.numel()), **extremes}
