@@ -23,7 +23,6 @@ from fastalign.train import (
 from fastalign.train.data import load_examples
 from fastalign.train.formats import PREFERENCE
 from fastalign.train.methods.base import Split
-from fastalign.train.methods.dpo import resolve_loss
 from fastalign.train.offline import accumulate
 from fastalign.train.optimise import learning_rate
 from fastalign.train.reference import LiveReference, precompute, weights_fingerprint
@@ -49,14 +48,6 @@ def test_step_0_with_a_precomputed_reference(config):
     """Other packs than in training: equal to rounding."""
     first = train_dpo(config(max_steps=1, precompute_ref=True, tokens_per_batch=64)).history[0]
     assert abs(first["loss"] - LN2) < 1e-6 and abs(first["rewards/chosen"]) < 1e-6 and abs(first["rewards/rejected"]) < 1e-6
-
-
-def test_every_named_loss_is_served_or_refused_with_a_reason():
-    for name in fastalign.losses.available().names():
-        try:
-            resolve_loss(TrainConfig(loss=name))
-        except UserError as error:
-            assert f"--loss {name} needs " in str(error)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "cdpo", "ipo", "hinge_norm", "simpo", "slic_hf", "cpo"])
@@ -280,27 +271,6 @@ def test_learning_rate_rises_then_falls():
     rates = [learning_rate(step, 10, config) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0] and all(a > b for a, b in zip(rates[2:], rates[3:])) and 0 < rates[-1] < 0.05
     assert learning_rate(0, 1, TrainConfig(learning_rate=1.0, warmup_ratio=0.0)) == 1.0
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"labels": "soft"}, "soft labels"),
-        ({"kl_chosen": 1.0}, "sequence KLs"),
-        ({"nonfinite": "drop"}, "count of pairs"),
-        ({"order": "paired"}, "sort them"),
-        ({"sft_weight": 1.0, "sft_include_prompt": True}, "prompt tokens"),
-    ],
-)
-def test_a_loss_that_the_trainer_cannot_feed_is_refused(options, words):
-    with pytest.raises(UserError, match=words):
-        resolve_loss(TrainConfig(loss_options=options))
-
-
-@pytest.mark.parametrize("loss, words", [("wpo", "values per pair"), ("beta_dpo", "beta_dpo rule"), ("aot", "sort them"), ("tdpo1", "KLs")])
-def test_a_named_loss_that_needs_more_than_pairs_is_refused(loss, words):
-    with pytest.raises(UserError, match=words):
-        resolve_loss(TrainConfig(loss=loss))
 
 
 def test_several_processes_are_refused(config, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastalign.train import DataError, UserError
-from fastalign.train.formats import parse_preference, read_jsonl
+from fastalign.train.formats import parse_listwise, parse_preference, parse_unpaired, read_jsonl
 
 
 def user(text):
@@ -82,6 +82,55 @@ def test_malformed_rows_name_source_and_field(row, field, words):
         parse_preference("pairs.jsonl, line 7", row)
     assert error.value.field == field and words in str(error.value)
     assert "pairs.jsonl, line 7" in str(error.value) and (field is None or f"'{field}'" in str(error.value))
+
+
+def test_unpaired_and_listwise_rows():
+    texts = parse_unpaired("x", {"prompt": "a", "completion": " b", "label": False, "score": 2, "weight": 0.5})
+    assert (texts.prompt, texts.completions, dict(texts.values)) == ("a", (" b",), {"label": False, "score": 2.0, "weight": 0.5})
+    texts = parse_unpaired("x", {"prompt": [user("a")], "completion": [assistant("b")], "label": True})
+    assert texts.conversational and texts.completions == ([assistant("b")],)
+    texts = parse_listwise("x", {"prompt": "a", "completions": [" b", " c"], "scores": [1, -0.5]})
+    assert texts.completions == (" b", " c") and texts.values["scores"] == (1.0, -0.5)
+    texts = parse_listwise("x", {"prompt": [user("a")], "completions": [[assistant("b")]], "scores": [1]})
+    assert texts.completions == ([assistant("b")],)
+
+
+def test_optional_columns_of_a_pair():
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "soft_label": 1, "margin": -0.5, "weight": None}
+    assert parse_preference("x", row).values == {"soft_label": 1.0, "margin": -0.5}
+
+
+MALFORMED_OTHERS = [
+    (parse_preference, {"prompt": "a", "chosen": "b", "rejected": "c", "soft_label": 1.1}, "soft_label", "from 0 to 1"),
+    (parse_preference, {"prompt": "a", "chosen": "b", "rejected": "c", "weight": -1}, "weight", "from 0, got -1"),
+    (parse_preference, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "margin", "expected a number, got a boolean"),
+    (parse_preference, {"prompt": "a", "chosen": "b", "rejected": "c", "target": float("nan")}, "target", "finite"),
+    (parse_unpaired, {"prompt": "a", "label": True}, "completion", "missing"),
+    (parse_unpaired, {"prompt": "a", "completion": "b", "label": 1}, "label", "expected true or false, got a number"),
+    (parse_unpaired, {"prompt": "a", "completion": [assistant("b")], "label": True}, "completion", "expected text"),
+    (parse_unpaired, {"prompt": [user("a")], "completion": "b", "label": True}, "completion", "expected a list of messages"),
+    (parse_unpaired, {"prompt": [user("a")], "completion": [user("b")], "label": True}, "completion", "assistant turns only"),
+    (parse_unpaired, {"prompt": "a", "completion": "b", "score": "high"}, "score", "expected a number, got text"),
+    (parse_listwise, {"prompt": "a", "completions": ["b"]}, "scores", "missing"),
+    (parse_listwise, {"prompt": "a", "completions": "b", "scores": [1]}, "completions", "expected a list, got text"),
+    (parse_listwise, {"prompt": "a", "completions": [], "scores": []}, "completions", "1 to 64"),
+    (parse_listwise, {"prompt": "a", "completions": ["b", "c"], "scores": [1]}, "scores", "one for each of the 2"),
+    (parse_listwise, {"prompt": "a", "completions": ["b", 3], "scores": [1, 2]}, "completions[1]", "expected text, got a number"),
+    (parse_listwise, {"prompt": "a", "completions": ["b", "c"], "scores": [1, None]}, "scores[1]", "expected a number, got null"),
+    (
+        parse_listwise,
+        {"prompt": [user("a")], "completions": [[assistant("b")], [{}]], "scores": [1, 2]},
+        "completions[1][0].role",
+        "missing",
+    ),
+]
+
+
+@pytest.mark.parametrize("parse, row, field, words", MALFORMED_OTHERS, ids=[f"{p.__name__} {f}" for p, _, f, _ in MALFORMED_OTHERS])
+def test_malformed_rows_of_other_formats(parse, row, field, words):
+    with pytest.raises(DataError) as error:
+        parse("x.jsonl, line 7", row)
+    assert error.value.field == field and words in str(error.value) and "x.jsonl, line 7" in str(error.value)
 
 
 def test_reading_skips_blank_lines_and_a_byte_order_mark(tmp_path):

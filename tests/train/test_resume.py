@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import make_model, make_rows, without_times, write_jsonl
+from tiny import make_lists, make_model, make_responses, make_rows, without_times, write_jsonl
 
-from fastalign.train import UserError, checkpoint, load_tokenizer, train_dpo
+from fastalign.train import UserError, checkpoint, load_tokenizer, train, train_dpo
 
 SETTINGS = {
     "max_steps": 7,
@@ -55,6 +55,44 @@ def test_resumed_equals_uninterrupted(config, tmp_path, precompute):
     expected = train_dpo(config(**SETTINGS, precompute_ref=precompute, output=str(tmp_path / "whole")))
     interrupted(config, 5, precompute_ref=precompute)
     same(train_dpo(config(**SETTINGS, precompute_ref=precompute, resume=True)), expected)
+
+
+FAMILIES = [
+    ("dpo", {"loss": "beta_dpo"}, make_rows),
+    ("dpo", {"loss": "alpha_dpo=0.5,bco,sft=0.1"}, make_rows),
+    ("kto", {}, make_responses),
+    ("bco", {"loss_options": {"momentum": 0.8}}, make_responses),
+    ("dro", {}, make_responses),
+    ("listwise", {"loss": "pro", "tokens_per_batch": 128}, make_lists),
+    ("reward", {}, make_rows),
+]
+
+
+@pytest.mark.parametrize("method, changes, rows", FAMILIES, ids=[f"{method} {changes.get('loss', '')}" for method, changes, _ in FAMILIES])
+def test_every_family_resumes_exactly(config, tmp_path, data_file, method, changes, rows):
+    """Rules, running means, value heads and baselines are where they were."""
+    write_jsonl(data_file, rows())
+    settings = {**SETTINGS, **changes}
+
+    def stop(record):
+        if record["step"] == 5 and "loss" in record:
+            raise Interruption
+
+    expected = train(method, config(**settings, output=str(tmp_path / "whole")))
+    with pytest.raises(Interruption):
+        train(method, config(**settings), callback=stop)
+    resumed = train(method, config(**settings, resume=True))
+    same(resumed, expected)
+    if method == "dro":
+        heads = [load_file(result.output / "value_head.safetensors") for result in (resumed, expected)]
+        assert heads[0]["linear.weight"].any() and all(torch.equal(heads[0][name], heads[1][name]) for name in heads[1])
+
+
+def test_another_method_is_refused(config, data_file):
+    write_jsonl(data_file, make_responses())
+    train("kto", config(**SETTINGS))
+    with pytest.raises(UserError, match="started as 'fastalign train kto', not bco"):
+        train("bco", config(**SETTINGS, resume=True))
 
 
 def test_with_a_model_in_memory(config, uninterrupted):

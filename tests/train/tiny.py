@@ -54,6 +54,21 @@ def make_rows(count=12):
     ]
 
 
+def make_responses(count=12):
+    """Single responses: two good ones, then a bad one."""
+    return [{"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 != 0}
+            for i, row in enumerate(make_rows(count))]  # fmt: skip
+
+
+def make_lists(count=12):
+    """Lists of two to four responses."""
+    lists = []
+    for i, row in enumerate(make_rows(count)):
+        completions, scores = [row["rejected"], row["chosen"], " that is so so", " dog"], [0, 2, 1, 0.5]
+        lists.append({"prompt": row["prompt"], "completions": completions[: 2 + i % 3], "scores": scores[: 2 + i % 3]})
+    return lists
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

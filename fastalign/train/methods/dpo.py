@@ -109,6 +109,8 @@ class PreferenceMethod(Method):
             metrics["omega_mean"] = (omega.sum(), omega.numel())
         if self.rules:
             options["state"] = [rule.train(training) for rule in self.rules]
+        if self.exact_kl:
+            options["kl_ref_policy"] = scored.policy["kl_ref_policy"]
         preset, weight = self.parts[0]
         output = self.loss_fn(
             logprob,
@@ -116,7 +118,6 @@ class PreferenceMethod(Method):
             packed.cu_seqlens,
             loss=preset if len(self.parts) == 1 and weight == 1.0 else self.parts,
             mask=packed.mask,
-            kl_ref_policy=scored.policy.get("kl_ref_policy"),
             **known,
             **options,
         )
