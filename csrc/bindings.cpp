@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 #include "cpu/isa.h"
-#include "math/pair.h"
+#include "math/list.h"
 #include "math/row_state.h"
 #include "ops.h"
 
@@ -26,9 +26,10 @@ RowsView rows_view(const RowsTuple& t) {
 using PairTuple = std::pair<uintptr_t, int64_t>;
 PairTensor pair_tensor(const PairTuple& t) { return {ptr<void>(t.first), t.second}; }
 
-void check_params(const std::vector<double>& scalars, const std::vector<int>& switches) {
-  if (scalars.size() != size_t(kPairScalars) || switches.size() != size_t(kPairSwitches))
-    throw std::invalid_argument("fastalign: PairParams of fastalign/losses.py and csrc/math/pair.h differ; rebuild the extension");
+void check_params(const std::vector<double>& scalars, const std::vector<int>& switches, int scalar_count = kPairScalars,
+                  int switch_count = kPairSwitches) {
+  if (scalars.size() != size_t(scalar_count) || switches.size() != size_t(switch_count))
+    throw std::invalid_argument("fastalign: the parameters of a loss in Python and those in csrc/math differ; rebuild the extension");
 }
 
 // Arguments that come as one tuple, since one op takes two sets of them: Arguments<decltype(f)> is the tuple that std::apply(f, ...) takes.
@@ -101,10 +102,10 @@ std::vector<std::string> pair_scalar_names() {
 #define FA_NAME(name) #name,
   return {FA_PAIR_SCALARS(FA_NAME)};
 }
-std::vector<std::string> pair_switch_names() {
-  return {FA_PAIR_SWITCHES(FA_NAME)};
+std::vector<std::string> pair_switch_names() { return {FA_PAIR_SWITCHES(FA_NAME)}; }
+std::vector<std::string> list_scalar_names() { return {FA_LIST_SCALARS(FA_NAME)}; }
+std::vector<std::string> list_switch_names() { return {FA_LIST_SWITCHES(FA_NAME)}; }
 #undef FA_NAME
-}
 
 }  // namespace
 
@@ -113,6 +114,8 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.def("build_info", &build_info);
   m.def("pair_scalar_names", &pair_scalar_names);
   m.def("pair_switch_names", &pair_switch_names);
+  m.def("list_scalar_names", &list_scalar_names);
+  m.def("list_switch_names", &list_switch_names);
 #ifdef FA_WITH_CPU
   m.def("set_cpu_isa", &cpu::set_isa, "avx512bf16 | avx512 | avx2 | generic | auto: override the choice made at load");
   m.def("cpu_isas", &cpu::available_isas);
@@ -129,6 +132,8 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.attr("state_width") = int(kStateWidth);
   m.attr("sum_width") = int(kSumWidth);
   m.attr("table_width") = int(kTableWidth);
+  m.attr("list_table_width") = int(kListTableWidth);
+  m.attr("max_list") = kMaxList;
 
   // clang-format off: argument lists, which it would set one name per line
   m.def("token_stats_fwd", [](int device, uintptr_t stream, const Arguments<decltype(token_stats_args)>& t) {
@@ -196,6 +201,15 @@ PYBIND11_MODULE(FA_MODULE, m) {
               ptr<void>(bootstrap), ptr<void>(gamma_ptr), ptr<void>(lam_ptr), gamma, lam, ptr<void>(advantages), ptr<void>(returns),
               ptr<void>(moments), ptr<void>(workspace), ptr<uint32_t>(counter)};
     FA_DISPATCH(gae_fwd);
+  m.def("listwise_fwd", [](int device, uintptr_t stream, uintptr_t sums, int64_t sequences, uintptr_t list_offsets, int64_t lists,
+                           uintptr_t scores, int dtype, PairTuple beta, uintptr_t num_items, uintptr_t num_sft_tokens,
+                           const std::vector<double>& scalars, const std::vector<int>& switches, uintptr_t loss, uintptr_t list_loss,
+                           uintptr_t slopes, uintptr_t rewards, uintptr_t table, uintptr_t counter) {
+    check_params(scalars, switches, kListScalars, kListSwitches);
+    ListwiseArgs a{ptr<void>(sums), sequences, ptr<int32_t>(list_offsets), lists, ptr<void>(scores), dtype, pair_tensor(beta),
+                   ptr<void>(num_items), ptr<void>(num_sft_tokens), scalars.data(), switches.data(), ptr<void>(loss), ptr<void>(list_loss),
+                   ptr<void>(slopes), ptr<void>(rewards), ptr<void>(table), ptr<uint32_t>(counter)};
+    FA_DISPATCH(listwise_fwd);
   });
   // clang-format on
 }

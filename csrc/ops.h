@@ -145,6 +145,19 @@ struct GaeArgs {
   void* moments;                        // [3]: count, mean and m2 of the scored advantages
   void* workspace;                      // [5 * (tokens / kGaeTile + sequences)], double on the CPU and float on CUDA
   uint32_t* counter;                    // as in PreferenceArgs
+struct ListwiseArgs {
+  const void* sums;                          // [sequences, kSumWidth]: as the pair kernel writes them
+  int64_t sequences;
+  const int32_t* list_offsets;               // [lists + 1]
+  int64_t lists;
+  const void* scores;                        // [sequences]
+  int dtype;
+  PairTensor beta;                           // per list
+  const void *num_items, *num_sft_tokens;    // one element, or null: counted here
+  const double* scalars;                     // ListParams, host
+  const int* switches;
+  void *loss, *list_loss, *slopes, *rewards, *table;   // [], [lists], [sequences], [sequences], [lists, kListTableWidth]
+  uint32_t* counter;                         // device scratch: one zero, left zero (CUDA only)
 };
 
 // FA_OPS(X): one line per op; X(name, argument struct). Declarations, bindings and the emulator all expand this list.
@@ -159,6 +172,7 @@ struct GaeArgs {
   X(preference_fwd, PreferenceArgs)                    \
   X(preference_bwd, PreferenceBackwardArgs)            \
   X(gae_fwd, GaeArgs)
+  X(listwise_fwd, ListwiseArgs)
 
 namespace cpu {
 #define FA_DECLARE(name, args) void name(const args& a);

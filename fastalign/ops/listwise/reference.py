@@ -104,10 +104,10 @@ def listwise_fwd(sums, list_offsets, scores, beta, num_items, num_sft_tokens, sc
     policy, ratio, length = (pick(sums[:, c]) for c in (0, 1, 2))
     r = pick(scores)
     beta = torch.full_like(ratio[:, :1], p.beta) if beta is None else beta.reshape(-1, 1).expand(lists, 1)
-    slope_of_s = beta / (torch.clamp(length, min=1.0) ** p.length_norm if p.length_norm else torch.ones_like(length))
-    s = slope_of_s * ratio
+    norm = torch.clamp(length, min=1.0) ** p.length_norm if p.length_norm else torch.ones_like(length)
+    s = beta * (ratio / norm)
     value, slope = evaluate_lists(p, s, r, live)
-    value, slope = p.list_weight * value, p.list_weight * slope * slope_of_s
+    value, slope = p.list_weight * value, p.list_weight * slope * beta / norm
     if p.list_weight == 0:
         value, slope = torch.zeros_like(value), torch.zeros_like(slope)
     unusable = broken | (live & ~torch.isfinite(r)).any(-1)
