@@ -1,0 +1,163 @@
+"""The list kernel in Triton: a program per list, and the last one to finish applies the normalisers, which count all lists, and reduces the loss,
+both in a fixed order. The formulas are in fastalign/triton_math_list.py."""
+
+import triton
+import triton.language as tl
+
+from fastalign import ffi
+from fastalign.list_preset import MAX_LIST, ListParams
+from fastalign.ops.listwise.reference import TABLE_WIDTH
+from fastalign.triton_math import at_least_one, div, is_finite, power
+from fastalign.triton_math_list import all_finite, evaluate_list
+
+BLOCK = 256  # sequences or lists that the last program looks at together
+SUMS, TABLE = tl.constexpr(6), tl.constexpr(TABLE_WIDTH)
+
+
+@triton.jit
+def _bounds(list_offsets, lists, sequences, n, live):
+    """First sequence and number of responses of lists n; -1 responses where no program could evaluate the list."""
+    begin, end = tl.load(list_offsets + n, mask=live, other=0), tl.load(list_offsets + n + 1, mask=live, other=0)
+    good = (begin >= 0) & (end >= begin) & (end <= sequences) & (end - begin <= 64)
+    return begin, tl.where(good, end - begin, -1)
+
+
+@triton.jit
+def _sft_weight(sft_weight, sft_power, count):
+    return sft_weight * power(at_least_one(count - 1.0), sft_power) * tl.where((count > 1) | (sft_power == 0), 1.0, 0.0)
+
+
+# Neither sizes nor alignments compile anything anew; which tensors are given, and the kind of the loss, do.
+SIZES = ["beta_stride", "sequences", "lists"]
+TENSORS = ["sums", "list_offsets", "scores", "betas", "num_items", "num_sft_tokens", "loss", "list_loss", "slopes", "rewards", "table"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
+def listwise_fwd_kernel(
+    sums, list_offsets, scores, betas, beta_stride: tl.int32, num_items, num_sft_tokens, loss, list_loss, slopes, rewards, table, counter,
+    sequences: tl.int32, lists: tl.int32,
+    # ListParams, by name
+    length_norm, beta, target, reward_temperature, list_weight, sft_weight, sft_power,
+    kind: tl.constexpr, link: tl.constexpr, pair_gain: tl.constexpr, pair_mean: tl.constexpr, sft_norm: tl.constexpr,
+    drop_nonfinite: tl.constexpr, reduction: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    begin, count = _bounds(list_offsets, lists, sequences, n, True)
+    row, i = table + n.to(tl.int64) * TABLE, tl.arange(0, K)
+    if count < 0:  # it must count, or its NaN would be dropped. Such lists and their neighbours together write every sequence.
+        first = tl.where(n == 0, 0, tl.minimum(tl.maximum(begin, 0), sequences))
+        last = tl.where(n == lists - 1, sequences, tl.minimum(tl.maximum(tl.load(list_offsets + n + 1), 0), sequences))
+        for start in range(first, last, K):
+            tl.store(slopes + start + i, float("nan"), mask=start + i < last)
+            tl.store(rewards + start + i, float("nan"), mask=start + i < last)
+        columns = tl.arange(0, 16)
+        tl.store(row + columns, tl.where(columns == 0, float("nan"), tl.where(columns == 2, 1.0, 0.0)), mask=columns < TABLE)
+    else:
+        live, at = i < count, begin + i
+        policy, ratio = tl.load(sums + at * SUMS, mask=live, other=0.0), tl.load(sums + at * SUMS + 1, mask=live, other=0.0)
+        length, r = tl.load(sums + at * SUMS + 2, mask=live, other=0.0), tl.load(scores + at, mask=live, other=0.0)
+        if betas is not None:
+            beta = tl.load(betas + n * beta_stride)
+        norm = power(tl.maximum(length, 1.0), length_norm)
+        s = beta * div(ratio, norm)
+        tl.store(rewards + at, s, mask=live)
+        best = tl.argmax(tl.where(live, r, float("-inf")), 0)
+        lowest = tl.min(tl.where(live, r, float("inf")), 0)
+        worst = tl.max(tl.where(live & (r == lowest), i, 0), 0)
+        values, slope, pairs, correct, margin = evaluate_list(kind, link, pair_gain, s, r, live, target, reward_temperature)
+        all_pairs = tl.sum(pairs, 0)
+        scale = div(list_weight, tl.maximum(all_pairs, 1.0)) if pair_mean else list_weight
+        bad = tl.where(all_finite(r, live), 0.0, float("nan"))
+        term = tl.where(list_weight == 0.0, 0.0, scale * tl.sum(values, 0)) + bad
+        slope = tl.where(list_weight == 0.0, 0.0, scale * div(slope * beta, norm)) + bad
+        best_sum = tl.sum(tl.where(i == best, policy, 0.0), 0)
+        nll = tl.where(sft_weight == 0.0, 0.0, -_sft_weight(sft_weight, sft_power, count.to(tl.float32)) * best_sum)
+        keep = tl.max(length, 0) > 0
+        if drop_nonfinite:
+            keep = keep & all_finite(s, live) & is_finite(term) & is_finite(nll)
+        tl.store(slopes + at, tl.where(keep, slope, 0.0), mask=live)
+        top = tl.sum(tl.where(i == best, tl.where((pairs > 0) & (pairs == correct), 1.0, 0.0), 0.0), 0)
+        tl.store(row, term)
+        tl.store(row + 1, nll)
+        tl.store(row + 2, keep.to(tl.float32))
+        tl.store(row + 3, all_pairs)
+        tl.store(row + 4, tl.sum(correct, 0))
+        tl.store(row + 5, tl.sum(margin, 0))
+        tl.store(row + 6, top)
+        tl.store(row + 7, best.to(tl.float32))
+        tl.store(row + 8, worst.to(tl.float32))
+    tl.debug_barrier()  # every thread's results are written before this program is counted, and read after
+    last_one = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    tl.debug_barrier()
+    if last_one:
+        _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, slopes, table, sequences, lists, sft_weight, sft_power, sft_norm,
+                   reduction, BLOCK)  # fmt: skip
+        tl.store(counter, 0)
+
+
+@triton.jit
+def _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, slopes, table, sequences, lists, sft_weight, sft_power,
+               sft_norm: tl.constexpr, reduction: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Divides everything by the normalisers and sums the loss. The slopes of lists that do not count are 0 already."""
+    lane = tl.arange(0, BLOCK)
+    lists_here, tokens_here = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, lists, BLOCK):
+        n = start + lane
+        live = n < lists
+        begin, count = _bounds(list_offsets, lists, sequences, n, live)
+        row = table + n.to(tl.int64) * TABLE
+        kept = live & (tl.load(row + 2, mask=live, other=0.0) > 0)
+        best = begin + tl.load(row + 7, mask=live, other=0.0).to(tl.int32)
+        lists_here += kept.to(tl.int32)
+        tokens_here += tl.load(sums + best.to(tl.int64) * SUMS + 2, mask=kept & (count > 0), other=0.0)
+    local = tl.sum(lists_here, 0).to(tl.float32)
+    items, tokens = local, tl.sum(tokens_here, 0)
+    if num_items is not None:
+        items = tl.load(num_items)
+    if num_sft_tokens is not None:
+        tokens = tl.load(num_sft_tokens)
+    norm = at_least_one(items) if reduction == 0 else 1.0
+    for start in range(0, sequences, BLOCK):
+        at = start + lane
+        tl.store(slopes + at, div(tl.load(slopes + at, mask=at < sequences, other=0.0), norm), mask=at < sequences)
+    tl.debug_barrier()  # the best responses' slopes are changed below, by other threads
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, lists, BLOCK):
+        n = start + lane
+        live = n < lists
+        begin, count = _bounds(list_offsets, lists, sequences, n, live)
+        row = table + n.to(tl.int64) * TABLE
+        kept = live & (tl.load(row + 2, mask=live, other=0.0) > 0)
+        best = begin + tl.load(row + 7, mask=live, other=0.0).to(tl.int32)
+        with_best = kept & (count > 0)
+        divisor = tl.zeros([BLOCK], tl.float32) + (at_least_one(tokens) if sft_norm == 0 else at_least_one(items))
+        if sft_norm == 1:
+            divisor *= at_least_one(tl.load(sums + best.to(tl.int64) * SUMS + 2, mask=with_best, other=0.0))
+        if reduction != 0:
+            divisor = div(divisor, at_least_one(local))
+        term = tl.where(kept, div(tl.load(row, mask=live, other=0.0), norm), 0.0)
+        nll = tl.where(kept, div(tl.load(row + 1, mask=live, other=0.0), divisor), 0.0)
+        weight = div(_sft_weight(sft_weight, sft_power, count.to(tl.float32)), divisor)
+        slope = tl.load(slopes + best, mask=with_best, other=0.0)
+        tl.store(slopes + best, tl.where(sft_weight == 0.0, slope, slope - weight), mask=with_best)
+        tl.store(row, term, mask=live)
+        tl.store(row + 1, nll, mask=live)
+        tl.store(list_loss + n, term + nll, mask=live)
+        total += tl.where(live, term + nll, 0.0)
+    tl.store(loss, tl.sum(total, 0))
+
+
+def listwise_fwd(sums, list_offsets, scores, beta, num_items, num_sft_tokens, scalars, switches):
+    sequences, lists, device = sums.shape[0], list_offsets.shape[0] - 1, sums.device
+    shapes = ((), (lists,), (sequences,), (sequences,), (lists, TABLE_WIDTH))
+    loss, list_loss, slopes, rewards, table = (ffi.empty(s, sums.dtype, device) for s in shapes)
+    if lists == 0:
+        return loss.zero_(), list_loss, slopes.fill_(float("nan")), rewards.fill_(float("nan")), table
+    beta_stride = 0 if beta is None or beta.numel() == 1 else beta.stride(0)
+    with ffi.triton_device(device):
+        listwise_fwd_kernel[(lists,)](
+            sums, list_offsets, scores, beta, beta_stride, num_items, num_sft_tokens, loss, list_loss, slopes, rewards, table,
+            ffi.counter(sums), sequences, lists, **ListParams(*scalars, *switches)._asdict(), K=MAX_LIST, BLOCK=BLOCK,
+            **ffi.launch_options(BLOCK, device),
+        )  # fmt: skip
+    return loss, list_loss, slopes, rewards, table
