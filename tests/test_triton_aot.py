@@ -12,10 +12,12 @@ import torch
 from triton_aot import OUT, TARGETS, compiling_for
 
 from fastalign import losses
+from fastalign.list_preset import LIST_LINKS, LIST_SCALAR_COUNT, ListPreset
+from fastalign.ops.token_stats.api import OUTPUT_BITS
 from fastalign.preset import LINKS, SCALAR_COUNT, TRANSFORMS, Preset
 
-rows, sums, estimate, pair = (
-    importlib.import_module(f"fastalign.ops.{op}.triton") for op in ("token_stats", "sequence_sum", "kl_estimate", "preference")
+rows, sums, estimate, pair, ranked = (
+    importlib.import_module(f"fastalign.ops.{op}.triton") for op in ("token_stats", "sequence_sum", "kl_estimate", "preference", "listwise")
 )
 ALL_BITS = 63  # all that need no reference
 VOCAB = 1001  # odd: no row but the first is aligned, and nothing about sizes is known to the compiler
@@ -50,6 +52,13 @@ def preference(loss, stages="both", kl=None, weights=None, pairs=None, per_pair=
                             kl is not None)  # fmt: skip
 
 
+def listwise(loss, beta=None, counts=None, reduction="mean", **options):
+    p = (losses.get_listwise(loss) if isinstance(loss, str) else loss).replace(**options).params(reduction)
+    x = torch.zeros(3)
+    ranked.listwise_fwd(torch.zeros(3, 6), torch.tensor([0, 3], dtype=torch.int32), x, beta, counts, counts, list(p[:LIST_SCALAR_COUNT]),
+                        list(p[LIST_SCALAR_COUNT:]))  # fmt: skip
+
+
 def launch_all():
     """The kernels of the usual calls: (storage types x sets of sums x softcap) thinned out, and every other op."""
     for dtype, outputs, capped in (
@@ -70,6 +79,8 @@ def launch_all():
     preference("simpo")
     preference("exo_pair", "table")
     preference("slic_hf", "sums")
+    for name in ("plackett_luce", "rrhf", "pro", "lipo", "nca", "exo_list"):
+        listwise(name)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -118,8 +129,8 @@ def read_amdgcn(kernel):
 
 
 def test_every_kernel_is_there(compiled):
-    written = {name for module in (rows, sums, estimate, pair) for name in vars(module) if name.endswith("_kernel")}
-    assert {k.metadata.name for k in compiled[1]} == written and len(written) == 7
+    written = {name for module in (rows, sums, estimate, pair, ranked) for name in vars(module) if name.endswith("_kernel")}
+    assert {k.metadata.name for k in compiled[1]} == written and len(written) == 8
 
 
 def test_nothing_spills(resources):
@@ -170,10 +181,12 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
         for beta in (0.0, 0.1, 1.0):
             preference("dpo", "table", beta=beta)
             preference("dpo", "table", label_smoothing=0.0)
+            listwise("rrhf", beta=beta, sft_weight=beta)
     assert {name: len({k.hash for k in group}) for name, group in by_name(kernels).items()} == {
         "token_stats_fwd_kernel": 1,
         "token_stats_bwd_kernel": 3,  # in place; out of place; out of place with an alignment of its own
         "preference_fwd_kernel": 2,  # dpo with and without label smoothing
+        "listwise_fwd_kernel": 1,
     }
 
 
@@ -199,7 +212,12 @@ def test_every_option_compiles():
             preference(Preset(transform=kind, **({"reference": False, "length_norm": 1.0} if kind == "logodds" else {})), "table")
         for kind in ("smooth", "robust", "soft"):
             preference(Preset(labels=kind, label_smoothing=0.0 if kind == "soft" else 0.1, label_entropy=kind == "smooth"), "table")
-    assert len(kernels) == 31
+        one_list = torch.zeros(1)
+        for kind in LIST_LINKS:
+            listwise(ListPreset(link=kind, pair_gain="lambda", pair_mean=True, nonfinite="drop"), beta=one_list, counts=one_list[0])
+        for kind in ("infonca", "pro"):
+            listwise(kind, reduction="none", sft_weight=0.5, sft_norm="token_mean_global")
+    assert len(kernels) == 41
 
 
 def by_name(kernels):

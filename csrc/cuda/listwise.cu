@@ -16,17 +16,24 @@ constexpr unsigned kReduce = 3 * kMaxList, kFlag = kReduce + 5 * kThreads / kWar
 
 __device__ inline float at(const void* p, int64_t i) { return static_cast<const float*>(p)[i]; }
 
-// The first and last + 1 sequence that list l must write: together they cover all, whatever list_offsets holds (its values are not checked
-// on the device).
-__device__ Segment covered(const ListwiseArgs& a, int64_t l) {
-  const int64_t begin = l == 0 ? 0 : clamp<int64_t>(a.list_offsets[l], 0, a.sequences);
-  return {begin, l == a.lists - 1 ? a.sequences : clamp<int64_t>(a.list_offsets[l + 1], 0, a.sequences), true};
-}
-
-// The number of responses of a list that can be evaluated, or -1.
+// The number of responses of a list that can be evaluated, or -1: it does not lie inside, is too long, or is the first (the last) and leaves
+// out sequences. The values of list_offsets cannot be checked without a synchronisation.
 __device__ int list_size(const ListwiseArgs& a, int64_t l, Segment& s) {
   s = segment(a.list_offsets, a.lists, a.sequences, l);
-  return s.ok && s.end - s.begin <= kMaxList ? int(s.end - s.begin) : -1;
+  const bool ends = (l > 0 || s.begin == 0) && (l < a.lists - 1 || s.end == a.sequences);
+  return s.ok && ends && s.end - s.begin <= kMaxList ? int(s.end - s.begin) : -1;
+}
+
+// What a list that cannot be evaluated leaves behind. Such lists and the others together write every sequence. It counts, or its NaN would be
+// dropped.
+__device__ void write_nan(const ListwiseArgs& a, int64_t l) {
+  const int64_t begin = l == 0 ? 0 : clamp<int64_t>(a.list_offsets[l], 0, a.sequences);
+  const int64_t end = l == a.lists - 1 ? a.sequences : clamp<int64_t>(a.list_offsets[l + 1], 0, a.sequences);
+  for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x)
+    static_cast<float*>(a.slopes)[n] = static_cast<float*>(a.rewards)[n] = NAN;
+  const int column = int(threadIdx.x);
+  if (column >= kListTableWidth) return;
+  static_cast<float*>(a.table)[l * kListTableWidth + column] = column == kListValid ? 1.0f : (column == kListTerm ? NAN : 0.0f);
 }
 
 // A list without its normalisers: slopes, rewards and its row of the table.
@@ -36,12 +43,7 @@ __device__ void evaluate(const ListwiseArgs& a, const ListParams<float>& p, int6
   float* row = static_cast<float*>(a.table) + l * kListTableWidth;
   Segment own;
   const int count = list_size(a, l, own), i = int(threadIdx.x);
-  if (count < 0) {  // it must count, or its NaN would be dropped
-    own = covered(a, l);
-    for (int64_t n = own.begin + i; n < own.end; n += blockDim.x) slopes[n] = rewards[n] = NAN;
-    if (i < kListTableWidth) row[i] = i == kListValid ? 1.0f : (i == kListTerm ? NAN : 0.0f);
-    return;
-  }
+  if (count < 0) return write_nan(a, l);
   const float* sums = static_cast<const float*>(a.sums) + (own.begin + i) * kSumWidth;
   ValueSlope<float> score{0, 0};
   if (i < count) {

@@ -25,7 +25,7 @@ from fastalign.ops.sequence_sum.api import sequence_sum_bwd
 from fastalign.preset import REDUCTIONS, SCALAR_COUNT, Preset
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 
-SUM_WIDTH, TABLE_WIDTH = 6, 9
+TABLE_WIDTH = 9
 
 
 def _check_values(sums, list_offsets, scores, *rest):

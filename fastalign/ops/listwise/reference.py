@@ -7,13 +7,15 @@ import torch
 from fastalign.list_preset import MAX_LIST, ListParams
 from fastalign.ops.preference.reference import link, softplus
 
-TABLE_WIDTH = 9
+SUM_WIDTH, TABLE_WIDTH = 6, 9
 
 
 def _padded(list_offsets, sequences, width):
     """Sequence numbers [L, width] of every list, which of them exist, and which lists no kernel can serve."""
     begin, end = list_offsets[:-1].long(), list_offsets[1:].long()
     broken = (begin < 0) | (end < begin) | (end > sequences) | (end - begin > width)
+    broken[:1] |= begin[:1] != 0
+    broken[-1:] |= end[-1:] != sequences
     index = begin.unsqueeze(1) + torch.arange(width, device=list_offsets.device)
     live = (index < end.unsqueeze(1)) & (index >= 0) & (index < sequences)
     return torch.where(live, index, sequences), live, broken

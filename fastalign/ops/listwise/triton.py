@@ -6,19 +6,21 @@ import triton.language as tl
 
 from fastalign import ffi
 from fastalign.list_preset import MAX_LIST, ListParams
-from fastalign.ops.listwise.reference import TABLE_WIDTH
+from fastalign.ops.listwise.reference import SUM_WIDTH, TABLE_WIDTH
 from fastalign.triton_math import at_least_one, div, is_finite, power
 from fastalign.triton_math_list import all_finite, evaluate_list
 
 BLOCK = 256  # sequences or lists that the last program looks at together
-SUMS, TABLE = tl.constexpr(6), tl.constexpr(TABLE_WIDTH)
+SUMS, TABLE, LONGEST = tl.constexpr(SUM_WIDTH), tl.constexpr(TABLE_WIDTH), tl.constexpr(MAX_LIST)
 
 
 @triton.jit
 def _bounds(list_offsets, lists, sequences, n, live):
-    """First sequence and number of responses of lists n; -1 responses where no program could evaluate the list."""
+    """First sequence and number of responses of lists n; -1 responses where the list does not lie inside, is too long, or is the first (the last)
+    and leaves out sequences. The values of list_offsets cannot be checked without a synchronisation."""
     begin, end = tl.load(list_offsets + n, mask=live, other=0), tl.load(list_offsets + n + 1, mask=live, other=0)
-    good = (begin >= 0) & (end >= begin) & (end <= sequences) & (end - begin <= 64)
+    good = (begin >= 0) & (end >= begin) & (end <= sequences) & (end - begin <= LONGEST)
+    good = good & ((n > 0) | (begin == 0)) & ((n < lists - 1) | (end == sequences))
     return begin, tl.where(good, end - begin, -1)
 
 
