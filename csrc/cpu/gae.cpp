@@ -1,5 +1,6 @@
-// Generalised advantage estimation over packed sequences (math/affine.h). A sequence is walked once, from its end, by one thread, in double;
-// the sequences' moments are merged in order: no result depends on the thread count.
+// Generalised advantage estimation over packed sequences (math/affine.h). A sequence is walked once, from its end, by one thread; the
+// sequences' moments are merged in order: no result depends on the thread count. X is carried from token to token in double.
+#include <cstring>
 #include "math/affine.h"
 #include "math/moments.h"
 #include "ops.h"
@@ -9,36 +10,108 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kSerialTokens = 1 << 13;  // below this, waking threads costs more than the work
+constexpr int kLanes = 4, kGroups = 64;     // tokens of a group; groups between two sums in double
+
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+using LaneIndex = int __attribute__((vector_size(kLanes * sizeof(int))));
+
+Lanes fill(float x) { return Lanes{x, x, x, x}; }
+Lanes load(const float* p) {
+  Lanes x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
+void store(const Lanes& x, float* p) { memcpy(p, &x, sizeof(x)); }
+double total(const Lanes& x) { return (double(x[0]) + double(x[1])) + (double(x[2]) + double(x[3])); }
+
+template <class T> class Walk {
+ public:
+  Walk(const GaeArgs& a, const GaeStep<double>& step, int64_t s)
+      : a_(a), step_(step), begin_(a.cu_seqlens[s]), t_(a.cu_seqlens[s + 1]), x_(a.bootstrap ? at(a.bootstrap)[s] : T(0)) {}
+
+  Moments<double> run() {
+    while (t_ > begin_) {
+      if (seen_.count > 0 && group_is_scored(t_)) groups();
+      else token();
+    }
+    return seen_.moments();
+  }
+
+ private:
+  static const T* at(const void* p) { return static_cast<const T*>(p); }
+
+  void token() {
+    T &advantage = static_cast<T*>(a_.advantages)[--t_], &target = static_cast<T*>(a_.returns)[t_];
+    if (a_.mask && !a_.mask[t_]) {
+      advantage = target = T(0);
+      return;
+    }
+    const double reward = at(a_.rewards)[t_], value = at(a_.values)[t_], r = step_.returns(reward, x_);
+    target = T(r);
+    advantage = T(r - value);
+    seen_.push(r - value);
+    x_ = step_.map(reward, value)(x_);
+  }
+
+  // fp32 only: whether the four tokens before t are there and all scored.
+  bool group_is_scored(int64_t t) const {
+    if (sizeof(T) != sizeof(float) || t - begin_ < kLanes) return false;
+    uint32_t scored = 0x01010101;
+    if (a_.mask) memcpy(&scored, a_.mask + t - kLanes, kLanes);
+    return scored == 0x01010101;
+  }
+
+  // Scored tokens by fours, as long as there are. A lane first holds X as if it were 0 behind the group; the true X comes in last, so that a group
+  // waits for the one before it no longer than a multiplication and an addition take.
+  void groups() {
+    const auto *rewards = reinterpret_cast<const float*>(a_.rewards), *values = reinterpret_cast<const float*>(a_.values);
+    auto *advantages = reinterpret_cast<float*>(a_.advantages), *returns = reinterpret_cast<float*>(a_.returns);
+    const GaeStep<Lanes> step{fill(float(step_.gamma)), fill(float(step_.lam)), fill(float(step_.decay)), fill(float(step_.value_share))};
+    const double d = step_.decay, d2 = d * d, d4 = d2 * d2;
+    const Lanes none{}, once = fill(float(d)), twice = fill(float(d2)), shift = fill(float(seen_.shift));
+    const Lanes powers{float(d2 * d), float(d2), float(d), 1.0f};
+    int64_t t = t_;
+    double carried = x_;  // local: a store to the results could be to a member, for all the compiler knows
+    while (group_is_scored(t)) {
+      Lanes sum{}, square{};
+      int count = 0;
+      for (; count < kGroups && group_is_scored(t); ++count) {
+        t -= kLanes;
+        const Lanes reward = load(rewards + t), value = load(values + t), after = fill(float(carried));
+        Lanes x = step.map(reward, value).b;
+        x = multiply_add(once, __builtin_shuffle(x, none, LaneIndex{1, 2, 3, 4}), x);
+        x = multiply_add(twice, __builtin_shuffle(x, none, LaneIndex{2, 3, 4, 5}), x);
+        carried = d4 * carried + double(x[0]);
+        const Lanes x_next = multiply_add(powers, after, __builtin_shuffle(x, none, LaneIndex{1, 2, 3, 4}));
+        const Lanes target = step.returns(reward, x_next), advantage = target - value;
+        store(target, returns + t);
+        store(advantage, advantages + t);
+        sum += advantage - shift;
+        square += (advantage - shift) * (advantage - shift);
+      }
+      seen_.add(kLanes * count, total(sum), total(square));
+    }
+    t_ = t;
+    x_ = carried;
+  }
+
+  const GaeArgs& a_;
+  const GaeStep<double>& step_;
+  const int64_t begin_;
+  int64_t t_;                  // one past the next token
+  double x_;                   // X of that place
+  MomentSums<double> seen_;
+};
 
 template <class T> double scalar(const void* tensor, double otherwise) {
   return tensor ? double(*static_cast<const T*>(tensor)) : otherwise;
 }
 
-template <class T> Moments<double> walk(const GaeArgs& a, const GaeStep<double>& step, int64_t s) {
-  const T *rewards = static_cast<const T*>(a.rewards), *values = static_cast<const T*>(a.values);
-  T *advantages = static_cast<T*>(a.advantages), *returns = static_cast<T*>(a.returns);
-  MomentSums<double> seen;
-  double x = a.bootstrap ? double(static_cast<const T*>(a.bootstrap)[s]) : 0.0;
-  for (int64_t t = a.cu_seqlens[s + 1]; t-- > a.cu_seqlens[s];) {
-    if (a.mask && !a.mask[t]) {
-      advantages[t] = returns[t] = T(0);
-      continue;
-    }
-    const double reward = double(rewards[t]), value = double(values[t]);
-    const double target = step.returns(reward, x), advantage = target - value;
-    returns[t] = T(target);
-    advantages[t] = T(advantage);
-    seen.push(advantage);
-    x = step.map(reward, value)(x);
-  }
-  return seen.moments();
-}
-
 template <class T> void forward(const GaeArgs& a) {
-  const GaeStep<double> step{scalar<T>(a.gamma_ptr, a.gamma), scalar<T>(a.lam_ptr, a.lam)};
+  const GaeStep<double> step = gae_step(scalar<T>(a.gamma_ptr, a.gamma), scalar<T>(a.lam_ptr, a.lam));
   auto* parts = static_cast<Moments<double>*>(a.workspace);
 #pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
-  for (int64_t s = 0; s < a.sequences; ++s) parts[s] = walk<T>(a, step, s);
+  for (int64_t s = 0; s < a.sequences; ++s) parts[s] = Walk<T>(a, step, s).run();
 
   double count = 0, weighted = 0, m2 = 0;
   for (int64_t s = 0; s < a.sequences; ++s) {

@@ -25,7 +25,7 @@ using Map = Affine<float>;
 __device__ inline float at(const void* p, int64_t i) { return static_cast<const float*>(p)[i]; }
 
 __device__ GaeStep<float> step_of(const GaeArgs& a) {
-  return {a.gamma_ptr ? at(a.gamma_ptr, 0) : float(a.gamma), a.lam_ptr ? at(a.lam_ptr, 0) : float(a.lam)};
+  return gae_step(a.gamma_ptr ? at(a.gamma_ptr, 0) : float(a.gamma), a.lam_ptr ? at(a.lam_ptr, 0) : float(a.lam));
 }
 __device__ float bootstrap_of(const GaeArgs& a, int64_t sequence) { return a.bootstrap ? at(a.bootstrap, sequence) : 0.0f; }
 

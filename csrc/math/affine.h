@@ -30,10 +30,12 @@ template <class T> FA_HD Affine<T> compose(const Affine<T>& outer, const Affine<
   return {outer.a * inner.a, multiply_add(outer.a, inner.b, outer.b)};
 }
 
+// What a token does. T may also be a vector of lanes.
 template <class T> struct GaeStep {
-  T gamma, lam;
-  FA_HD Affine<T> map(T reward, T value) const { return {gamma * lam, multiply_add(lam, reward, (T(1) - lam) * value)}; }
+  T gamma, lam, decay /* gamma lam */, value_share /* 1 - lam */;
+  FA_HD Affine<T> map(T reward, T value) const { return {decay, multiply_add(lam, reward, value_share * value)}; }
   FA_HD T returns(T reward, T x_next) const { return multiply_add(gamma, x_next, reward); }
 };
+template <class T> FA_HD GaeStep<T> gae_step(T gamma, T lam) { return {gamma, lam, gamma * lam, T(1) - lam}; }
 
 }  // namespace fastalign

@@ -17,6 +17,12 @@ template <class T> struct MomentSums {
     sum += d;
     square += d * d;
   }
+  // Sums over n values x of x - shift, with this object's shift.
+  FA_HD void add(T n, T of_differences, T of_squares) {
+    count += n;
+    sum += of_differences;
+    square += of_squares;
+  }
   FA_HD Moments<T> moments() const {
     if (count == T(0)) return {T(0), T(0), T(0)};
     const T m2 = square - sum / count * sum;
