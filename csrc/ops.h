@@ -184,7 +184,7 @@ namespace cuda {
 FA_OPS(FA_DECLARE)
 #undef FA_DECLARE
 void set_cluster_size(int size);  // blocks per row of token_stats_fwd: 1, 2, 4, 8, or 0 for the choice by row length; for tests and tuning
-void set_gae_scheme(int scheme);  // 1: a block per sequence, 2: a block per tile, 0: the choice by tokens and sequences; for tests and tuning
+void set_gae_scheme(int scheme);  // 1: a block per sequence, 2: a block per tile, 0: by tokens and sequences; for tests and tuning
 }  // namespace cuda
 
 }  // namespace fastalign

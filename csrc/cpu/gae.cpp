@@ -68,14 +68,18 @@ template <class T> class Walk {
     auto *advantages = reinterpret_cast<float*>(a_.advantages), *returns = reinterpret_cast<float*>(a_.returns);
     const GaeStep<Lanes> step{fill(float(step_.gamma)), fill(float(step_.lam)), fill(float(step_.decay)), fill(float(step_.value_share))};
     const double d = step_.decay, d2 = d * d, d4 = d2 * d2;
-    const Lanes none{}, once = fill(float(d)), twice = fill(float(d2)), shift = fill(float(seen_.shift));
+    const Lanes none{}, once = fill(float(d)), twice = fill(float(d2));
     const Lanes powers{float(d2 * d), float(d2), float(d), 1.0f};
     int64_t t = t_;
     double carried = x_;  // local: a store to the results could be to a member, for all the compiler knows
-    while (group_is_scored(t)) {
-      Lanes sum{}, square{};
+    // Moments are summed in fp32 as differences from the last advantage before, over longer and longer stretches: a sequence's last advantages
+    // are often far from the others.
+    float near = float(seen_.shift);
+    for (int stretch = 1; group_is_scored(t); stretch = stretch < kGroups ? 2 * stretch : kGroups) {
+      Lanes sum{}, square{}, advantage{};
+      const Lanes shift = fill(near);
       int count = 0;
-      for (; count < kGroups && group_is_scored(t); ++count) {
+      for (; count < stretch && group_is_scored(t); ++count) {
         t -= kLanes;
         const Lanes reward = load(rewards + t), value = load(values + t), after = fill(float(carried));
         Lanes x = step.map(reward, value).b;
@@ -83,13 +87,15 @@ template <class T> class Walk {
         x = multiply_add(twice, __builtin_shuffle(x, none, LaneIndex{2, 3, 4, 5}), x);
         carried = d4 * carried + double(x[0]);
         const Lanes x_next = multiply_add(powers, after, __builtin_shuffle(x, none, LaneIndex{1, 2, 3, 4}));
-        const Lanes target = step.returns(reward, x_next), advantage = target - value;
+        const Lanes target = step.returns(reward, x_next);
+        advantage = target - value;
         store(target, returns + t);
         store(advantage, advantages + t);
         sum += advantage - shift;
         square += (advantage - shift) * (advantage - shift);
       }
-      seen_.add(kLanes * count, total(sum), total(square));
+      seen_.add(kLanes * count, near, total(sum), total(square));
+      near = advantage[0];
     }
     t_ = t;
     x_ = carried;
@@ -98,8 +104,8 @@ template <class T> class Walk {
   const GaeArgs& a_;
   const GaeStep<double>& step_;
   const int64_t begin_;
-  int64_t t_;                  // one past the next token
-  double x_;                   // X of that place
+  int64_t t_;  // one past the next token
+  double x_;  // X of that place
   MomentSums<double> seen_;
 };
 

@@ -17,11 +17,12 @@ template <class T> struct MomentSums {
     sum += d;
     square += d * d;
   }
-  // Sums over n values x of x - shift, with this object's shift.
-  FA_HD void add(T n, T of_differences, T of_squares) {
+  // Sums over n more values, of x - from and of its square.
+  FA_HD void add(T n, T from, T differences, T squares) {
+    const T move = from - shift;
     count += n;
-    sum += of_differences;
-    square += of_squares;
+    sum += differences + n * move;
+    square += squares + move * (T(2) * differences + n * move);
   }
   FA_HD Moments<T> moments() const {
     if (count == T(0)) return {T(0), T(0), T(0)};

@@ -2,4 +2,5 @@
 
 from test_contract import *  # noqa: F403
 from test_contract_listwise import *  # noqa: F403
+from test_contract_gae import *  # noqa: F403
 from test_contract_packed import *  # noqa: F403

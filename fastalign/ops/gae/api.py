@@ -55,7 +55,7 @@ def gae(
 
     where "next" is the next scored token of the same sequence. Unscored tokens in between (tool output, observations) are skipped: they are
     no steps, discount nothing, and their rewards and values are not read. After the last scored token V_next = bootstrap[i] and A_next = 0.
-    gamma = lam = 1 gives returns that are plain sums of rewards, without rounding errors of the values; lam = 1 the Monte-Carlo returns.
+    lam = 1 gives Monte-Carlo returns, lam = 0 one-step targets.
 
     Args:
         rewards: [T], floating: the reward of emitting the token that row t predicts (`shape_rewards`).

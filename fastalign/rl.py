@@ -1,0 +1,208 @@
+"""Between sampling and the policy loss: rewards per token, returns, whitening, the adaptive KL coefficient.
+
+A rollout goes `shape_rewards` -> `gae` (or `returns_to_go`) -> `whiten` -> `policy_loss`. Everything here is a constant of the loss: inputs are
+detached, results carry no gradient. Nothing synchronises with the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastalign.checks import check_cu_seqlens, check_cu_seqlens_values, check_number, check_same_device, check_shape, per_token, row_mask
+from fastalign.distributed import moments_over_group
+from fastalign.ops.gae.api import gae
+from fastalign.ops.kl_estimate.api import kl_estimate
+from fastalign.ops.sequence_sum.api import sequence_sum
+
+
+def shape_rewards(
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mask: Tensor,
+    logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl: Tensor | None = None,
+    kl_coef: float | Tensor = 0.0,
+    kl_kind: str = "k1",
+    score_clip: float | None = None,
+    finished: Tensor | None = None,
+    missing_eos_penalty: float | None = None,
+) -> Tensor:
+    """Rewards per token from a score per sequence and a KL penalty per token (RLHF, Ouyang et al. 2022, arXiv 2203.02155):
+
+    r_t = -kl_coef kl_t + 1[t is the sequence's last scored row] score_i.
+
+    In this order: the score is clipped to [-score_clip, score_clip], a sequence that did not finish loses missing_eos_penalty, the KL penalty
+    is added. The last scored row is the one that predicts the end-of-sequence token, or the last token of a response that was cut off.
+
+    Args:
+        scores: [S], the reward model's. cu_seqlens: [S + 1] int32, from 0 to T.
+        mask: [T] bool, row-aligned: the response's rows. Others get exactly 0, whatever the other tensors hold there.
+        logprobs, ref_logprobs: [T], of the sampled tokens under the policy that sampled them and under the reference, both divided by the sampling
+            temperature. kl_kind: k1, k2, k3 or abs, see `kl_estimate`. Only k1 in the reward has the gradient of KL(policy || ref).
+        kl: [T], a penalty to use in their place, such as `token_stats`' exact KL.
+        kl_coef: a number or a 0-dim tensor (`AdaptiveKLController.value`). 0: no penalty, and none of the three is needed.
+        score_clip: > 0, or None: not clipped.
+        finished: [S] bool, whether the response ended by itself; needed with missing_eos_penalty (>= 0, subtracted from the score).
+
+    Returns:
+        [T] fp32 (fp64 if scores are fp64). A sequence without scored rows has no place for its score: it is dropped. To whiten the rewards:
+        `whiten(rewards, mask, shift_mean=False)`.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, unknown kl_kind, numbers out of range, missing or contradictory arguments.
+    """
+    scores = per_token("scores", scores).detach()
+    cu_seqlens = check_cu_seqlens(cu_seqlens, scores)
+    check_shape("scores", scores, (cu_seqlens.shape[0] - 1,))
+    if not isinstance(mask, Tensor) or mask.dim() != 1:
+        raise TypeError("mask must be a tensor [T]: the response's rows, of which the last gets the score")
+    mask = row_mask(mask, mask)
+    check_same_device("mask", mask, "scores", scores)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_cu_seqlens_values(cu_seqlens, mask.numel())
+    if score_clip is not None:
+        check_number("score_clip", score_clip, above=0.0)
+        scores = scores.clamp(-score_clip, score_clip)
+    if (finished is None) != (missing_eos_penalty is None):
+        raise ValueError("finished and missing_eos_penalty go together: one was given without the other")
+    if missing_eos_penalty is not None:
+        check_number("missing_eos_penalty", missing_eos_penalty, low=0.0)
+        check_shape("finished", finished, tuple(scores.shape))
+        check_same_device("finished", finished, "scores", scores)
+        scores = torch.where(finished.to(torch.bool), scores, scores - missing_eos_penalty)
+    rewards = _at_last_scored_row(scores, cu_seqlens, mask)
+    if not isinstance(kl_coef, Tensor):
+        check_number("kl_coef", kl_coef, low=0.0)
+        if kl_coef == 0:
+            return rewards
+    penalty = _penalty(logprobs, ref_logprobs, kl, kl_kind, rewards)
+    return torch.where(mask, rewards - kl_coef * penalty, 0.0)
+
+
+def _penalty(logprobs: Tensor | None, ref_logprobs: Tensor | None, kl: Tensor | None, kind: str, like: Tensor) -> Tensor:
+    if kl is not None:
+        if logprobs is not None or ref_logprobs is not None:
+            raise ValueError("kl is given, so logprobs and ref_logprobs must not be: the penalty is one or the other")
+        return per_token("kl", kl, like).detach()
+    if logprobs is None or ref_logprobs is None:
+        raise ValueError("kl_coef is not 0: logprobs and ref_logprobs are needed, or kl")
+    return kl_estimate(per_token("logprobs", logprobs, like).detach(), per_token("ref_logprobs", ref_logprobs, like).detach(), kind)
+
+
+def _at_last_scored_row(scores: Tensor, cu_seqlens: Tensor, mask: Tensor) -> Tensor:
+    """[T]: each sequence's score at its last scored row, 0 elsewhere. Gathers only: no order of additions, no shape that depends on data."""
+    tokens = mask.shape[0]
+    if tokens == 0 or scores.shape[0] == 0:
+        return scores.new_zeros(tokens)
+    row = torch.arange(tokens, device=mask.device)
+    last_so_far = torch.where(mask, row, -1).cummax(0).values
+    last = last_so_far[(cu_seqlens[1:].long() - 1).clamp(min=0)]  # of a sequence without scored rows: another's, or -1
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(torch.int32), right=True).clamp(max=scores.shape[0] - 1)
+    return torch.where(mask & (last[sequence] == row), scores[sequence], 0.0)
+
+
+def returns_to_go(rewards: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, gamma: float | Tensor = 1.0) -> Tensor:
+    """Discounted sum of the rewards from each token to its sequence's end, R_t = r_t + gamma R_next: `gae` with values 0 and lam = 1.
+
+    The advantages of REINFORCE and, whitened over the whole rollout, of REINFORCE++ (Hu 2025, arXiv 2501.03262). Arguments, masking and errors as
+    `gae`; [T] fp32 (fp64 for fp64 rewards), no gradient."""
+    rewards = per_token("rewards", rewards)
+    return gae(rewards, torch.zeros_like(rewards), cu_seqlens, mask=mask, gamma=gamma, lam=1.0).returns
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    group: dist.ProcessGroup | None = None,
+    moments: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over the scored entries, var unbiased (divided by count - 1); shift_mean=False adds the mean again.
+
+    Whiten once per rollout, over all of it, never per micro-batch. With fewer than two entries or var = 0 the result is x - mean (that is 0).
+
+    Args:
+        x: any shape, floating. mask: the same shape, bool; False entries are 0 in the result, whatever they hold.
+        group: a process group; mean and variance are those of all its ranks' entries (merged in fp64, the same on every rank). Every rank must
+            take part, those without scored entries too.
+        moments: (count, mean, m2) of x's scored entries, where they are known: `out = gae(...)` has them in `out[2:]`, so
+            `whiten(out.advantages, mask, moments=out[2:])` reads the advantages once.
+
+    Returns:
+        x's shape, fp32 (fp64 for fp64 input), no gradient.
+    """
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    x = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    mask = row_mask(mask, x)
+    if moments is None:
+        moments = _moments(x, mask)
+    else:
+        if len(moments) != 3:
+            raise ValueError(f"moments has {len(moments)} entries; legal: 3 (count, mean, m2)")
+        for name, value in zip(("count", "mean", "m2"), moments):
+            check_shape(f"moments ({name})", value, ())
+    if group is not None:
+        moments = moments_over_group(*moments, group)
+    count, mean, m2 = (m.double() for m in moments)
+    scale = torch.where((count < 2) | (m2 == 0), 1.0, torch.rsqrt(m2 / (count - 1.0).clamp(min=1.0) + 1e-8))
+    y = (x.double() - mean) * scale  # in fp64: the mean may be large against the deviation
+    y = (y if shift_mean else y + mean).to(x.dtype)
+    return y if mask is None else torch.where(mask, y, 0.0)
+
+
+def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    wide = x.double() if mask is None else torch.where(mask, x.double(), 0.0)
+    count = torch.full((), x.numel(), dtype=torch.float64, device=x.device) if mask is None else mask.sum(dtype=torch.float64)
+    mean = wide.sum() / count.clamp(min=1.0)
+    squares = (wide - mean) ** 2
+    return count, mean, (squares if mask is None else torch.where(mask, squares, 0.0)).sum()
+
+
+def mean_sequence_kl(
+    logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """(mean over sequences of the sum of k1 = logprobs - ref_logprobs, number of sequences), 0-dim, over all ranks of `group`: what
+    `AdaptiveKLController.update` takes. Sequences without scored rows do not count."""
+    k1 = kl_estimate(per_token("logprobs", logprobs).detach(), per_token("ref_logprobs", ref_logprobs).detach(), "k1")
+    sums = sequence_sum(k1, cu_seqlens, mask=mask)
+    filled = sequence_sum(torch.ones_like(k1), cu_seqlens, mask=mask) > 0
+    total = torch.stack([torch.where(filled, sums, 0.0).double().sum(), filled.sum(dtype=torch.float64)])
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total[0] / total[1].clamp(min=1.0), total[1]
+
+
+class AdaptiveKLController:
+    """A KL coefficient that follows a target (Ziegler et al. 2019, arXiv 1909.08593):
+
+    value <- value (1 + clip(current_kl / target - 1, -0.2, 0.2) n_steps / horizon),
+
+    with current_kl the mean KL of the rollout's sequences and n_steps their number, over all ranks: `controller.update(*mean_sequence_kl(...))`.
+    `value` starts as a number and becomes a 0-dim tensor with the first update by tensors, so nothing waits for the device."""
+
+    def __init__(self, init_kl_coef: float = 0.2, target: float = 6.0, horizon: float = 10000):
+        check_number("init_kl_coef", init_kl_coef, low=0.0)
+        check_number("target", target, above=0.0)
+        check_number("horizon", horizon, above=0.0)
+        self.value: float | Tensor = float(init_kl_coef)
+        self.target, self.horizon = target, horizon
+
+    def update(self, current_kl: float | Tensor, n_steps: float | Tensor) -> None:
+        error = current_kl / self.target - 1.0
+        error = error.clamp(-0.2, 0.2) if isinstance(error, Tensor) else min(max(error, -0.2), 0.2)
+        self.value = self.value * (1.0 + error * n_steps / self.horizon)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value.clone() if isinstance(self.value, Tensor) else self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state) != {"value"}:
+            raise ValueError(f"state has entries {sorted(state)}; legal: value")
+        self.value = state["value"].clone() if isinstance(state["value"], Tensor) else float(state["value"])
