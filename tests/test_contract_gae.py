@@ -164,7 +164,9 @@ def test_input_types_and_layouts(backend, device, row_dtypes):  # rows 17, 23
     shifted = [torch.cat([x[:1], x])[1:] for x in (rewards, values, mask)]
     for r, v, m in (strided, shifted):
         assert torch.equal(fa.gae(r, v, cu_seqlens.long(), mask=m).advantages, want.advantages)
-    assert torch.equal(fa.gae(rewards[:1].expand(77), values, cu_seqlens).returns, fa.gae(rewards[:1].repeat(77), values, cu_seqlens).returns)
+    assert torch.equal(
+        fa.gae(rewards[:1].expand(77), values, cu_seqlens).returns, fa.gae(rewards[:1].repeat(77), values, cu_seqlens).returns
+    )
 
 
 def test_advantages_are_constants(backend, device):

@@ -97,9 +97,11 @@ def _op_samples():
     yield "preference_fwd", forward
     _, _, table, sums = registry.OPS["preference_fwd"](*forward)
     yield "preference_bwd", (torch.ones(()), *tokens[:2], *tokens[3:], sums, table, scalars, switches, True)
+    tokens = (batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens)
+    yield "gae_fwd", (*tokens, batch.packed.mask, torch.ones(6), torch.tensor(0.9), None, 0.0, 0.95)
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(10))
 def test_opcheck(index):
     name, args = list(_op_samples())[index]
     torch.library.opcheck(registry.OPS[name].overload, args)

@@ -18,6 +18,8 @@ from fastalign.preset import LINKS, SCALAR_COUNT, TRANSFORMS, Preset
 
 rows, sums, estimate, pair, ranked = (
     importlib.import_module(f"fastalign.ops.{op}.triton") for op in ("token_stats", "sequence_sum", "kl_estimate", "preference", "listwise")
+rows, sums, estimate, pair, gae = (
+    importlib.import_module(f"fastalign.ops.{op}.triton") for op in ("token_stats", "sequence_sum", "kl_estimate", "preference", "gae")
 )
 ALL_BITS = 63  # all that need no reference
 VOCAB = 1001  # odd: no row but the first is aligned, and nothing about sizes is known to the compiler
@@ -81,6 +83,7 @@ def launch_all():
     preference("slic_hf", "sums")
     for name in ("plackett_luce", "rrhf", "pro", "lipo", "nca", "exo_list"):
         listwise(name)
+    gae.gae_fwd(x, x, cu, x > 0, None, None, None, 1.0, 0.95)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -130,6 +133,7 @@ def read_amdgcn(kernel):
 
 def test_every_kernel_is_there(compiled):
     written = {name for module in (rows, sums, estimate, pair, ranked) for name in vars(module) if name.endswith("_kernel")}
+    written = {name for module in (rows, sums, estimate, pair, gae) for name in vars(module) if name.endswith("_kernel")}
     assert {k.metadata.name for k in compiled[1]} == written and len(written) == 8
 
 
@@ -182,11 +186,15 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
             preference("dpo", "table", beta=beta)
             preference("dpo", "table", label_smoothing=0.0)
             listwise("rrhf", beta=beta, sft_weight=beta)
+        for n, discount in ((16, 0.5), (17, 0.0), (1024, 1.0)):
+            token = torch.zeros(n + 1)[1:]
+            gae.gae_fwd(token, token, torch.tensor([0, n], dtype=torch.int32), None, None, None, None, discount, discount)
     assert {name: len({k.hash for k in group}) for name, group in by_name(kernels).items()} == {
         "token_stats_fwd_kernel": 1,
         "token_stats_bwd_kernel": 3,  # in place; out of place; out of place with an alignment of its own
         "preference_fwd_kernel": 2,  # dpo with and without label smoothing
         "listwise_fwd_kernel": 1,
+        "gae_fwd_kernel": 1,
     }
 
 
@@ -202,6 +210,8 @@ def test_every_option_compiles():
         for kind in range(4):
             estimate.kl_estimate_fwd(token, token, kind)
         sums.sequence_sum_fwd(token, torch.tensor([0, 9], dtype=torch.int32), None, None)
+        gae.gae_fwd(token, token, torch.tensor([0, 9], dtype=torch.int32), None, None, None, None, 1.0, 0.95)
+        gae.gae_fwd(token, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one, one[0], one[0], 0.0, 0.0)
         pairs = torch.zeros(1, 2, dtype=torch.int32)
         preference("dpo", kl=token, weights=token, pairs=pairs, per_pair=(*(one,) * 6, one > 0, one[0], one[0]), kl_chosen=0.5)
         preference("dpo", reduction="none", sft_weight=0.5, sft_norm="seq_mean", sft_include_prompt=True, nonfinite="drop")
@@ -218,6 +228,7 @@ def test_every_option_compiles():
         for kind in ("infonca", "pro"):
             listwise(kind, reduction="none", sft_weight=0.5, sft_norm="token_mean_global")
     assert len(kernels) == 41
+    assert len(kernels) == 33
 
 
 def by_name(kernels):

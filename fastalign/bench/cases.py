@@ -13,7 +13,7 @@ import fastalign
 from fastalign import testing
 from fastalign.bench import eager, measure
 from fastalign.bench.peers import PEERS
-from fastalign.bench.shapes import SHAPES, Pairs, Rows
+from fastalign.bench.shapes import SHAPES, Pairs, Rows, Sequences, Shape
 
 SAMPLED_ROWS = 16  # rows whose results are compared with fp64
 
@@ -37,7 +37,7 @@ class Case:
     `scale`: the magnitude that rounding errors refer to (None: of the truth)."""
 
     op: str
-    shape: Rows | Pairs
+    shape: Shape
     inputs: list[tuple[Any, ...]]
     traffic: int
     contestants: list[Contestant]
@@ -66,7 +66,7 @@ class Case:
         return None if error <= granted else f"error {error:.2e} exceeds {granted:.2e}"
 
 
-def make_case(op: str, shape: Rows | Pairs, device: torch.device, *, backends: tuple[str, ...] | None = None, compile: bool = True,
+def make_case(op: str, shape: Shape, device: torch.device, *, backends: tuple[str, ...] | None = None, compile: bool = True,
               cache_bytes: int = 0) -> Case:  # fmt: skip
     """The case of `op` at `shape`. backends: ours (default: see `own_backends`); compile: with torch.compile's contestants;
     cache_bytes: the inputs together are at least three times as large."""
@@ -258,10 +258,34 @@ def _kl_estimate(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
     return Case("kl_estimate", shape, inputs, 12 * inputs[0][0].numel(), contestants, truth, baseline)
 
 
+def _gae(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
+    tokens, gamma, lam = shape.sequences * shape.length, 1.0, 0.95
+    generator = torch.Generator(device).manual_seed(0)
+    copies = _copies(8 * tokens, cache_bytes)
+    inputs = [tuple(torch.randn(tokens, device=device, generator=generator) for _ in range(2)) for _ in range(copies)]
+    cu_seqlens = torch.arange(0, tokens + 1, shape.length, dtype=torch.int32, device=device)
+
+    def fused(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return fastalign.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam)[:2]
+
+    def loop(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        padded = (x.view(shape.sequences, shape.length) for x in (rewards, values))
+        return tuple(x.flatten() for x in eager.gae_loop(*padded, gamma, lam))
+
+    truth, baseline = (torch.stack(loop(*(x.to(t) for x in inputs[0]))) for t in (torch.float64, torch.float32))
+    contestants = [
+        Contestant("fastalign", _no_grad(fused), "ours"),
+        *_plain("loop over time steps", _no_grad, loop, compiled=False),
+    ]
+    # Read rewards and values, write advantages and returns. What rounds is of the size of the largest sums.
+    scale = torch.full_like(truth, float(truth.abs().max()))
+    return Case("gae", shape, inputs, 16 * tokens, contestants, truth, baseline, sample=torch.stack, scale=scale)
+
+
 # The public function behind an op, where it has another name.
 _PUBLIC = {"token_logprobs_entropy": "token_stats", "token_logprobs_backward": "token_logprobs"}
 _MAKERS = {
     "token_logprobs": _logprobs, "token_logprobs_entropy": _logprobs_entropy, "token_logprobs_backward": _logprobs_backward,
-    "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "kl_estimate": _kl_estimate,
+    "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "kl_estimate": _kl_estimate, "gae": _gae,
 }  # fmt: skip
 assert set(_MAKERS) == set(SHAPES["cpu"])

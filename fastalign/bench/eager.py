@@ -40,3 +40,15 @@ def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, sequence: Tensor, sequences
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     d = logprobs - ref_logprobs
     return torch.expm1(-d) + d
+
+
+def gae_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), [B, L] each, no holes: the loop over time steps of trainers on padded batches."""
+    advantages, next_value, next_advantage = [], torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
+        advantages.append(next_advantage)
+    result = torch.stack(advantages[::-1], dim=1)
+    return result, result + values

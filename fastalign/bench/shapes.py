@@ -26,25 +26,39 @@ class Pairs(NamedTuple):
         return f"{self.pairs} pairs x 2 x {self.length} tokens float32"
 
 
+class Sequences(NamedTuple):
+    """`sequences` packed sequences of `length` tokens each, fp32."""
+
+    sequences: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.sequences} x {self.length} tokens float32"
+
+
 PACKED_OPS = ("sequence_sum", "preference_loss", "kl_estimate")
 
 
+Shape = Rows | Pairs | Sequences
+
+
 def _suite(
-    forward: tuple[Rows, ...], backward: tuple[Rows, ...], packed: tuple[Pairs, ...]
-) -> dict[str, tuple[Rows, ...] | tuple[Pairs, ...]]:
+    forward: tuple[Rows, ...], backward: tuple[Rows, ...], packed: tuple[Pairs, ...], rollout: tuple[Sequences, ...]
+) -> dict[str, tuple[Shape, ...]]:
     rows = {"token_logprobs": forward, "token_logprobs_entropy": forward[:1], "token_logprobs_backward": backward}
-    return rows | dict.fromkeys(PACKED_OPS, packed)
+    return rows | dict.fromkeys(PACKED_OPS, packed) | {"gae": rollout}
 
 
 _REFERENCE = Rows(2048, 128256)  # 525 MB of logits, the shape that CPU numbers are quoted for
+_ROLLOUT = Sequences(64, 4096)
 _GPU = (Rows(16384, 128256), Rows(8192, 151936), Rows(32768, 32768), Rows(4096, 262144), Rows(4096, 50257))
 
 # suite -> op -> shapes
 SHAPES = {
-    "cpu": _suite((_REFERENCE, Rows(1024, 128256, "float32")), (_REFERENCE,), (Pairs(64, 1024),)),
-    "cpu-quick": _suite((Rows(256, 128256),), (Rows(256, 128256),), (Pairs(64, 256),)),
-    "cuda": _suite(_GPU, _GPU, (Pairs(64, 1024),)),
-    "cuda-quick": _suite((Rows(4096, 128256),), (Rows(4096, 128256),), (Pairs(64, 1024),)),
-    "tiny": _suite((Rows(16, 1000),), (Rows(16, 1000),), (Pairs(2, 8),)),  # for tests of the benchmark itself
+    "cpu": _suite((_REFERENCE, Rows(1024, 128256, "float32")), (_REFERENCE,), (Pairs(64, 1024),), (_ROLLOUT,)),
+    "cpu-quick": _suite((Rows(256, 128256),), (Rows(256, 128256),), (Pairs(64, 256),), (_ROLLOUT,)),
+    "cuda": _suite(_GPU, _GPU, (Pairs(64, 1024),), (_ROLLOUT, Sequences(512, 4096), Sequences(4096, 128), Sequences(2, 1 << 20))),
+    "cuda-quick": _suite((Rows(4096, 128256),), (Rows(4096, 128256),), (Pairs(64, 1024),), (_ROLLOUT,)),
+    "tiny": _suite((Rows(16, 1000),), (Rows(16, 1000),), (Pairs(2, 8),), (Sequences(3, 20),)),  # for tests of the benchmark itself
 }
 OPS = tuple(SHAPES["cpu"])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import test_contract as contract
+import test_contract_gae as gae
 import test_contract_packed as packed
 import torch
 from cuda_emu import build, plugin
@@ -209,6 +210,12 @@ MISSING = {
             "    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }",
         ),
         lambda: packed.test_pair_kernel(*WHERE, "preset dpo"),
+        0,
+    ),
+    "the barrier before the warps' maps are composed": (
+        "gae.cu",
+        ("    maps[warp] = own;\n  }\n  __syncthreads();", "    maps[warp] = own;\n  }"),
+        lambda: gae.test_equals_the_loop(*WHERE, [0, 1500]),
         0,
     ),
 }

@@ -47,8 +47,11 @@ def public_calls(
         out = fa.preference_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss="dpo")
         return out.loss.detach(), out.margins, *torch.autograd.grad(out.loss, logprobs, one)
 
-    calls = (token_stats, inplace, sequence_sum, kl_estimate, preference_loss)
+    def gae() -> tuple[Tensor, ...]:
+        return fa.gae(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, gamma=0.99)
+
+    calls = (token_stats, inplace, sequence_sum, kl_estimate, preference_loss, gae)
     return {call.__name__: (logits if call in (token_stats, inplace) else logprobs, call) for call in calls}
 
 
-NAMES = ("token_stats", "inplace", "sequence_sum", "kl_estimate", "preference_loss")
+NAMES = ("token_stats", "inplace", "sequence_sum", "kl_estimate", "preference_loss", "gae")

@@ -1,0 +1,68 @@
+"""Both schemes of the GAE kernels, forced: a block per sequence, and a block per tile."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import test_contract_gae as contract
+import torch
+
+import fastalign as fa
+from fastalign.ops.gae.native import TILE
+
+WHERE = ("cuda", "cpu")  # the contract tests' backend and device arguments
+CU = [0, 3, 3, TILE, 2 * TILE, 4 * TILE + 1, 4 * TILE + 2, 7 * TILE + 2]  # sequences of a tile, just more, and several
+
+
+@pytest.fixture(params=[1, 2], ids=["sequences", "tiles"])
+def scheme(request, emulated):
+    emulated._emu_set_seed(20 + request.param)
+    emulated.set_gae_scheme(request.param)
+    yield request.param
+    emulated.set_gae_scheme(0)
+
+
+@pytest.mark.parametrize("cu", [*contract.PACKS, CU], ids=str)
+def test_equals_the_loop(scheme, cu):
+    contract.test_equals_the_loop(*WHERE, cu)
+
+
+def test_contract(scheme):
+    contract.test_by_hand(*WHERE)
+    contract.test_holes_are_no_steps(*WHERE)
+    contract.test_nothing_leaks(*WHERE)
+    contract.test_two_runs_are_equal(*WHERE)
+    contract.test_moments(*WHERE)
+
+
+def test_both_schemes_give_the_same_bits(emulated):
+    rewards, values, cu_seqlens, mask, bootstrap = contract.make(CU)
+    results = []
+    for number in (1, 2):
+        emulated.set_gae_scheme(number)
+        results.append(fa.gae(rewards, values, cu_seqlens, mask=mask, bootstrap=bootstrap, gamma=0.99))
+    emulated.set_gae_scheme(0)
+    for a, b in zip(results[0][:2], results[1]):
+        assert torch.equal(a, b)
+
+
+def test_one_long_sequence_is_served_by_tiles(emulated):
+    """What the launcher itself chooses, on both sides of its bound."""
+    for tokens in (16 * TILE - 1, 16 * TILE + 5):
+        contract.check(*contract.make([0, tokens])[:3])
+
+
+@pytest.mark.parametrize("cu", [[0, 4, 3000], [0, 7, 3, 2500], [-2, 4, 2500], [2, 4, 2500], [0, 2000]], ids=str)
+def test_malformed_packing_gives_nan_and_writes_everything(scheme, monkeypatch, cu):
+    """On a GPU cu_seqlens is not checked. Outputs start as NaN here, so what was not written shows as well."""
+    monkeypatch.setattr(fa.registry.OPS["gae_fwd"], "check", None)
+    out = fa.gae(torch.ones(2500), torch.ones(2500), torch.tensor(cu, dtype=torch.int32))
+    assert all(math.isnan(float(m)) for m in out[2:])
+    assert bool(torch.isnan(out.advantages).any() and torch.isnan(out.returns).any())
+
+
+def test_scheme_is_checked(emulated):
+    for number in (-1, 3):
+        with pytest.raises(ValueError, match="0 .automatic., 1 .a block per sequence. or 2"):
+            emulated.set_gae_scheme(number)
