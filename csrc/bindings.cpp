@@ -201,6 +201,7 @@ PYBIND11_MODULE(FA_MODULE, m) {
               ptr<void>(bootstrap), ptr<void>(gamma_ptr), ptr<void>(lam_ptr), gamma, lam, ptr<void>(advantages), ptr<void>(returns),
               ptr<void>(moments), ptr<void>(workspace), ptr<uint32_t>(counter)};
     FA_DISPATCH(gae_fwd);
+  });
   m.def("listwise_fwd", [](int device, uintptr_t stream, uintptr_t sums, int64_t sequences, uintptr_t list_offsets, int64_t lists,
                            uintptr_t scores, int dtype, PairTuple beta, uintptr_t num_items, uintptr_t num_sft_tokens,
                            const std::vector<double>& scalars, const std::vector<int>& switches, uintptr_t loss, uintptr_t list_loss,

@@ -171,7 +171,7 @@ struct ListwiseArgs {
   X(kl_estimate_fwd, KlEstimateArgs)                   \
   X(preference_fwd, PreferenceArgs)                    \
   X(preference_bwd, PreferenceBackwardArgs)            \
-  X(gae_fwd, GaeArgs)
+  X(gae_fwd, GaeArgs)                                  \
   X(listwise_fwd, ListwiseArgs)
 
 namespace cpu {
