@@ -1,7 +1,7 @@
 // Row kernels for AVX2 with FMA and F16C: compiled with those flags, called only after cpuid has shown them.
 #if defined(__x86_64__)
 #define FA_HD inline __attribute__((always_inline))
-#include "cpu/rows_impl.h"
+#include "cpu/pair_rows_impl.h"
 #include <immintrin.h>
 
 namespace fastalign {
@@ -74,7 +74,7 @@ struct Simd {
 
 }  // namespace
 
-const RowKernels<float> avx2_rows{forward_rows<Simd>, backward_rows<Simd>};
+const RowKernels<float> avx2_rows{forward_rows<Simd>, backward_rows<Simd>, forward_pair_rows<Simd>, backward_pair_rows<Simd>};
 
 }  // namespace cpu
 }  // namespace fastalign

@@ -1,5 +1,5 @@
 // Row kernels for any CPU, on 32-byte vectors that the compiler maps to what there is, and the fp64 kernels, whose exp2 and tanh are libm's lane by lane.
-#include "cpu/rows_impl.h"
+#include "cpu/pair_rows_impl.h"
 
 namespace fastalign {
 namespace cpu {
@@ -81,11 +81,19 @@ RowState<double> forward_double(int, const void* x, int64_t n, const RowTransfor
 void backward_double(int, const void* x, void* grad, int64_t n, const RowTransform<double>& f, const GradientRow<double>& g) {
   backward_any<Simd<double>, double>(x, grad, n, f, g);
 }
+PairState<double> forward_pair_double(int, const void* x, const void* y, int64_t n, const RowTransform<double>& f, int sums) {
+  return forward_pair_any<Simd<double>, double>(x, y, n, f, sums);
+}
+void backward_pair_double(int, const void* x, const void* y, void* grad, int64_t n, const RowTransform<double>& f,
+                          const PairGradientRow<double>& g) {
+  backward_pair_any<Simd<double>, double>(x, y, grad, n, f, g);
+}
 
 }  // namespace
 
-const RowKernels<float> generic_rows{forward_rows<Simd<float>>, backward_rows<Simd<float>>};
-const RowKernels<double> generic_rows64{forward_double, backward_double};
+const RowKernels<float> generic_rows{forward_rows<Simd<float>>, backward_rows<Simd<float>>, forward_pair_rows<Simd<float>>,
+                                     backward_pair_rows<Simd<float>>};
+const RowKernels<double> generic_rows64{forward_double, backward_double, forward_pair_double, backward_pair_double};
 
 }  // namespace cpu
 }  // namespace fastalign

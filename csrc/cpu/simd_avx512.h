@@ -1,7 +1,7 @@
 // The SIMD shim for AVX-512, with the bf16 conversion instruction where the including file is compiled for it.
 #pragma once
 #define FA_HD inline __attribute__((always_inline))
-#include "cpu/rows_impl.h"
+#include "cpu/pair_rows_impl.h"
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own _mm512_undefined_ps
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

@@ -1,6 +1,7 @@
 // Vocabulary rows: who walks which part of which row, what goes into and comes out of a row's state. The sweeps themselves are in rows_impl.h.
 #include <omp.h>
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 #include "cpu/rows.h"
 #include "ops.h"
@@ -37,29 +38,51 @@ template <class Args> bool is_within(const Args& a, int64_t row, int64_t k, int6
   return !is_ignored(a, row, k) && column >= begin && column < end;
 }
 
-template <class T> struct Forward {
+// kRef: with reference logits, whose row goes along.
+template <class T, bool kRef> struct Forward {
   using A = acc_t<T>;
+  using State = std::conditional_t<kRef, PairState<A>, RowState<A>>;
   const TokenStatsArgs& a;
   const RowTransform<A> f = row_transform<A>(a);
   const RowKernels<A>& kernels = row_kernels<A>();
   const int sums = (a.outputs & kOutEntropy ? kSumS1 : 0) | (a.outputs & (kOutLogSumSq | kOutMeanLogit) ? kSumS2Sz : 0);
+  const int cross = (a.outputs & kOutKlPolicyRef ? kSumT : 0) | (a.outputs & kOutKlRefPolicy ? kSumTr : 0);
   const int64_t rows = a.logits.rows, vocab = a.logits.vocab, chunks = (vocab + kChunk - 1) / kChunk;
 
-  RowState<A> chunk_state(int64_t row, int64_t chunk) const {
-    const int64_t start = chunk * kChunk;
-    RowState<A> s = kernels.forward(a.dtype, row_of<const T>(a.logits, row) + start, std::min(kChunk, vocab - start), f, sums);
-    s.top += int32_t(start);
+  static RowState<A>& policy(RowState<A>& s) { return s; }
+  static RowState<A>& policy(PairState<A>& s) { return s.p; }
+
+  State chunk_state(int64_t row, int64_t chunk) const {
+    const int64_t start = chunk * kChunk, length = std::min(kChunk, vocab - start);
+    const T* x = row_of<const T>(a.logits, row) + start;
+    State s;
+    if constexpr (kRef) {
+      const T* y = row_of<const T>(a.ref, row) + start;
+      if (cross) {
+        s = kernels.forward_pair(a.dtype, x, y, length, f, sums | cross);
+      } else {
+        const RowState<A> r = kernels.forward(a.dtype, y, length, f, 0);
+        s = {kernels.forward(a.dtype, x, length, f, sums), {r.m, r.s0, A(0), A(0)}};
+      }
+    } else {
+      s = kernels.forward(a.dtype, x, length, f, sums);
+    }
+    policy(s).top += int32_t(start);
     return s;
   }
 
   // Merges part(0), part(1), ...: the states of the row's chunks. Afterwards `umax` and `top` mean what row_state.h says.
-  template <class Part> RowState<A> row_state(int64_t row, Part part) const {
-    RowState<A> s = RowState<A>::empty();
+  template <class Part> State row_state(int64_t row, Part part) const {
+    State s = State::empty();
     for (int64_t i = 0; i < chunks; ++i) s = merge(s, part(i));
-    if (a.outputs & kOutIsTop1) s.top = exact_top(row, s);
-    s.top += int32_t(a.vocab_start);
-    s.umax = f.u(s.umax);
-    return a.state_in ? merge(load_state(static_cast<const A*>(a.state_in) + row * kStateWidth), s) : s;
+    RowState<A>& p = policy(s);
+    if (a.outputs & kOutIsTop1) p.top = exact_top(row, p);
+    p.top += int32_t(a.vocab_start);
+    p.umax = f.u(p.umax);
+    if (!a.state_in) return s;
+    const A* before = static_cast<const A*>(a.state_in) + row * kStateWidth;
+    if constexpr (kRef) return merge(State{load_state(before), load_ref(before)}, s);
+    else return merge(load_state(before), s);
   }
 
   int32_t exact_top(int64_t row, const RowState<A>& s) const {
@@ -70,33 +93,50 @@ template <class T> struct Forward {
     return s.top;  // a row of NaN, reported as such
   }
 
-  A target(int64_t row, int64_t k) const {
-    if (is_within(a, row, k, 0, vocab)) return f.u(to_acc(row_of<const T>(a.logits, row)[label(a, row, k) - a.vocab_start]));
-    return a.target_in ? static_cast<const A*>(a.target_in)[row * a.targets + k] : A(-INFINITY);
+  // u of target k in the policy's (which = 0) or the reference's logits.
+  A target(const RowsView& logits, int which, int64_t row, int64_t k) const {
+    if (is_within(a, row, k, 0, vocab)) return f.u(to_acc(row_of<const T>(logits, row)[label(a, row, k) - a.vocab_start]));
+    return a.target_in ? static_cast<const A*>(a.target_in)[(which * rows + row) * a.targets + k] : A(-INFINITY);
   }
 
-  void write(int64_t row, RowState<A> s) const {
-    for (int64_t k = 0; k < a.targets; ++k)
-      if (!is_ignored(a, row, k) && (label(a, row, k) < 0 || label(a, row, k) >= a.vocab_total)) s.s0 = A(NAN);
+  template <class Row> void write_targets(const RowsView& logits, int which, int64_t row, const Row& s, void* logprob) const {
     for (int64_t k = 0; k < a.targets; ++k) {
-      const A u = target(row, k);
-      put(a.target, row * a.targets + k, u);
-      if (a.logprob) put(a.logprob, row * a.targets + k, is_ignored(a, row, k) ? A(0) : row_logprob(s, u, f));
+      const A u = target(logits, which, row, k);
+      put(a.target, (which * rows + row) * a.targets + k, u);
+      if (logprob) put(logprob, row * a.targets + k, is_ignored(a, row, k) ? A(0) : row_logprob(s, u, f));
     }
+  }
+
+  void write(int64_t row, State state) const {
+    RowState<A>& s = policy(state);
+    A* const out = a.state ? static_cast<A*>(a.state) + row * kStateWidth : nullptr;
+    bool bad = false;
+    for (int64_t k = 0; k < a.targets; ++k) bad |= !is_ignored(a, row, k) && (label(a, row, k) < 0 || label(a, row, k) >= a.vocab_total);
+    if (bad) s.s0 = A(NAN);
+    write_targets(a.logits, 0, row, s, a.logprob);
     if (a.entropy) put(a.entropy, row, row_entropy(s));
     if (a.logsumexp) put(a.logsumexp, row, row_logsumexp(s));
     if (a.log_sum_sq) put(a.log_sum_sq, row, row_log_sum_sq(s));
     if (a.mean_logit) put(a.mean_logit, row, row_mean_logit(s, A(a.vocab_total), f));
     if (a.is_top1) put(a.is_top1, row, row_is_top1(s, label(a, row, 0)));
-    if (a.state) store_state(s, true, static_cast<A*>(a.state) + row * kStateWidth);
+    if (out) store_state(s, true, out);
+    if constexpr (kRef) {
+      RefState<A>& r = state.r;
+      if (bad) r.s0 = A(NAN);
+      write_targets(a.ref, 1, row, r, a.ref_logprob);
+      if (a.kl_policy_ref) put(a.kl_policy_ref, row, row_kl_policy_ref(s, r));
+      if (a.kl_ref_policy) put(a.kl_ref_policy, row, row_kl_ref_policy(s, r));
+      if (out) store_ref(r, out);
+    }
   }
 
   void write_masked(int64_t row) const {
     for (int64_t k = 0; k < a.targets; ++k) {
-      put(a.target, row * a.targets + k, A(0));
+      for (int which = 0; which <= int(kRef); ++which) put(a.target, (which * rows + row) * a.targets + k, A(0));
       put(a.logprob, row * a.targets + k, A(0));
+      put(a.ref_logprob, row * a.targets + k, A(0));
     }
-    for (void* out : {a.entropy, a.logsumexp, a.log_sum_sq, a.mean_logit, a.is_top1}) put(out, row, A(0));
+    for (void* out : {a.entropy, a.logsumexp, a.log_sum_sq, a.mean_logit, a.is_top1, a.kl_policy_ref, a.kl_ref_policy}) put(out, row, A(0));
     if (a.state) std::fill_n(static_cast<A*>(a.state) + row * kStateWidth, int(kStateWidth), A(0));
   }
 
@@ -104,19 +144,21 @@ template <class T> struct Forward {
     if (out) static_cast<A*>(out)[i] = value;
   }
 
+  void run_row(int64_t row) const {
+    if (is_scored(a, row)) write(row, row_state(row, [&](int64_t i) { return chunk_state(row, i); }));
+    else write_masked(row);
+  }
+
   void run() const {
     if (chunks > 1 && rows < omp_get_max_threads()) return run_chunks();
     const int64_t batch = std::max<int64_t>(1, kSerialElements / vocab);
 #pragma omp parallel for schedule(dynamic, batch) if (rows * vocab > kSerialElements)
-    for (int64_t row = 0; row < rows; ++row) {
-      if (is_scored(a, row)) write(row, row_state(row, [&](int64_t i) { return chunk_state(row, i); }));
-      else write_masked(row);
-    }
+    for (int64_t row = 0; row < rows; ++row) run_row(row);
   }
 
   // Fewer rows than threads: the chunks are shared out, and merged in the same order as above.
   void run_chunks() const {
-    std::vector<RowState<A>> parts(size_t(rows * chunks));
+    std::vector<State> parts(size_t(rows * chunks));
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t i = 0; i < rows * chunks; ++i)
       if (is_scored(a, i / chunks)) parts[size_t(i)] = chunk_state(i / chunks, i % chunks);
@@ -133,6 +175,8 @@ template <class T> struct Backward {
   const RowTransform<A> f = row_transform<A>(a);
   const RowKernels<A>& kernels = row_kernels<A>();
 
+  // store2 takes no other NaN (rows_impl.h), and upstream gradients may hold any.
+  static A plain_nan(A x) { return x == x ? x : A(NAN); }
   static A at(const void* g, int64_t i) { return g ? static_cast<const A*>(g)[i] : A(0); }
 
   // The gradient of columns [begin, end) of one row. `kept`: room for the raw logits of the row's targets, which an in-place sweep overwrites.
@@ -140,9 +184,11 @@ template <class T> struct Backward {
     const T* x = row_of<const T>(a.logits, row);
     T* dx = row_of<T>(a.grad, row);
     const A g_entropy = at(a.g_entropy, row), g_logsumexp = at(a.g_logsumexp, row);
+    const A g_kl_policy_ref = at(a.g_kl_policy_ref, row), g_kl_ref_policy = at(a.g_kl_ref_policy, row);
+    const bool with_kl = g_kl_policy_ref != A(0) || g_kl_ref_policy != A(0);
     const int64_t targets = a.g_logprob ? a.targets : 0;
     A g_logprob = 0;
-    bool wanted = g_entropy != A(0) || g_logsumexp != A(0);
+    bool wanted = g_entropy != A(0) || g_logsumexp != A(0) || with_kl;
     for (int64_t k = 0; k < targets; ++k) {
       if (is_ignored(a, row, k)) continue;
       const A g = at(a.g_logprob, row * a.targets + k);
@@ -150,32 +196,55 @@ template <class T> struct Backward {
       wanted |= g != A(0);
       if (is_within(a, row, k, begin, end)) kept[size_t(k)] = to_acc(x[label(a, row, k) - a.vocab_start]);
     }
-    const RowState<A> s = load_state(static_cast<const A*>(a.state) + row * kStateWidth);
-    // A row without mass (all -inf), or with NaN, is NaN throughout, whatever the coefficients: the sweep below makes it so.
+    const A* state = static_cast<const A*>(a.state) + row * kStateWidth;
+    const RowState<A> s = load_state(state);
+    const RefState<A> r = load_ref(state);
+    // A row without mass (all -inf), or with NaN, is NaN throughout, whatever the coefficients.
     if (!is_scored(a, row) || (!wanted && s.s0 > A(0))) {
       memset(dx + begin, 0, size_t(end - begin) * sizeof(T));
       return;
     }
+    if (!has_gradient(s, r, g_kl_policy_ref, g_kl_ref_policy)) {
+      T nan;
+      from_acc(A(NAN), &nan);
+      std::fill(dx + begin, dx + end, nan);
+      return;
+    }
     const RowCoefficients<A> c = row_coefficients(s, g_logprob, g_entropy, g_logsumexp);
     // p (A + B log p) with p = e / s0 and log p = ln2 d - log s0 is e (a + b d). Folded in double, so that only a and b themselves are rounded.
-    const double per_mass = double(f.slope(A(0))) / double(s.s0), b = double(c.b) * per_mass;
-    const double a_folded = double(c.a) * per_mass - b * std::log(double(s.s0));
-    const GradientRow<A> g{s.m, a_folded == a_folded ? A(a_folded) : A(NAN), A(b * kLn2)};
-    kernels.backward(a.dtype, x + begin, dx + begin, end - begin, f, g);
+    const double slope = double(f.slope(A(0))), per_mass = slope / double(s.s0), b = double(c.b) * per_mass;
+    const GradientRow<A> g{s.m, plain_nan(A(double(c.a) * per_mass - b * std::log(double(s.s0)))), plain_nan(A(b * kLn2))};
+    const KlCoefficients<A> kl = with_kl ? kl_coefficients(s, r, g_kl_policy_ref, g_kl_ref_policy) : KlCoefficients<A>{};
+    if (with_kl) {
+      const PairGradientRow<A> pair{g.m, g.a, g.b, r.m, {plain_nan(A(kl.c * slope)), kl.mean, plain_nan(A(kl.k * slope)), kl.ratio}};
+      kernels.backward_pair(a.dtype, x + begin, row_of<const T>(a.ref, row) + begin, dx + begin, end - begin, f, pair);
+    } else {
+      kernels.backward(a.dtype, x + begin, dx + begin, end - begin, f, g);
+    }
     for (int64_t k = 0; k < targets; ++k)
       if (is_within(a, row, k, begin, end))
-        from_acc(target_gradient(row, k, kept[size_t(k)], s, c), dx + (label(a, row, k) - a.vocab_start));
+        from_acc(target_gradient(row, k, kept[size_t(k)], s, c, r, kl, with_kl), dx + (label(a, row, k) - a.vocab_start));
   }
 
   // The element of target k, one-hot term included. A label that occurs several times in the row gets the same total each time.
-  A target_gradient(int64_t row, int64_t k, A x, const RowState<A>& s, const RowCoefficients<A>& c) const {
+  A target_gradient(int64_t row, int64_t k, A x, const RowState<A>& s, const RowCoefficients<A>& c, const RefState<A>& r,
+                    const KlCoefficients<A>& kl, bool with_kl) const {
     A g = 0;
     for (int64_t j = 0; j < a.targets; ++j)
       if (label(a, row, j) == label(a, row, k)) g += at(a.g_logprob, row * a.targets + j);
-    const A u = f.u(x), d = f.bits(u, s.m), p = exp2(d) / s.s0;
-    if (u == A(-INFINITY) && s.s0 > A(0)) return A(0);
-    const A log_term = c.b != A(0) && p > A(0) ? c.b * (A(kLn2) * d - log(s.s0)) : A(0);
-    return (p * (c.a + log_term) + g) * f.slope(u);
+    const A u = f.u(x), d = f.bits(u, s.m), e = exp2(d), p = e / s.s0;
+    if (u == A(-INFINITY)) return A(0);
+    A dz = g + p * (c.a + (c.b != A(0) && p > A(0) ? c.b * (A(kLn2) * d - log(s.s0)) : A(0)));
+    if (with_kl) {
+      const A dr = f.bits(f.u(to_acc(row_of<const T>(a.ref, row)[label(a, row, k) - a.vocab_start])), r.m);
+      dz += kl.k * fma(-kl.ratio, exp2(dr), e) + (e > A(0) ? kl.c * e * (d - dr - kl.mean) : A(0));
+    }
+    return dz * f.slope(u);
+  }
+
+  void run_row(int64_t row) const {
+    std::vector<A> kept(static_cast<size_t>(a.targets));
+    run(row, 0, a.logits.vocab, kept);
   }
 
   void run_all() const {
@@ -191,20 +260,53 @@ template <class T> struct Backward {
   }
 };
 
+// Row by row, so that the second sweep finds the row in the cache. Fewer rows than threads: as two calls, which share out the chunks.
+template <class Fwd, class Bwd> void run_fused(const Fwd& forward, const Bwd& backward) {
+  if (forward.chunks > 1 && forward.rows < omp_get_max_threads()) {
+    forward.run();
+    backward.run_all();
+    return;
+  }
+  const int64_t batch = std::max<int64_t>(1, kSerialElements / forward.vocab);
+#pragma omp parallel for schedule(dynamic, batch) if (forward.rows * forward.vocab > kSerialElements)
+  for (int64_t row = 0; row < forward.rows; ++row) {
+    forward.run_row(row);
+    backward.run_row(row);
+  }
+}
+
+template <class T> void scale(const ScaleRowsArgs& a) {
+  using A = acc_t<T>;
+  const A by = *static_cast<const A*>(a.scale);
+  if (by == A(1)) return;
+#pragma omp parallel for if (a.x.rows * a.x.vocab > kSerialElements)
+  for (int64_t row = 0; row < a.x.rows; ++row) {
+    T* x = row_of<T>(a.x, row);
+    for (int64_t i = 0; i < a.x.vocab; ++i) from_acc(to_acc(x[i]) * by, x + i);
+  }
+}
+
 }  // namespace
 
 void token_stats_fwd(const TokenStatsArgs& a) {
-  if (a.ref.data) throw std::invalid_argument("fastalign: the CPU kernels do not take reference logits yet");
-  with_dtype(a.dtype, [&](auto tag) { Forward<decltype(tag)>{a}.run(); });
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    a.ref.data ? Forward<T, true>{a}.run() : Forward<T, false>{a}.run();
+  });
 }
 void token_stats_bwd(const TokenStatsBackwardArgs& a) {
-  if (a.ref.data) throw std::invalid_argument("fastalign: the CPU kernels do not take reference logits yet");
   with_dtype(a.dtype, [&](auto tag) { Backward<decltype(tag)>{a}.run_all(); });
 }
-void token_stats_fused(const TokenStatsFusedArgs&) {
-  throw std::invalid_argument("fastalign: the CPU kernels do not take reference logits yet");
+void token_stats_fused(const TokenStatsFusedArgs& a) {
+  with_dtype(a.forward.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const Backward<T> backward{a.backward};
+    a.forward.ref.data ? run_fused(Forward<T, true>{a.forward}, backward) : run_fused(Forward<T, false>{a.forward}, backward);
+  });
 }
-void scale_rows(const ScaleRowsArgs&) { throw std::invalid_argument("fastalign: the CPU kernels do not scale rows yet"); }
+void scale_rows(const ScaleRowsArgs& a) {
+  with_dtype(a.dtype, [&](auto tag) { scale<decltype(tag)>(a); });
+}
 
 }  // namespace cpu
 }  // namespace fastalign

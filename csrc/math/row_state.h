@@ -97,6 +97,9 @@ template <class T> FA_HD RowState<T> merge(const RowState<T>& a, const RowState<
   return r;
 }
 
+// from - to, and 0 when both are -inf.
+template <class T> FA_HD T distance(T from, T to) { return from == to ? T(0) : from - to; }
+
 // What t or tr becomes when every d - dr gains `shift` and the terms, which have `mass`, are scaled by `factor`. Mass that does not survive
 // takes its terms along, even infinite ones.
 template <class T> FA_HD T move_cross(T cross, T mass, T shift, T factor) {
@@ -104,18 +107,22 @@ template <class T> FA_HD T move_cross(T cross, T mass, T shift, T factor) {
   return (mass == T(0) ? cross : fma(shift, mass, cross)) * factor;
 }
 
-// Merges the reference parts of two states; `a` and `b` are their policy parts, `m` the reference point of the merged policy row.
-template <class T> FA_HD RefState<T> merge_ref(const RowState<T>& a, const RefState<T>& ar, const RowState<T>& b, const RefState<T>& br,
-                                               T m) {
+// A policy row and a reference row. On the policy part merge is the one above.
+template <class T> struct PairState {
+  RowState<T> p;
   RefState<T> r;
-  r.m = ar.m > br.m ? ar.m : br.m;
-  const auto shift = [](T from, T to) { return from == to ? T(0) : from - to; };
-  const T fa = rescale(ar.m, r.m), fb = rescale(br.m, r.m);
-  const T da = shift(a.m, m) - shift(ar.m, r.m), db = shift(b.m, m) - shift(br.m, r.m);
-  r.s0 = ar.s0 * fa + br.s0 * fb;
-  r.t = move_cross(ar.t, a.s0, da, rescale(a.m, m)) + move_cross(br.t, b.s0, db, rescale(b.m, m));
-  r.tr = move_cross(ar.tr, ar.s0, da, fa) + move_cross(br.tr, br.s0, db, fb);
-  return r;
+
+  static FA_HD PairState empty() { return {RowState<T>::empty(), RefState<T>::empty()}; }
+};
+template <class T> FA_HD PairState<T> merge(const PairState<T>& a, const PairState<T>& b) {
+  PairState<T> s{merge(a.p, b.p), {}};
+  s.r.m = a.r.m > b.r.m ? a.r.m : b.r.m;
+  const T fa = rescale(a.r.m, s.r.m), da = distance(a.p.m, s.p.m) - distance(a.r.m, s.r.m);
+  const T fb = rescale(b.r.m, s.r.m), db = distance(b.p.m, s.p.m) - distance(b.r.m, s.r.m);
+  s.r.s0 = a.r.s0 * fa + b.r.s0 * fb;
+  s.r.t = move_cross(a.r.t, a.p.s0, da, rescale(a.p.m, s.p.m)) + move_cross(b.r.t, b.p.s0, db, rescale(b.p.m, s.p.m));
+  s.r.tr = move_cross(a.r.tr, a.r.s0, da, fa) + move_cross(b.r.tr, b.r.s0, db, fb);
+  return s;
 }
 
 // Finished quantities, in nats. Selections keep NaN: `x > 0 ? 0 : x`. The log-prob is that of either row.

@@ -47,7 +47,7 @@ def _cross_bits(u, m, c):
 
 
 def merge_states(a, b):
-    """The monoid on states [rows, STATE_WIDTH]: the twin of `merge` and `merge_ref` in csrc/math/row_state.h."""
+    """The monoid on states [rows, STATE_WIDTH]: the twin of `merge` in csrc/math/row_state.h."""
     (ma, a0, a1, a2, az, ua, ta), (mb, b0, b1, b2, bz, ub, tb) = a.unbind(-1)[:7], b.unbind(-1)[:7]
     m = torch.maximum(ma, mb)
     fa, fb = (torch.where(x == m, 1.0, torch.exp2(x - m)) for x in (ma, mb))

@@ -1,0 +1,195 @@
+// The row kernels over a policy row and a reference row at once, over the same SIMD shim as rows_impl.h, whose parts they use.
+#pragma once
+#include "cpu/rows_impl.h"
+
+namespace fastalign {
+namespace cpu {
+
+// Partial sums of a chunk of both rows, in two chains per row.
+template <class S, class T, bool kCapped, int kSums> struct PairSums {
+  using A = typename S::A;
+  using F = typename S::F;
+  static constexpr bool kS1 = (kSums & kSumS1) != 0, kS2Sz = (kSums & kSumS2Sz) != 0, kT = (kSums & kSumT) != 0,
+                        kTr = (kSums & kSumTr) != 0;
+  const RowTransform<A>& f;
+  const F c, zero;
+  F minus_m, minus_ref_m, s0[2], s1[2], s2[2], sz[2], ref_s0[2], t[2], tr[2];
+
+  FA_INLINE explicit PairSums(const RowTransform<A>& transform) : f(transform), c(S::set(transform.c)), zero(S::set(A(0))) {
+    minus_m = minus_ref_m = zero;
+    for (int k = 0; k < 2; ++k) s0[k] = s1[k] = s2[k] = sz[k] = ref_s0[k] = t[k] = tr[k] = zero;
+  }
+  FA_INLINE void take(const T* x, const T* y) {
+    F a, b, ref_a, ref_b;
+    S::load2(x, a, b);
+    S::load2(y, ref_a, ref_b);
+    a = to_u<S, kCapped>(a, f), b = to_u<S, kCapped>(b, f);
+    push<0>(a, a, to_u<S, kCapped>(ref_a, f));
+    push<1>(b, b, to_u<S, kCapped>(ref_b, f));
+  }
+  FA_INLINE void take(const Rest<S, T>& x, const Rest<S, T>& y) {
+    F a, b, ref_a, ref_b, hide_a, hide_b;
+    S::load2(x.x, a, b);
+    S::load2(y.x, ref_a, ref_b);
+    S::load2(x.hide, hide_a, hide_b);
+    a = to_u<S, kCapped>(a, f), b = to_u<S, kCapped>(b, f);
+    push<0>(a + hide_a, a, to_u<S, kCapped>(ref_a, f) + hide_a);
+    push<1>(b + hide_b, b, to_u<S, kCapped>(ref_b, f) + hide_b);
+  }
+  template <int k> FA_INLINE void push(F u, F u_or_zero, F ref_u) {
+    const F d = S::fma(u, c, minus_m), e = S::exp2(d), dr = S::fma(ref_u, c, minus_ref_m), er = S::exp2(dr), by = d - dr;
+    s0[k] = s0[k] + e;
+    ref_s0[k] = ref_s0[k] + er;
+    // Where there is no mass the difference may be infinite or NaN, and counts nothing.
+    if constexpr (kT) t[k] = S::mul_add(e, e == zero ? zero : by, t[k]);
+    if constexpr (kTr) tr[k] = S::mul_add(er, er == zero ? zero : by, tr[k]);
+    if constexpr (kS1) s1[k] = S::mul_add(e, S::bounded(d), s1[k]);
+    if constexpr (kS2Sz) {
+      s2[k] = S::mul_add(e, e, s2[k]);
+      sz[k] = sz[k] + u_or_zero;
+    }
+  }
+  // `merge` of row_state.h with a state without mass at (to, ref_to), lane by lane.
+  FA_INLINE void move(A from, A to, A ref_from, A ref_to) {
+    const A factor = rescale(from, to), ref_factor = rescale(ref_from, ref_to);
+    const F by = S::set(factor), ref_by = S::set(ref_factor), s1_by = S::set(s1_shift(from, to, factor));
+    const F cross = S::set(distance(from, to) - distance(ref_from, ref_to));
+    for (int k = 0; k < 2; ++k) {
+      if constexpr (kT) t[k] = factor == A(0) ? zero : (s0[k] == zero ? t[k] : S::mul_add(cross, s0[k], t[k])) * by;
+      if constexpr (kTr) tr[k] = ref_factor == A(0) ? zero : (ref_s0[k] == zero ? tr[k] : S::mul_add(cross, ref_s0[k], tr[k])) * ref_by;
+      if constexpr (kS1) s1[k] = S::mul_add(s0[k], s1_by, s1[k]) * by;
+      if constexpr (kS2Sz) s2[k] = s2[k] * (by * by);
+      s0[k] = s0[k] * by;
+      ref_s0[k] = ref_s0[k] * ref_by;
+    }
+    // Without mass so far there is nothing to count from: 0 serves, where entries without mass have none either.
+    minus_m = to > A(-INFINITY) ? S::set(-to) : zero;
+    minus_ref_m = ref_to > A(-INFINITY) ? S::set(-ref_to) : zero;
+  }
+  static FA_INLINE A total(const F (&v)[2]) { return S::sum(v[0] + v[1]); }
+};
+
+template <class S, class T, bool kCapped, int kSums>
+PairState<typename S::A> forward_pair_chunk(const T* x, const T* y, int64_t n, const RowTransform<typename S::A>& f) {
+  using A = typename S::A;
+  constexpr int64_t kPair = 2 * S::kWidth;
+  const int64_t whole = n - n % kPair;
+  const Rest<S, T> rest(x + whole, n - whole), ref_rest(y + whole, n - whole);
+
+  auto p = RowState<A>::empty();
+  auto r = RefState<A>::empty();
+  p.top = 0;
+  A ref_max = A(-INFINITY);
+  PairSums<S, T, kCapped, kSums> sums(f);
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t end = start + kBlock < whole ? start + kBlock : whole, stop = n < start + kBlock ? n : start + kBlock;
+    const A largest = block_max<S>(x + start, stop - start), ref_largest = block_max<S>(y + start, stop - start);
+    if (largest > p.umax || ref_largest > ref_max) {
+      if (largest > p.umax) p.umax = largest, p.top = int32_t(start);
+      if (ref_largest > ref_max) ref_max = ref_largest;
+      const A m = reference_point(f.u(p.umax), f), ref_m = reference_point(f.u(ref_max), f);
+      sums.move(p.m, m, r.m, ref_m);
+      p.m = m, r.m = ref_m;
+    }
+    for (int64_t i = start; i < end; i += kPair) {
+      for (size_t byte = 0; byte < kPair * sizeof(T); byte += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
+        __builtin_prefetch(reinterpret_cast<const char*>(y + i + kBlock) + byte);
+      }
+      sums.take(x + i, y + i);
+    }
+    if (whole < n && start + kBlock >= n) sums.take(rest, ref_rest);
+  }
+  p.s0 = sums.total(sums.s0);
+  r.s0 = sums.total(sums.ref_s0);
+  if constexpr ((kSums & kSumT) != 0) r.t = sums.total(sums.t);
+  if constexpr ((kSums & kSumTr) != 0) r.tr = sums.total(sums.tr);
+  if constexpr ((kSums & kSumS1) != 0) p.s1 = sums.total(sums.s1);
+  if constexpr ((kSums & kSumS2Sz) != 0) {
+    p.s2 = sums.total(sums.s2);
+    p.sz = sums.total(sums.sz);
+  }
+  return {p, r};
+}
+
+// The two KL terms of math/row_state.h beside those of GradientRow. kKls: which of them (kSumT: the one with c, kSumTr: the one with k).
+template <class S, bool kCapped, bool kWithB, int kKls>
+FA_INLINE typename S::F pair_gradient(typename S::F x, typename S::F y, const RowTransform<typename S::A>& f,
+                                      const PairGradientRow<typename S::A>& g) {
+  using A = typename S::A;
+  using F = typename S::F;
+  const F zero = S::set(A(0)), u = to_u<S, kCapped>(x, f), d = S::fma(u, S::set(f.c), S::set(-g.m)), e = S::exp2(d);
+  const F dr = S::fma(to_u<S, kCapped>(y, f), S::set(f.c), S::set(-g.ref_m));
+  F inner = S::set(g.a);
+  if constexpr (kWithB) inner = S::mul_add(S::set(g.b), S::bounded(d), inner);
+  if constexpr ((kKls & kSumT) != 0) inner = S::mul_add(S::set(g.kl.c), e == zero ? zero : d - dr - S::set(g.kl.mean), inner);
+  F dx = e * inner;
+  if constexpr ((kKls & kSumTr) != 0) {
+    const F er = u == S::set(A(-INFINITY)) ? zero : S::exp2(dr);
+    dx = S::mul_add(S::set(g.kl.k), S::fma(S::set(-g.kl.ratio), er, e), dx);
+  }
+  if constexpr (kCapped) dx = dx * S::mul_add(-u, u, S::set(A(1)));
+  return dx;
+}
+
+template <class S, class T, bool kCapped, bool kWithB, int kKls>
+void backward_pair_chunk(const T* x, const T* y, T* grad, int64_t n, const RowTransform<typename S::A>& f,
+                         const PairGradientRow<typename S::A>& g) {
+  constexpr int64_t kPair = 2 * S::kWidth;
+  const int64_t whole = n - n % kPair;
+  const auto both = [&](const T* from, const T* ref, T* to) {
+    typename S::F a, b, ref_a, ref_b;
+    S::load2(from, a, b);
+    S::load2(ref, ref_a, ref_b);
+    S::store2(to, pair_gradient<S, kCapped, kWithB, kKls>(a, ref_a, f, g), pair_gradient<S, kCapped, kWithB, kKls>(b, ref_b, f, g));
+  };
+  for (int64_t i = 0; i < whole; i += kPair) both(x + i, y + i, grad + i);
+  if (whole < n) {
+    Rest<S, T> rest(x + whole, n - whole), ref_rest(y + whole, n - whole);
+    both(rest.x, ref_rest.x, rest.x);
+    memcpy(grad + whole, rest.x, size_t(n - whole) * sizeof(T));
+  }
+}
+
+// Three sets of sums: one KL, the other one, everything.
+template <class S, class T, bool kCapped>
+PairState<typename S::A> forward_pair_sums(const T* x, const T* y, int64_t n, const RowTransform<typename S::A>& f, int sums) {
+  constexpr int kAll = kSumS1 | kSumS2Sz | kSumT | kSumTr;
+  if (sums == kSumT) return forward_pair_chunk<S, T, kCapped, kSumT>(x, y, n, f);
+  if (sums == kSumTr) return forward_pair_chunk<S, T, kCapped, kSumTr>(x, y, n, f);
+  return forward_pair_chunk<S, T, kCapped, kAll>(x, y, n, f);
+}
+
+template <class S, class T>
+PairState<typename S::A> forward_pair_any(const void* x, const void* y, int64_t n, const RowTransform<typename S::A>& f, int sums) {
+  const T *p = static_cast<const T*>(x), *q = static_cast<const T*>(y);
+  return f.cap_scale != 0 ? forward_pair_sums<S, T, true>(p, q, n, f, sums) : forward_pair_sums<S, T, false>(p, q, n, f, sums);
+}
+
+template <class S, class T>
+void backward_pair_any(const void* x, const void* y, void* grad, int64_t n, const RowTransform<typename S::A>& f,
+                       const PairGradientRow<typename S::A>& g) {
+  const auto run = [&](auto kernel) { kernel(static_cast<const T*>(x), static_cast<const T*>(y), static_cast<T*>(grad), n, f, g); };
+  const bool capped = f.cap_scale != 0;
+  if (g.b == 0 && g.kl.k == 0) run(capped ? backward_pair_chunk<S, T, true, false, kSumT> : backward_pair_chunk<S, T, false, false, kSumT>);
+  else if (g.b == 0 && g.kl.c == 0)
+    run(capped ? backward_pair_chunk<S, T, true, false, kSumTr> : backward_pair_chunk<S, T, false, false, kSumTr>);
+  else run(capped ? backward_pair_chunk<S, T, true, true, kSumT | kSumTr> : backward_pair_chunk<S, T, false, true, kSumT | kSumTr>);
+}
+
+template <class S>
+PairState<float> forward_pair_rows(int dtype, const void* x, const void* y, int64_t n, const RowTransform<float>& f, int sums) {
+  if (dtype == kBFloat16) return forward_pair_any<S, bf16>(x, y, n, f, sums);
+  if (dtype == kFloat16) return forward_pair_any<S, fp16>(x, y, n, f, sums);
+  return forward_pair_any<S, float>(x, y, n, f, sums);
+}
+template <class S>
+void backward_pair_rows(int dtype, const void* x, const void* y, void* grad, int64_t n, const RowTransform<float>& f,
+                        const PairGradientRow<float>& g) {
+  if (dtype == kBFloat16) return backward_pair_any<S, bf16>(x, y, grad, n, f, g);
+  if (dtype == kFloat16) return backward_pair_any<S, fp16>(x, y, grad, n, f, g);
+  backward_pair_any<S, float>(x, y, grad, n, f, g);
+}
+
+}  // namespace cpu
+}  // namespace fastalign
