@@ -145,6 +145,8 @@ struct GaeArgs {
   void* moments;                        // [3]: count, mean and m2 of the scored advantages
   void* workspace;                      // [5 * (tokens / kGaeTile + sequences)], double on the CPU and float on CUDA
   uint32_t* counter;                    // as in PreferenceArgs
+};
+
 struct ListwiseArgs {
   const void* sums;                          // [sequences, kSumWidth]: as the pair kernel writes them
   int64_t sequences;
