@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.metric import Metric
 from fastalign.ops.policy.reference import STATS, VALUE_STATS
-from fastalign.ops.preference.output import Metric
 from fastalign.policy_losses import PolicyPreset
 
 
