@@ -8,6 +8,8 @@
 #include <vector>
 #include "cpu/isa.h"
 #include "math/list.h"
+#include "math/pair.h"
+#include "math/policy.h"
 #include "math/row_state.h"
 #include "ops.h"
 
@@ -105,6 +107,10 @@ std::vector<std::string> pair_scalar_names() {
 std::vector<std::string> pair_switch_names() { return {FA_PAIR_SWITCHES(FA_NAME)}; }
 std::vector<std::string> list_scalar_names() { return {FA_LIST_SCALARS(FA_NAME)}; }
 std::vector<std::string> list_switch_names() { return {FA_LIST_SWITCHES(FA_NAME)}; }
+// Parameters, policy statistics, value statistics.
+std::vector<std::vector<std::string>> policy_names() {
+  return {{FA_POLICY_SCALARS(FA_NAME) FA_POLICY_SWITCHES(FA_NAME)}, {FA_POLICY_STATS(FA_NAME)}, {FA_VALUE_STATS(FA_NAME)}};
+}
 #undef FA_NAME
 
 }  // namespace
@@ -116,6 +122,7 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.def("pair_switch_names", &pair_switch_names);
   m.def("list_scalar_names", &list_scalar_names);
   m.def("list_switch_names", &list_switch_names);
+  m.def("policy_names", &policy_names);
 #ifdef FA_WITH_CPU
   m.def("set_cpu_isa", &cpu::set_isa, "avx512bf16 | avx512 | avx2 | generic | auto: override the choice made at load");
   m.def("cpu_isas", &cpu::available_isas);
@@ -134,6 +141,7 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.attr("table_width") = int(kTableWidth);
   m.attr("list_table_width") = int(kListTableWidth);
   m.attr("max_list") = kMaxList;
+  m.attr("policy_tile") = kPolicyTile;
 
   // clang-format off: argument lists, which it would set one name per line
   m.def("token_stats_fwd", [](int device, uintptr_t stream, const Arguments<decltype(token_stats_args)>& t) {
@@ -211,6 +219,32 @@ PYBIND11_MODULE(FA_MODULE, m) {
                    ptr<void>(num_items), ptr<void>(num_sft_tokens), scalars.data(), switches.data(), ptr<void>(loss), ptr<void>(list_loss),
                    ptr<void>(slopes), ptr<void>(rewards), ptr<void>(table), ptr<uint32_t>(counter)};
     FA_DISPATCH(listwise_fwd);
+  });
+  m.def("policy_fwd", [](int device, uintptr_t stream, uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, uintptr_t cu_seqlens,
+                         int64_t tokens, int64_t sequences, uintptr_t mask, uintptr_t ref_logprobs, uintptr_t entropy, uintptr_t is_weight,
+                         int dtype, uintptr_t kl_coef, uintptr_t entropy_coef, uintptr_t num_items, const std::vector<double>& scalars,
+                         const std::vector<int>& switches, uintptr_t loss, uintptr_t slopes, uintptr_t entropy_slopes, uintptr_t stats,
+                         uintptr_t rows, uintptr_t counter) {
+    check_params(scalars, switches, kPolicyScalars, kPolicySwitches);
+    PolicyArgs a{ptr<void>(logprobs), ptr<void>(old_logprobs), ptr<void>(advantages), ptr<int32_t>(cu_seqlens), tokens, sequences,
+                 ptr<uint8_t>(mask), ptr<void>(ref_logprobs), ptr<void>(entropy), ptr<void>(is_weight), dtype, ptr<void>(kl_coef),
+                 ptr<void>(entropy_coef), ptr<void>(num_items), scalars.data(), switches.data(), ptr<void>(loss), ptr<void>(slopes),
+                 ptr<void>(entropy_slopes), ptr<void>(stats), ptr<void>(rows), ptr<uint32_t>(counter)};
+    FA_DISPATCH(policy_fwd);
+  });
+  m.def("value_fwd", [](int device, uintptr_t stream, uintptr_t values, uintptr_t old_values, uintptr_t returns, uintptr_t cu_seqlens,
+                        int64_t tokens, int64_t sequences, uintptr_t mask, int dtype, uintptr_t num_items, double clip, int aggregation,
+                        double norm_length, uintptr_t loss, uintptr_t slopes, uintptr_t stats, uintptr_t rows, uintptr_t counter) {
+    ValueArgs a{ptr<void>(values), ptr<void>(old_values), ptr<void>(returns), ptr<int32_t>(cu_seqlens), tokens, sequences, ptr<uint8_t>(mask),
+                dtype, ptr<void>(num_items), clip, aggregation, norm_length, ptr<void>(loss), ptr<void>(slopes), ptr<void>(stats),
+                ptr<void>(rows), ptr<uint32_t>(counter)};
+    FA_DISPATCH(value_fwd);
+  });
+  m.def("policy_bwd", [](int device, uintptr_t stream, uintptr_t grad, uintptr_t slopes, uintptr_t entropy_slopes, uintptr_t stats,
+                         int64_t tokens, int dtype, uintptr_t grad_logprobs, uintptr_t grad_entropy) {
+    PolicyBackwardArgs a{ptr<void>(grad), ptr<void>(slopes), ptr<void>(entropy_slopes), ptr<void>(stats), tokens, dtype,
+                         ptr<void>(grad_logprobs), ptr<void>(grad_entropy)};
+    FA_DISPATCH(policy_bwd);
   });
   // clang-format on
 }

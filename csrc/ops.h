@@ -162,6 +162,45 @@ struct ListwiseArgs {
   uint32_t* counter;                         // device scratch: one zero, left zero (CUDA only)
 };
 
+// Tensors are [tokens] unless said otherwise. Without cu_seqlens the tokens are cut into tiles of kPolicyTile, and nothing of the loss may be per sequence.
+struct PolicyArgs {
+  const void *logprobs, *old_logprobs, *advantages;  // old may be null: the same as logprobs. advantages: [tokens] or [sequences]
+  const int32_t* cu_seqlens;                         // [sequences + 1] or null
+  int64_t tokens, sequences;
+  const uint8_t* mask;
+  const void *ref_logprobs, *entropy, *is_weight;    // null where not given; is_weight: [tokens] or [sequences]
+  int dtype;
+  const void *kl_coef, *entropy_coef, *num_items;    // one element, or null: the preset's, and counted here
+  const double* scalars;                             // PolicyParams, host
+  const int* switches;
+  void *loss, *slopes, *entropy_slopes, *stats;      // [], [tokens], [tokens] or null, [kPolicyStats]
+  void* rows;                                        // device scratch: [sequences or tiles, kPolicyStats] (CUDA only)
+  uint32_t* counter;                                 // device scratch: one zero, left zero (CUDA only)
+};
+
+struct ValueArgs {
+  const void *values, *old_values, *returns;         // old_values null: not clipped
+  const int32_t* cu_seqlens;
+  int64_t tokens, sequences;
+  const uint8_t* mask;
+  int dtype;
+  const void* num_items;
+  double clip;
+  int aggregation;
+  double norm_length;
+  void *loss, *slopes, *stats;                       // [], [tokens], [kValueStats]
+  void* rows;                                        // [sequences or tiles, kValueStats] (CUDA only)
+  uint32_t* counter;
+};
+
+// grad_x = grad * slopes / stats[0], for one or two tensors of slopes.
+struct PolicyBackwardArgs {
+  const void *grad, *slopes, *entropy_slopes, *stats;  // [], [tokens], [tokens] or null
+  int64_t tokens;
+  int dtype;
+  void *grad_logprobs, *grad_entropy;
+};
+
 // FA_OPS(X): one line per op; X(name, argument struct). Declarations, bindings and the emulator all expand this list.
 #define FA_OPS(X)                                      \
   X(token_stats_fwd, TokenStatsArgs)                   \
@@ -174,7 +213,10 @@ struct ListwiseArgs {
   X(preference_fwd, PreferenceArgs)                    \
   X(preference_bwd, PreferenceBackwardArgs)            \
   X(gae_fwd, GaeArgs)                                  \
-  X(listwise_fwd, ListwiseArgs)
+  X(listwise_fwd, ListwiseArgs)                        \
+  X(policy_fwd, PolicyArgs)                            \
+  X(value_fwd, ValueArgs)                              \
+  X(policy_bwd, PolicyBackwardArgs)
 
 namespace cpu {
 #define FA_DECLARE(name, args) void name(const args& a);

@@ -14,9 +14,15 @@ template <class T> FA_HD T softplus(T x) {
   return relu(x) + tail;
 }
 
+// The exponentials that a formula uses: the library's, or by another struct of the same shape ones that a loop over lanes can be made of.
+struct StdMath {
+  template <class T> static FA_HD T exp(T x) { return fastalign::exp(x); }
+  template <class T> static FA_HD T expm1(T x) { return fastalign::expm1(x); }
+};
+
 // 1 / (1 + e^-x), by the branch that cannot overflow.
-template <class T> FA_HD T sigmoid(T x) {
-  T e = exp(-fabs(x));
+template <class T, class M = StdMath> FA_HD T sigmoid(T x) {
+  T e = M::exp(-fabs(x));
   return (x >= T(0) ? T(1) : e) / (T(1) + e);
 }
 
@@ -37,19 +43,16 @@ template <class T> struct ValueSlope { T value, slope; };
 // k3 cancels near 0 (a series is used for |d| < 0.05), and its exponent is clamped at 20 before exp, so that value and slope stay
 // finite for any d; beyond the clamp the slope keeps its clamped value. d = inf - inf counts as 0.
 enum KlKind : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
-template <class T> FA_HD ValueSlope<T> kl_estimate(int kind, T logprob, T ref_logprob) {
+template <class T, class M = StdMath> FA_HD ValueSlope<T> kl_estimate(int kind, T logprob, T ref_logprob) {
   T d = logprob == ref_logprob ? T(0) : logprob - ref_logprob;
   switch (kind) {
     case kK1: return {d, T(1)};
     case kK2: return {d * d / T(2), d};
     case kAbs: return {fabs(d), d > T(0) ? T(1) : (d < T(0) ? T(-1) : d)};
     default: {
-      if (fabs(d) < T(0.05)) {
-        T value = d * d * (T(1) / 2 - d * (T(1) / 6 - d * (T(1) / 24 - d * (T(1) / 120 - d * (T(1) / 720)))));
-        return {value, -expm1(-d)};
-      }
-      T x = -d > T(20) ? T(20) : -d;
-      return {expm1(x) + d, -expm1(x)};
+      T series = d * d * (T(1) / 2 - d * (T(1) / 6 - d * (T(1) / 24 - d * (T(1) / 120 - d * (T(1) / 720)))));
+      T e = M::expm1(-d > T(20) ? T(20) : -d);
+      return {fabs(d) < T(0.05) ? series : e + d, -e};
     }
   }
 }

@@ -19,11 +19,7 @@ from fastalign.checks import (
 from fastalign.ops.policy.output import PolicyOutput, ValueOutput
 from fastalign.ops.policy.reference import STATS, VALUE_STATS
 from fastalign.policy_losses import AGGREGATIONS, SCALAR_COUNT, PolicyPreset, resolve
-from fastalign.registry import Op, standard_kernels
-
-
-def scalar_dtypes():  # until the kernels are here
-    return {b: (torch.float32, torch.float64) if b == "reference" else () for b in ("reference", "cpu", "triton", "cuda")}
+from fastalign.registry import Op, scalar_dtypes, standard_kernels
 
 
 def _check_values(first, *rest):

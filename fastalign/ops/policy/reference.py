@@ -16,6 +16,7 @@ STATS = (
     "is_weight", "is_clipped", "nonfinite",
 )  # fmt: skip
 VALUE_STATS = ("items", "loss", "tokens", "sequences", "clipped", "value", "returns", "returns_sq", "error", "error_sq", "nonfinite")
+TILE = 2048  # tokens at a time where nothing is per sequence: kPolicyTile
 LOG_W_MIN = math.log(1e-8)  # of vespo
 
 
@@ -40,7 +41,7 @@ def surrogate(p, logprobs, log_rho, advantages, high, low):
     a, none = advantages, torch.zeros_like(high)
     rho = torch.exp(log_rho)
     if p.surrogate == 1:
-        return -a * logprobs, -a + 0.0 * logprobs, none, none, none
+        return -a * logprobs, -a, none, none, none
     if p.surrogate == 2:
         w = torch.clamp(rho, p.ratio_min, p.ratio_max)
         return -w * a * logprobs, -w * a, rho < p.ratio_min, rho > p.ratio_max, none
@@ -82,6 +83,7 @@ class Layout:
 
     def __init__(self, like, cu_seqlens, mask):
         tokens, device = like.shape[0], like.device
+        self.packed = cu_seqlens is not None
         self.sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.index = torch.zeros(tokens, dtype=torch.long, device=device) if cu_seqlens is None else _segments(cu_seqlens, tokens)
         self.scored = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
@@ -107,7 +109,8 @@ class Layout:
         return at_least_one(self.lengths.sum() if aggregation == 0 else self.filled())
 
     def filled(self):
-        return (self.lengths > 0).to(self.lengths.dtype).sum()
+        """Sequences with a scored token; 0 where none are known."""
+        return (self.lengths > (0 if self.packed else math.inf)).to(self.lengths.dtype).sum()
 
 
 def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items,
@@ -162,7 +165,7 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
         "items": items, "loss": loss, "policy": policy, "tokens": at.lengths.sum(), "sequences": at.filled(), "ratio": at.total(rho - 1.0),
         "ratio_sq": at.total((rho - 1.0) ** 2), "approx_kl": at.total(lr * lr / 2.0), "clip_low": at.total(low), "clip_high": at.total(high),
         "clip_dual": at.total(dual), "kl": at.total(kl), "entropy": at.total(torch.zeros_like(lp) if h is None else h),
-        "is_weight": at.total(weight), "is_clipped": at.total(outside), "nonfinite": at.total(~torch.isfinite(total)),
+        "is_weight": at.total(torch.zeros_like(lp) if is_weight is None else weight), "is_clipped": at.total(outside), "nonfinite": at.total(~torch.isfinite(total)),
     }  # fmt: skip
     entropy_slopes = logprobs.new_empty(0)
     if with_entropy_grad:

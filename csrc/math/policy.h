@@ -1,0 +1,163 @@
+// Policy-gradient and value losses per token: the ratio's surrogates with value, slope and clip flags from one evaluation, the value function's
+// clipped error, aggregation. Twins: fastalign/triton_math.py, ops/policy/reference.py.
+#pragma once
+#include "math/scalar.h"
+
+namespace fastalign {
+
+// Order of the scalars and switches that travel from fastalign/policy_losses.py (PolicyParams); a test checks it.
+#define FA_POLICY_SCALARS(X)                                                                                        \
+  X(ratio_min) X(ratio_max) X(dual_clip) X(tau_pos) X(tau_neg) X(k_pos) X(lam_pos) X(k_neg) X(lam_neg) X(kl_coef)   \
+  X(entropy_coef) X(is_min) X(is_max) X(norm_length)
+#define FA_POLICY_SWITCHES(X)                                                                                       \
+  X(surrogate) X(ratio) X(aggregation) X(kl_kind) X(kl_bias_correction) X(is_mode) X(advantages_per_sequence)       \
+  X(is_per_sequence)
+
+template <class T> struct PolicyParams {
+#define FA_FIELD(name) T name;
+  FA_POLICY_SCALARS(FA_FIELD)
+#undef FA_FIELD
+#define FA_FIELD(name) int name;
+  FA_POLICY_SWITCHES(FA_FIELD)
+#undef FA_FIELD
+};
+#define FA_COUNT(name) +1
+constexpr int kPolicyScalars = 0 FA_POLICY_SCALARS(FA_COUNT), kPolicySwitches = 0 FA_POLICY_SWITCHES(FA_COUNT);
+#undef FA_COUNT
+
+template <class T> inline PolicyParams<T> policy_params(const double* scalars, const int* switches) {
+  PolicyParams<T> p{};
+  int i = 0, j = 0;
+#define FA_FIELD(name) p.name = T(scalars[i++]);
+  FA_POLICY_SCALARS(FA_FIELD)
+#undef FA_FIELD
+#define FA_FIELD(name) p.name = switches[j++];
+  FA_POLICY_SWITCHES(FA_FIELD)
+#undef FA_FIELD
+  return p;
+}
+
+enum SurrogateKind : int { kClip = 0, kReinforce = 1, kCispo = 2, kSapo = 3, kGmpo = 4, kVespo = 5 };
+enum RatioLevel : int { kRatioToken = 0, kRatioSeqMean = 1, kRatioSeqMeanToken = 2, kRatioSeqSum = 3 };
+enum Aggregation : int { kTokenMean = 0, kSeqMeanTokenMean = 1, kSeqMeanTokenSum = 2, kSeqMeanTokenSumNorm = 3, kTokenSum = 4 };
+enum IsMode : int { kIsAsGiven = 0, kIsTruncate = 1, kIsMask = 2 };
+constexpr int kK3Plus = 4;  // value of k3, slope of k2
+
+// Tokens that one thread block, or one turn of a thread, takes where nothing depends on sequences.
+constexpr int64_t kPolicyTile = 2048;
+
+// Columns of the statistics: sums over scored tokens. The number of items, first, is what the loss and its slopes are divided by.
+#define FA_POLICY_STATS(X)                                                                                          \
+  X(items) X(loss) X(policy) X(tokens) X(sequences) X(ratio) X(ratio_sq) X(approx_kl) X(clip_low) X(clip_high)      \
+  X(clip_dual) X(kl) X(entropy) X(is_weight) X(is_clipped) X(nonfinite)
+#define FA_VALUE_STATS(X)                                                                                           \
+  X(items) X(loss) X(tokens) X(sequences) X(clipped) X(value) X(returns) X(returns_sq) X(error) X(error_sq) X(nonfinite)
+#define FA_FIELD(name) kPolicy_##name,
+enum PolicyStat : int { FA_POLICY_STATS(FA_FIELD) kPolicyStats };
+#undef FA_FIELD
+#define FA_FIELD(name) kValue_##name,
+enum ValueStat : int { FA_VALUE_STATS(FA_FIELD) kValueStats };
+#undef FA_FIELD
+
+constexpr double kLogRatioLimit = 20.0, kLogWeightMin = -18.420680743952367;  // log 1e-8, of vespo
+
+template <class T> FA_HD T clamp_log_ratio(int surrogate, T x) {
+  return clamp(x, surrogate == kVespo ? T(kLogWeightMin) : T(-kLogRatioLimit), T(kLogRatioLimit));
+}
+
+// Equal infinities differ by 0.
+template <class T> FA_HD T log_ratio(T logprob, T old_logprob) { return logprob == old_logprob ? T(0) : logprob - old_logprob; }
+
+// What a sequence sums of a token: its log-ratio; of gmpo clipped on the side that the advantage's sign allows; of vespo clamped.
+template <class T> FA_HD T sequence_term(const PolicyParams<T>& p, T lr, T advantage) {
+  if (p.surrogate == kVespo) return clamp(lr, T(-kLogRatioLimit), T(kLogRatioLimit));
+  if (p.surrogate != kGmpo) return lr;
+  return advantage > T(0) ? (lr > p.ratio_max ? p.ratio_max : lr) : (lr < p.ratio_min ? p.ratio_min : lr);
+}
+
+// The sequence's log-ratio from the sum of its terms, for every level but the token's.
+template <class T> FA_HD T sequence_log_ratio(const PolicyParams<T>& p, T sum, T length) {
+  return clamp_log_ratio(p.surrogate, p.ratio == kRatioSeqSum ? sum : sum / (length > T(1) ? length : T(1)));
+}
+
+template <class T> struct Surrogate {
+  T value, slope;
+  bool low, high, dual;  // which bound holds
+};
+
+// clang-format off: one formula per line
+// The surrogate of one token with ratio rho = exp(log_rho), and its derivative in the token's log-prob through the token's own ratio. `kind` is
+// p.surrogate, apart so that it can be a constant. lr: the token's own log-ratio. M: see StdMath.
+template <class M, class T> FA_HD Surrogate<T> surrogate(int kind, const PolicyParams<T>& p, T logprob, T lr, T log_rho, T rho, T a) {
+  const bool positive = a > T(0), negative = a < T(0);
+  switch (kind) {
+    case kReinforce: return {-a * logprob, -a, false, false, false};
+    case kCispo: {
+      const bool low = rho < p.ratio_min, high = rho > p.ratio_max;
+      const T w = low ? p.ratio_min : (high ? p.ratio_max : rho);
+      return {-w * a * logprob, -w * a, low, high, false};
+    }
+    case kSapo: {
+      const T tau = positive ? p.tau_pos : p.tau_neg, x = tau * (rho - T(1)), s = sigmoid<T, M>(x), n = sigmoid<T, M>(-x);
+      return {-a * (T(4) / tau) * s, -a * T(4) * s * n * rho, false, false, false};
+    }
+    case kGmpo: {
+      const bool low = !positive & (lr < p.ratio_min), high = positive & (lr > p.ratio_max);
+      return {-a * rho, low | high ? T(0) : -a * rho, low, high, false};
+    }
+    case kVespo: {
+      const T k = negative ? p.k_neg : p.k_pos, lam = negative ? p.lam_neg : p.lam_pos, phi = M::exp(lam + k * log_rho - lam * rho);
+      return {-phi * a * logprob, -phi * a, false, false, false};
+    }
+    default: {
+      const bool low = negative & (rho < p.ratio_min), high = positive & (rho > p.ratio_max), dual = negative & (rho > p.dual_clip);
+      const T held = dual ? p.dual_clip : (high ? p.ratio_max : (low ? p.ratio_min : rho));
+      return {-a * held, low | high | dual ? T(0) : -a * rho, low, high, dual};
+    }
+  }
+}
+// clang-format on
+
+// Slope of the KL term's estimate; k3+ reports k3 and descends k2.
+template <class M, class T> FA_HD ValueSlope<T> kl_term(int kind, T logprob, T ref_logprob) {
+  ValueSlope<T> r = kl_estimate<T, M>(kind == kK3Plus ? int(kK3) : kind, logprob, ref_logprob);
+  if (kind == kK3Plus) r.slope = log_ratio(logprob, ref_logprob);
+  return r;
+}
+
+// One token's importance weight: what the surrogate is multiplied by, and whether the bounds changed it.
+template <class T> struct ImportanceWeight {
+  T used;
+  bool clipped;
+};
+template <class T> FA_HD ImportanceWeight<T> importance_weight(const PolicyParams<T>& p, T w) {
+  const bool above = w > p.is_max, below = (p.is_mode == kIsMask) & (w < p.is_min);
+  return {p.is_mode == kIsTruncate && above ? p.is_max : w, above || below};
+}
+
+// The value function's squared error: the clipped branch holds, without gradient, where it is strictly larger.
+template <class T> struct ValueError {
+  T value, slope, error;
+  bool clipped;
+};
+template <class T> FA_HD ValueError<T> value_error(T value, T old_value, T target, T clip, bool with_clip) {
+  const T error = value - target;
+  const T low = old_value - clip, high = old_value + clip, held = (value < low ? low : (value > high ? high : value)) - target;
+  const bool clipped = with_clip & (held * held > error * error);
+  return {(clipped ? held * held : error * error) / T(2), clipped ? T(0) : error, error, clipped};
+}
+
+// What a token's term is divided by, before the number of items; `length`: scored tokens of its sequence.
+template <class T> FA_HD T token_divisor(int aggregation, T length, T norm_length) {
+  if (aggregation == kSeqMeanTokenMean) return length > T(1) ? length : T(1);
+  return aggregation == kSeqMeanTokenSumNorm ? norm_length : T(1);
+}
+
+// The number of items: 1 for a sum, the caller's number, or what was counted here.
+template <class T> FA_HD T loss_items(int aggregation, const T* num_items, T tokens, T sequences) {
+  if (aggregation == kTokenSum) return T(1);
+  const T n = num_items ? *num_items : (aggregation == kTokenMean ? tokens : sequences);
+  return n > T(0) ? n : T(1);
+}
+
+}  // namespace fastalign

@@ -1,0 +1,295 @@
+"""The contract of the policy and value losses on every backend: the kernels against the fp64 reference, which test_policy_presets.py holds
+against the papers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+
+import pytest
+import torch
+
+import fastalign as fa
+from fastalign.ops.policy.reference import STATS, VALUE_STATS
+from fastalign.policy_losses import AGGREGATIONS, KL_KINDS, PRESETS, PolicyPreset
+from fastalign.testing import assert_close
+
+LENGTHS = (7, 1, 0, 18, 4, 3)
+
+
+def make(device, lengths=LENGTHS, spread=0.3, seed=0, dtype=torch.float32):
+    """A packed batch: everything `policy_loss` may read, NaN where the mask is False."""
+    g = torch.Generator().manual_seed(seed)
+    tokens, prompt = sum(lengths) + 2 * len(lengths), 2
+    mask = torch.cat([torch.arange(n + prompt) >= prompt for n in lengths])
+    noise = torch.randn(8, tokens, generator=g, dtype=torch.float64)
+    batch = {
+        "logprobs": -noise[0].abs() - 0.01, "old_logprobs": -noise[0].abs() - 0.01 + spread * noise[1], "advantages": noise[2],
+        "ref_logprobs": -noise[0].abs() - 0.01 + 0.2 * noise[3], "entropy": noise[4].abs(), "is_weight": (0.5 * noise[5]).exp(),
+    }  # fmt: skip
+    batch = {k: torch.where(mask, v, math.nan).to(dtype).to(device) for k, v in batch.items()}
+    per_sequence = torch.randn(2, len(lengths), generator=g, dtype=torch.float64).to(dtype).to(device)
+    cu = torch.tensor([0, *itertools.accumulate(n + prompt for n in lengths)], dtype=torch.int32, device=device)
+    return {**batch, "cu_seqlens": cu, "mask": mask.to(device), "per_sequence": per_sequence[0], "is_per_sequence": per_sequence[1].exp()}
+
+
+def run(batch, mine=True, needs=(), advantages="auto", **options):
+    """Loss, gradients in log-probs and entropy, statistics; with mine=False in fp64 on the reference."""
+
+    def cast(t):
+        return t if mine or not isinstance(t, torch.Tensor) or not t.is_floating_point() else t.double()
+
+    b = {k: cast(v) for k, v in batch.items()}
+    lp, h = b["logprobs"].detach().clone().requires_grad_(), b["entropy"].detach().clone().requires_grad_()
+    loss = options.get("loss", "ppo")
+    preset = PRESETS[loss] if isinstance(loss, str) else loss
+    if advantages == "auto":
+        advantages = "per_sequence" if preset.needs_sequence_values else "advantages"
+    given = {n: b[n] for n in needs if n != "entropy"} | ({"entropy": h} if "entropy" in needs else {})
+    if "is_weight" in given and preset.needs_sequence_values:
+        given["is_weight"] = b["is_per_sequence"]
+    with contextlib.nullcontext() if mine else fa.use_backend("reference"):
+        out = fa.policy_loss(lp, b["old_logprobs"], b[advantages], cu_seqlens=b["cu_seqlens"], mask=b["mask"], **given,
+                             **{k: cast(v) for k, v in options.items()})  # fmt: skip
+        g = torch.autograd.grad(out.loss, (lp, h), torch.full_like(out.loss, -1.7), allow_unused=True)
+    return {"loss": out.loss, "d logprobs": g[0], "d entropy": torch.zeros_like(lp) if g[1] is None else g[1], "stats": out.stats}
+
+
+def compare(batch, **options):
+    got, want = run(batch, **options), run(batch, mine=False, **options)
+    tokens = float(want["stats"][STATS.index("tokens")])
+    for name in got:
+        assert got[name].dtype == torch.float32
+        size = max(float(want[name].abs().max()), 1.0) if want[name].numel() else 1.0
+        # Sums over tokens of terms of order 1, behind an exponential; columns of the statistics each have their own size.
+        scale = 10.0 * torch.clamp(want[name].abs(), min=max(1.0, tokens**0.5)) if name == "stats" else 10.0 * size
+        assert_close(got[name], want[name], what=f"{name} of {options}", scale=scale)
+    return got
+
+
+NORM = {"dr_grpo": {"norm_length": 20.0}}
+FULL = {"needs": ("ref_logprobs", "entropy", "is_weight"), "kl_coef": 0.2, "entropy_coef": 0.05, "is_mode": "truncate", "is_max": 1.2}
+VARIANTS = {
+    **{f"preset {n}": {"loss": n, **NORM.get(n, {})} for n in PRESETS},
+    **{f"preset {n} with all": {"loss": n, **NORM.get(n, {}), **FULL} for n in PRESETS if n != "vespo"},
+    **{f"aggregation {a}": {"aggregation": a, **({"norm_length": 11.0} if a.endswith("norm") else {})} for a in AGGREGATIONS},
+    **{f"kl {k}": {"needs": ("ref_logprobs",), "kl_coef": 0.3, "kl_kind": k} for k in KL_KINDS},
+    "kl corrected": {"needs": ("ref_logprobs",), "kl_coef": 0.3, "kl_bias_correction": True},
+    "kl of reinforce": {"loss": "reinforce", "needs": ("ref_logprobs",), "kl_coef": 0.3, "kl_bias_correction": True},
+    "only metrics": {"needs": ("ref_logprobs", "entropy", "is_weight")},
+    "dual clip": {"dual_clip": 1.3, "clip_low": 0.1, "clip_high": 0.1},
+    "mask weights": {"needs": ("is_weight",), "is_mode": "mask", "is_max": 1.5, "is_min": 0.7},
+    "advantage per sequence": {"advantages": "per_sequence"},
+    "cispo per sequence": {"loss": "cispo", "ratio": "seq_mean", "ratio_max": 1.1, "ratio_min": 0.9},
+    "sapo per sequence": {"loss": PolicyPreset(surrogate="sapo", ratio="seq_sum")},
+    "gspo token mean": {"loss": "gspo", "aggregation": "token_mean", "clip_low": 0.1, "clip_high": 0.1},
+    "num_items": {"loss": "grpo", "num_items": 17},
+    "token_sum": {"aggregation": "token_sum", "needs": ("entropy",), "entropy_coef": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_policy_loss(backend, device, name):
+    compare(make(device, seed=len(name)), **VARIANTS[name])
+
+
+def test_far_ratios(backend, device):  # row 24
+    """|lp - old| up to 1e4: finite values and gradients, the surrogate's slope kept at the clamp."""
+    d = torch.tensor([0.0, 1e-7, -1e-7, 20.0, -20.0, 88.0, -89.0, 1e4, -1e4], device=device)
+    for name in PRESETS:
+        preset = PRESETS[name]
+        for sign in (1.0, -1.0):
+            lp = d.clone().requires_grad_()
+            cu = torch.arange(len(d) + 1, dtype=torch.int32, device=device)
+            a = torch.full_like(d, sign)
+            got, want = [], []
+            for x, keep in ((lp, got), (lp.detach().double().requires_grad_(), want)):
+                with contextlib.nullcontext() if keep is got else fa.use_backend("reference"):
+                    out = fa.policy_loss(x, torch.zeros_like(x), a.to(x.dtype), loss=name, cu_seqlens=cu, ref_logprobs=torch.zeros_like(x), kl_coef=1.0,
+                                         mask=torch.ones_like(d, dtype=torch.bool), **NORM.get(name, {}))  # fmt: skip
+                    keep += [out.loss, torch.autograd.grad(out.loss, x)[0]]
+            for x, y in zip(got, want):
+                assert bool(torch.isfinite(x).all()), (name, sign)
+                # The exponential carries the rounding of an exponent of 20.
+                assert_close(x, y, what=f"{name} {sign}", scale=20.0 * torch.clamp(y.abs(), min=1.0))
+
+
+@pytest.mark.parametrize("dual", [None, 3.0])
+def test_clip_grid(backend, device, dual):  # K8, row 34
+    """Ratio below, inside, above the bounds x the advantage's sign, for values, slopes and flags; boundaries inclusive."""
+    rho, a = (torch.tensor(x, device=device) for x in zip(*itertools.product((0.5, 0.95, 1.0, 1.1, 2.0, 6.0), (-1.5, 0.0, 0.7))))
+    lp = rho.log().requires_grad_()
+    upstream = torch.ones((), device=device)
+    out = fa.policy_loss(lp, torch.zeros_like(rho), a, aggregation="token_sum", clip_low=0.2, clip_high=0.28, dual_clip=dual)
+    (g,) = torch.autograd.grad(out.loss, lp, upstream)
+    high, low = (a > 0) & (rho > 1.28), (a < 0) & (rho < 0.8)
+    lower = (a < 0) & (rho > (dual or math.inf))
+    value = torch.maximum(-a * rho, -a * rho.clamp(0.8, 1.28)).double()
+    value = torch.where(a < 0, torch.minimum(value, -a * (dual or math.inf)), value)
+    assert_close(out.loss, value.sum(), scale=20.0)
+    assert_close(g, torch.where(high | low | lower, 0.0, -a * rho).double(), scale=4.0 * torch.clamp(rho.double(), min=1.0))
+    m = {k: float(v.sum) for k, v in out.metrics().items()}
+    assert (m["policy/clipfrac_high"], m["policy/clipfrac_low"], m["policy/clipfrac_lower"]) == (
+        int(high.sum()),
+        int(low.sum()),
+        int(lower.sum()),
+    )
+
+
+def test_on_policy_gradient_is_exact(backend, device):
+    b = make(device)
+    lp = b["logprobs"].clone().requires_grad_()
+    n = int(b["mask"].sum())
+    for old in (b["logprobs"], None):
+        out = fa.policy_loss(lp, old, b["advantages"], mask=b["mask"])
+        (g,) = torch.autograd.grad(out.loss, lp)
+        assert torch.equal(g, torch.where(b["mask"], -b["advantages"] / n, 0.0))
+        m = out.metrics()
+        assert float(m["val/ratio"]) == 1.0 and float(m["val/ratio_var"]) == 0.0 and float(m["policy/approxkl"]) == 0.0
+
+
+def test_masked_tokens_do_not_matter(backend, device):  # J5, row 4
+    b = make(device)
+    for name in ("ppo", "gspo", "gmpo", "vespo"):
+        options = FULL if name != "vespo" else {"needs": ("ref_logprobs", "entropy"), "kl_coef": 0.1, "entropy_coef": 0.1}
+        clean = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in b.items()}
+        for x, y in zip(run(b, loss=name, **options).values(), run(clean, loss=name, **options).values()):
+            assert torch.equal(x, y)
+        for x in run(b, loss=name, **options).values():
+            assert bool(torch.isfinite(x).all())
+
+
+def test_nan_and_inf_tokens_are_counted(backend, device):
+    b = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in make(device).items()}
+    where = b["mask"].nonzero().flatten()[:2]
+    b["logprobs"][where[0]] = math.nan
+    out = fa.policy_loss(b["logprobs"], b["old_logprobs"], b["advantages"], mask=b["mask"])
+    assert math.isnan(float(out.loss)) and float(out.metrics()["nonfinite_tokens"].sum) == 1
+    b["logprobs"][where[0]] = b["old_logprobs"][where[0]] = -math.inf  # equal infinities: ratio 1
+    lp = b["logprobs"].requires_grad_()
+    out = fa.policy_loss(lp, b["old_logprobs"], b["advantages"], mask=b["mask"])
+    assert bool(torch.isfinite(torch.autograd.grad(out.loss, lp)[0]).all()) and math.isfinite(float(out.loss.detach()))
+
+
+def test_nothing_to_learn_from(backend, device):  # row 1
+    """No tokens, no scored tokens, empty sequences: loss 0, gradient 0."""
+    for tokens, cu in ((0, [0]), (0, [0, 0, 0]), (5, [0, 2, 5])):
+        lp = torch.full((tokens,), -1.0, device=device, requires_grad=True)
+        cu = torch.tensor(cu, dtype=torch.int32, device=device)
+        a = torch.ones(len(cu) - 1, device=device)
+        for name in PRESETS:
+            out = fa.policy_loss(
+                lp,
+                lp.detach(),
+                a,
+                loss=name,
+                cu_seqlens=cu,
+                mask=torch.zeros(tokens, dtype=torch.bool, device=device),
+                **NORM.get(name, {}),
+            )
+            (g,) = torch.autograd.grad(out.loss, lp)
+            assert float(out.loss) == 0.0 and not bool(g.any()) and g.shape == lp.shape, name
+            assert all(float(m.count) == 0 or float(m.sum) == 0 for k, m in out.metrics().items()), name
+        v = fa.value_loss(lp, lp.detach(), lp.detach(), mask=torch.zeros(tokens, dtype=torch.bool, device=device))
+        assert float(v.loss) == 0.0 and not bool(torch.autograd.grad(v.loss, lp)[0].any()) and math.isnan(float(v.explained_variance))
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "gspo", "gmpo", "rloo"])
+def test_packing_order_and_micro_batches(backend, device, loss):
+    """The same sequences in another order, and split over micro-batches under num_items: the same loss and gradient."""
+    b = make(device)
+    names = ("logprobs", "old_logprobs", "mask", "per_sequence", "lengths")
+
+    def pieces(order):
+        spans = list(itertools.pairwise(b["cu_seqlens"].tolist()))
+        rows = torch.cat([torch.arange(*spans[i]) for i in order]).to(device)
+        lengths = [spans[i][1] - spans[i][0] for i in order]
+        cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        return rows, dict(zip(names, (b["logprobs"][rows], b["old_logprobs"][rows], b["mask"][rows], b["per_sequence"][order], cu)))
+
+    def gradient(order, items):
+        rows, x = pieces(order)
+        lp = x["logprobs"].clone().requires_grad_()
+        out = fa.policy_loss(lp, x["old_logprobs"], x["per_sequence"], loss=loss, cu_seqlens=x["lengths"], mask=x["mask"], num_items=items)
+        g = torch.zeros_like(b["logprobs"])
+        g[rows] = torch.autograd.grad(out.loss, lp)[0]
+        return float(out.loss), g, out.metrics()
+
+    items = float(b["mask"].sum()) if loss == "dapo" else float((b["cu_seqlens"].diff() > 2).sum())
+    whole = gradient(range(6), None)
+    for parts in ([[5, 1, 3, 0, 2, 4]], [[0, 1], [2], [3, 4, 5]]):
+        results = [gradient(part, items if len(parts) > 1 else None) for part in parts]
+        assert abs(sum(r[0] for r in results) - whole[0]) < 1e-6 * max(1.0, abs(whole[0]))
+        assert_close(sum(r[1] for r in results), whole[1].double(), what=str(parts))
+        for name, metric in whole[2].items():
+            if name != "val/ratio_var":  # within each call
+                both = [sum(float(r[2][name][k]) for r in results) for k in (0, 1)]
+                assert both[1] == float(metric.count) and abs(both[0] - float(metric.sum)) < 1e-4, name
+
+
+def test_bitwise_repeat(backend, device):  # row 42
+    b = make(device, lengths=(70, 0, 31, 3))
+    for name in ("ppo", "gspo", "gmpo"):
+        for x, y in zip(run(b, loss=name, **FULL).values(), run(b, loss=name, **FULL).values()):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 2049, 5000])
+def test_many_tokens(backend, device, slow_backend, tokens):
+    """Around the edges of blocks and tiles, with and without sequences."""
+    if slow_backend and tokens == 5000:
+        return
+    for per_sequence in (False, True):
+        b = make(device, lengths=(tokens,), seed=tokens)
+        compare(b, **({"loss": "gspo", "clip_low": 0.01} if per_sequence else {}), **FULL)
+
+
+def test_inputs_of_other_types_and_strides(backend, device):  # rows 17, 23
+    b = make(device)
+    mask = b["mask"]
+    b = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in b.items()}
+    want = fa.policy_loss(b["logprobs"].bfloat16().float(), b["old_logprobs"].half().float(), b["advantages"], mask=mask).loss
+    lp = torch.stack([b["logprobs"], b["old_logprobs"]], -1).bfloat16()[:, 0].requires_grad_()
+    out = fa.policy_loss(lp, b["old_logprobs"].half(), b["advantages"], mask=mask.to(torch.int64))
+    assert torch.equal(out.loss, want) and torch.autograd.grad(out.loss, lp)[0].dtype == torch.bfloat16
+
+
+def test_coefficients_as_tensors(backend, device):
+    b = make(device)
+    numbers = run(b, needs=FULL["needs"], kl_coef=0.25, entropy_coef=0.125)
+    tensors = run(b, needs=FULL["needs"], kl_coef=torch.tensor(0.25, device=device), entropy_coef=torch.tensor([0.125], device=device))
+    for x, y in zip(numbers.values(), tensors.values()):
+        assert torch.equal(x, y)
+
+
+# --- value_loss -------------------------------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "clipped": {}, "unclipped": {"clip": None}, "no room": {"clip": 0.0}, "num_items": {"num_items": 7.0},
+    **{f"aggregation {a}": {"aggregation": a, **({"norm_length": 11.0} if a.endswith("norm") else {})} for a in AGGREGATIONS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_value_loss(backend, device, name):  # K7, row 37
+    b = make(device)
+    results = []
+    for mine in (True, False):
+        v, old, r = (b[k] if mine else b[k].double() for k in ("logprobs", "old_logprobs", "advantages"))
+        v = v.clone().requires_grad_()
+        with contextlib.nullcontext() if mine else fa.use_backend("reference"):
+            out = fa.value_loss(v, old, r, cu_seqlens=b["cu_seqlens"], mask=b["mask"], **VALUES[name])
+            results.append((out.loss, torch.autograd.grad(out.loss, v)[0], out.stats, out.explained_variance))
+    for x, y in zip(*results):
+        assert_close(x, y, what=name, scale=10.0 * torch.clamp(y.abs(), min=1.0))
+    assert len(results[0][2]) == len(VALUE_STATS)
+
+
+def test_value_loss_of_extreme_values(backend, device):  # row 37
+    v = torch.tensor([1.0, 2.0, 3.0], device=device, requires_grad=True)
+    old = torch.tensor([math.inf, -math.inf, 3.0], device=device)
+    out = fa.value_loss(v, old, torch.zeros(3, device=device), mask=torch.ones(3, dtype=torch.bool, device=device))
+    assert float(out.metrics()["nonfinite_tokens"].sum) == 2 and float(out.loss) == math.inf
+    (g,) = torch.autograd.grad(out.loss, v)
+    assert g.tolist() == [0.0, 0.0, 1.0]
