@@ -28,9 +28,11 @@ CXX_FLAGS = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off
 # any torch with a CUDA runtime of its own.
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 NVCC_LINK_FLAGS = "-cudart static -Xcompiler -fopenmp -Xlinker --exclude-libs,ALL"
-# The row kernels of one instruction set each; isa.cpp picks at load what the CPU can run.
+# The kernels of one instruction set each; isa.cpp picks at load what the CPU can run.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
-ISA_FLAGS = {"rows_avx2.cpp": "-mavx2 -mfma -mf16c", "rows_avx512.cpp": AVX512, "rows_avx512bf16.cpp": AVX512 + " -mavx512bf16"}
+AVX2 = "-mavx2 -mfma -mf16c"
+ISA_FLAGS = {"rows_avx2.cpp": AVX2, "rows_avx512.cpp": AVX512, "rows_avx512bf16.cpp": AVX512 + " -mavx512bf16",
+             "policy_avx2.cpp": AVX2, "policy_avx512.cpp": AVX512}  # fmt: skip
 
 
 def find_nvcc(cuda_sources):

@@ -1,6 +1,7 @@
 #include "cpu/isa.h"
 #include <atomic>
 #include <stdexcept>
+#include "cpu/policy.h"
 #include "cpu/rows.h"
 
 namespace fastalign {
@@ -71,6 +72,15 @@ template <> const RowKernels<float>& row_kernels<float>() {
 }
 
 template <> const RowKernels<double>& row_kernels<double>() { return generic_rows64; }
+
+template <> const PolicyKernels<float>& policy_kernels<float>() {
+#if defined(__x86_64__)
+  if (isa() == kAvx512Bf16 || isa() == kAvx512) return avx512_policy;
+  if (isa() == kAvx2) return avx2_policy;
+#endif
+  return generic_policy;
+}
+template <> const PolicyKernels<double>& policy_kernels<double>() { return generic_policy64; }
 
 }  // namespace cpu
 }  // namespace fastalign

@@ -62,17 +62,20 @@ enum ValueStat : int { FA_VALUE_STATS(FA_FIELD) kValueStats };
 constexpr double kLogRatioLimit = 20.0, kLogWeightMin = -18.420680743952367;  // log 1e-8, of vespo
 
 template <class T> FA_HD T clamp_log_ratio(int surrogate, T x) {
-  return clamp(x, surrogate == kVespo ? T(kLogWeightMin) : T(-kLogRatioLimit), T(kLogRatioLimit));
+  using S = scalar_t<T>;
+  return clamp(x, surrogate == kVespo ? S(kLogWeightMin) : S(-kLogRatioLimit), S(kLogRatioLimit));
 }
 
 // Equal infinities differ by 0.
-template <class T> FA_HD T log_ratio(T logprob, T old_logprob) { return logprob == old_logprob ? T(0) : logprob - old_logprob; }
+template <class T> FA_HD T log_ratio(T logprob, T old_logprob) { return logprob == old_logprob ? T{} : logprob - old_logprob; }
 
 // What a sequence sums of a token: its log-ratio; of gmpo clipped on the side that the advantage's sign allows; of vespo clamped.
-template <class T> FA_HD T sequence_term(const PolicyParams<T>& p, T lr, T advantage) {
-  if (p.surrogate == kVespo) return clamp(lr, T(-kLogRatioLimit), T(kLogRatioLimit));
+template <class T> FA_HD T sequence_term(const PolicyParams<scalar_t<T>>& p, T lr, T advantage) {
+  using S = scalar_t<T>;
+  if (p.surrogate == kVespo) return clamp(lr, S(-kLogRatioLimit), S(kLogRatioLimit));
   if (p.surrogate != kGmpo) return lr;
-  return advantage > T(0) ? (lr > p.ratio_max ? p.ratio_max : lr) : (lr < p.ratio_min ? p.ratio_min : lr);
+  const T high = lr > p.ratio_max ? splat<T>(p.ratio_max) : lr, low = lr < p.ratio_min ? splat<T>(p.ratio_min) : lr;
+  return advantage > T{} ? high : low;
 }
 
 // The sequence's log-ratio from the sum of its terms, for every level but the token's.
@@ -80,45 +83,54 @@ template <class T> FA_HD T sequence_log_ratio(const PolicyParams<T>& p, T sum, T
   return clamp_log_ratio(p.surrogate, p.ratio == kRatioSeqSum ? sum : sum / (length > T(1) ? length : T(1)));
 }
 
+// bool, or a mask of lanes.
+template <class T> using flag_t = decltype(T{} < T{});
+
 template <class T> struct Surrogate {
   T value, slope;
-  bool low, high, dual;  // which bound holds
+  flag_t<T> low, high, dual;  // which bound holds
 };
 
 // clang-format off: one formula per line
-// The surrogate of one token with ratio rho = exp(log_rho), and its derivative in the token's log-prob through the token's own ratio. `kind` is
-// p.surrogate, apart so that it can be a constant. lr: the token's own log-ratio. M: see StdMath.
-template <class M, class T> FA_HD Surrogate<T> surrogate(int kind, const PolicyParams<T>& p, T logprob, T lr, T log_rho, T rho, T a) {
-  const bool positive = a > T(0), negative = a < T(0);
-  switch (kind) {
-    case kReinforce: return {-a * logprob, -a, false, false, false};
+// The surrogate of one token with ratio rho = exp(log_rho), and its derivative in the token's log-prob through the token's own ratio. lr: the
+// token's own log-ratio. M: see StdMath.
+template <class M, class T>
+FA_HD Surrogate<T> surrogate(const PolicyParams<scalar_t<T>>& p, T logprob, T lr, T log_rho, T rho, T a) {
+  using S = scalar_t<T>;
+  const flag_t<T> positive = a > T{}, negative = a < T{}, none{};
+  const T minus_a_rho = -a * rho, low_ratio = splat<T>(p.ratio_min), high_ratio = splat<T>(p.ratio_max);
+  switch (p.surrogate) {
+    case kReinforce: return {-a * logprob, -a, none, none, none};
     case kCispo: {
-      const bool low = rho < p.ratio_min, high = rho > p.ratio_max;
-      const T w = low ? p.ratio_min : (high ? p.ratio_max : rho);
-      return {-w * a * logprob, -w * a, low, high, false};
+      const flag_t<T> low = rho < low_ratio, high = rho > high_ratio;
+      const T w = low ? low_ratio : (high ? high_ratio : rho);
+      return {-w * a * logprob, -w * a, low, high, none};
     }
     case kSapo: {
-      const T tau = positive ? p.tau_pos : p.tau_neg, x = tau * (rho - T(1)), s = sigmoid<T, M>(x), n = sigmoid<T, M>(-x);
-      return {-a * (T(4) / tau) * s, -a * T(4) * s * n * rho, false, false, false};
+      const T tau = positive ? splat<T>(p.tau_pos) : splat<T>(p.tau_neg), x = tau * (rho - S(1));
+      const T s = sigmoid<T, M>(x), n = sigmoid<T, M>(-x);
+      return {-a * (S(4) / tau) * s, S(4) * minus_a_rho * s * n, none, none, none};
     }
     case kGmpo: {
-      const bool low = !positive & (lr < p.ratio_min), high = positive & (lr > p.ratio_max);
-      return {-a * rho, low | high ? T(0) : -a * rho, low, high, false};
+      const flag_t<T> low = (lr < low_ratio) & (positive == none), high = (lr > high_ratio) & positive;
+      return {minus_a_rho, low | high ? T{} : minus_a_rho, low, high, none};
     }
     case kVespo: {
-      const T k = negative ? p.k_neg : p.k_pos, lam = negative ? p.lam_neg : p.lam_pos, phi = M::exp(lam + k * log_rho - lam * rho);
-      return {-phi * a * logprob, -phi * a, false, false, false};
+      const T k = negative ? splat<T>(p.k_neg) : splat<T>(p.k_pos), lam = negative ? splat<T>(p.lam_neg) : splat<T>(p.lam_pos);
+      const T phi = M::exp(lam + k * log_rho - lam * rho);
+      return {-phi * a * logprob, -phi * a, none, none, none};
     }
     default: {
-      const bool low = negative & (rho < p.ratio_min), high = positive & (rho > p.ratio_max), dual = negative & (rho > p.dual_clip);
-      const T held = dual ? p.dual_clip : (high ? p.ratio_max : (low ? p.ratio_min : rho));
-      return {-a * held, low | high | dual ? T(0) : -a * rho, low, high, dual};
+      const T cap = splat<T>(p.dual_clip);
+      const flag_t<T> low = negative & (rho < low_ratio), high = positive & (rho > high_ratio), dual = negative & (rho > cap);
+      const T held = dual ? cap : (high ? high_ratio : (low ? low_ratio : rho));
+      return {-a * held, low | high | dual ? T{} : minus_a_rho, low, high, dual};
     }
   }
 }
 // clang-format on
 
-// Slope of the KL term's estimate; k3+ reports k3 and descends k2.
+// The KL estimate; k3+ reports k3 and descends k2.
 template <class M, class T> FA_HD ValueSlope<T> kl_term(int kind, T logprob, T ref_logprob) {
   ValueSlope<T> r = kl_estimate<T, M>(kind == kK3Plus ? int(kK3) : kind, logprob, ref_logprob);
   if (kind == kK3Plus) r.slope = log_ratio(logprob, ref_logprob);
@@ -128,23 +140,27 @@ template <class M, class T> FA_HD ValueSlope<T> kl_term(int kind, T logprob, T r
 // One token's importance weight: what the surrogate is multiplied by, and whether the bounds changed it.
 template <class T> struct ImportanceWeight {
   T used;
-  bool clipped;
+  flag_t<T> clipped;
 };
-template <class T> FA_HD ImportanceWeight<T> importance_weight(const PolicyParams<T>& p, T w) {
-  const bool above = w > p.is_max, below = (p.is_mode == kIsMask) & (w < p.is_min);
-  return {p.is_mode == kIsTruncate && above ? p.is_max : w, above || below};
+template <class T> FA_HD ImportanceWeight<T> importance_weight(const PolicyParams<scalar_t<T>>& p, T w) {
+  const T low = splat<T>(p.is_min), high = splat<T>(p.is_max);
+  const flag_t<T> above = w > high;
+  if (p.is_mode == kIsTruncate) return {above ? high : w, above};
+  return {w, p.is_mode == kIsMask ? above | (w < low) : above};
 }
 
 // The value function's squared error: the clipped branch holds, without gradient, where it is strictly larger.
 template <class T> struct ValueError {
   T value, slope, error;
-  bool clipped;
+  flag_t<T> clipped;
 };
-template <class T> FA_HD ValueError<T> value_error(T value, T old_value, T target, T clip, bool with_clip) {
-  const T error = value - target;
+template <class T> FA_HD ValueError<T> value_error(T value, T old_value, T target, scalar_t<T> clip, bool with_clip) {
+  const T error = value - target, error_sq = error * error, half = splat<T>(scalar_t<T>(0.5));
+  if (!with_clip) return {half * error_sq, error, error, flag_t<T>{}};
   const T low = old_value - clip, high = old_value + clip, held = (value < low ? low : (value > high ? high : value)) - target;
-  const bool clipped = with_clip & (held * held > error * error);
-  return {(clipped ? held * held : error * error) / T(2), clipped ? T(0) : error, error, clipped};
+  const T held_sq = held * held;
+  const flag_t<T> clipped = held_sq > error_sq;
+  return {half * (clipped ? held_sq : error_sq), clipped ? T{} : error, error, clipped};
 }
 
 // What a token's term is divided by, before the number of items; `length`: scored tokens of its sequence.

@@ -1,8 +1,18 @@
 // Scalar functions with their numerically safe forms. Host and device, fp32 and fp64. Twin: fastalign/triton_math.py.
 #pragma once
+#include <type_traits>
 #include "common.h"
 
 namespace fastalign {
+
+// Formulas that CPU kernels evaluate on many tokens at once take T = a vector of scalar_t<T>: comparisons are then masks, a selection takes every
+// lane from its side, and both sides are evaluated.
+template <class T> struct ScalarOf { using type = T; };
+template <class T> using scalar_t = typename ScalarOf<T>::type;
+template <class T> FA_HD T splat(scalar_t<T> x) {
+  if constexpr (std::is_same_v<T, scalar_t<T>>) return x;
+  else return x - T{};
+}
 
 constexpr double kLn2 = 0.69314718055994530942;
 
@@ -14,7 +24,7 @@ template <class T> FA_HD T softplus(T x) {
   return relu(x) + tail;
 }
 
-// The exponentials that a formula uses: the library's, or by another struct of the same shape ones that a loop over lanes can be made of.
+// The exponentials that such a formula uses: the library's, or by another struct of the same shape ones for vectors.
 struct StdMath {
   template <class T> static FA_HD T exp(T x) { return fastalign::exp(x); }
   template <class T> static FA_HD T expm1(T x) { return fastalign::expm1(x); }
@@ -22,14 +32,14 @@ struct StdMath {
 
 // 1 / (1 + e^-x), by the branch that cannot overflow.
 template <class T, class M = StdMath> FA_HD T sigmoid(T x) {
-  T e = M::exp(-fabs(x));
-  return (x >= T(0) ? T(1) : e) / (T(1) + e);
+  const T one = splat<T>(1), e = M::exp(x < T{} ? x : -x);
+  return (x < T{} ? e : one) / (one + e);
 }
 
 // log(1 - e^x) for x < 0 (Maechler 2012: the branch at -ln 2 keeps full relative accuracy).
 template <class T> FA_HD T log1mexp(T x) { return x < T(-kLn2) ? log1p(-exp(x)) : log(-expm1(x)); }
 
-template <class T> FA_HD T clamp(T x, T lo, T hi) { return x < lo ? lo : (x > hi ? hi : x); }
+template <class T> FA_HD T clamp(T x, scalar_t<T> lo, scalar_t<T> hi) { return x < lo ? splat<T>(lo) : (x > hi ? splat<T>(hi) : x); }
 
 template <class T> FA_HD T finite_limit();
 template <> FA_HD float finite_limit<float>() { return 3.402823466e38f; }
@@ -44,15 +54,16 @@ template <class T> struct ValueSlope { T value, slope; };
 // finite for any d; beyond the clamp the slope keeps its clamped value. d = inf - inf counts as 0.
 enum KlKind : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
 template <class T, class M = StdMath> FA_HD ValueSlope<T> kl_estimate(int kind, T logprob, T ref_logprob) {
-  T d = logprob == ref_logprob ? T(0) : logprob - ref_logprob;
+  using S = scalar_t<T>;
+  const T d = logprob == ref_logprob ? T{} : logprob - ref_logprob;
   switch (kind) {
-    case kK1: return {d, T(1)};
-    case kK2: return {d * d / T(2), d};
-    case kAbs: return {fabs(d), d > T(0) ? T(1) : (d < T(0) ? T(-1) : d)};
+    case kK1: return {d, splat<T>(1)};
+    case kK2: return {d * d / S(2), d};
+    case kAbs: return {d < T{} ? -d : d, d > T{} ? splat<T>(1) : (d < T{} ? splat<T>(-1) : d)};
     default: {
-      T series = d * d * (T(1) / 2 - d * (T(1) / 6 - d * (T(1) / 24 - d * (T(1) / 120 - d * (T(1) / 720)))));
-      T e = M::expm1(-d > T(20) ? T(20) : -d);
-      return {fabs(d) < T(0.05) ? series : e + d, -e};
+      const T series = d * d * (S(1) / 2 - d * (S(1) / 6 - d * (S(1) / 24 - d * (S(1) / 120 - d * (S(1) / 720)))));
+      const T x = -d > S(20) ? splat<T>(20) : -d, e = M::expm1(x), far = e + d;
+      return {(d < S(0.05)) & (d > S(-0.05)) ? series : far, -e};
     }
   }
 }
