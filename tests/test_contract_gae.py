@@ -69,7 +69,7 @@ def check_moments(out, mask=None):
 @pytest.mark.parametrize("cu", PACKS, ids=str)
 def test_equals_the_loop(backend, device, cu):  # rows 36, 38; K4
     rewards, values, cu_seqlens, mask, bootstrap = make(cu, device)
-    for gamma, lam in DISCOUNTS:
+    for gamma, lam in DISCOUNTS if cu[-1] < 1000 else DISCOUNTS[:3]:
         check(torch.where(mask, rewards, math.nan), values, cu_seqlens, mask=mask, bootstrap=bootstrap, gamma=gamma, lam=lam)
     check(rewards, values, cu_seqlens)
     check(rewards, values, cu_seqlens, mask=torch.zeros_like(mask), bootstrap=bootstrap)
