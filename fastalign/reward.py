@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign import losses
-from fastalign.checks import check_number, global_count, per_token
+from fastalign.checks import check_number, check_shape, global_count, per_token
 from fastalign.ops.listwise.api import listwise_loss_from_sums
 from fastalign.ops.listwise.output import ListwiseOutput
 from fastalign.ops.preference.api import preference_loss_from_sums
@@ -44,7 +44,10 @@ def reward_loss(
     """
     check_number("centering", centering, low=0.0)
     preset = losses.get("bt_rm")
-    tensors = {} if margin is None else {"gamma_ext": margin}
+    tensors = {}
+    if margin is not None:
+        check_shape("margin", margin, tuple(chosen.shape))
+        tensors["gamma_ext"] = margin
     if soft_labels is not None:
         preset, tensors["soft_labels"] = preset.replace(labels="soft"), soft_labels
     out = preference_loss_from_sums(chosen, rejected, loss=preset, reduction=reduction, num_items=num_items, **tensors)

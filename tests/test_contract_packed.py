@@ -361,3 +361,22 @@ def test_many_pairs_and_long_sequences(backend, device, slow_backend):
     pairs, length = (40, 20) if slow_backend else (120, 300)
     compare(make_batch(pairs, min_len=1, max_len=length, device=device, noise=0.02), loss="dpo")
     compare(make_batch(pairs // 10, min_len=1, max_len=10 * length // 4, device=device, noise=0.01), loss=preset_of(ld_alpha=0.5))
+
+
+def test_a_row_of_data_is_a_loss(backend, device, monkeypatch):
+    """A row that stands in losses.PRESETS and nowhere else: known by its name, listed, evaluated by this backend's kernel."""
+    row = Preset(
+        "made_up", "relu(2 - h)^2 + sg(-u_c)", link="truncquad", target=2.0, beta=0.3, point_link="sigmoid", point_chosen=(1.0, 0.0)
+    )
+    monkeypatch.setattr(losses, "PRESETS", {**losses.PRESETS, row.name: row})
+    batch = make_batch(4, device=device)
+    cu, mask = batch.packed.cu_seqlens, batch.packed.mask
+    lp = batch.logprobs.clone().requires_grad_()
+    out = fa.preference_loss(lp, batch.ref_logprobs, cu, mask=mask, loss="made_up")
+    leaf = batch.logprobs.double().cpu().requires_grad_()
+    d = torch.where(mask.cpu(), leaf - batch.ref_logprobs.double().cpu(), 0.0)
+    u = 0.3 * torch.stack([d[a:b].sum() for a, b in itertools.pairwise(cu.tolist())])
+    want = (torch.clamp(2 - u[::2] + u[1::2], min=0) ** 2 + torch.sigmoid(-u[::2])).mean()
+    assert_close(out.loss.cpu(), want, scale=10.0 * max(1.0, float(want.detach())))
+    assert_close(gradient(out.loss, lp).cpu(), gradient(want, leaf), scale=10.0)
+    assert "| made_up |" in losses.available().markdown()

@@ -11,6 +11,7 @@ import torch
 
 import fastalign as fa
 from fastalign import registry
+from fastalign.list_preset import LIST_SCALAR_COUNT
 from fastalign.preset import SCALAR_COUNT
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
 
@@ -99,9 +100,12 @@ def _op_samples():
     yield "preference_bwd", (torch.ones(()), *tokens[:2], *tokens[3:], sums, table, scalars, switches, True)
     tokens = (batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens)
     yield "gae_fwd", (*tokens, batch.packed.mask, torch.ones(6), torch.tensor(0.9), None, 0.0, 0.95)
+    ranked = fa.losses.get_listwise("rrhf").params()
+    lists = (sums.flatten(0, 1), torch.tensor([0, 2, 6], dtype=torch.int32), torch.arange(6.0), None, torch.tensor(2.0), None)
+    yield "listwise_fwd", (*lists, list(ranked[:LIST_SCALAR_COUNT]), list(ranked[LIST_SCALAR_COUNT:]))
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(11))
 def test_opcheck(index):
     name, args = list(_op_samples())[index]
     torch.library.opcheck(registry.OPS[name].overload, args)
@@ -121,7 +125,9 @@ def test_compile_fullgraph():  # H1
         stats = fa.token_stats(logits, labels, outputs=("logprob", "entropy"), softcap=20.0, inplace_backward=True)
         out = fa.preference_loss(stats.logprob, ref, cu, mask=mask, beta=beta)
         kl = fa.sequence_sum(fa.kl_estimate(stats.logprob, ref, "k2"), cu, mask=mask, mean=True)
-        return out.loss + 0.1 * kl.mean() - 0.01 * stats.entropy.mean(), out.margins
+        offsets, scores = torch.arange(3, device=cu.device) * 3, torch.arange(6, device=cu.device)
+        ranked = fa.listwise_loss(stats.logprob, ref, cu, offsets, scores, mask=mask, beta=beta)
+        return out.loss + ranked.loss + 0.1 * kl.mean() - 0.01 * stats.entropy.mean(), out.margins
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     args = (batch.packed.labels, batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask)
@@ -142,10 +148,13 @@ def test_no_recompilation_over_lengths():  # H2
     counter = torch._dynamo.testing.CompileCounter()
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def step(lp, ref, cu, mask):
-        return fa.preference_loss(lp, ref, cu, mask=mask).loss
+    def step(lp, ref, cu, mask, offsets, scores):
+        ranked = fa.listwise_loss(lp, ref, cu, offsets, scores, mask=mask, loss="rrhf")
+        return fa.preference_loss(lp, ref, cu, mask=mask).loss + ranked.loss
 
     for seed in range(12):
         batch = make_batch(2 + seed % 5, seed=seed)
-        step(batch.logprobs.requires_grad_(), batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask)
+        count = batch.packed.cu_seqlens.shape[0] - 1
+        lists = torch.tensor([*range(seed % 3 + 1), count]), torch.rand(count)
+        step(batch.logprobs.requires_grad_(), batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask, *lists)
     assert counter.frame_count <= 2

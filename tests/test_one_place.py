@@ -1,0 +1,86 @@
+"""What a new loss costs. Of existing parts: one row in fastalign/losses.py and its test (test_contract_packed.py adds one while it runs). A new link or transform: one formula each in csrc/math/pair.h,
+fastalign/triton_math.py and ops/preference/reference.py, under a name in fastalign/preset.py."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastalign as fa
+from fastalign import losses, preset
+from fastalign.ops.preference import reference
+from fastalign.preset import LINKS, TRANSFORMS, Preset
+from fastalign.testing import gradient, make_batch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = sorted((ROOT / "fastalign").rglob("*.py"))
+FORMULAS = {"csrc/math/pair.h", "fastalign/triton_math.py", "fastalign/ops/preference/reference.py"}
+
+
+def where(pattern):
+    """Files of the package and of csrc with a line that matches."""
+    sources = [*PACKAGE, *(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))]
+    return {str(p.relative_to(ROOT)) for p in sources if re.search(pattern, p.read_text(), re.MULTILINE)}
+
+
+def strings(path):
+    """String constants of a Python file that are not docstrings."""
+    return {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+def test_a_link_is_a_name_and_its_formulas(monkeypatch):
+    """The name at the end of LINKS and the definition's formula are all that the Python side needs; the kernels take the code likewise."""
+    plain = reference.link
+
+    def link(kind, h, *rest):
+        if kind == len(LINKS):
+            return torch.log1p((h - 1) ** 2), 2 * (h - 1) / (1 + (h - 1) ** 2)
+        return plain(kind, h, *rest)
+
+    monkeypatch.setattr(preset, "LINKS", (*LINKS, "cauchy"))
+    monkeypatch.setattr(reference, "link", link)
+    batch = make_batch(4, dtype=torch.float64)
+    lp, leaf = (batch.logprobs.clone().requires_grad_() for _ in range(2))
+    with fa.use_backend("reference"):
+        loss = fa.preference_loss(
+            lp, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=Preset(link="cauchy", beta=0.5)
+        ).loss
+        g = gradient(loss, lp)
+    d = 0.5 * fa.sequence_sum(leaf - batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask)
+    want = torch.log1p((d[::2] - d[1::2] - 1) ** 2).mean()
+    assert abs(float((loss - want).detach())) < 1e-12 and float((g - gradient(want, leaf)).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("function", ["link", "transform"])
+def test_every_formula_stands_in_three_files(function):
+    assert where(rf"^(def|template <class T> FA_HD ValueSlope<T>) {function}\(") == FORMULAS
+
+
+# Words that other vocabularies have too.
+COMMON = {"alpha", "linear", "squared", "sigmoid", "exp", "logistic", "sft", "dpo"}
+# file: name. Rules are classes of their own (rules.py), lists have no exo and discopop, reward models have one preset.
+SPECIAL = {
+    "preset.py: beta_dpo", "preset.py: alpha_dpo", "preset.py: bco", "rules.py: beta_dpo", "rules.py: alpha_dpo", "rules.py: bco",
+    "ops/preference/unpaired.py: bco", "ops/preference/api.py: wpo", "reward.py: bt_rm", "list_preset.py: exo", "list_preset.py: discopop",
+}  # fmt: skip
+
+
+def test_names_are_data():
+    """Losses are named in losses.py, links and transforms in preset.py besides; no other code asks for one by its name."""
+    parts = {*LINKS, *TRANSFORMS} - COMMON
+    names = ({*losses.PRESETS} - COMMON) | parts
+    users = {"train", "adapters", "bench"}
+    files = [p for p in PACKAGE if not users & {*p.parts} and p.name != "losses.py"]
+    found = {f"{p.relative_to(ROOT / 'fastalign')}: {s}" for p in files for s in strings(p) & names}
+    assert found - SPECIAL == {f"preset.py: {name}" for name in parts}
+
+
+def test_kernels_know_no_loss():
+    """They get numbers: no name of a loss stands in their code."""
+    for path in [*(p for p in (ROOT / "csrc").rglob("*") if p.is_file()), *(ROOT / "fastalign").rglob("triton*.py")]:
+        code = re.sub(r'//.*|#.*|"""(?s:.*?)"""', "", path.read_text())
+        assert not re.findall(rf"\b({'|'.join({*losses.PRESETS, *losses.LISTWISE} - {'sft'})})\b", code), path
