@@ -1,5 +1,5 @@
-"""What a new loss costs. Of existing parts: one row in fastalign/losses.py and its test (test_contract_packed.py adds one while it runs). A new link or transform: one formula each in csrc/math/pair.h,
-fastalign/triton_math.py and ops/preference/reference.py, under a name in fastalign/preset.py."""
+"""What a new loss costs. Of existing parts: one row in fastalign/losses.py and its test (test_contract_packed.py adds a row while it runs). A new
+link or transform: one formula each in csrc/math/pair.h, fastalign/triton_math.py and ops/preference/reference.py, and a name in fastalign/preset.py."""
 
 from __future__ import annotations
 
