@@ -88,6 +88,13 @@ def _op_samples():
     yield "token_stats_fwd", (x, None, None, torch.tensor(0.5), *options, 2, 0, 17, None, None)
     yield "token_stats_bwd", (x, labels, None, None, *options, 0, 17, state, torch.ones(3, 1), None, None)
     yield "token_stats_bwd_", (x.clone(), labels, None, None, *options, 0, 17, state, None, torch.ones(3), None)
+    ref, ones = make_logits(3, 17, seed=1), torch.ones(3)
+    *_, both, _ = registry.OPS["token_stats_fwd"](x, labels, None, None, *options, 511, 0, 17, None, None, ref)
+    yield "token_stats_fwd", (x, labels, None, None, *options, 511, 0, 17, None, None, ref)
+    yield "token_stats_bwd", (x, labels, None, None, *options, 0, 17, both, torch.ones(3, 1), None, None, ref, ones, ones)
+    yield "token_stats_fused", (x, None, None, None, *options, 128, ref, None, None, None, ones, None)
+    yield "token_stats_fused_", (x.clone(), None, None, None, *options, 256, ref, None, None, None, None, ones)
+    yield "scale_rows_", (x.clone(), torch.tensor(0.5))
     yield "sequence_sum_fwd", (batch.logprobs, batch.packed.cu_seqlens, batch.packed.mask, None)
     yield "sequence_sum_bwd", (torch.ones(6), batch.packed.cu_seqlens, None, None, batch.logprobs.shape[0])
     yield "kl_estimate_fwd", (batch.logprobs, batch.ref_logprobs, 2)
@@ -106,6 +113,7 @@ def _op_samples():
 
 
 @pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(14))
 def test_opcheck(index):
     name, args = list(_op_samples())[index]
     torch.library.opcheck(registry.OPS[name].overload, args)
@@ -122,12 +130,21 @@ def test_compile_fullgraph():  # H1
 
     def step(hidden, weight, labels, ref, cu, mask, beta):
         logits = hidden @ weight.T
-        stats = fa.token_stats(logits, labels, outputs=("logprob", "entropy"), softcap=20.0, inplace_backward=True)
+        stats = fa.token_stats(
+            logits,
+            labels,
+            ref_logits=logits.detach() * 0.9,
+            outputs=("logprob", "entropy", "kl_policy_ref"),
+            softcap=20.0,
+            inplace_backward=True,
+        )
+        exact = fa.token_kl_loss(hidden @ weight.T, logits.detach() * 0.8, torch.full((), 0.01)).loss
         out = fa.preference_loss(stats.logprob, ref, cu, mask=mask, beta=beta)
         kl = fa.sequence_sum(fa.kl_estimate(stats.logprob, ref, "k2"), cu, mask=mask, mean=True)
         offsets, scores = torch.arange(3, device=cu.device) * 3, torch.arange(6, device=cu.device)
         ranked = fa.listwise_loss(stats.logprob, ref, cu, offsets, scores, mask=mask, beta=beta)
         return out.loss + ranked.loss + 0.1 * kl.mean() - 0.01 * stats.entropy.mean(), out.margins
+        return out.loss + 0.1 * kl.mean() - 0.01 * stats.entropy.mean() + 0.1 * stats.kl_policy_ref.mean() + exact, out.margins
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     args = (batch.packed.labels, batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask)

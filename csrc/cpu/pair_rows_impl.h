@@ -1,5 +1,6 @@
 // The row kernels over a policy row and a reference row at once, over the same SIMD shim as rows_impl.h, whose parts they use.
 #pragma once
+#include <type_traits>
 #include "cpu/rows_impl.h"
 
 namespace fastalign {
@@ -170,11 +171,18 @@ template <class S, class T>
 void backward_pair_any(const void* x, const void* y, void* grad, int64_t n, const RowTransform<typename S::A>& f,
                        const PairGradientRow<typename S::A>& g) {
   const auto run = [&](auto kernel) { kernel(static_cast<const T*>(x), static_cast<const T*>(y), static_cast<T*>(grad), n, f, g); };
-  const bool capped = f.cap_scale != 0;
-  if (g.b == 0 && g.kl.k == 0) run(capped ? backward_pair_chunk<S, T, true, false, kSumT> : backward_pair_chunk<S, T, false, false, kSumT>);
-  else if (g.b == 0 && g.kl.c == 0)
-    run(capped ? backward_pair_chunk<S, T, true, false, kSumTr> : backward_pair_chunk<S, T, false, false, kSumTr>);
-  else run(capped ? backward_pair_chunk<S, T, true, true, kSumT | kSumTr> : backward_pair_chunk<S, T, false, true, kSumT | kSumTr>);
+  const auto by_cap = [&](auto with_b, auto kls) {
+    constexpr bool kWithB = decltype(with_b)::value;
+    constexpr int kKls = decltype(kls)::value;
+    run(f.cap_scale != 0 ? backward_pair_chunk<S, T, true, kWithB, kKls> : backward_pair_chunk<S, T, false, kWithB, kKls>);
+  };
+  using One = std::integral_constant<int, kSumT>;
+  using Other = std::integral_constant<int, kSumTr>;
+  using Both = std::integral_constant<int, kSumT | kSumTr>;
+  // The term with c is left out where c is 0, for it may be infinite then.
+  if (g.kl.c == 0) g.b == 0 ? by_cap(std::false_type{}, Other{}) : by_cap(std::true_type{}, Other{});
+  else if (g.b == 0 && g.kl.k == 0) by_cap(std::false_type{}, One{});
+  else by_cap(std::true_type{}, Both{});
 }
 
 template <class S>

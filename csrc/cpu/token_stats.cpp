@@ -237,7 +237,7 @@ template <class T> struct Backward {
     A dz = g + p * (c.a + (c.b != A(0) && p > A(0) ? c.b * (A(kLn2) * d - log(s.s0)) : A(0)));
     if (with_kl) {
       const A dr = f.bits(f.u(to_acc(row_of<const T>(a.ref, row)[label(a, row, k) - a.vocab_start])), r.m);
-      dz += kl.k * fma(-kl.ratio, exp2(dr), e) + (e > A(0) ? kl.c * e * (d - dr - kl.mean) : A(0));
+      dz += kl.k * fma(-kl.ratio, exp2(dr), e) + (e > A(0) && kl.c != A(0) ? kl.c * e * (d - dr - kl.mean) : A(0));
     }
     return dz * f.slope(u);
   }

@@ -188,7 +188,7 @@ template <class T> FA_HD RowCoefficients<T> row_coefficients(const RowState<T>& 
 }
 
 // The two KL terms, for an element with e = 2^d, er = 2^dr:  e c (d - dr - mean) + k (e - ratio er).  For identical rows both are exactly 0.
-// An element whose logit is -inf gets 0, and so does e c (...) where e = 0.
+// An element whose logit is -inf gets 0, and so does e c (...) where e = 0. A term whose upstream gradient is 0 must be left out: it may be infinite.
 template <class T> struct KlCoefficients { T c, mean, k, ratio; };
 template <class T> FA_HD KlCoefficients<T> kl_coefficients(const RowState<T>& s, const RefState<T>& r, T g_kl_policy_ref,
                                                            T g_kl_ref_policy) {

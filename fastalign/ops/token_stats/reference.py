@@ -193,7 +193,7 @@ def _gradient(logits, labels, mask, temperature_tensor, factor, cap_scale, tempe
         defined &= (~with_kl | (r0 > 0)) & ((g_p == 0) | torch.isfinite(t))
         d, dr = _cross_bits(u, m, c), _cross_bits(_capped(ref_logits, cap_scale), rm, c)
         e, er = torch.exp2(d), torch.exp2(dr)
-        reverse = torch.where(e == 0, torch.zeros_like(e), e * (d - dr - (t / s0).unsqueeze(-1)))
+        reverse = torch.where((e == 0) | (g_p == 0).unsqueeze(-1), torch.zeros_like(e), e * (d - dr - (t / s0).unsqueeze(-1)))
         kl = reverse * (g_p * LN2 / s0).unsqueeze(-1) + (e - er * (s0 / r0).unsqueeze(-1)) * (g_r / s0).unsqueeze(-1)
         dz = dz + torch.where(with_kl.unsqueeze(-1), kl, torch.zeros_like(kl))
     if each is not None:
