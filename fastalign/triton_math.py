@@ -157,6 +157,33 @@ def merge(ma, a0, a1, a2, az, ua, ta, mb, b0, b1, b2, bz, ub, tb):
 
 
 @triton.jit
+def reference_point(umax, c):
+    """fl(umax c). Far below zero, at mask values like -1e30, its rounding error alone overflows exp2: there it is -inf, and nothing has mass."""
+    m = umax * c
+    return tl.where(m < -1073741824.0, float("-inf"), m)
+
+
+@triton.jit
+def reference_distance(old, new):
+    return tl.where(old == new, 0.0, old - new)
+
+
+@triton.jit
+def move_cross(cross, mass, shift, factor):
+    return tl.where(factor == 0, 0.0, tl.where(mass == 0, cross, fma(shift, mass, cross)) * factor)
+
+
+@triton.jit
+def merge_ref(m, ma, a0, rma, ra0, at, atr, mb, b0, rmb, rb0, bt, btr):
+    """The reference part of merge(PairState, PairState); m is the reference point of the merged policy row."""
+    rm = tl.where(rma > rmb, rma, rmb)
+    fa, da = rescale(rma, rm), reference_distance(ma, m) - reference_distance(rma, rm)
+    fb, db = rescale(rmb, rm), reference_distance(mb, m) - reference_distance(rmb, rm)
+    t = move_cross(at, a0, da, rescale(ma, m)) + move_cross(bt, b0, db, rescale(mb, m))
+    return rm, ra0 * fa + rb0 * fb, t, move_cross(atr, ra0, da, fa) + move_cross(btr, rb0, db, fb)
+
+
+@triton.jit
 def row_logprob(m, s0, target_u, c):
     lp = fma(fma(target_u, c, -m), LN2, -tl.log(s0))
     return tl.where(lp > 0, 0.0, lp)
@@ -172,6 +199,25 @@ def row_entropy(s0, s1):
 def row_log_sum_sq(s0, s2):
     v = tl.log(s2) - 2.0 * tl.log(s0)
     return tl.where(v > 0, 0.0, v)
+
+
+@triton.jit
+def row_kl_policy_ref(s0, r0, t):
+    v = fma(div(t, s0), LN2, -tl.log(div(s0, r0)))
+    return tl.where(v < 0, 0.0, v)
+
+
+@triton.jit
+def row_kl_ref_policy(s0, r0, tr):
+    v = fma(div(tr, r0), -LN2, tl.log(div(s0, r0)))
+    return tl.where(v < 0, 0.0, v)
+
+
+@triton.jit
+def has_kl_gradient(r0, t, g_kl_policy_ref, g_kl_ref_policy):
+    """The part of `has_gradient` that concerns the KLs."""
+    without = (g_kl_policy_ref == 0) & (g_kl_ref_policy == 0)
+    return (without | (r0 > 0)) & ((g_kl_policy_ref == 0) | is_finite(t))
 
 
 # --- packed sequences -------------------------------------------------------------------------------------------------------------------

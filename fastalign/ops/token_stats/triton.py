@@ -17,77 +17,30 @@ import triton
 import triton.language as tl
 
 from fastalign import ffi
-from fastalign.ops.token_stats.api import OUTPUT_BITS, STATE_WIDTH, forward_shapes
-from fastalign.registry import BackendError
-from fastalign.triton_math import LN2, div, fma, merge, narrow, rescale, row_entropy, row_log_sum_sq, row_logprob, s1_shift, tanh
-
-THREADS = 128
-FWD_REGISTERS, BWD_REGISTERS = 168, 72  # at least three and seven programs per multiprocessor; see ffi.launch_options
-LABELS = tl.constexpr(32)  # labels of a row that are handled at once
-COLUMNS = tl.constexpr(STATE_WIDTH)
-# Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
-ENTROPY, EVERYTHING = tl.constexpr(1), tl.constexpr(2)
-EVERYTHING_BITS = sum(OUTPUT_BITS[name] for name in ("log_sum_sq_probs", "mean_logit", "is_top1"))
-
-
-@triton.jit
-def _row_offset(row, base, inner, stride_outer, stride_inner):
-    return base + row // inner * stride_outer + row % inner * stride_inner
-
-
-@triton.jit
-def _scored(row, labels, mask, targets, ignore_index, vocab_total):
-    """Whether the row counts, and whether one of its labels is neither ignored nor in the vocabulary; both int32."""
-    scored, bad = 1, 0
-    if mask is not None:
-        scored = tl.load(mask + row).to(tl.int32)
-    if labels is not None:
-        some = 0
-        for first in range(0, targets, LABELS):
-            k = first + tl.arange(0, LABELS)
-            y = tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index)
-            counts = y != ignore_index
-            some = tl.maximum(some, tl.max(counts.to(tl.int32), 0))
-            bad = tl.maximum(bad, tl.max((counts & ((y < 0) | (y >= vocab_total))).to(tl.int32), 0))
-        scored = scored * some
-    return scored, bad
-
-
-@triton.jit
-def _capped(x, cap_scale, CAPPED: tl.constexpr):
-    u = x.to(tl.float32)
-    if CAPPED:
-        u = tanh(u * cap_scale)
-    return u
-
-
-@triton.jit
-def _bits_per_unit(factor, temperature, temperature_ptr):
-    t = temperature
-    if temperature_ptr is not None:
-        t = tl.load(temperature_ptr)
-    return div(factor, t)
-
-
-@triton.jit
-def _element(q, column, shift, SPAN: tl.constexpr):
-    """The element of the row that a place of a tile holds. Not kept over the loop: registers are what limits the programs in flight."""
-    return q - shift + tl.where(column < shift, SPAN, 0)
-
-
-@triton.jit
-def _fold(x, SPAN: tl.constexpr):
-    """Sum of a vector by halves, top half onto bottom half: rotating the vector changes no pair at any level."""
-    for level in tl.static_range(1, 16):
-        if SPAN >> level > 0:
-            x = tl.sum(tl.reshape(x, (2, SPAN >> level)), 0)
-    return tl.sum(x, 0)
-
-
-# What differs from call to call compiles nothing anew: neither sizes nor the alignment of the small tensors.
-SIZES = ["base", "inner", "stride_outer", "stride_inner", "grad_base", "vocab", "pieces", "targets", "ignore_index", "vocab_start",
-         "vocab_total"]  # fmt: skip
-SMALL = ["labels", "mask", "temperature_ptr", "state_in", "target_in", "state", "g_logprob", "g_entropy", "g_logsumexp"]
+from fastalign.ops.token_stats import triton_pair
+from fastalign.ops.token_stats.api import OUTPUT_BITS, forward_shapes
+from fastalign.ops.token_stats.triton_rows import (
+    BWD_REGISTERS,
+    COLUMNS,
+    ENTROPY,
+    EVERYTHING,
+    EVERYTHING_BITS,
+    FWD_REGISTERS,
+    LABELS,
+    PAIR_REGISTERS,
+    SIZES,
+    SMALL,
+    THREADS,
+    bits_per_unit,
+    capped,
+    element,
+    finish_labels,
+    finish_row,
+    fold,
+    row_offset,
+    row_scored,
+)  # fmt: skip
+from fastalign.triton_math import LN2, div, fma, merge, narrow, reference_point, rescale, row_entropy, s1_shift
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
@@ -98,9 +51,9 @@ def token_stats_fwd_kernel(
     OUTPUTS: tl.constexpr, SUMS: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    scored, bad = _scored(row, labels, mask, targets, ignore_index, vocab_total)
-    c = _bits_per_unit(factor, temperature, temperature_ptr)
-    offset = _row_offset(row, base, inner, stride_outer, stride_inner)
+    scored, bad = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
+    c = bits_per_unit(factor, temperature, temperature_ptr)
+    offset = row_offset(row, base, inner, stride_outer, stride_inner)
     shift = (offset % LANES).to(tl.int32)
     window = logits + tl.multiple_of(offset - shift, LANES)
     limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES * scored, LANES)  # a row that does not count is not read
@@ -120,22 +73,22 @@ def token_stats_fwd_kernel(
         if shift != 0:
             beyond = tl.load(window + q + SPAN, mask=(q + SPAN < limit) & (column < LANES), other=float("-inf"))
             x = tl.where(column < shift, beyond, x)
-        u = _capped(x, cap_scale, CAPPED)
+        u = capped(x, cap_scale, CAPPED)
         counted = u
         if start + TILE > vocab:  # the row ends in this tile
-            inside = _element(q, column, shift, SPAN) < vocab
+            inside = element(q, column, shift, SPAN) < vocab
             u = tl.where(inside, u, float("-inf"))
             counted = tl.where(inside, u, 0.0)
         tile_max = tl.max(tl.max(u, 0), 0)
         if SUMS == EVERYTHING:
             if tile_max > umax:
-                top = tl.min(tl.min(tl.where(u == tile_max, _element(q, column, shift, SPAN), vocab), 0), 0)
+                top = tl.min(tl.min(tl.where(u == tile_max, element(q, column, shift, SPAN), vocab), 0), 0)
             sz += tl.sum(counted, 0)
 
         # Move the sums to the new reference point, add the tile. Where all is -inf so far there is no reference point: count from 0.
         umax = tl.maximum(umax, tile_max)
-        peak = umax * c
-        d = fma(u, c, tl.where(umax == float("-inf"), 0.0, -peak))
+        peak = reference_point(umax, c)
+        d = fma(u, c, tl.where(peak == float("-inf"), 0.0, -peak))
         e = tl.exp2(d)
         f = rescale(m, peak)
         if SUMS >= ENTROPY:  # e is 0 below -200, and 0 * -inf would be NaN
@@ -145,10 +98,10 @@ def token_stats_fwd_kernel(
             s2 = fma(s2, f * f, tl.sum(e * e, 0))
         m = peak
 
-    s0 = _fold(s0, SPAN)
-    s1 = _fold(s1, SPAN) if SUMS >= ENTROPY else 0.0
-    s2 = _fold(s2, SPAN) if SUMS == EVERYTHING else 0.0
-    sz = _fold(sz, SPAN) if SUMS == EVERYTHING else 0.0
+    s0 = fold(s0, SPAN)
+    s1 = fold(s1, SPAN) if SUMS >= ENTROPY else 0.0
+    s2 = fold(s2, SPAN) if SUMS == EVERYTHING else 0.0
+    sz = fold(sz, SPAN) if SUMS == EVERYTHING else 0.0
     top = tl.where(top >= 0, top + vocab_start, top)
     if state_in is not None:
         p = state_in + row * COLUMNS
@@ -157,50 +110,20 @@ def token_stats_fwd_kernel(
             m, s0, s1, s2, sz, umax, top,
         )  # fmt: skip
     s0 = tl.where(bad != 0, float("nan"), s0)
-
-    p = state + row * COLUMNS
-    tl.store(p, m)
-    tl.store(p + 1, s0)
-    tl.store(p + 2, s1)
-    tl.store(p + 3, s2)
-    tl.store(p + 4, sz)
-    tl.store(p + 5, umax)
-    tl.store(p + 6, top.to(tl.float32))
-    tl.store(p + 7, scored.to(tl.float32))
+    finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
+               OUTPUTS)  # fmt: skip
     for i in tl.static_range(8, COLUMNS):
-        tl.store(p + i, 0.0)
-
-    if OUTPUTS & 2:
-        tl.store(entropy + row, tl.where(scored != 0, row_entropy(s0, s1), 0.0))
-    if OUTPUTS & 4:
-        tl.store(logsumexp + row, tl.where(scored != 0, fma(m, LN2, tl.log(s0)), 0.0))
-    if OUTPUTS & 8:
-        tl.store(log_sum_sq + row, tl.where(scored != 0, row_log_sum_sq(s0, s2), 0.0))
-    if OUTPUTS & 16:
-        tl.store(mean_logit + row, tl.where(scored != 0, div(sz, vocab_total.to(tl.float32)) * (c * LN2), 0.0))
-    if OUTPUTS & 32:
-        hit = tl.where(s0 != s0, s0, (top == tl.load(labels + row)).to(tl.float32))
-        tl.store(is_top1 + row, tl.where(scored != 0, hit, 0.0))
+        tl.store(state + row * COLUMNS + i, 0.0)
     if labels is not None:
-        for first in range(0, targets, LABELS):
-            k = first + tl.arange(0, LABELS)
-            y = tl.where(scored != 0, tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index), ignore_index)
-            counts = y != ignore_index
-            here = counts & (y >= vocab_start) & (y < vocab_start + vocab)
-            u = _capped(tl.load(logits + offset + (y - vocab_start), mask=here, other=0.0), cap_scale, CAPPED)
-            u = tl.where(here, u, float("-inf"))
-            if target_in is not None:
-                u = tl.maximum(u, tl.load(target_in + row * targets + k, mask=k < targets, other=float("-inf")))
-            tl.store(target + row * targets + k, u, mask=k < targets)
-            if OUTPUTS & 1:
-                tl.store(logprob + row * targets + k, tl.where(counts, row_logprob(m, s0, u, c), 0.0), mask=k < targets)
+        finish_labels(row, scored, m, s0, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
+                      cap_scale, OUTPUTS & 1, CAPPED)  # fmt: skip
 
 
 @triton.jit
 def _gradient(x, q, q_begin, q_end, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
               WITH_ENTROPY: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
     """dx of the elements at q, all in [q_begin, q_end):  e (a + b d) + [is a label] g c ln2,  d = u c - m,  e = 2^d;  times du/dx under a cap."""
-    u = _capped(x, cap_scale, CAPPED)
+    u = capped(x, cap_scale, CAPPED)
     d = fma(u, c, -m)
     e = tl.exp2(d)
     if WITH_ENTROPY:  # e is 0 below -200, and 0 * -inf would be NaN
@@ -228,8 +151,8 @@ def token_stats_bwd_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0) // pieces).to(tl.int64)
     piece = tl.program_id(0) % pieces
-    scored, _ = _scored(row, labels, mask, targets, ignore_index, vocab_total)
-    c = _bits_per_unit(factor, temperature, temperature_ptr)
+    scored, _ = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
+    c = bits_per_unit(factor, temperature, temperature_ptr)
     m, s0 = tl.load(state + row * COLUMNS), tl.load(state + row * COLUMNS + 1)
 
     # A and B from the upstream gradients, by the coefficient contract of math/row_state.h; here p = e / s0 and log p = ln2 d - log s0.
@@ -254,7 +177,7 @@ def token_stats_bwd_kernel(
     # Rows that do not count, or that nothing flows back into, are zeros without reading; NaN rows and rows without mass are NaN.
     live = (scored != 0) & ((upstream != 0) | (s0 != s0) | (s0 == 0))
 
-    offset = _row_offset(row, base, inner, stride_outer, stride_inner)
+    offset = row_offset(row, base, inner, stride_outer, stride_inner)
     shift = (offset % LANES).to(tl.int32)
     window = logits + tl.multiple_of(offset - shift, LANES)
     out_offset = offset if IN_PLACE else grad_base + row * vocab
@@ -286,56 +209,81 @@ def token_stats_bwd_kernel(
 
 
 def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
-                    state_in, target_in, ref_logits=None):  # fmt: skip
-    if ref_logits is not None:
-        raise BackendError("the Triton kernels do not take reference logits yet")
+                    state_in=None, target_in=None, ref_logits=None):  # fmt: skip
     rows, vocab, device = math.prod(logits.shape[:-1]), logits.shape[-1], logits.device
     targets = 0 if labels is None else labels.shape[1]
-    *results, state, target = (ffi.empty(s, ffi.acc_dtype(logits.dtype), device) for s in forward_shapes(logits, labels, outputs))
+    acc = ffi.acc_dtype(logits.dtype)
+    *results, state, target = (ffi.empty(shape, acc, device) for shape in forward_shapes(logits, labels, outputs, ref_logits))
     if rows:
         view, base, lanes = ffi.aligned(logits)
+        layout = (base, *ffi.row_layout(logits)[1:])
         sums = 2 if outputs & EVERYTHING_BITS else int(outputs & OUTPUT_BITS["entropy"] > 0)
+        numbers = (vocab, targets, ignore_index, vocab_start, vocab_total, factor, cap_scale, temperature)
+        # A thread has 16 bytes of each slice of a tile, 16 elements in all.
+        shape = {"SPAN": THREADS * 16 // logits.element_size(), "DEPTH": logits.element_size()}
+        options = {"OUTPUTS": outputs, "SUMS": sums, "CAPPED": cap_scale != 0, "LANES": lanes, **shape}
         with ffi.triton_device(device):
-            token_stats_fwd_kernel[(rows,)](
-                view, labels, mask, temperature_tensor, state_in, target_in, *results[:6], state, target,
-                base, *ffi.row_layout(logits)[1:], vocab, targets, ignore_index, vocab_start, vocab_total, factor, cap_scale, temperature,
-                # A thread has 16 bytes of each slice of a tile, 16 elements in all.
-                OUTPUTS=outputs, SUMS=sums, CAPPED=cap_scale != 0, LANES=lanes, SPAN=THREADS * 16 // logits.element_size(),
-                DEPTH=logits.element_size(), **ffi.launch_options(THREADS, device, FWD_REGISTERS),
-            )  # fmt: skip
+            if ref_logits is None:
+                token_stats_fwd_kernel[(rows,)](
+                    view, labels, mask, temperature_tensor, state_in, target_in, *results[:6], state, target, *layout, *numbers, **options,
+                    **ffi.launch_options(THREADS, device, FWD_REGISTERS),
+                )  # fmt: skip
+            else:
+                ref, ref_base, _ = ffi.aligned(ref_logits)
+                found = (None, None) if target_in is None else target_in
+                both = (target, target) if labels is None else target
+                triton_pair.token_stats_pair_fwd_kernel[(rows,)](
+                    view, ref, labels, mask, temperature_tensor, state_in, *found, *results, state, *both, *layout, ref_base,
+                    *ffi.row_layout(ref_logits)[1:], *numbers, TOGETHER=_share_alignment(logits, ref_logits, lanes), **options,
+                    **ffi.launch_options(THREADS, device, PAIR_REGISTERS),
+                )  # fmt: skip
     return (*results, state, target)
 
 
-def _shared_lanes(logits, base, lanes, grad_base, grad_lanes):
-    """Elements that the backward kernel moves at once: 16 bytes of them where each row of the logits and its gradient, which is contiguous, have the
-    same alignment, else 1."""
-    rows, inner, stride_outer, stride_inner = ffi.row_layout(logits)
-    vocab = logits.shape[-1]
-    skews = [base - grad_base, 0 if rows == 1 else stride_inner - vocab, 0 if rows <= inner else stride_outer - inner * vocab]
-    return lanes if lanes == grad_lanes and all(skew % lanes == 0 for skew in skews) else 1
+def _share_alignment(logits, other, lanes):
+    """Whether row r of both tensors, whatever r, lies equally far behind a boundary of `lanes` elements."""
+    (_, base, own_lanes), (_, other_base, other_lanes) = ffi.aligned(logits), ffi.aligned(other)
+    layouts = [ffi.row_layout(logits), ffi.row_layout(other)]
+    inner = min(layout[1] for layout in layouts)
+    skews = [base - other_base]
+    strides = []
+    for rows, own_inner, outer, step in layouts:
+        if own_inner != inner and own_inner < rows:  # not rows of `inner`
+            return lanes == 1
+        strides.append((0 if rows == 1 else step, 0 if rows <= inner else outer if own_inner == inner else inner * step))
+    skews += [a - b for a, b in zip(*strides)]
+    return lanes == 1 or (own_lanes == other_lanes and all(skew % lanes == 0 for skew in skews))
 
 
 def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, vocab_start, vocab_total, state,
-              g_logprob, g_entropy, g_logsumexp, ref_logits=None, *_):  # fmt: skip
-    if ref_logits is not None:
-        raise BackendError("the Triton kernels do not take reference logits yet")
+              g_logprob, g_entropy, g_logsumexp, ref_logits=None, g_kl_policy_ref=None, g_kl_ref_policy=None):  # fmt: skip
     if logits.numel() == 0:
         return
     rows, vocab, device = math.prod(logits.shape[:-1]), logits.shape[-1], logits.device
     view, base, lanes = ffi.aligned(logits)
-    grad_view, grad_base, grad_lanes = ffi.aligned(grad)
+    grad_view, grad_base, _ = ffi.aligned(grad)
     in_place = grad is logits
-    lanes = lanes if in_place else _shared_lanes(logits, base, lanes, grad_base, grad_lanes)
+    if not in_place and not _share_alignment(logits, grad, lanes):
+        lanes = 1
     block, blocks = 2 * THREADS * 16 // logits.element_size(), 8
     pieces = triton.cdiv(vocab + lanes - 1, blocks * block)
+    layout = (base, *ffi.row_layout(logits)[1:])
+    numbers = (grad_base, vocab, pieces, 0 if labels is None else labels.shape[1], ignore_index, vocab_start, vocab_total, factor, cap_scale,
+               temperature)  # fmt: skip
+    options = {"IN_PLACE": in_place, "CAPPED": cap_scale != 0, "LANES": lanes, "BLOCK": block, "BLOCKS": blocks}
+    options |= ffi.launch_options(THREADS, device, BWD_REGISTERS)
+    upstream = (g_logprob, g_entropy, g_logsumexp)
     with ffi.triton_device(device):
-        token_stats_bwd_kernel[(rows * pieces,)](
-            view, grad_view, labels, mask, temperature_tensor, state, g_logprob, g_entropy, g_logsumexp,
-            base, *ffi.row_layout(logits)[1:], grad_base, vocab, pieces, 0 if labels is None else labels.shape[1], ignore_index, vocab_start,
-            vocab_total, factor, cap_scale, temperature,
-            IN_PLACE=in_place, CAPPED=cap_scale != 0, LANES=lanes, BLOCK=block, BLOCKS=blocks,
-            **ffi.launch_options(THREADS, device, BWD_REGISTERS),
-        )  # fmt: skip
+        if ref_logits is None:
+            token_stats_bwd_kernel[(rows * pieces,)](
+                view, grad_view, labels, mask, temperature_tensor, state, *upstream, *layout, *numbers, **options
+            )
+        else:
+            ref, ref_base, _ = ffi.aligned(ref_logits)
+            triton_pair.token_stats_pair_bwd_kernel[(rows * pieces,)](
+                view, ref, grad_view, labels, mask, temperature_tensor, state, *upstream, g_kl_policy_ref, g_kl_ref_policy, *layout, ref_base,
+                *ffi.row_layout(ref_logits)[1:], *numbers, TOGETHER=_share_alignment(logits, ref_logits, lanes), **options,
+            )  # fmt: skip
 
 
 def token_stats_bwd(logits, *rest):
@@ -348,8 +296,30 @@ def token_stats_bwd_(logits, *rest):
     _backward(logits, logits, *rest)
 
 
-def token_stats_fused(*args):
-    raise BackendError("the Triton kernels do not take reference logits yet")
+def _fused(grad, logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, ref_logits, *upstream):
+    rows, vocab = (logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index), logits.shape[-1]
+    *results, state, _ = token_stats_fwd(*rows, outputs, 0, vocab, None, None, ref_logits)
+    _backward(grad, *rows, 0, vocab, state, *upstream[:3], ref_logits, *upstream[3:])
+    return tuple(results)
 
 
-token_stats_fused_ = scale_rows_ = token_stats_fused
+def token_stats_fused(logits, *rest):
+    grad = ffi.empty(tuple(logits.shape), logits.dtype, logits.device)
+    return *_fused(grad, logits, *rest), grad
+
+
+def token_stats_fused_(logits, *rest):
+    return _fused(logits, logits, *rest)
+
+
+def scale_rows_(x, scale):
+    if x.numel() == 0:
+        return
+    rows, vocab = math.prod(x.shape[:-1]), x.shape[-1]
+    view, base, lanes = ffi.aligned(x)
+    block = 2 * THREADS * 16 // x.element_size()
+    pieces = triton.cdiv(vocab + lanes - 1, block)
+    with ffi.triton_device(x.device):
+        triton_pair.scale_rows_kernel[(rows * pieces,)](
+            view, scale, base, *ffi.row_layout(x)[1:], vocab, pieces, LANES=lanes, BLOCK=block, **ffi.launch_options(THREADS, x.device)
+        )

@@ -1,0 +1,120 @@
+"""What the kernels over vocabulary rows share: how a row is addressed, scaled and labelled, and what is written of it in the end."""
+
+import triton
+import triton.language as tl
+
+from fastalign.ops.token_stats.api import OUTPUT_BITS, STATE_WIDTH
+from fastalign.triton_math import LN2, div, fma, row_entropy, row_log_sum_sq, row_logprob, tanh
+
+THREADS = 128
+FWD_REGISTERS, PAIR_REGISTERS, BWD_REGISTERS = 168, 168, 72  # at least three and seven programs per multiprocessor; see ffi.launch_options
+LABELS = tl.constexpr(32)  # labels of a row that are handled at once
+COLUMNS = tl.constexpr(STATE_WIDTH)
+# Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
+ENTROPY, EVERYTHING = tl.constexpr(1), tl.constexpr(2)
+EVERYTHING_BITS = sum(OUTPUT_BITS[name] for name in ("log_sum_sq_probs", "mean_logit", "is_top1"))
+
+
+@triton.jit
+def row_offset(row, base, inner, stride_outer, stride_inner):
+    return base + row // inner * stride_outer + row % inner * stride_inner
+
+
+@triton.jit
+def row_scored(row, labels, mask, targets, ignore_index, vocab_total):
+    """Whether the row counts, and whether one of its labels is neither ignored nor in the vocabulary; both int32."""
+    scored, bad = 1, 0
+    if mask is not None:
+        scored = tl.load(mask + row).to(tl.int32)
+    if labels is not None:
+        some = 0
+        for first in range(0, targets, LABELS):
+            k = first + tl.arange(0, LABELS)
+            y = tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index)
+            counts = y != ignore_index
+            some = tl.maximum(some, tl.max(counts.to(tl.int32), 0))
+            bad = tl.maximum(bad, tl.max((counts & ((y < 0) | (y >= vocab_total))).to(tl.int32), 0))
+        scored = scored * some
+    return scored, bad
+
+
+@triton.jit
+def capped(x, cap_scale, CAPPED: tl.constexpr):
+    u = x.to(tl.float32)
+    if CAPPED:
+        u = tanh(u * cap_scale)
+    return u
+
+
+@triton.jit
+def bits_per_unit(factor, temperature, temperature_ptr):
+    t = temperature
+    if temperature_ptr is not None:
+        t = tl.load(temperature_ptr)
+    return div(factor, t)
+
+
+@triton.jit
+def element(q, column, shift, SPAN: tl.constexpr):
+    """The element of the row that a place of a tile holds. Not kept over the loop: registers are what limits the programs in flight."""
+    return q - shift + tl.where(column < shift, SPAN, 0)
+
+
+@triton.jit
+def fold(x, SPAN: tl.constexpr):
+    """Sum of a vector by halves, top half onto bottom half: rotating the vector changes no pair at any level."""
+    for level in tl.static_range(1, 16):
+        if SPAN >> level > 0:
+            x = tl.sum(tl.reshape(x, (2, SPAN >> level)), 0)
+    return tl.sum(x, 0)
+
+
+# What differs from call to call compiles nothing anew: neither sizes nor the alignment of the small tensors.
+SIZES = ["base", "inner", "stride_outer", "stride_inner", "ref_base", "ref_inner", "ref_stride_outer", "ref_stride_inner", "grad_base", "vocab",
+         "pieces", "targets", "ignore_index", "vocab_start", "vocab_total"]  # fmt: skip
+SMALL = ["labels", "mask", "temperature_ptr", "state_in", "target_in", "state", "g_logprob", "g_entropy", "g_logsumexp", "g_kl_policy_ref",
+         "g_kl_ref_policy", "scale"]  # fmt: skip
+
+
+@triton.jit
+def finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
+               OUTPUTS: tl.constexpr):  # fmt: skip
+    """Writes the policy row's state and what is finished from it, the log-probs excepted."""
+    p = state + row * COLUMNS
+    tl.store(p, m)
+    tl.store(p + 1, s0)
+    tl.store(p + 2, s1)
+    tl.store(p + 3, s2)
+    tl.store(p + 4, sz)
+    tl.store(p + 5, umax)
+    tl.store(p + 6, top * 1.0)
+    tl.store(p + 7, scored * 1.0)
+    if OUTPUTS & 2:
+        tl.store(entropy + row, tl.where(scored != 0, row_entropy(s0, s1), 0.0))
+    if OUTPUTS & 4:
+        tl.store(logsumexp + row, tl.where(scored != 0, fma(m, LN2, tl.log(s0)), 0.0))
+    if OUTPUTS & 8:
+        tl.store(log_sum_sq + row, tl.where(scored != 0, row_log_sum_sq(s0, s2), 0.0))
+    if OUTPUTS & 16:
+        tl.store(mean_logit + row, tl.where(scored != 0, div(sz, vocab_total.to(tl.float32)) * (c * LN2), 0.0))
+    if OUTPUTS & 32:
+        hit = tl.where(s0 != s0, s0, (top == tl.load(labels + row)).to(tl.float32))
+        tl.store(is_top1 + row, tl.where(scored != 0, hit, 0.0))
+
+
+@triton.jit
+def finish_labels(row, scored, m, s0, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
+                  cap_scale, WANTED: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
+    """Writes u of every label of a row and, if WANTED, its log-prob under the row's m and s0."""
+    for first in range(0, targets, LABELS):
+        k = first + tl.arange(0, LABELS)
+        y = tl.where(scored != 0, tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index), ignore_index)
+        counts = y != ignore_index
+        here = counts & (y >= vocab_start) & (y < vocab_start + vocab)
+        u = capped(tl.load(logits + offset + (y - vocab_start), mask=here, other=0.0), cap_scale, CAPPED)
+        u = tl.where(here, u, float("-inf"))
+        if target_in is not None:
+            u = tl.maximum(u, tl.load(target_in + row * targets + k, mask=k < targets, other=float("-inf")))
+        tl.store(target + row * targets + k, u, mask=k < targets)
+        if WANTED:
+            tl.store(logprob + row * targets + k, tl.where(counts, row_logprob(m, s0, u, c), 0.0), mask=k < targets)
