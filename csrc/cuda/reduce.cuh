@@ -1,13 +1,23 @@
 // Merges of the row state over the lanes of a warp, the warps of a block and the blocks of a cluster, each by a fixed tree.
 #pragma once
+#include <type_traits>
 #include "cuda/launch.h"
 #include "math/row_state.h"
 
 namespace fastalign {
 namespace cuda {
 
-// The optional sums of a row state that a kernel keeps; m, s0 and umax are always there.
-enum RowSum : int { kSum1 = 1, kSum2 = 2, kSumZ = 4, kTop = 8 };
+// What a kernel keeps of a row state beside m, s0 and umax, which are always there: optional sums, and the whole of a reference row's part.
+enum RowSum : int { kSum1 = 1, kSum2 = 2, kSumZ = 4, kTop = 8, kRefRow = 16 };
+template <int kSums> constexpr int kRows = kSums & kRefRow ? 2 : 1;
+template <int kSums> using State = std::conditional_t<(kSums & kRefRow) != 0, PairState<float>, RowState<float>>;
+
+__device__ inline RowState<float>& policy(RowState<float>& s) { return s; }
+__device__ inline RowState<float>& policy(PairState<float>& s) { return s.p; }
+
+// Makes NaN of a row whose label is bad.
+__device__ inline void spoil(RowState<float>& s) { s.s0 = NAN; }
+__device__ inline void spoil(PairState<float>& s) { s.p.s0 = s.r.s0 = NAN; }
 
 // Drops what is not kept, so that the compiler drops the arithmetic behind it.
 template <int kSums> __device__ RowState<float> keep(RowState<float> s) {
@@ -17,6 +27,7 @@ template <int kSums> __device__ RowState<float> keep(RowState<float> s) {
   if (!(kSums & kTop)) s.top = -1;
   return s;
 }
+template <int kSums> __device__ PairState<float> keep(const PairState<float>& s) { return {keep<kSums>(s.p), s.r}; }
 
 template <int kSums> __device__ RowState<float> shuffle_down(const RowState<float>& s, unsigned distance) {
   RowState<float> r = s;
@@ -29,31 +40,39 @@ template <int kSums> __device__ RowState<float> shuffle_down(const RowState<floa
   if (kSums & kTop) r.top = __shfl_down_sync(kFullMask, s.top, distance);
   return r;
 }
+template <int kSums> __device__ PairState<float> shuffle_down(const PairState<float>& s, unsigned distance) {
+  PairState<float> other{shuffle_down<kSums>(s.p, distance), {}};
+  other.r.m = __shfl_down_sync(kFullMask, s.r.m, distance);
+  other.r.s0 = __shfl_down_sync(kFullMask, s.r.s0, distance);
+  other.r.t = __shfl_down_sync(kFullMask, s.r.t, distance);
+  other.r.tr = __shfl_down_sync(kFullMask, s.r.tr, distance);
+  return other;
+}
 
 // Lane 0 gets the merge of all lanes.
-template <int kSums> __device__ RowState<float> merge_warp(RowState<float> s) {
+template <int kSums> __device__ State<kSums> merge_warp(State<kSums> s) {
 #pragma unroll
   for (unsigned distance = kWarp / 2; distance; distance /= 2) s = keep<kSums>(merge(s, shuffle_down<kSums>(s, distance)));
   return s;
 }
 
-// Merges the states of the row's threads: a warp (blockDim.x == 32), a block, or the blocks of a cluster. Thread 0 of rank 0 gets the
-// result. `partial` has room for one state per warp and one for the block.
-template <int kSums> __device__ RowState<float> merge_row(RowState<float> s, RowState<float>* partial, unsigned cluster) {
+// Merges the states of the row's threads: a warp (blockDim.x == 32), a block, or the blocks of a cluster. Thread 0 of the first `finishers`
+// blocks of the cluster gets the result. `partial` has room for one state per warp and one for the block.
+template <int kSums> __device__ State<kSums> merge_row(State<kSums> s, State<kSums>* partial, unsigned cluster, unsigned finishers = 1) {
   s = merge_warp<kSums>(s);
   if (blockDim.x == kWarp) return s;
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   if (lane == 0) partial[warp] = s;
   __syncthreads();
   if (warp == 0) {
-    s = merge_warp<kSums>(lane < warps ? partial[lane] : RowState<float>::empty());
+    s = merge_warp<kSums>(lane < warps ? partial[lane] : State<kSums>::empty());
     if (lane == 0) partial[warps] = s;
   }
   if (cluster > 1) {
     cluster_sync();
-    if (warp == 0 && cluster_rank() == 0)
-      s = merge_warp<kSums>(lane < cluster ? *cluster_map(partial + warps, lane) : RowState<float>::empty());
-    cluster_sync();   // no block may exit while rank 0 reads its shared memory
+    if (warp == 0 && cluster_rank() < finishers)
+      s = merge_warp<kSums>(lane < cluster ? *cluster_map(partial + warps, lane) : State<kSums>::empty());
+    cluster_sync();   // no block may exit while another one reads its shared memory
   }
   return s;
 }

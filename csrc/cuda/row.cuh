@@ -8,8 +8,10 @@ namespace fastalign {
 namespace cuda {
 
 constexpr unsigned kRowThreads = 256;   // most threads of a block
-constexpr int kUnroll = 4;              // vectors a thread has in flight
-constexpr int64_t kShortRow = 4096;     // bytes; rows up to here are served by one warp each
+constexpr int kUnroll = 4;              // vectors a thread has in flight, of a row or of a policy and a reference row together
+constexpr int64_t kShortRow = 4096;     // bytes; rows (with a reference: both together) up to here are served by one warp each
+
+inline unsigned forced_cluster = 0;     // by set_cluster_size
 
 // Threads of a block for a stretch of a row: as few as leave each two bundles, so that no warp idles on rows of a few KiB.
 inline unsigned threads_for(int64_t bytes) {
@@ -18,8 +20,8 @@ inline unsigned threads_for(int64_t bytes) {
   return kRowThreads;
 }
 
-// The first vector of a thread's first bundle (i, i + 32, ...): a warp's bundles are 32 * kUnroll consecutive vectors.
-__device__ inline int bundle_start(unsigned thread) { return int(thread / kWarp * kWarp * kUnroll + thread % kWarp); }
+// The first vector of a thread's first bundle of N (i, i + 32, ...): a warp's bundles are 32 * N consecutive vectors.
+template <int N> __device__ int bundle_start(unsigned thread) { return int(thread / kWarp * kWarp * N + thread % kWarp); }
 
 // The call's scale factors, converted once on the host.
 struct RowScale {

@@ -69,37 +69,61 @@ __device__ inline uint4 funnel(const uint4& a, const uint4& b, unsigned shift) {
           __funnelshift_r(w[3], w[4], bits)};
 }
 
-// The vectors of one row: vector i holds the elements i * kLanes - offset + (0 .. kLanes - 1). Vectors [first, last) are `wide`: they can
-// be put together from aligned 16-byte words that lie wholly inside the row.
+// The vectors of one row, or of a stretch of it in shared memory: vector i holds the elements i * kLanes - offset + (0 .. kLanes - 1). Vectors
+// [first, last) are `wide`: they can be put together from aligned 16-byte words that lie wholly inside the row.
 template <class T> class RowVectors {
  public:
-  __device__ RowVectors(const T* row, int vocab, int offset) : offset_(offset) {
+  __device__ RowVectors() {}
+  __device__ RowVectors(const T* row, int vocab, int offset) : row_(row), vocab_(vocab), offset_(offset) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(row), end = begin + uintptr_t(vocab) * sizeof(T);
     const uintptr_t origin = begin - uintptr_t(offset) * sizeof(T);
     shift_ = unsigned(origin & 15);
     const uintptr_t base = origin - shift_, span = shift_ ? 32 : 16;
-    // Computed from the pointer, not from the integer: the compiler must still see that it is global memory.
+    // Computed from the pointer, not from the integer: the compiler must still see that it is global (or shared) memory.
     base_ = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row) - (begin - base));
     first = int((begin - base + 15) / 16);
     last = end >= base + span ? int((end - base - span) / 16) + 1 : 0;
     last = last > first ? last : first;
   }
 
-  // Loads vectors i, i + 32, ... where they are wide and below `limit`; all loads are under way before the first is used. Returns one bit
-  // per vector that was loaded. (The constant stride makes the addresses one register and a few immediates.)
-  template <int N> __device__ unsigned load(int i, int limit, uint4 (&v)[N]) const {
+  // Starts the loads of vectors i, i + 32, ... where they are wide and below `limit`. Returns one bit per vector that is loaded. (The
+  // constant stride makes the addresses one register and a few immediates.)
+  template <int N> __device__ unsigned fetch(int i, int limit, uint4 (&v)[N]) const {
     unsigned loaded = 0;
     const uint4* p = base_ + i;
     limit = last < limit ? last : limit;
 #pragma unroll
     for (int k = 0; k < N; ++k)
       if (i + k * int(kWarp) >= first && i + k * int(kWarp) < limit) v[k] = p[k * kWarp], loaded |= 1u << k;
+    return loaded;
+  }
+
+  // Makes vectors of what `fetch` has loaded: the first use of it.
+  template <int N> __device__ void align(int i, unsigned loaded, uint4 (&v)[N]) const {
+    const uint4* p = base_ + i;
     if (shift_) {  // the second word comes from the cache: a neighbouring lane loads it too
 #pragma unroll
       for (int k = 0; k < N; ++k)
         if (loaded >> k & 1) v[k] = funnel(v[k], p[k * kWarp + 1], shift_);
     }
-    return loaded;
+  }
+
+  // The vectors that `fetch` has not loaded, element by element. What they hold beyond the row or the limit reads as -inf: no probability,
+  // never the maximum.
+  template <int N> __device__ void gather(int i, int limit, unsigned loaded, uint4 (&v)[N]) const {
+    if (loaded == (1u << N) - 1) return;
+#pragma unroll 1
+    for (int k = 0; k < N; ++k) {  // the ends of a row
+      if (loaded >> k & 1) continue;
+      const int vector = i + k * int(kWarp), begin = element(vector);
+      float lanes[kLanes<T>];
+#pragma unroll
+      for (int l = 0; l < kLanes<T>; ++l) lanes[l] = vector < limit && begin + l < vocab_ ? to_acc(row_[begin + l]) : -INFINITY;
+      const uint4 gathered = pack(lanes, T{});
+#pragma unroll
+      for (int j = 0; j < N; ++j)  // a selection: indexing v by k would move it to local memory
+        if (j == k) v[j] = gathered;
+    }
   }
 
   // The first element of vector i.
@@ -108,10 +132,22 @@ template <class T> class RowVectors {
   int first, last;
 
  private:
+  const T* row_;
+  int vocab_;
   const uint4* base_;
   int offset_;
   unsigned shift_;
 };
+
+// The same vectors of a row, or of a policy row and a reference row. All loads are under way before the first is used.
+template <class T, int kRows, int N>
+__device__ __forceinline__ void load_bundle(const RowVectors<T> (&rows)[kRows], int i, int limit, uint4 (&v)[kRows][N]) {
+  unsigned loaded[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) loaded[r] = rows[r].fetch(i, limit, v[r]);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) rows[r].align(i, loaded[r], v[r]), rows[r].gather(i, limit, loaded[r], v[r]);
+}
 
 }  // namespace cuda
 }  // namespace fastalign

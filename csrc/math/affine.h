@@ -10,15 +10,6 @@
 
 namespace fastalign {
 
-// x y + z, rounded once on a GPU, so that every kernel there rounds alike. On the CPU the fused form may be a function call.
-template <class T> FA_HD T multiply_add(T x, T y, T z) {
-#ifdef __CUDA_ARCH__
-  return fma(x, y, z);
-#else
-  return x * y + z;
-#endif
-}
-
 template <class T> struct Affine {
   T a, b;
   static FA_HD Affine identity() { return {T(1), T(0)}; }

@@ -87,7 +87,7 @@ template <class T> FA_HD RowState<T> merge(const RowState<T>& a, const RowState<
   RowState<T> r;
   r.m = a.m > b.m ? a.m : b.m;
   T fa = rescale(a.m, r.m), fb = rescale(b.m, r.m);
-  r.s0 = a.s0 * fa + b.s0 * fb;
+  r.s0 = multiply_add(a.s0, fa, b.s0 * fb);
   r.s1 = (a.s1 + s1_shift(a.m, r.m, fa) * a.s0) * fa + (b.s1 + s1_shift(b.m, r.m, fb) * b.s0) * fb;
   r.s2 = a.s2 * fa * fa + b.s2 * fb * fb;
   r.sz = a.sz + b.sz;
@@ -119,7 +119,7 @@ template <class T> FA_HD PairState<T> merge(const PairState<T>& a, const PairSta
   s.r.m = a.r.m > b.r.m ? a.r.m : b.r.m;
   const T fa = rescale(a.r.m, s.r.m), da = distance(a.p.m, s.p.m) - distance(a.r.m, s.r.m);
   const T fb = rescale(b.r.m, s.r.m), db = distance(b.p.m, s.p.m) - distance(b.r.m, s.r.m);
-  s.r.s0 = a.r.s0 * fa + b.r.s0 * fb;
+  s.r.s0 = multiply_add(a.r.s0, fa, b.r.s0 * fb);  // as s.p.s0: identical rows keep equal masses
   s.r.t = move_cross(a.r.t, a.p.s0, da, rescale(a.p.m, s.p.m)) + move_cross(b.r.t, b.p.s0, db, rescale(b.p.m, s.p.m));
   s.r.tr = move_cross(a.r.tr, a.r.s0, da, fa) + move_cross(b.r.tr, b.r.s0, db, fb);
   return s;

@@ -16,6 +16,15 @@ template <class T> FA_HD T splat(scalar_t<T> x) {
 
 constexpr double kLn2 = 0.69314718055994530942;
 
+// x y + z, rounded once on a GPU, so that every kernel there rounds alike. On the CPU the fused form may be a function call.
+template <class T> FA_HD T multiply_add(T x, T y, T z) {
+#ifdef __CUDA_ARCH__
+  return fma(x, y, z);
+#else
+  return x * y + z;
+#endif
+}
+
 template <class T> FA_HD T relu(T x) { return x > T(0) ? x : (x != x ? x : T(0)); }
 
 // log(1 + e^x) without overflow or cancellation.

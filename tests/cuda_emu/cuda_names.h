@@ -27,6 +27,7 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return unsigned(((uint64_t(high) << 32) | low) >> (shift & 31));
 }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 // Other threads may run before and after: both are what a GPU does too.
 inline unsigned atomicAdd(unsigned* p, unsigned v) {

@@ -1,0 +1,148 @@
+// The forward half of the row kernels: a row's vectors go into a row state, and a finished state into the outputs.
+#pragma once
+#include "cuda/reduce.cuh"
+#include "cuda/row.cuh"
+#include "cuda/vector.cuh"
+
+namespace fastalign {
+namespace cuda {
+
+// Adds one bundle of vectors, of the policy row and with kRefRow of the reference row, to the thread's state.
+template <class T, int kSums, bool kCap, int N>
+__device__ __forceinline__ void push(State<kSums>& state, const uint4 (&v)[kRows<kSums>][N], int vocab, int i, int limit,
+                                     const RowTransform<float>& f) {
+  constexpr int L = kLanes<T>, R = kRows<kSums>;
+  RowState<float>& s = policy(state);
+  const auto lanes = [&](int k) { return i + k * int(kWarp) < limit ? vocab - (i + k * int(kWarp)) * L : 0; };
+  float largest_u[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    largest_u[r] = largest(v[r], T{});
+    if (kCap) largest_u[r] = tanhf(largest_u[r] * f.cap_scale);  // tanh keeps the order
+  }
+  // Bundles come in rising order: only a strictly larger maximum moves the first place where it was seen.
+  const bool moves = largest_u[0] > s.umax || s.top < 0;
+  int top = vocab;
+
+  // Everything so far moves to the new reference points. They may still be -inf (a masked stretch of the vocabulary): count from 0 then.
+  s.umax = fmaxf(s.umax, largest_u[0]);
+  const float m = reference_point(s.umax, f), origin = m == -INFINITY ? 0.0f : m, by = s.m - origin, scale = fast_exp2(by);
+  float ref_origin = 0, ref_scale = 0;
+  if constexpr ((kSums & kRefRow) != 0) {
+    RefState<float>& r = state.r;
+    const float ref_m = fmaxf(r.m, reference_point(largest_u[1], f));
+    ref_origin = ref_m == -INFINITY ? 0.0f : ref_m;
+    const float ref_by = r.m - ref_origin;
+    ref_scale = fast_exp2(ref_by);
+    r.t = move_cross(r.t, s.s0, by - ref_by, scale);
+    r.tr = move_cross(r.tr, r.s0, by - ref_by, ref_scale);
+    r.m = ref_m;
+  }
+  if (kSums & kSum1) s.s1 = fmaf(fmaxf(by, -finite_limit<float>()), s.s0, s.s1) * scale;  // the bound: no 0 * inf before the first mass
+  if (kSums & kSum2) s.s2 *= scale * scale;
+  s.m = m;
+
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    float u[R][L];
+#pragma unroll
+    for (int r = 0; r < R; ++r) unpack(v[r][k], u[r], T{});
+#pragma unroll
+    for (int l = 0; l < L; ++l) {
+      if (kCap) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) u[r][l] = l < lanes(k) ? tanhf(u[r][l] * f.cap_scale) : -INFINITY;
+      }
+      if (kSums & kSumZ) s.sz += l < lanes(k) ? u[0][l] : 0.0f;
+      if ((kSums & kTop) && u[0][l] >= largest_u[0]) top = min(top, (i + k * int(kWarp)) * L + l);
+      const float d = f.bits(u[0][l], origin), e = fast_exp2(d);
+      if (kSums & kSum1) s.s1 = fmaf(e, fmaxf(d, -200.0f), s.s1);  // e is 0 down there, and 0 * -inf would be NaN
+      if (kSums & kSum2) s.s2 = fmaf(e, e, s.s2);
+      u[0][l] = e;
+      if constexpr ((kSums & kRefRow) != 0) {
+        const float dr = f.bits(u[1][l], ref_origin), er = fast_exp2(dr), difference = d - dr;
+        state.r.t = fmaf(e, e == 0 ? 0.0f : difference, state.r.t);
+        state.r.tr = fmaf(er, er == 0 ? 0.0f : difference, state.r.tr);
+        u[1][l] = er;
+      }
+    }
+    // Pairwise: shorter chains and a smaller error than one running sum. Both rows round alike: identical ones keep equal masses.
+    const auto add = [&](float& s0, float (&e)[L], float factor) {
+#pragma unroll
+      for (int width = L / 2; width; width /= 2)
+#pragma unroll
+        for (int l = 0; l < width; ++l) e[l] += e[l + width];
+      s0 = k == 0 ? fmaf(s0, factor, e[0]) : s0 + e[0];
+    };
+    add(s.s0, u[0], scale);
+    if constexpr ((kSums & kRefRow) != 0) add(state.r.s0, u[1], ref_scale);
+  }
+  if ((kSums & kTop) && moves && top < vocab) s.top = top;  // not found: nothing but NaN
+}
+
+// u of label k in the policy (which = 0) or the reference row x, where this shard of the vocabulary or one before it holds the label; -inf
+// where none did.
+template <class T>
+__device__ float target_u(const TokenStatsArgs& a, int which, int64_t row, int64_t k, const T* x, const RowTransform<float>& f) {
+  const int column = local_column(a, a.labels[row * a.targets + k]);
+  if (column >= 0) return f.u(to_acc(x[column]));
+  return a.target_in ? static_cast<const float*>(a.target_in)[(which * a.logits.rows + row) * a.targets + k] : -INFINITY;
+}
+
+__device__ inline void put(void* out, int64_t i, float value) {
+  if (out) static_cast<float*>(out)[i] = value;
+}
+
+template <int kSums> __device__ void write_unscored(const TokenStatsArgs& a, int64_t row, unsigned lane) {
+  for (int64_t k = row * a.targets + lane; k < (row + 1) * a.targets; k += kWarp) {
+    put(a.logprob, k, 0), put(a.target, k, -INFINITY);
+    if (kSums & kRefRow) put(a.ref_logprob, k, 0), put(a.target, a.logits.rows * a.targets + k, -INFINITY);
+  }
+  if (lane) return;
+  void* const outputs[] = {a.entropy, a.logsumexp, a.log_sum_sq, a.mean_logit, a.is_top1};
+  for (void* out : outputs) put(out, row, 0);
+  if (kSums & kRefRow) put(a.kl_policy_ref, row, 0), put(a.kl_ref_policy, row, 0);
+  if (a.state) store_state(RowState<float>::empty(), false, static_cast<float*>(a.state) + row * kStateWidth);
+}
+
+// The log-probs of the labels in one of the rows: lane k finishes labels k, k + 32, ... Lane 0 has the state; `first` is lane k's first target,
+// fetched before the row was streamed.
+template <class T, class RowPart>
+__device__ void write_targets(const TokenStatsArgs& a, int which, int64_t row, unsigned lane, RowPart s, float first, const T* x,
+                              const RowTransform<float>& f) {
+  s.m = __shfl_sync(kFullMask, s.m, 0);  // all that row_logprob reads
+  s.s0 = __shfl_sync(kFullMask, s.s0, 0);
+  for (int64_t k = lane; k < a.targets; k += kWarp) {
+    const float u = k < kWarp ? first : target_u(a, which, row, k, x, f);
+    const bool ignored = a.labels[row * a.targets + k] == a.ignore_index;
+    put(which ? a.ref_logprob : a.logprob, row * a.targets + k, ignored ? 0.0f : row_logprob(s, u, f));
+    put(a.target, (which * a.logits.rows + row) * a.targets + k, u);
+  }
+}
+
+// What one warp writes of a scored row.
+template <class T>
+__device__ void write_row(const TokenStatsArgs& a, int64_t row, unsigned lane, const RowState<float>& s, const float* first,
+                          const T* const* x, const RowTransform<float>& f) {
+  write_targets(a, 0, row, lane, s, first[0], x[0], f);
+  if (lane) return;
+  if (a.entropy) put(a.entropy, row, row_entropy(s));
+  if (a.logsumexp) put(a.logsumexp, row, row_logsumexp(s));
+  if (a.log_sum_sq) put(a.log_sum_sq, row, row_log_sum_sq(s));
+  if (a.mean_logit) put(a.mean_logit, row, row_mean_logit(s, float(a.vocab_total), f));
+  if (a.is_top1) put(a.is_top1, row, row_is_top1(s, a.labels[row * a.targets]));
+  if (a.state) store_state(s, true, static_cast<float*>(a.state) + row * kStateWidth);
+}
+template <class T>
+__device__ void write_row(const TokenStatsArgs& a, int64_t row, unsigned lane, const PairState<float>& s, const float* first,
+                          const T* const* x, const RowTransform<float>& f) {
+  write_row(a, row, lane, s.p, first, x, f);
+  write_targets(a, 1, row, lane, s.r, first[1], x[1], f);
+  if (lane) return;
+  if (a.kl_policy_ref) put(a.kl_policy_ref, row, row_kl_policy_ref(s.p, s.r));
+  if (a.kl_ref_policy) put(a.kl_ref_policy, row, row_kl_ref_policy(s.p, s.r));
+  if (a.state) store_ref(s.r, static_cast<float*>(a.state) + row * kStateWidth);
+}
+
+}  // namespace cuda
+}  // namespace fastalign
