@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=5"]
 CONTRACT = sorted((ROOT / "tests").glob("test_contract*.py"))
-CONTRACT = ["tests/test_contract.py", "tests/test_contract_packed.py", "tests/test_contract_kl.py"]
 
 
 def run(command, **env):
