@@ -15,6 +15,7 @@ from fastalign.train.errors import TrainingError, UserError
 # Name -> (what it shows, its default number of optimizer steps). Each is a module of fastalign.train.demos with run(seed, steps, output).
 DEMOS = {
     "dpo": ("DPO on sampled pairs, and the fused path's time against plain PyTorch", 60),
+    "tdpo": ("DPO, TDPO1 and TDPO2 side by side at equal steps: gold reward against sequence KL", 60),
 }
 
 
