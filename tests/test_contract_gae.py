@@ -176,7 +176,7 @@ def test_advantages_are_constants(backend, device):
 
 
 def test_a_long_sequence(backend, device, slow_backend):  # row 38
-    tokens = 30_000 if slow_backend or backend == "reference" else 1_000_000
+    tokens = 10_000 if backend == "reference" else 30_000 if slow_backend else 1_000_000
     rewards, values, cu_seqlens, *_ = make([0, 5, tokens], device)
     out = fa.gae(rewards, values, cu_seqlens, gamma=1.0, lam=1.0)
     want = rewards[5:].double().flip(0).cumsum(0).flip(0)

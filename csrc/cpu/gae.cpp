@@ -9,7 +9,7 @@ namespace fastalign {
 namespace cpu {
 namespace {
 
-constexpr int64_t kSerialTokens = 1 << 13;  // below this, waking threads costs more than the work
+constexpr int64_t kSerialTokens = 1 << 15;  // below this, waking threads costs more than the work
 constexpr int kLanes = 4, kGroups = 64;     // tokens of a group; groups between two sums in double
 
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
