@@ -205,5 +205,7 @@ _PUBLIC = {
     "preference_loss_from_sums": "preference_fwd",
     "listwise_loss": "listwise_fwd",
     "listwise_loss_from_sums": "listwise_fwd",
+    "reward_loss": "preference_fwd",
+    "kwise_reward_loss": "listwise_fwd",
     "gae": "gae_fwd",
 }

@@ -88,10 +88,3 @@ def test_environment_variables_are_the_documented_ones():
     for path in [*FILES, ROOT / "setup.py"]:
         for name in re.findall(r"FASTALIGN_[A-Z_]+", path.read_text()):
             assert name in ("FASTALIGN_BACKEND", "FASTALIGN_CUDA", "FASTALIGN_ARCHS"), (path, name)
-
-
-def test_contract_tests_have_names_of_their_own():
-    """tests/cuda_emu imports them into one module, where the later of two would replace the earlier."""
-    names = [line.split("(")[0] for p in sorted((ROOT / "tests").glob("test_contract*.py")) for line in p.read_text().splitlines()]
-    names = [name for name in names if name.startswith("def test_")]
-    assert sorted(set(names)) == sorted(names)

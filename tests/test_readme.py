@@ -27,7 +27,12 @@ def ops_table():
     return "\n".join(lines)
 
 
-TABLES = {"ops": (README, ops_table), "losses": (ROOT / "docs" / "losses.md", lambda: fa.losses.available().markdown())}
+LOSSES = ROOT / "docs" / "losses.md"
+TABLES = {
+    "ops": (README, ops_table),
+    "losses": (LOSSES, lambda: fa.losses.available().markdown()),
+    "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
+}
 
 
 def section(text, name):
@@ -47,7 +52,7 @@ def test_example_runs(capsys):
 
 
 def test_every_loss_has_a_row_of_documentation():
-    for preset in fa.losses.available():
+    for preset in (*fa.losses.available(), *fa.losses.available_listwise()):
         assert preset.formula and (preset.paper or preset.name == "sft"), preset.name
 
 

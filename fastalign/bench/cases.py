@@ -228,24 +228,45 @@ def _sequence_sum(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
 
 
 def _preference_loss(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
-    inputs, cu_seqlens, sequence = _packed_inputs(shape, device, cache_bytes)
-    inputs = [(logprobs.requires_grad_(), ref) for logprobs, ref in inputs]
-    sequences = 2 * shape.pairs
-
-    def gradient_of(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda logprobs, ref: torch.autograd.grad(loss(logprobs, ref), logprobs)[0]
-
-    def fused(logprobs: Tensor, ref: Tensor) -> Tensor:
+    def fused(logprobs: Tensor, ref: Tensor, cu_seqlens: Tensor) -> Tensor:
         return fastalign.preference_loss(logprobs, ref, cu_seqlens, loss="dpo", beta=eager.BETA).loss
 
-    def plain(logprobs: Tensor, ref: Tensor) -> Tensor:
-        return eager.dpo_loss(logprobs, ref, sequence, sequences)
+    return _loss_gradient("preference_loss", shape, device, cache_bytes, fused, "index_add, logsigmoid", eager.dpo_loss)
 
-    truth, baseline = (gradient_of(plain)(*(x.detach().to(t).requires_grad_() for x in inputs[0])) for t in (torch.float64, torch.float32))
-    contestants = [Contestant("fastalign", gradient_of(fused), "ours"), *_plain("index_add, logsigmoid", gradient_of, plain)]
+
+def _listwise_loss(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
+    """The sequences of the pairs as lists of four."""
+    scores = torch.rand(2 * shape.pairs, generator=torch.Generator().manual_seed(1)).to(device)
+    offsets = torch.arange(0, 2 * shape.pairs + 1, 4, dtype=torch.int32, device=device)
+
+    def fused(logprobs: Tensor, ref: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return fastalign.listwise_loss(logprobs, ref, cu_seqlens, offsets, scores, loss="plackett_luce", beta=eager.BETA).loss
+
+    def plain(logprobs: Tensor, ref: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+        return eager.plackett_luce_loss(logprobs, ref, sequence, scores.view(-1, 4))
+
+    return _loss_gradient("listwise_loss", shape, device, cache_bytes, fused, "index_add, logcumsumexp", plain)
+
+
+def _loss_gradient(op: str, shape: Pairs, device: torch.device, cache_bytes: int, fused: Callable[..., Tensor], name: str,
+                   plain: Callable[..., Tensor]) -> Case:  # fmt: skip
+    """A loss on packed log-probs, forward and backward. fused(logprobs, ref, cu_seqlens), plain(logprobs, ref, sequence, sequences)."""
+    inputs, cu_seqlens, sequence = _packed_inputs(shape, device, cache_bytes)
+    inputs = [(logprobs.requires_grad_(), ref) for logprobs, ref in inputs]
+
+    def gradient_of(loss: Callable[..., Tensor], *rest: Any) -> Callable[..., Tensor]:
+        return lambda logprobs, ref: torch.autograd.grad(loss(logprobs, ref, *rest), logprobs)[0]
+
+    def eagerly(logprobs: Tensor, ref: Tensor) -> Tensor:
+        return plain(logprobs, ref, sequence, 2 * shape.pairs)
+
+    truth, baseline = (
+        gradient_of(eagerly)(*(x.detach().to(t).requires_grad_() for x in inputs[0])) for t in (torch.float64, torch.float32)
+    )
+    contestants = [Contestant("fastalign", gradient_of(fused, cu_seqlens), "ours"), *_plain(name, gradient_of, eagerly)]
     # Read both log-probs, write one gradient.
     traffic, scale = 12 * inputs[0][0].numel(), torch.full_like(truth, float(truth.abs().max()))
-    return Case("preference_loss", shape, inputs, traffic, contestants, truth, baseline, scale=scale)
+    return Case(op, shape, inputs, traffic, contestants, truth, baseline, scale=scale)
 
 
 def _kl_estimate(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
@@ -286,6 +307,6 @@ def _gae(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
 _PUBLIC = {"token_logprobs_entropy": "token_stats", "token_logprobs_backward": "token_logprobs"}
 _MAKERS = {
     "token_logprobs": _logprobs, "token_logprobs_entropy": _logprobs_entropy, "token_logprobs_backward": _logprobs_backward,
-    "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "kl_estimate": _kl_estimate, "gae": _gae,
+    "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "listwise_loss": _listwise_loss, "kl_estimate": _kl_estimate, "gae": _gae,
 }  # fmt: skip
 assert set(_MAKERS) == set(SHAPES["cpu"])

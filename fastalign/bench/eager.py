@@ -37,6 +37,13 @@ def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, sequence: Tensor, sequences
     return -F.logsigmoid(BETA * (ratios[0::2] - ratios[1::2])).mean()
 
 
+def plackett_luce_loss(logprobs: Tensor, ref_logprobs: Tensor, sequence: Tensor, scores: Tensor) -> Tensor:
+    """`scores` [L, K]: lists of equal length."""
+    ratios = segment_sum(logprobs - ref_logprobs, sequence, scores.numel()).view(scores.shape)
+    s = BETA * ratios.gather(-1, scores.argsort(stable=True, dim=-1, descending=True))
+    return (s.flip(-1).logcumsumexp(-1).flip(-1) - s).sum(-1).mean()
+
+
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     d = logprobs - ref_logprobs
     return torch.expm1(-d) + d

@@ -36,7 +36,7 @@ class Sequences(NamedTuple):
         return f"{self.sequences} x {self.length} tokens float32"
 
 
-PACKED_OPS = ("sequence_sum", "preference_loss", "kl_estimate")
+PACKED_OPS = ("sequence_sum", "preference_loss", "listwise_loss", "kl_estimate")
 
 
 Shape = Rows | Pairs | Sequences

@@ -1,6 +1,10 @@
 """The contract tests of all backends, on the emulated CUDA kernels, under every interleaving of --emu-seeds."""
 
-from test_contract import *  # noqa: F403
-from test_contract_gae import *  # noqa: F403
-from test_contract_listwise import *  # noqa: F403
-from test_contract_packed import *  # noqa: F403
+import importlib
+from pathlib import Path
+
+# Under the name of their file, as two files may have a test of the same name.
+for _path in sorted(Path(__file__).parents[1].glob("test_contract*.py")):
+    for _name, _value in vars(importlib.import_module(_path.stem)).items():
+        if _name.startswith("test_"):
+            globals()[f"{_path.stem}_{_name}"] = _value
