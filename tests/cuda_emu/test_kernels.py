@@ -7,6 +7,7 @@ import math
 import pytest
 import test_contract as contract
 import test_contract_gae as gae
+import test_contract_listwise as listwise
 import test_contract_packed as packed
 import torch
 from cuda_emu import build, plugin
@@ -216,6 +217,12 @@ MISSING = {
         "gae.cu",
         ("    maps[warp] = own;\n  }\n  __syncthreads();", "    maps[warp] = own;\n  }"),
         lambda: gae.test_equals_the_loop(*WHERE, [0, 1500]),
+        0,
+    ),
+    "the barrier before the other responses' numbers are read": (
+        "listwise.cu",
+        ("  if (i < count) aux[i] = list_aux(p, x, head, i);\n  __syncthreads();", "  if (i < count) aux[i] = list_aux(p, x, head, i);"),
+        lambda: listwise.test_the_longest_list(*WHERE, "plackett_luce"),
         0,
     ),
 }
