@@ -24,6 +24,7 @@ def public_calls(
     logprobs = batch.logprobs.clone().requires_grad_()
     per_sequence = torch.ones(2 * pairs, device=device)
     one = torch.ones((), device=device)
+    lists = torch.tensor([0, 3, 2 * pairs], device=device), torch.arange(2 * pairs, device=device)
 
     def token_stats() -> tuple[Tensor, ...]:
         stats = fa.token_stats(logits, labels, outputs=("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1"))
@@ -47,11 +48,15 @@ def public_calls(
         out = fa.preference_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss="dpo")
         return out.loss.detach(), out.margins, *torch.autograd.grad(out.loss, logprobs, one)
 
+    def listwise_loss() -> tuple[Tensor, ...]:
+        out = fa.listwise_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, *lists, mask=batch.packed.mask, loss="rrhf")
+        return out.loss.detach(), out.rewards, *torch.autograd.grad(out.loss, logprobs, one)
+
     def gae() -> tuple[Tensor, ...]:
         return fa.gae(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, gamma=0.99)
 
-    calls = (token_stats, inplace, sequence_sum, kl_estimate, preference_loss, gae)
+    calls = (token_stats, inplace, sequence_sum, kl_estimate, preference_loss, listwise_loss, gae)
     return {call.__name__: (logits if call in (token_stats, inplace) else logprobs, call) for call in calls}
 
 
-NAMES = ("token_stats", "inplace", "sequence_sum", "kl_estimate", "preference_loss", "gae")
+NAMES = ("token_stats", "inplace", "sequence_sum", "kl_estimate", "preference_loss", "listwise_loss", "gae")
