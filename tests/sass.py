@@ -45,6 +45,21 @@ class Kernel:
             if target and int(target[1], 16) < address:
                 yield [line for line in self.code if int(target[1], 16) <= line[0] <= address]
 
+    @staticmethod
+    def interior(body):
+        """One turn of a loop away from the ends of a row: branches ahead are taken, but those over an exp2, which every turn needs."""
+        turn, resume = [], 0
+        for address, text in body:
+            if address < resume:
+                continue
+            turn.append((address, text))
+            branch = re.match(r"(@!?U?P\w+\s+)?BRA.*?0x([0-9a-f]+)", text)
+            if branch and address < int(branch[2], 16) <= body[-1][0]:
+                over = [t for a, t in body if address < a < int(branch[2], 16)]
+                if not branch[1] or not any("MUFU.EX2" in t for t in over):
+                    resume = int(branch[2], 16)
+        return turn
+
 
 def nvcc() -> str:
     found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))

@@ -54,6 +54,10 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
+  if (shared > (48 << 10)) {  // what a kernel gets without asking; the cache gives way to it
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), name);
+  }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), name);
 }
 
@@ -71,6 +75,13 @@ template <class K> bool clusters_supported(K* kernel, int device) {
   const bool yes = available && attributes.ptxVersion >= 90;
   if (memo) *memo = yes ? 1 : -1;
   return yes;
+}
+
+// Bytes of shared memory that a block of this device may ask for.
+inline size_t shared_limit(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return size_t(bytes);
 }
 
 // Clusters: all threads of all blocks of the cluster meet; this block's rank; the same shared variable in another block.
@@ -94,6 +105,34 @@ template <class T> __device__ __forceinline__ T* cluster_map(T* mine, unsigned r
 #else
   return mine;
 #endif
+}
+
+// Copies from global to shared memory that run by themselves (sm_90 and later), and the flags, in shared memory, that say when the bytes are
+// there. A flag serves once. One thread initialises all flags, announces the bytes of each and starts its copies; all threads meet; then any
+// may wait. Addresses and sizes are multiples of 16.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define FA_COPY_ASM(...) asm volatile(__VA_ARGS__)
+#else
+#define FA_COPY_ASM(...) __trap()
+#endif
+struct CopyFlag { uint64_t word; };
+__device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void init_flags(CopyFlag* flags, int count) {
+  for (int i = 0; i < count; ++i) FA_COPY_ASM("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(flags + i)) : "memory");
+  FA_COPY_ASM("fence.proxy.async.shared::cta;" :: : "memory");   // the copies see the flags
+}
+__device__ __forceinline__ void announce_bytes(CopyFlag* flag, unsigned bytes) {
+  FA_COPY_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(flag)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void start_copy(void* to, const void* from, unsigned bytes, CopyFlag* flag) {
+  FA_COPY_ASM("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+              "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(flag)) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies(CopyFlag* flag) {
+  unsigned done = 0;
+  while (!done)
+    FA_COPY_ASM("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(
+        done) : "r"(shared_address(flag)) : "memory");
 }
 
 // 2^x by the special function unit: 2 ulp, results below 2^-126 become 0. exp2f would add a range fix-up to every element.

@@ -7,8 +7,9 @@
 namespace fastalign {
 namespace cuda {
 
-// What a kernel keeps of a row state beside m, s0 and umax, which are always there: optional sums, and the whole of a reference row's part.
-enum RowSum : int { kSum1 = 1, kSum2 = 2, kSumZ = 4, kTop = 8, kRefRow = 16 };
+// What a kernel keeps of a row state beside m, s0 and umax, which are always there: optional sums; a reference row's m and s0 (kRefRow), and with
+// it the sums over both rows (kSumT, kSumTr).
+enum RowSum : int { kSum1 = 1, kSum2 = 2, kSumZ = 4, kTop = 8, kRefRow = 16, kSumT = 32, kSumTr = 64 };
 template <int kSums> constexpr int kRows = kSums & kRefRow ? 2 : 1;
 template <int kSums> using State = std::conditional_t<(kSums & kRefRow) != 0, PairState<float>, RowState<float>>;
 
@@ -27,7 +28,12 @@ template <int kSums> __device__ RowState<float> keep(RowState<float> s) {
   if (!(kSums & kTop)) s.top = -1;
   return s;
 }
-template <int kSums> __device__ PairState<float> keep(const PairState<float>& s) { return {keep<kSums>(s.p), s.r}; }
+template <int kSums> __device__ PairState<float> keep(PairState<float> s) {
+  s.p = keep<kSums>(s.p);
+  if (!(kSums & kSumT)) s.r.t = 0;
+  if (!(kSums & kSumTr)) s.r.tr = 0;
+  return s;
+}
 
 template <int kSums> __device__ RowState<float> shuffle_down(const RowState<float>& s, unsigned distance) {
   RowState<float> r = s;
@@ -41,11 +47,11 @@ template <int kSums> __device__ RowState<float> shuffle_down(const RowState<floa
   return r;
 }
 template <int kSums> __device__ PairState<float> shuffle_down(const PairState<float>& s, unsigned distance) {
-  PairState<float> other{shuffle_down<kSums>(s.p, distance), {}};
+  PairState<float> other{shuffle_down<kSums>(s.p, distance), s.r};
   other.r.m = __shfl_down_sync(kFullMask, s.r.m, distance);
   other.r.s0 = __shfl_down_sync(kFullMask, s.r.s0, distance);
-  other.r.t = __shfl_down_sync(kFullMask, s.r.t, distance);
-  other.r.tr = __shfl_down_sync(kFullMask, s.r.tr, distance);
+  if (kSums & kSumT) other.r.t = __shfl_down_sync(kFullMask, s.r.t, distance);
+  if (kSums & kSumTr) other.r.tr = __shfl_down_sync(kFullMask, s.r.tr, distance);
   return other;
 }
 

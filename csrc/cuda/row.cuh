@@ -13,11 +13,47 @@ constexpr int64_t kShortRow = 4096;     // bytes; rows (with a reference: both t
 
 inline unsigned forced_cluster = 0;     // by set_cluster_size
 
+// How many threads serve a row, by the number of bytes to read for it alone: results do not depend on what else is in the batch. Kernels that
+// form row states share this, hence the tree that the states are merged by.
+struct RowShape { unsigned cluster, threads; };
+
 // Threads of a block for a stretch of a row: as few as leave each two bundles, so that no warp idles on rows of a few KiB.
 inline unsigned threads_for(int64_t bytes) {
   for (unsigned threads : {2 * kWarp, 4 * kWarp})
     if (bytes <= threads * 2 * kUnroll * 16) return threads;
   return kRowThreads;
+}
+
+// Blocks per row. A block's share must be long against its start and its share of the merges, which other blocks hide only in part; shorter
+// shares would serve small batches better. With a reference row a share is what lets three blocks keep theirs in an SM's shared memory.
+inline unsigned cluster_size(int64_t bytes, int rows) {
+  const int64_t share = (rows > 1 ? 72 : 96) << 10;
+  for (unsigned size : {1u, 2u, 4u})
+    if (bytes <= size * share) return size;
+  return 8;
+}
+
+// `supported`: whether clusters can be launched.
+inline RowShape row_shape(int64_t bytes, int rows, bool supported) {
+  if (bytes <= kShortRow && !forced_cluster) return {1, kWarp};
+  if (forced_cluster > 1 && !supported)
+    throw std::invalid_argument("fastalign: set_cluster_size: this device or build has no thread-block clusters");
+  const unsigned cluster = forced_cluster ? forced_cluster : supported ? cluster_size(bytes, rows) : 1;
+  return {cluster, threads_for(bytes / cluster)};
+}
+
+// How an elementwise kernel shares out rows of `vocab` elements: a block takes block.y rows (short ones, a warp each), or one of `count` chunks of
+// `vectors` vectors of a row: `per_thread` for each of its threads, enough to hide the row's own few loads.
+struct Chunks {
+  dim3 block;
+  int vectors;
+  int64_t count;
+};
+inline Chunks chunks_of(int64_t vocab, int lanes, int64_t bytes, int per_thread, bool may_share_block = true) {
+  const int64_t all = ceil_div(vocab, lanes);  // an upper bound of the wide ones
+  if (may_share_block && bytes <= kShortRow) return {dim3(kWarp, kRowThreads / kWarp), int(all), 1};
+  const unsigned threads = threads_for(bytes);
+  return {dim3(threads), per_thread * int(threads), ceil_div(all, per_thread * int64_t(threads))};
 }
 
 // The first vector of a thread's first bundle of N (i, i + 32, ...): a warp's bundles are 32 * N consecutive vectors.
@@ -44,7 +80,7 @@ template <class T> __device__ T* row_pointer(const RowsView& v, int64_t row) {
 // ignored nor in the vocabulary, and the whole row becomes NaN.
 struct RowLabels { bool scored, bad; };
 template <class Args> __device__ RowLabels row_labels(const Args& a, int64_t row) {
-  const bool kept = !a.mask || a.mask[row];   // not an early return: the labels' load need not wait for the mask's
+  const bool kept = !a.mask || a.mask[row];  // not an early return: the labels' load need not wait for the mask's
   if (!a.labels) return {kept, false};
   RowLabels r{false, false};
   for (int64_t k = 0; k < a.targets; ++k) {

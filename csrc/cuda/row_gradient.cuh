@@ -15,7 +15,7 @@ struct RowGradient {
   float m, a, b, label_scale;
   enum Kind : int { kZero, kNan, kRegular, kWithKl } kind;  // kWithKl: the reference row is read
   float ref_m;
-  KlCoefficients<float> kl;
+  KlCoefficients<float> kl;  // the mean is in a
 
   static __device__ RowGradient without_terms(Kind kind) { return {0, 0, 0, 0, kind, 0, {0, 0, 0, 0}}; }
 };
@@ -46,21 +46,25 @@ __device__ RowGradient row_gradient(const TokenStatsBackwardArgs& a, int64_t row
   if (with_kl) {
     g.kind = RowGradient::kWithKl, g.ref_m = r.m, g.kl = kl_coefficients(s, r, g_kl_policy_ref, g_kl_ref_policy);
     g.kl.c *= slope, g.kl.k *= slope;
+    if (g.kl.c != 0) g.a = fmaf(-g.kl.c, g.kl.mean, g.a);  // both are factors of e
   }
   return g;
 }
 
+// Which KL terms a loop evaluates.
+enum KlTerm : int { kPolicyRef = 1, kRefPolicy = 2 };
+
 // One element: x and y are the raw logits of the policy and of the reference. Written with explicit fmaf, so that every place this is inlined
 // into rounds alike.
-template <bool kCap, bool kLabelled, bool kKl>
+template <bool kCap, bool kLabelled, int kKl>
 __device__ float gradient(const RowGradient& g, const RowTransform<float>& f, float x, float y, float extra) {
   const float u = kCap ? tanhf(x * f.cap_scale) : x, d = f.bits(u, g.m), e = fast_exp2(d);
+  const float dr = kKl ? f.bits(kCap ? tanhf(y * f.cap_scale) : y, g.ref_m) : 0.0f;
   float inner = fmaf(g.b, fmaxf(d, -200.0f), g.a);  // e is 0 below -200, and 0 * -inf would be NaN
+  if (kKl & kPolicyRef) inner = fmaf(g.kl.c, e == 0 || (kKl != kPolicyRef && g.kl.c == 0) ? 0.0f : d - dr, inner);
   float dz;
-  if (kKl) {
-    const float dr = f.bits(kCap ? tanhf(y * f.cap_scale) : y, g.ref_m), er = fast_exp2(dr);
-    inner = fmaf(g.kl.c, e == 0 || g.kl.c == 0 ? 0.0f : d - dr - g.kl.mean, inner);
-    const float forward = fmaf(-g.kl.ratio, er, e);
+  if (kKl & kRefPolicy) {
+    const float forward = fmaf(-g.kl.ratio, fast_exp2(dr), e);
     dz = fmaf(e, inner, kLabelled ? fmaf(g.kl.k, forward, extra) : g.kl.k * forward);
     dz = u == -INFINITY ? 0.0f : dz;
   } else {
@@ -80,16 +84,17 @@ template <bool kMany> struct LabelShare {
   __device__ float operator()(int element) const { return kMany ? extra[element - label] : (label == element ? own : 0.0f); }
 };
 constexpr int kNoLabel = -(1 << 30);  // before every element
-template <class Args> __device__ LabelShare<false> label_share(const Args& a, int64_t row, const RowGradient& g) {
+// Of a row with one label, for the stretch of it that starts at column `start`.
+template <class Args> __device__ LabelShare<false> label_share(const Args& a, int64_t row, const RowGradient& g, int start) {
   const int column = local_column(a, a.labels[row]);
-  return {column < 0 ? kNoLabel : column, at(a.g_logprob, row) * g.label_scale, nullptr};
+  return {column < 0 ? kNoLabel : column - start, at(a.g_logprob, row) * g.label_scale, nullptr};
 }
 
 // Gradients of vectors [begin, end) of the row, all of them wide in every row that is read. `rows` may be in shared memory; vectors are counted
 // from where `out` is aligned, so that stores are always 16 bytes. Each element is read and written by one thread: `out` may be the policy row.
-template <class T, bool kCap, bool kKl, bool kMany>
-__device__ void write_vectors(const RowGradient& g, const RowTransform<float>& f, const RowVectors<T> (&rows)[kKl ? 2 : 1], T* out, int begin,
-                              int end, const LabelShare<kMany>& share) {
+template <class T, bool kCap, int kKl, bool kMany>
+__device__ void write_vectors(const RowGradient& g, const RowTransform<float>& f, const RowVectors<T> (&rows)[kKl ? 2 : 1], T* out,
+                              int begin, int end, const LabelShare<kMany>& share) {
   constexpr int L = kLanes<T>, R = kKl ? 2 : 1, N = kUnroll / R;
   for (int i = begin + bundle_start<N>(threadIdx.x); i < end; i += N * int(blockDim.x)) {
     uint4 v[R][N];
@@ -123,11 +128,6 @@ template <class T> __device__ void fill_vectors(float value, const RowVectors<T>
   for (int l = 0; l < kLanes<T>; ++l) lanes[l] = value;
   const uint4 filled = pack(lanes, T{});
   for (int i = begin + int(threadIdx.x); i < end; i += int(blockDim.x)) store16(out + row.element(i), filled);
-}
-
-// Calls f with the elements of a row of `count` that lie outside [begin, end): what no wide vector covers, at both ends.
-template <class F> __device__ void for_each_end(int count, int begin, int end, F&& f) {
-  for (int j = int(threadIdx.x); j < count - (end - begin); j += int(blockDim.x)) f(j < begin ? j : j + (end - begin));
 }
 
 }  // namespace cuda

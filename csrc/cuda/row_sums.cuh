@@ -34,8 +34,8 @@ __device__ __forceinline__ void push(State<kSums>& state, const uint4 (&v)[kRows
     ref_origin = ref_m == -INFINITY ? 0.0f : ref_m;
     const float ref_by = r.m - ref_origin;
     ref_scale = fast_exp2(ref_by);
-    r.t = move_cross(r.t, s.s0, by - ref_by, scale);
-    r.tr = move_cross(r.tr, r.s0, by - ref_by, ref_scale);
+    if (kSums & kSumT) r.t = move_cross(r.t, s.s0, by - ref_by, scale);
+    if (kSums & kSumTr) r.tr = move_cross(r.tr, r.s0, by - ref_by, ref_scale);
     r.m = ref_m;
   }
   if (kSums & kSum1) s.s1 = fmaf(fmaxf(by, -finite_limit<float>()), s.s0, s.s1) * scale;  // the bound: no 0 * inf before the first mass
@@ -61,8 +61,8 @@ __device__ __forceinline__ void push(State<kSums>& state, const uint4 (&v)[kRows
       u[0][l] = e;
       if constexpr ((kSums & kRefRow) != 0) {
         const float dr = f.bits(u[1][l], ref_origin), er = fast_exp2(dr), difference = d - dr;
-        state.r.t = fmaf(e, e == 0 ? 0.0f : difference, state.r.t);
-        state.r.tr = fmaf(er, er == 0 ? 0.0f : difference, state.r.tr);
+        if (kSums & kSumT) state.r.t = fmaf(e, e == 0 ? 0.0f : difference, state.r.t);
+        if (kSums & kSumTr) state.r.tr = fmaf(er, er == 0 ? 0.0f : difference, state.r.tr);
         u[1][l] = er;
       }
     }

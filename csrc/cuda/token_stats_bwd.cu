@@ -70,11 +70,11 @@ __global__ void __launch_bounds__(kRowThreads, kRef ? 3 : 4)
       scatter_labels(a, row, g.label_scale, share.label, chunk * L, extra);
     }
   } else {
-    if (labelled) share = label_share(a, row, g);
+    if (labelled) share = label_share(a, row, g, 0);
   }
   const bool with_kl = kRef && g.kind == RowGradient::kWithKl;
-  if (with_kl) write_vectors<T, kCap, true>(g, f, both, out, begin, end, share);
-  else write_vectors<T, kCap, false>(g, f, rows, out, begin, end, share);
+  if (with_kl) write_vectors<T, kCap, kPolicyRef | kRefPolicy>(g, f, both, out, begin, end, share);
+  else write_vectors<T, kCap, 0>(g, f, rows, out, begin, end, share);
 
   if (part > 0) return;
   for_each_end(vocab, inner_begin, inner_end, [&](int e) {
@@ -82,21 +82,20 @@ __global__ void __launch_bounds__(kRowThreads, kRef ? 3 : 4)
     for (int64_t k = 0; kMany && labelled && k < a.targets; ++k)
       if (local_column(a, a.labels[row * a.targets + k]) == e) sum += at(a.g_logprob, row * a.targets + k);
     const float own = kMany ? sum * g.label_scale : share(e), value = to_acc(x[e]);
-    from_acc(with_kl ? gradient<kCap, true, true>(g, f, value, to_acc(y[e]), own) : gradient<kCap, true, false>(g, f, value, 0.0f, own), out + e);
+    from_acc(with_kl ? gradient<kCap, true, kPolicyRef | kRefPolicy>(g, f, value, to_acc(y[e]), own)
+                     : gradient<kCap, true, 0>(g, f, value, 0.0f, own),
+             out + e);
   });
 }
 
 template <class T, bool kCap, bool kMany, bool kRef> void launch_row_kernel(const TokenStatsBackwardArgs& a, void* stream) {
-  const int64_t vectors = ceil_div(a.logits.vocab, kLanes<T>);  // an upper bound of the wide ones
+  constexpr int kVectors = kUnroll / (kRef ? 2 : 1);
   const int64_t bytes = (kRef ? 2 : 1) * a.logits.vocab * int64_t(sizeof(T));
-  const bool by_warp = !kMany && bytes <= kShortRow;
-  const dim3 block = by_warp ? dim3(kWarp, kRowThreads / kWarp) : dim3(threads_for(bytes));
-  // A block's share of a row: enough to hide the row's own few loads; with several labels, what shared memory holds.
-  const int chunk = by_warp ? int(vectors) : (kMany ? 1 : 2) * kUnroll / (kRef ? 2 : 1) * int(block.x);
-  const int64_t chunks = ceil_div(vectors, chunk);
-  const size_t shared = kMany ? size_t(chunk) * kLanes<T> * sizeof(float) : 0;
-  FA_LAUNCH((token_stats_bwd_kernel<T, kCap, kMany, kRef>), dim3(grid_size(ceil_div(a.logits.rows, block.y) * chunks, "token_stats")), block,
-            shared, stream, a, row_scale(a), unsigned(chunks), chunk);
+  // With several labels a chunk is what shared memory holds.
+  const Chunks c = chunks_of(a.logits.vocab, kLanes<T>, bytes, (kMany ? 1 : 2) * kVectors, !kMany);
+  const size_t shared = kMany ? size_t(c.vectors) * kLanes<T> * sizeof(float) : 0;
+  FA_LAUNCH((token_stats_bwd_kernel<T, kCap, kMany, kRef>), dim3(grid_size(ceil_div(a.logits.rows, c.block.y) * c.count, "token_stats")),
+            c.block, shared, stream, a, row_scale(a), unsigned(c.count), c.vectors);
 }
 
 }  // namespace

@@ -57,31 +57,21 @@ __global__ void __launch_bounds__(kRowThreads, kBlocksPerSm<kSums>)
   s = merge_row<kSums>(s, partial, cluster);
 
   if (!finisher) return;
-  if (thread == 0 && a.state_in) s = keep<kSums>(merge(load_row_state<kSums>(static_cast<const float*>(a.state_in) + row * kStateWidth), s));
+  if (thread == 0 && a.state_in)
+    s = keep<kSums>(merge(load_row_state<kSums>(static_cast<const float*>(a.state_in) + row * kStateWidth), s));
   if (labels.bad) spoil(s);
   write_row(a, row, thread, s, first, x, f);
 }
 
-// Blocks per row. A block's share must be long against its start and its share of the merges, which other blocks hide only in part; shorter
-// shares would serve small batches better, but the choice may not depend on the number of rows.
-unsigned cluster_size(int64_t bytes) {
-  for (unsigned size : {1u, 2u, 4u})
-    if (bytes <= size * int64_t(96 << 10)) return size;
-  return 8;
-}
-
 template <class T, int kSums, bool kCap> void launch_row_kernel(const TokenStatsArgs& a, int device, void* stream) {
   const int64_t bytes = kRows<kSums> * a.logits.vocab * int64_t(sizeof(T));  // to read per row
-  const bool by_warp = bytes <= kShortRow && !forced_cluster;
-  unsigned cluster = forced_cluster ? forced_cluster : cluster_size(bytes);
-  if (cluster > 1 && !clusters_supported(token_stats_fwd_kernel<T, kSums, kCap>, device)) {
-    if (forced_cluster) throw std::invalid_argument("fastalign: set_cluster_size: this device or build has no thread-block clusters");
-    cluster = 1;
-  }
-  const dim3 block = by_warp ? dim3(kWarp, kRowThreads / kWarp) : dim3(threads_for(bytes / cluster));
-  const unsigned blocks = grid_size(ceil_div(a.logits.rows, block.y) * cluster, "token_stats");
+  const RowShape shape = row_shape(bytes, kRows<kSums>, clusters_supported(token_stats_fwd_kernel<T, kSums, kCap>, device));
+  const bool by_warp = shape.threads == kWarp;
+  const dim3 block = by_warp ? dim3(kWarp, kRowThreads / kWarp) : dim3(shape.threads);
+  const unsigned blocks = grid_size(ceil_div(a.logits.rows, block.y) * shape.cluster, "token_stats");
   const size_t shared = by_warp ? 0 : (block.x / kWarp + 1) * sizeof(State<kSums>);
-  FA_LAUNCH_CLUSTER((token_stats_fwd_kernel<T, kSums, kCap>), dim3(blocks), block, shared, cluster, stream, a, row_scale(a), cluster);
+  FA_LAUNCH_CLUSTER((token_stats_fwd_kernel<T, kSums, kCap>), dim3(blocks), block, shared, shape.cluster, stream, a, row_scale(a),
+                    shape.cluster);
 }
 
 }  // namespace
@@ -103,10 +93,10 @@ void token_stats_fwd(const TokenStatsArgs& a, int device, void* stream) {
     };
     // Few sets of sums. One row: the usual losses, those with an entropy term, everything. Two rows: what losses use, everything; there the
     // reads leave room for sums that are not asked for.
-    constexpr int kRare = kSum2 | kSumZ | kTop;
+    constexpr int kRare = kSum2 | kSumZ | kTop, kPair = kRefRow | kSum1 | kSumT | kSumTr;
     const bool rare = (a.outputs & (kOutLogSumSq | kOutMeanLogit | kOutIsTop1)) != 0;
-    if (a.ref.data && rare) by_cap(std::integral_constant<int, kRefRow | kSum1 | kRare>{});
-    else if (a.ref.data) by_cap(std::integral_constant<int, kRefRow | kSum1>{});
+    if (a.ref.data && rare) by_cap(std::integral_constant<int, kPair | kRare>{});
+    else if (a.ref.data) by_cap(std::integral_constant<int, kPair>{});
     else if (rare) by_cap(std::integral_constant<int, kSum1 | kRare>{});
     else if (a.outputs & kOutEntropy) by_cap(std::integral_constant<int, kSum1>{});
     else by_cap(std::integral_constant<int, 0>{});

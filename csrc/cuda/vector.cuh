@@ -149,5 +149,10 @@ __device__ __forceinline__ void load_bundle(const RowVectors<T> (&rows)[kRows], 
   for (int r = 0; r < kRows; ++r) rows[r].align(i, loaded[r], v[r]), rows[r].gather(i, limit, loaded[r], v[r]);
 }
 
+// Calls f with the elements of a row of `count` that lie outside [begin, end): what no wide vector covers, at both ends.
+template <class F> __device__ void for_each_end(int count, int begin, int end, F&& f) {
+  for (int j = int(threadIdx.x); j < count - (end - begin); j += int(blockDim.x)) f(j < begin ? j : j + (end - begin));
+}
+
 }  // namespace cuda
 }  // namespace fastalign

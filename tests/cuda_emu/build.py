@@ -46,8 +46,10 @@ def build(variant: str = "ubsan", edits: dict[str, tuple[str, str]] | None = Non
     jobs = []
     for source in [CSRC / "bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]:
         path = overlay / "cuda" / source.name if source.name in edited else source
-        options = [*flags, *(bindings if source.name == "bindings.cpp" else VARIANTS[variant])]
-        output = OUT / f"{source.stem}-{_hash(repr((options, _texts([path, HERE / 'cuda_emu.h'], search))))}.o"
+        texts = _texts([path, HERE / "cuda_emu.h"], search)
+        changed = any(text in edited.values() for text in texts)  # a wrong kernel, which other checks than UBSan's are to notice
+        options = [*flags, *(bindings if source.name == "bindings.cpp" else [] if changed else VARIANTS[variant])]
+        output = OUT / f"{source.stem}-{_hash(repr((options, texts)))}.o"
         jobs.append((path, output, [*options, *[f"-I{d}" for d in search]]))
     module = OUT / f"{_hash(repr([str(o) for _, o, _ in jobs]))}" / f"_C_emu{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.exists():

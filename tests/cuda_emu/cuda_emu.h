@@ -7,7 +7,7 @@
 //
 // What it finds: shared memory used before it was written (it starts as NaN) or outside its size; barriers and warp operations that not
 // all threads reach, or reach at different places; deadlocks, across the blocks of a cluster too; a block that exits while others may
-// read its shared memory; launches that a GPU would refuse. Not found: races between threads that no interleaving of these points
+// read its shared memory or copies to it are under way; launches that a GPU would refuse. Not found: races between threads that no interleaving of these points
 // exposes, and memory ordering.
 #pragma once
 #include <algorithm>
@@ -78,6 +78,19 @@ struct WarpMeeting {
   Barrier barrier;
 };
 struct Cluster;
+constexpr size_t kSharedLimit = 227 << 10;  // of sm_90 and sm_100
+
+// A flag for asynchronous copies: what was announced, and the copies that are not made yet.
+struct Copies {
+  struct Copy {
+    char* to;
+    const char* from;
+    unsigned bytes;
+  };
+  bool announced = false;
+  unsigned bytes = 0, started = 0;
+  std::vector<Copy> pending;
+};
 struct Block {
   Cluster* cluster = nullptr;
   dim3 index;
@@ -89,6 +102,7 @@ struct Block {
   std::vector<char> memory;
   char* shared = nullptr;
   unsigned mapped = 0;  // by another block, in this epoch of the cluster
+  std::map<const void*, Copies> flags;  // by their address in shared memory
 };
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
@@ -106,7 +120,7 @@ class Machine {
   void launch(const char* name, dim3 grid, dim3 block, size_t shared, unsigned cluster, const std::function<void()>& body) {
     std::lock_guard<std::mutex> lock(mutex_);
     const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
-    if (threads == 0 || threads > 1024 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || shared > (48 << 10) ||
+    if (threads == 0 || threads > 1024 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || shared > kSharedLimit ||
         cluster == 0 || cluster > 8 || grid.x % cluster)
       throw std::runtime_error(std::string("emulated launch of ") + name + ": invalid configuration");
     name_ = name, body_ = &body, block_dim = block, grid_dim = grid, shared_ = shared, error_ = nullptr,
@@ -157,8 +171,45 @@ class Machine {
     if (rank != b.rank) c.blocks[rank]->mapped = c.epoch;
     return c.blocks[rank]->shared + (mine - b.shared);
   }
+  // Copies are made when the first thread waits for them, as late as a GPU may: who forgets to wait finds poison.
+  void init_flag(void* flag) {
+    Block& b = *current->block;
+    if (static_cast<char*>(flag) < b.shared || static_cast<char*>(flag) + 8 > b.shared + shared_ || reinterpret_cast<uintptr_t>(flag) % 8)
+      throw std::runtime_error(text("a copy flag that is not 8 aligned bytes of shared memory"));
+    if (!b.flags.emplace(flag, Copies{}).second) throw std::runtime_error(text("a copy flag is initialised twice"));
+    yield();
+  }
+  void announce(void* flag, unsigned bytes) {
+    Copies& c = copies(flag);
+    if (c.announced) throw std::runtime_error(text("a copy flag is used twice"));
+    c.announced = true, c.bytes = bytes;
+  }
+  void start_copy(void* to, const void* from, unsigned bytes, void* flag) {
+    Block& b = *current->block;
+    char* t = static_cast<char*>(to);
+    if (t < b.shared || t + bytes > b.shared + shared_) throw std::runtime_error(text("a copy to outside shared memory"));
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+      throw std::runtime_error(text("a copy whose addresses or size are not multiples of 16"));
+    copies(flag).pending.push_back({t, static_cast<const char*>(from), bytes});
+    copies(flag).started += bytes;
+    yield();
+  }
+  void wait_for_copies(void* flag) {
+    Copies& c = copies(flag);
+    if (!c.announced || c.started != c.bytes) throw std::runtime_error(text("waits for copies that never add up to what was announced"));
+    for (const Copies::Copy& copy : c.pending) std::memcpy(copy.to, copy.from, copy.bytes);
+    c.pending.clear();
+    yield();
+  }
 
  private:
+  Copies& copies(void* flag) {
+    auto& flags = current->block->flags;
+    const auto found = flags.find(flag);
+    if (found == flags.end()) throw std::runtime_error(text("a copy flag is used before it is initialised"));
+    return found->second;
+  }
+
   static constexpr size_t kGuard = 256;  // bytes on either side of a block's shared memory
 
   std::string text(const std::string& what) const { return "emulated kernel " + name_ + ": " + what; }
@@ -216,6 +267,9 @@ class Machine {
     release_warps(b, warp);
     release_if(b.barrier, b.alive);
     release_if_cluster(*b.cluster);
+    if (b.alive == 0)
+      for (const auto& [flag, copies] : b.flags)
+        if (!copies.pending.empty()) throw std::runtime_error(text("a block exits while copies to its shared memory are under way"));
     if (b.alive == 0 && b.mapped == b.cluster->epoch)
       throw std::runtime_error(text("a block exits without a cluster_sync after others took the address of its shared memory"));
   }

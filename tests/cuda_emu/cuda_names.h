@@ -66,6 +66,15 @@ template <class T> T* cluster_map(T* mine, unsigned rank) {
   return reinterpret_cast<T*>(::emu::machine.shared_of(reinterpret_cast<char*>(mine), rank));
 }
 
+inline size_t shared_limit(int) { return ::emu::kSharedLimit; }
+struct CopyFlag { uint64_t word; };
+inline void init_flags(CopyFlag* flags, int count) {
+  for (int i = 0; i < count; ++i) ::emu::machine.init_flag(flags + i);
+}
+inline void announce_bytes(CopyFlag* flag, unsigned bytes) { ::emu::machine.announce(flag, bytes); }
+inline void start_copy(void* to, const void* from, unsigned bytes, CopyFlag* flag) { ::emu::machine.start_copy(to, from, bytes, flag); }
+inline void wait_for_copies(CopyFlag* flag) { ::emu::machine.wait_for_copies(flag); }
+
 inline void store16(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
 inline float fast_exp2(float x) {
   const float y = std::exp2(x);

@@ -106,7 +106,7 @@ extern "C" __attribute__((visibility("default"))) int run(const char* name, unsi
     else if (is("cluster_exit_early")) FA_LAUNCH_CLUSTER(cluster_read, dim3(4), dim3(32), 64, 4, stream, out, true, false);
     else if (is("overrun")) FA_LAUNCH(overrun, dim3(1), dim3(32), 32 * sizeof(float), stream, out);
     else if (is("too_many_threads")) FA_LAUNCH(overrun, dim3(1), dim3(1025), 0, stream, out);
-    else if (is("too_much_shared")) FA_LAUNCH(overrun, dim3(1), dim3(32), 49 << 10, stream, out);
+    else if (is("too_much_shared")) FA_LAUNCH(overrun, dim3(1), dim3(32), 228 << 10, stream, out);
     else if (is("odd_cluster")) FA_LAUNCH_CLUSTER(overrun, dim3(3), dim3(32), 0, 2, stream, out);
     else if (is("arrivals")) FA_LAUNCH(last_block_counts, dim3(16), dim3(32), 0, stream, out, &counter);
     else throw std::runtime_error("no such case");
