@@ -22,6 +22,7 @@ from fastalign.packing import PackedBatch, pack, repad, shift_labels, unpad
 from fastalign.policy_losses import PolicyPreset
 from fastalign.preset import Preset
 from fastalign.registry import BackendError, backends, explain, use_backend
+from fastalign.rejection import rejection_sample
 from fastalign.reward import kwise_reward_loss, reward_loss
 from fastalign.rl import AdaptiveKLController, mean_sequence_kl, returns_to_go, shape_rewards, whiten
 from fastalign.rules import AlphaDPO, BCODelta, BetaDPO, wpo_weights
@@ -35,8 +36,8 @@ __all__ = [
     "AdaptiveKLController", "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "GAE", "ListPreset", "ListwiseOutput", "PackedBatch",
     "PolicyOutput", "PolicyPreset", "PreferenceOutput", "Preset", "TokenKLLoss", "TokenStats", "UnpairedOutput", "ValueOutput",
     "__version__", "backends", "entropy_from_logits", "explain", "gae", "global_denominator", "kl_estimate", "kto_baseline",
-    "kwise_reward_loss", "listwise_loss", "listwise_loss_from_sums", "losses", "mean_sequence_kl", "pack", "policy_loss",
-    "policy_losses", "preference_loss", "preference_loss_from_sums", "repad", "returns_to_go", "reward_loss", "selective_log_softmax",
-    "sequence_sum", "shape_rewards", "shift_labels", "token_kl", "token_kl_loss", "token_logprobs", "token_stats", "unpad",
-    "unpaired_loss", "use_backend", "value_loss", "whiten", "wpo_weights",
+    "kwise_reward_loss", "listwise_loss", "listwise_loss_from_sums", "losses", "mean_sequence_kl", "pack", "policy_loss", "policy_losses",
+    "preference_loss", "preference_loss_from_sums", "rejection_sample", "repad", "returns_to_go", "reward_loss", "selective_log_softmax",
+    "sequence_sum", "shape_rewards", "shift_labels", "token_kl", "token_kl_loss", "token_logprobs", "token_stats", "unpad", "unpaired_loss",
+    "use_backend", "value_loss", "whiten", "wpo_weights",
 ]  # fmt: skip

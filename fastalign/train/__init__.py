@@ -27,6 +27,7 @@ _HOME = {
     "TokenExample": "tokenise",
     "token_pair": "tokenise",
     "plain_template": "tokenise",
+    "merge_weights": "merge",
 }
 __all__ = list(_HOME)
 
