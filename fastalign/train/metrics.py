@@ -20,7 +20,10 @@ Metrics = Mapping[str, tuple[Any, Any]]
 _COMBINE = {"total": torch.add, "min": torch.minimum, "max": torch.maximum}
 
 # What the console shows of a record; the files have everything.
-_CONSOLE = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "step_time")
+_CONSOLE = (
+    "loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "mean_reward", "kl", "delta", "seqkl/chosen", "seqkl/rejected",
+    "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "step_time",
+)  # fmt: skip
 
 
 class MetricSums:

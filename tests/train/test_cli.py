@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import transformers
-from tiny import make_rows, write_jsonl
+from tiny import make_lists, make_responses, make_rows, write_jsonl
 
 from fastalign import cli
 from fastalign.train import TrainConfig
 from fastalign.train.config import flag_of
+from fastalign.train.methods import METHODS
 
 
 @pytest.fixture
@@ -74,13 +75,46 @@ def test_errors_of_the_real_command_are_one_line_and_exit_code_2(command, tmp_pa
     )
 
 
-def test_every_setting_has_a_flag_with_documentation(capsys):
+def help_of(capsys, *argv):
     with pytest.raises(SystemExit) as end:
-        cli.main(["train", "dpo", "--help"])
-    text = capsys.readouterr().out
+        cli.main(["train", *argv, "--help"])
     assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_every_setting_has_a_flag_with_documentation(capsys):
+    text = help_of(capsys, "dpo")
     for setting in dataclasses.fields(TrainConfig):
         assert flag_of(setting.name) in text and setting.metadata["doc"], setting.name
+
+
+def test_help_lists_the_methods_and_a_method_only_its_own_settings(capsys):
+    assert all(f"  {name}" in (text := help_of(capsys)) for name in METHODS), text
+    text = help_of(capsys, "reward")
+    assert "--loss" in text and "--set" in text and "--precompute-ref" not in text and "--token-metrics" not in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_refuses_in_one_line(command, capsys, tmp_path, method):
+    """Another data format, an unknown loss, an unknown option, a directory that is not there: exit code 2, nothing written."""
+    rows = {"dpo": make_responses, "tdpo": make_responses, "reward": make_lists, "listwise": make_rows}.get(method, make_rows)
+    other = write_jsonl(tmp_path / "other.jsonl", rows(3))
+
+    def argv(*flags, **changes):
+        built = command(*flags, **changes)
+        return [built[0], method, *built[2:]]
+
+    fails(capsys, argv(data=other), f"{other}, line 1: field '", "missing (the line has: prompt")
+    fails(capsys, argv("--loss", "nonsense"), "nonsense", "legal")
+    fails(capsys, argv("--set", "nonsense=1"), "nonsense", "legal")
+    fails(capsys, argv(model=tmp_path / "nothing"), "nothing does not exist")
+    fails(capsys, argv(data=tmp_path / "nothing.jsonl"), "nothing.jsonl", "No such file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_that_the_method_does_not_have(command, capsys):
+    built = command("--ref-model", "x")
+    fails(capsys, [built[0], "reward", *built[2:]], "fastalign train reward has no setting --ref-model", "--loss, --set")
 
 
 FLAGS = [
