@@ -132,6 +132,8 @@ def test_the_wpo_weight_is_that_of_the_policy(run, model_dir):
 def test_a_mixture_is_the_sum_of_its_losses(run):
     record = run("dpo", make_rows(4), loss="dpo=0.5,sft=2.0", max_steps=1).history[0]
     assert record["loss"] == pytest.approx(0.5 * LN2 + 2.0 * record["nll_loss"], rel=1e-6)
+    weighted = [{**row, "weight": 2.0} for row in make_rows(4)]  # no use for it in a mixture, not even of one
+    assert run("dpo", weighted, loss="dpo=0.5", max_steps=1).history[0]["loss"] == pytest.approx(0.5 * LN2, rel=1e-6)
     options = {"simpo.beta": 2.0, "simpo.gamma": 0.0}
     parts = [run("dpo", make_rows(4), max_steps=1, loss=loss, loss_options=o).history[0]["loss"]
              for loss, o in (("simpo,dpo=3", options), ("simpo", {"beta": 2.0, "gamma": 0.0}))]  # fmt: skip
@@ -321,6 +323,10 @@ REFUSED = [
     ("dpo", {"loss": "dno,sft"}, "pairs", "one number per pair .*use it alone"),
     ("dpo", {"loss": "dpo,dpo"}, "pairs", "'dpo' is named twice"),
     ("dpo", {"loss": "dpo=much,sft"}, "pairs", "weight of 'dpo' must be a number"),
+    ("dpo", {"loss": "dpo=nan,sft"}, "pairs", "weight of a mixture's loss"),
+    ("dpo", {"loss": "odpo=0.5"}, "pairs", "one number per pair"),
+    ("dpo", {"loss": "dpo,ld_dpo"}, "pairs", "must agree in ld_alpha"),
+    ("dpo", {"loss_options": {"gamma_ext": 1.0}}, "pairs", "give the data a column 'margin'"),
     ("dpo", {"loss": "dpo,sft", "loss_options": {"beta": 0.1}}, "pairs", "in a mixture an option belongs to one of its losses"),
     ("dpo", {"loss": "dpo,sft", "loss_options": {"simpo.beta": 0.1}}, "pairs", "has no part 'simpo'"),
     ("dpo", {"loss": "beta_dpo", "loss_options": {"filter": 2}}, "pairs", "filter"),

@@ -54,6 +54,23 @@ class PreferenceMethod(Method):
             self.outputs += ("log_sum_sq_probs",)
         self.format = PREFERENCE.requiring(*(column for column, option in COLUMNS.items() if self._requires(option)))
         self.columns: tuple[str, ...] = ()
+        # A lone loss travels as itself: it alone may have numbers per pair.
+        self.mixture = len(self.parts) > 1 or self.parts[0][1] != 1.0
+        self.loss_argument = self.parts if self.mixture else presets[0]
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Evaluate the loss on a pair of one token each: what it refuses, it refuses now."""
+        token = torch.zeros(2)
+        options: dict[str, Any] = {option: torch.ones(1) for option in COLUMNS.values() if self._requires(option)}
+        options |= {"omega": torch.ones(1)} if self.wpo else {}
+        options |= {"kl_ref_policy": token} if self.exact_kl else {}
+        options |= {"state": [rule.eval() for rule in self.rules]} if self.rules else {}
+        ends = torch.tensor([0, 1, 2], dtype=torch.int32)
+        try:
+            fastalign.preference_loss(token, token, ends, loss=self.loss_argument, mask=token == 0, **options)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from None
 
     def _requires(self, option: str) -> bool:
         preset = self.parts[0][0]
@@ -62,7 +79,7 @@ class PreferenceMethod(Method):
     def _reads(self, column: str) -> bool:
         """Whether the loss has a use for a column that the data has."""
         preset = self.parts[0][0]
-        if len(self.parts) > 1 or preset.order is not None:
+        if self.mixture or preset.order is not None:
             return False  # a mixture shares no numbers per pair among its losses; a sorted pair has no partner
         return {
             "soft_label": preset.takes_soft_labels,
@@ -111,12 +128,11 @@ class PreferenceMethod(Method):
             options["state"] = [rule.train(training) for rule in self.rules]
         if self.exact_kl:
             options["kl_ref_policy"] = scored.policy["kl_ref_policy"]
-        preset, weight = self.parts[0]
         output = self.loss_fn(
             logprob,
             scored.fixed.get("ref_logprobs"),
             packed.cu_seqlens,
-            loss=preset if len(self.parts) == 1 and weight == 1.0 else self.parts,
+            loss=self.loss_argument,
             mask=packed.mask,
             **known,
             **options,
@@ -139,6 +155,9 @@ def resolve_loss(config: TrainConfig, *, exact_kl: bool = False) -> tuple[list[t
             raise UserError(f"--set {key}: in a mixture an option belongs to one of its losses, for example {next(iter(weights))}.{key}")
         if dot and name not in weights:
             raise UserError(f"--set {key}: --loss {config.loss} has no part {name!r}")
+        if option in ("soft_labels", "omega", "gamma_ext"):
+            column = next(column for column, takes in COLUMNS.items() if takes == option)
+            raise UserError(f"--set {key}: it is one number per pair; give the data a column {column!r}")
         options[name if dot else next(iter(weights))][option] = value
     parts, rules, clamp = [], {}, 1.0
     for name, weight in weights.items():
@@ -151,7 +170,7 @@ def resolve_loss(config: TrainConfig, *, exact_kl: bool = False) -> tuple[list[t
             preset = preset.replace(**own)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
-        _check_served(name, preset, mixed=len(weights) > 1, exact_kl=exact_kl)
+        _check_served(name, preset, mixed=len(weights) > 1 or weight != 1.0, exact_kl=exact_kl)
         parts.append((preset, weight))
     if clamp is not None and not (isinstance(clamp, (int, float)) and clamp > 0):
         raise UserError(f"--set clamp={clamp}: a positive number, or None for weights without an upper bound")
