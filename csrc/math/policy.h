@@ -144,9 +144,9 @@ template <class T> struct ImportanceWeight {
 };
 template <class T> FA_HD ImportanceWeight<T> importance_weight(const PolicyParams<scalar_t<T>>& p, T w) {
   const T low = splat<T>(p.is_min), high = splat<T>(p.is_max);
-  const flag_t<T> above = w > high;
+  const flag_t<T> above = w > high, outside = above | (w < low);
   if (p.is_mode == kIsTruncate) return {above ? high : w, above};
-  return {w, p.is_mode == kIsMask ? above | (w < low) : above};
+  return {w, p.is_mode == kIsMask ? outside : above};
 }
 
 // The value function's squared error: the clipped branch holds, without gradient, where it is strictly larger.

@@ -1,0 +1,329 @@
+"""The policy and value losses in Triton. Forward, one launch: a program per sequence (or per tile of tokens, where sequences do not matter) reads its
+tokens once for their number and log-ratio if the loss needs these first, then writes their slopes and one row of sums; the last program to finish
+adds the rows in index order. Backward is elementwise. The formulas are in fastalign/triton_math.py."""
+
+import triton
+import triton.language as tl
+
+from fastalign import ffi
+from fastalign.ops.policy.native import nothing
+from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
+from fastalign.policy_losses import PolicyParams
+from fastalign.triton_math import (
+    at_least_one,
+    clamp_log_ratio,
+    div,
+    exp,
+    is_finite,
+    kl_term,
+    log_ratio,
+    sequence_bounds,
+    sequence_term,
+    surrogate,
+    token_divisor,
+    value_error,
+)
+
+BLOCK, ROWS = 512, 64  # tokens, and rows of sums, at a time
+WIDTH = tl.constexpr(16)  # of a row, padded
+POLICY_WIDTH, VALUE_WIDTH = tl.constexpr(len(STATS)), tl.constexpr(len(VALUE_STATS))
+TOKENS_AT, SEQUENCES_AT = tl.constexpr(STATS.index("tokens")), tl.constexpr(STATS.index("sequences"))
+VALUE_TOKENS_AT, VALUE_SEQUENCES_AT = tl.constexpr(VALUE_STATS.index("tokens")), tl.constexpr(VALUE_STATS.index("sequences"))
+
+
+@triton.jit
+def _piece(cu_seqlens, k, tokens, TILE: tl.constexpr):
+    """First token and end of program k."""
+    if cu_seqlens is None:
+        begin = k * TILE
+        end = tl.minimum(begin + TILE, tokens)
+    else:
+        begin, end = sequence_bounds(cu_seqlens, k, tokens)
+    return begin, end
+
+
+@triton.jit
+def _scored(mask, t, inside):
+    scored = inside
+    if mask is not None:
+        scored = tl.load(mask + t, mask=inside, other=0) != 0
+    return scored
+
+
+@triton.jit
+def _per(values, t, sequence, scored, PER_SEQUENCE: tl.constexpr):
+    """A value per token, or the sequence's one."""
+    if PER_SEQUENCE:
+        v = tl.where(scored, tl.load(values + sequence), 0.0)
+    else:
+        v = tl.load(values + t, mask=scored, other=0.0)
+    return v
+
+
+@triton.jit
+def _column(x, where):
+    return tl.sum(tl.where(where, x.to(tl.float32), 0.0), 0)
+
+
+@triton.jit
+def _reduce_rows(rows, stats, loss, num_items, counter, pieces, AGGREGATION: tl.constexpr, STATS: tl.constexpr, TOKENS: tl.constexpr,
+                 SEQUENCES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """In the program that arrives last: the totals of all rows, the number of items and the loss."""
+    tl.debug_barrier()  # every thread's part of the row is written before this program is counted, and read after
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    tl.debug_barrier()
+    if last:
+        c = tl.arange(0, WIDTH)
+        totals = tl.zeros([ROWS, WIDTH], tl.float32)
+        for first in range(0, pieces, ROWS):
+            i = first + tl.arange(0, ROWS)
+            totals += tl.load(rows + i[:, None] * STATS + c[None, :], mask=(i < pieces)[:, None] & (c < STATS)[None, :], other=0.0)
+        total = tl.sum(totals, 0)
+        if AGGREGATION == 4:
+            items = 1.0
+        elif num_items is not None:
+            items = at_least_one_item(tl.load(num_items))
+        else:
+            items = at_least_one_item(tl.sum(tl.where(c == (TOKENS if AGGREGATION == 0 else SEQUENCES), total, 0.0), 0))
+        tl.store(stats + c, tl.where(c == 0, items, total), mask=c < STATS)
+        tl.store(loss, div(tl.sum(tl.where(c == 1, total, 0.0), 0), items))
+        tl.store(counter, 0)
+
+
+@triton.jit
+def at_least_one_item(x):
+    return tl.where(x > 0.0, x, 1.0)
+
+
+TENSORS = ["logprobs", "old_logprobs", "advantages", "cu_seqlens", "mask", "ref_logprobs", "entropy", "is_weights", "kl_coef_tensor",
+           "entropy_coef_tensor", "num_items", "values", "old_values", "returns", "slopes", "entropy_slopes", "grad", "stats"]  # fmt: skip
+SIZES = ["tokens", "pieces"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
+def policy_fwd_kernel(
+    logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weights, kl_coef_tensor, entropy_coef_tensor, num_items,
+    loss, slopes, entropy_slopes, stats, rows, counter, tokens: tl.int32, pieces: tl.int32,
+    # PolicyParams, by name
+    ratio_min, ratio_max, dual_clip, tau_pos, tau_neg, k_pos, lam_pos, k_neg, lam_neg, kl_coef, entropy_coef, is_min, is_max, norm_length,
+    surrogate_kind: tl.constexpr, ratio: tl.constexpr, aggregation: tl.constexpr, kl_kind: tl.constexpr, kl_bias_correction: tl.constexpr,
+    is_mode: tl.constexpr, advantages_per_sequence: tl.constexpr, is_per_sequence: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0)
+    begin, end = _piece(cu_seqlens, k, tokens, TILE)
+    if kl_coef_tensor is not None:
+        kl_coef = tl.load(kl_coef_tensor)
+    if entropy_coef_tensor is not None:
+        entropy_coef = tl.load(entropy_coef_tensor)
+
+    length, sequence_log_rho = 0.0, 0.0
+    if ratio != 0 or aggregation == 1:
+        n, x = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for start in range(begin, end, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            scored = _scored(mask, t, t < end)
+            if ratio != 0:
+                lp = tl.load(logprobs + t, mask=scored, other=0.0)
+                if old_logprobs is not None:
+                    a = _per(advantages, t, k, scored, advantages_per_sequence)
+                    lr = log_ratio(lp, tl.load(old_logprobs + t, mask=scored, other=0.0))
+                    x += tl.where(scored, sequence_term(surrogate_kind, lr, a, ratio_min, ratio_max), 0.0)
+            n += scored.to(tl.float32)
+        length = tl.sum(n, 0)
+        sequence_log_rho = tl.sum(x, 0)
+        if ratio != 3:
+            sequence_log_rho = div(sequence_log_rho, tl.maximum(length, 1.0))
+        sequence_log_rho = clamp_log_ratio(surrogate_kind, sequence_log_rho)
+    divisor = token_divisor(aggregation, length, norm_length)
+
+    zero = tl.zeros([BLOCK], tl.float32)
+    s_loss, s_policy, s_tokens, s_ratio, s_ratio_sq, s_approx = zero, zero, zero, zero, zero, zero
+    s_low, s_high, s_dual, s_kl, s_entropy, s_weight, s_outside, s_bad = zero, zero, zero, zero, zero, zero, zero, zero
+    for start in range(begin, end, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        scored = _scored(mask, t, t < end)
+        lp = tl.load(logprobs + t, mask=scored, other=0.0)
+        a = _per(advantages, t, k, scored, advantages_per_sequence)
+        lr = zero
+        if old_logprobs is not None:
+            lr = log_ratio(lp, tl.load(old_logprobs + t, mask=scored, other=0.0))
+        log_rho = clamp_log_ratio(surrogate_kind, lr) if ratio == 0 else zero + sequence_log_rho
+        rho = exp(log_rho)
+        value, slope, low, high, dual = surrogate(surrogate_kind, lp, lr, log_rho, rho, a, ratio_min, ratio_max, dual_clip, tau_pos, tau_neg,
+                                                  k_pos, lam_pos, k_neg, lam_neg)  # fmt: skip
+        if ratio == 3 and (surrogate_kind == 0 or surrogate_kind == 3):
+            slope *= length  # the sequence's one term, seen from each of its tokens
+        if is_weights is not None:
+            given = _per(is_weights, t, k, scored, is_per_sequence)
+            outside = given > is_max
+            used = given
+            if is_mode == 1:
+                used = tl.where(outside, is_max, given)
+            if is_mode == 2:
+                outside = outside | (given < is_min)
+            value, slope = used * value, used * slope
+            if is_mode == 2:
+                value, slope = tl.where(outside, 0.0, value), tl.where(outside, 0.0, slope)
+            s_weight += given
+            s_outside += (outside & scored).to(tl.float32)
+        total = value
+        if ref_logprobs is not None:
+            kl, kl_slope = kl_term(kl_kind, lp, tl.load(ref_logprobs + t, mask=scored, other=0.0))
+            term, term_slope = kl, kl_slope
+            if kl_bias_correction:
+                term, term_slope = rho * kl, rho * (kl + kl_slope)
+            total = tl.where(kl_coef != 0.0, total + kl_coef * term, total)
+            slope = tl.where(kl_coef != 0.0, slope + kl_coef * term_slope, slope)
+            s_kl += tl.where(scored, kl, 0.0)
+        if entropy is not None:
+            h = tl.load(entropy + t, mask=scored, other=0.0)
+            total = tl.where(entropy_coef != 0.0, total - entropy_coef * h, total)
+            s_entropy += h
+        tl.store(slopes + t, tl.where(scored, div(slope, zero + divisor), 0.0), mask=t < end)
+        if entropy_slopes is not None:
+            tl.store(entropy_slopes + t, tl.where(scored, div(zero - entropy_coef, zero + divisor), 0.0), mask=t < end)
+        s_loss += tl.where(scored, total, 0.0)
+        s_policy += tl.where(scored, value, 0.0)
+        s_tokens += scored.to(tl.float32)
+        s_ratio += tl.where(scored, rho - 1.0, 0.0)
+        s_ratio_sq += tl.where(scored, (rho - 1.0) * (rho - 1.0), 0.0)
+        s_approx += tl.where(scored, lr * lr * 0.5, 0.0)
+        s_low += (low & scored).to(tl.float32)
+        s_high += (high & scored).to(tl.float32)
+        s_dual += (dual & scored).to(tl.float32)
+        s_bad += (scored & (is_finite(total) == (t < begin))).to(tl.float32)
+
+    row = rows + k * POLICY_WIDTH
+    count = tl.sum(s_tokens, 0)
+    tl.store(row, 0.0)
+    tl.store(row + 1, div(tl.sum(s_loss, 0), divisor + 0.0 * count))
+    tl.store(row + 2, div(tl.sum(s_policy, 0), divisor + 0.0 * count))
+    tl.store(row + 3, count)
+    tl.store(row + 4, 0.0 if cu_seqlens is None else tl.where(count > 0, 1.0, 0.0))
+    tl.store(row + 5, tl.sum(s_ratio, 0))
+    tl.store(row + 6, tl.sum(s_ratio_sq, 0))
+    tl.store(row + 7, tl.sum(s_approx, 0))
+    tl.store(row + 8, tl.sum(s_low, 0))
+    tl.store(row + 9, tl.sum(s_high, 0))
+    tl.store(row + 10, tl.sum(s_dual, 0))
+    tl.store(row + 11, tl.sum(s_kl, 0))
+    tl.store(row + 12, tl.sum(s_entropy, 0))
+    tl.store(row + 13, tl.sum(s_weight, 0))
+    tl.store(row + 14, tl.sum(s_outside, 0))
+    tl.store(row + 15, tl.sum(s_bad, 0))
+    _reduce_rows(rows, stats, loss, num_items, counter, pieces, aggregation, POLICY_WIDTH, TOKENS_AT, SEQUENCES_AT, ROWS)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
+def value_fwd_kernel(
+    values, old_values, returns, cu_seqlens, mask, num_items, loss, slopes, stats, rows, counter, tokens: tl.int32, pieces: tl.int32, clip,
+    norm_length, AGGREGATION: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0)
+    begin, end = _piece(cu_seqlens, k, tokens, TILE)
+    zero = tl.zeros([BLOCK], tl.float32)
+    length = 0.0
+    if AGGREGATION == 1:
+        n = zero
+        for start in range(begin, end, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            n += _scored(mask, t, t < end).to(tl.float32)
+        length = tl.sum(n, 0)
+    divisor = token_divisor(AGGREGATION, length, norm_length)
+
+    s_loss, s_tokens, s_clipped, s_value, s_returns, s_returns_sq = zero, zero, zero, zero, zero, zero
+    s_error, s_error_sq, s_bad = zero, zero, zero
+    for start in range(begin, end, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        scored = _scored(mask, t, t < end)
+        v, target = tl.load(values + t, mask=scored, other=0.0), tl.load(returns + t, mask=scored, other=0.0)
+        old = v
+        if old_values is not None:
+            old = tl.load(old_values + t, mask=scored, other=0.0)
+        each, slope, error, clipped = value_error(v, old, target, clip, old_values is not None)
+        tl.store(slopes + t, tl.where(scored, div(slope, zero + divisor), 0.0), mask=t < end)
+        s_loss += tl.where(scored, each, 0.0)
+        s_tokens += scored.to(tl.float32)
+        s_clipped += (clipped & scored).to(tl.float32)
+        s_value += v
+        s_returns += target
+        s_returns_sq += target * target
+        s_error += error
+        s_error_sq += error * error
+        s_bad += (scored & (is_finite(each) == (t < begin))).to(tl.float32)
+
+    row = rows + k * VALUE_WIDTH
+    count = tl.sum(s_tokens, 0)
+    tl.store(row, 0.0)
+    tl.store(row + 1, div(tl.sum(s_loss, 0), divisor + 0.0 * count))
+    tl.store(row + 2, count)
+    tl.store(row + 3, 0.0 if cu_seqlens is None else tl.where(count > 0, 1.0, 0.0))
+    tl.store(row + 4, tl.sum(s_clipped, 0))
+    tl.store(row + 5, tl.sum(s_value, 0))
+    tl.store(row + 6, tl.sum(s_returns, 0))
+    tl.store(row + 7, tl.sum(s_returns_sq, 0))
+    tl.store(row + 8, tl.sum(s_error, 0))
+    tl.store(row + 9, tl.sum(s_error_sq, 0))
+    tl.store(row + 10, tl.sum(s_bad, 0))
+    _reduce_rows(rows, stats, loss, num_items, counter, pieces, AGGREGATION, VALUE_WIDTH, VALUE_TOKENS_AT, VALUE_SEQUENCES_AT, ROWS)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
+def policy_bwd_kernel(grad, slopes, entropy_slopes, stats, d_logprobs, d_entropy, tokens: tl.int64, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g, items = tl.load(grad), tl.zeros([BLOCK], tl.float32) + tl.load(stats)
+    tl.store(d_logprobs + t, div(g * tl.load(slopes + t, mask=t < tokens, other=0.0), items), mask=t < tokens)
+    if entropy_slopes is not None:
+        tl.store(d_entropy + t, div(g * tl.load(entropy_slopes + t, mask=t < tokens, other=0.0), items), mask=t < tokens)
+
+
+def _pieces(tokens, cu_seqlens):
+    return triton.cdiv(tokens, TILE) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items,
+               scalars, switches, with_entropy_grad):  # fmt: skip
+    tokens, dtype, device = logprobs.shape[0], logprobs.dtype, logprobs.device
+    loss, stats, slopes = (ffi.empty(shape, dtype, device) for shape in ((), (len(STATS),), (tokens,)))
+    entropy_slopes = ffi.empty((tokens if with_entropy_grad else 0,), dtype, device)
+    if tokens == 0:
+        return loss.zero_(), slopes, entropy_slopes, nothing(stats)
+    pieces = _pieces(tokens, cu_seqlens)
+    rows = ffi.empty((pieces, len(STATS)), dtype, device)
+    params = PolicyParams(*scalars, *switches)._asdict()
+    params["surrogate_kind"] = params.pop("surrogate")
+    with ffi.triton_device(device):
+        policy_fwd_kernel[(pieces,)](
+            logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items, loss, slopes,
+            entropy_slopes if with_entropy_grad else None, stats, rows, ffi.counter(logprobs), tokens, pieces, **params, TILE=TILE, BLOCK=BLOCK,
+            ROWS=ROWS, **ffi.launch_options(256, device),
+        )  # fmt: skip
+    return loss, slopes, entropy_slopes, stats
+
+
+def value_fwd(values, old_values, returns, cu_seqlens, mask, num_items, clip, aggregation, norm_length):
+    tokens, dtype, device = values.shape[0], values.dtype, values.device
+    loss, slopes, stats = (ffi.empty(shape, dtype, device) for shape in ((), (tokens,), (len(VALUE_STATS),)))
+    if tokens == 0:
+        return loss.zero_(), slopes, nothing(stats)
+    pieces = _pieces(tokens, cu_seqlens)
+    rows = ffi.empty((pieces, len(VALUE_STATS)), dtype, device)
+    with ffi.triton_device(device):
+        value_fwd_kernel[(pieces,)](
+            values, old_values, returns, cu_seqlens, mask, num_items, loss, slopes, stats, rows, ffi.counter(values), tokens, pieces, clip,
+            norm_length, AGGREGATION=aggregation, TILE=TILE, BLOCK=BLOCK, ROWS=ROWS, **ffi.launch_options(256, device),
+        )  # fmt: skip
+    return loss, slopes, stats
+
+
+def policy_bwd(grad, slopes, entropy_slopes, stats):
+    tokens, device, with_entropy = slopes.shape[0], slopes.device, entropy_slopes.numel() > 0
+    d_logprobs, d_entropy = (ffi.empty(tuple(x.shape), x.dtype, device) for x in (slopes, entropy_slopes))
+    if tokens:
+        with ffi.triton_device(device):
+            policy_bwd_kernel[(triton.cdiv(tokens, BLOCK),)](
+                grad, slopes, entropy_slopes if with_entropy else None, stats, d_logprobs, d_entropy if with_entropy else None, tokens, BLOCK=BLOCK,
+                **ffi.launch_options(256, device),
+            )  # fmt: skip
+    return d_logprobs, d_entropy
