@@ -24,6 +24,7 @@ def test_every_kernel_is_there(arch):
     assert names == {
         "token_stats_fwd_kernel", "token_stats_bwd_kernel", "sequence_sum_fwd_kernel", "sequence_sum_bwd_kernel", "kl_estimate_fwd_kernel",
         "preference_fwd_kernel", "preference_bwd_kernel", "gae_maps_kernel", "gae_fwd_kernel", "listwise_fwd_kernel",
+        "policy_fwd_kernel", "value_fwd_kernel", "policy_bwd_kernel",
     }  # fmt: skip
     assert sum("token_stats_fwd" in k.name for k in arch) == 3 * 3 * 2  # storage types x sets of sums x softcap
     assert sum("token_stats_bwd" in k.name for k in arch) == 3 * 2 * 2  # storage types x softcap x several labels

@@ -13,3 +13,4 @@ from test_contract_gae import *  # noqa: F403
 from test_contract_kl import *  # noqa: F403
 from test_contract_listwise import *  # noqa: F403
 from test_contract_packed import *  # noqa: F403
+from test_contract_policy import *  # noqa: F403
