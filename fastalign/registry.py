@@ -203,6 +203,8 @@ _PUBLIC = {
     "sequence_sum": "sequence_sum_fwd",
     "preference_loss": "preference_fwd",
     "preference_loss_from_sums": "preference_fwd",
+    "policy_loss": "policy_fwd",
+    "value_loss": "value_fwd",
     "listwise_loss": "listwise_fwd",
     "listwise_loss_from_sums": "listwise_fwd",
     "reward_loss": "preference_fwd",

@@ -98,7 +98,6 @@ def test_far_ratios(backend, device):  # row 24
     """|lp - old| up to 1e4: finite values and gradients, the surrogate's slope kept at the clamp."""
     d = torch.tensor([0.0, 1e-7, -1e-7, 20.0, -20.0, 88.0, -89.0, 1e4, -1e4], device=device)
     for name in PRESETS:
-        preset = PRESETS[name]
         for sign in (1.0, -1.0):
             lp = d.clone().requires_grad_()
             cu = torch.arange(len(d) + 1, dtype=torch.int32, device=device)

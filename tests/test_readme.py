@@ -32,6 +32,7 @@ TABLES = {
     "ops": (README, ops_table),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
     "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
+    "policy": (ROOT / "docs" / "policy_losses.md", fa.policy_losses.available),
 }
 
 

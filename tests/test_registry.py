@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import registry
+from fastalign import policy_losses, registry
 from fastalign.list_preset import LIST_SCALAR_COUNT
 from fastalign.preset import SCALAR_COUNT
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
@@ -79,6 +79,19 @@ print(fa.explain("token_logprobs", x).splitlines()[0])
     assert out.stdout.strip().endswith("cpu" if blocked == "triton" else "reference")
 
 
+def _policy_samples(batch):
+    lp, ref, cu, mask = batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask
+    params = fa.policy_losses.get("gspo").params(advantages_per_sequence=True)
+    scalars, switches = list(params[: policy_losses.SCALAR_COUNT]), list(params[policy_losses.SCALAR_COUNT :])
+    one = torch.tensor(0.1)
+    full = (lp, ref, torch.ones(6), cu, mask, ref, -lp, None, one, one, torch.tensor(6.0), scalars, switches, True)
+    yield "policy_fwd", full
+    yield "policy_fwd", (lp, None, lp, None, None, None, None, None, None, None, None, scalars, [0] * len(switches), False)
+    yield "value_fwd", (lp, ref, ref, cu, mask, None, 0.2, 1, 1.0)
+    _, slopes, entropy_slopes, stats = registry.OPS["policy_fwd"](*full)
+    yield "policy_bwd", (torch.ones(()), slopes, entropy_slopes, stats)
+
+
 def _op_samples():
     x, labels = make_logits(3, 17), make_labels(3, 17).unsqueeze(-1)
     batch = make_batch(3)
@@ -107,6 +120,7 @@ def _op_samples():
     yield "preference_bwd", (torch.ones(()), *tokens[:2], *tokens[3:], sums, table, scalars, switches, True)
     tokens = (batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens)
     yield "gae_fwd", (*tokens, batch.packed.mask, torch.ones(6), torch.tensor(0.9), None, 0.0, 0.95)
+    yield from _policy_samples(batch)
     ranked = fa.losses.get_listwise("rrhf").params()
     lists = (sums.flatten(0, 1), torch.tensor([0, 2, 6], dtype=torch.int32), torch.arange(6.0), None, torch.tensor(2.0), None)
     yield "listwise_fwd", (*lists, list(ranked[:LIST_SCALAR_COUNT]), list(ranked[LIST_SCALAR_COUNT:]))
@@ -139,10 +153,12 @@ def test_compile_fullgraph():  # H1
         )
         exact = fa.token_kl_loss(hidden @ weight.T, logits.detach() * 0.8, torch.full((), 0.01)).loss
         out = fa.preference_loss(stats.logprob, ref, cu, mask=mask, beta=beta)
+        ppo = fa.policy_loss(stats.logprob, ref, ref, mask=mask, ref_logprobs=ref, entropy=stats.entropy, kl_coef=beta, entropy_coef=0.1)
+        value = fa.value_loss(stats.entropy, ref, ref, mask=mask)
         kl = fa.sequence_sum(fa.kl_estimate(stats.logprob, ref, "k2"), cu, mask=mask, mean=True)
         offsets, scores = torch.arange(3, device=cu.device) * 3, torch.arange(6, device=cu.device)
         ranked = fa.listwise_loss(stats.logprob, ref, cu, offsets, scores, mask=mask, beta=beta)
-        losses = out.loss + ranked.loss + exact + 0.1 * stats.kl_policy_ref.mean()
+        losses = out.loss + ranked.loss + exact + ppo.loss + value.loss + 0.1 * stats.kl_policy_ref.mean()
         return losses + 0.1 * kl.mean() - 0.01 * stats.entropy.mean(), out.margins
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)

@@ -13,14 +13,16 @@ import torch
 from triton_aot import OUT, TARGETS, compiling_for
 
 import fastalign
-from fastalign import losses
+from fastalign import losses, policy_losses
 from fastalign.list_preset import LIST_SCALAR_COUNT, ListPreset
+from fastalign.ops.policy.reference import STATS
+from fastalign.policy_losses import PolicyPreset
 from fastalign.preset import LINKS, SCALAR_COUNT, TRANSFORMS, Preset
 
 FOLDER = Path(fastalign.__file__).parent / "ops"
 MODULES = {p.parent.name: importlib.import_module(f"fastalign.ops.{p.parent.name}.triton") for p in sorted(FOLDER.glob("*/triton.py"))}
 rows, sums, estimate, pair = (MODULES[op] for op in ("token_stats", "sequence_sum", "kl_estimate", "preference"))
-gae, ranked = MODULES["gae"], MODULES["listwise"]
+gae, ranked, policy = (MODULES[op] for op in ("gae", "listwise", "policy"))
 ALL_BITS = 63  # all that need no reference
 VOCAB = 1001  # odd: no row but the first is aligned, and nothing about sizes is known to the compiler
 
@@ -61,6 +63,19 @@ def listwise(loss, beta=None, counts=None, reduction="mean", **options):
                         list(p[LIST_SCALAR_COUNT:]))  # fmt: skip
 
 
+def policy_step(loss="ppo", sequences=False, full=False, **options):
+    """Forward and backward of a policy loss; full: with every optional tensor."""
+    x, cu, one = torch.zeros(9), torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(())
+    preset = policy_losses.get(loss) if isinstance(loss, str) else loss
+    preset = preset.replace(**options)
+    per_sequence = preset.needs_sequence_values
+    p = preset.params(per_sequence, per_sequence)
+    optional = (x, x, x, one, one, one) if full else (None,) * 6
+    scalars, switches = list(p[: policy_losses.SCALAR_COUNT]), list(p[policy_losses.SCALAR_COUNT :])
+    policy.policy_fwd(x, x, x, cu if sequences else None, x > 0, *optional, scalars, switches, full)
+    policy.policy_bwd(one, x, x if full else x[:0], torch.zeros(len(STATS)))
+
+
 def launch_all():
     """The kernels of the usual calls: (storage types x sets of sums x softcap) thinned out, and every other op."""
     for dtype, outputs, capped in (
@@ -84,6 +99,10 @@ def launch_all():
     listwise("lipo")
     listwise("pro")
     gae.gae_fwd(x, x, cu, x > 0, None, None, None, 1.0, 0.95)
+    policy_step()
+    policy_step("gspo", sequences=True, full=True, is_mode="truncate", is_max=2.0)
+    policy_step("vespo", sequences=True)
+    policy.value_fwd(x, x, x, None, x > 0, None, 0.2, 0, 1.0)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -187,12 +206,15 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
         for n, discount in ((16, 0.5), (17, 0.0), (1024, 1.0)):
             token = torch.zeros(n + 1)[1:]
             gae.gae_fwd(token, token, torch.tensor([0, n], dtype=torch.int32), None, None, None, None, discount, discount)
+            policy_step(kl_coef=discount, clip_low=discount, dual_clip=1.5 + discount)
     assert {name: len({k.hash for k in group}) for name, group in by_name(kernels).items()} == {
         "token_stats_fwd_kernel": 1,
         "token_stats_bwd_kernel": 3,  # in place; out of place; out of place with an alignment of its own
         "preference_fwd_kernel": 2,  # dpo with and without label smoothing
         "listwise_fwd_kernel": 1,
         "gae_fwd_kernel": 1,
+        "policy_fwd_kernel": 1,
+        "policy_bwd_kernel": 1,
     }
 
 
@@ -210,6 +232,14 @@ def test_every_option_compiles():
         sums.sequence_sum_fwd(token, torch.tensor([0, 9], dtype=torch.int32), None, None)
         gae.gae_fwd(token, token, torch.tensor([0, 9], dtype=torch.int32), None, None, None, None, 1.0, 0.95)
         gae.gae_fwd(token, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one, one[0], one[0], 0.0, 0.0)
+        for kind in policy_losses.SURROGATES:
+            ratio = {"gmpo": "seq_mean", "vespo": "seq_sum"}.get(kind, "token")
+            policy_step(PolicyPreset(surrogate=kind, ratio=ratio), sequences=ratio != "token")
+        for kind in policy_losses.KL_KINDS:
+            policy_step(sequences=True, full=True, kl_kind=kind, kl_bias_correction=kind == "k3", is_mode="mask", is_max=2.0)
+        policy_step("rloo", sequences=True, aggregation="seq_mean_token_sum_norm", norm_length=3.0)
+        policy.policy_fwd(token, None, token, None, None, *(None,) * 6, [0.0] * 14, [0] * 8, False)
+        policy.value_fwd(token, None, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one[0], 0.0, 1, 1.0)
         pairs = torch.zeros(1, 2, dtype=torch.int32)
         preference("dpo", kl=token, weights=token, pairs=pairs, per_pair=(*(one,) * 6, one > 0, one[0], one[0]), kl_chosen=0.5)
         preference("dpo", reduction="none", sft_weight=0.5, sft_norm="seq_mean", sft_include_prompt=True, nonfinite="drop")

@@ -8,12 +8,13 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kSerialTokens = 1 << 12;  // below this, waking threads costs more than the work
-constexpr int kSpan = 512;                  // tokens whose sums stay in fp32
+constexpr int kSpan = 512;  // tokens whose sums stay in fp32
 
 // All sequences or tiles, then the totals in their order. measure(span, length, total) is called first where `per_length`: something needs the
 // number of scored tokens, and log_rho(total, length) the sequence's log-ratio.
 template <int kStats, class T, class Args, class Measure, class LogRho, class Run>
-void reduce(const Args& a, int aggregation, int tokens_column, int sequences_column, bool per_length, Measure measure, LogRho log_rho, Run run) {
+void reduce(const Args& a, int aggregation, int tokens_column, int sequences_column, bool per_length, Measure measure, LogRho log_rho,
+            Run run) {
   const int64_t pieces = a.cu_seqlens ? a.sequences : (a.tokens + kPolicyTile - 1) / kPolicyTile;
   std::vector<double> rows(size_t(pieces) * kStats, 0.0);
 #pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)

@@ -45,7 +45,8 @@ struct LaneMath {
   }
   static FA_HD F exp(F x) {
     typedef uint32_t U __attribute__((vector_size(64)));
-    const F t = x > 88.0f ? splat<F>(88.0f) : x, magic = splat<F>(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+    const F t = x > 88.0f ? splat<F>(88.0f) : x,
+            magic = splat<F>(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
     const F shifted = t * 1.44269504f + magic, n = shifted - magic;
     const F f = (t - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts; n times the first is exact
     F p = f * 1.98756915e-4f + 1.39819994e-3f;
@@ -58,7 +59,8 @@ struct LaneMath {
     return t < -87.0f ? F{} : p * scale;
   }
   static FA_HD F expm1(F x) {
-    const F s = x * (1.0f / 2 + x * (1.0f / 6 + x * (1.0f / 24 + x * (1.0f / 120 + x * (1.0f / 720 + x * (1.0f / 5040 + x * (1.0f / 40320)))))));
+    const F s =
+        x * (1.0f / 2 + x * (1.0f / 6 + x * (1.0f / 24 + x * (1.0f / 120 + x * (1.0f / 720 + x * (1.0f / 5040 + x * (1.0f / 40320)))))));
     return (x < 0.5f) & (x > -0.5f) ? x + x * s : exp(x) - 1.0f;
   }
 };
@@ -182,7 +184,6 @@ template <class T> struct Policy {
   }
 };
 
-
 template <class T> struct Value {
   using V = typename Vector<T>::Value;
   using Bits = typename Vector<T>::Bits;
@@ -221,7 +222,9 @@ template <class T> struct Value {
 template <class T> void measure_policy(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* length, double* total) {
   Policy<T>{a, p}.measure(s, length, total);
 }
-template <class T> void run_policy(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* stats) { Policy<T>{a, p}.run(s, stats); }
+template <class T> void run_policy(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* stats) {
+  Policy<T>{a, p}.run(s, stats);
+}
 template <class T> void measure_value(const ValueArgs& a, const Span& s, double* length) { Value<T>{a}.measure(s, length); }
 template <class T> void run_value(const ValueArgs& a, const Span& s, double* stats) { Value<T>{a}.run(s, stats); }
 template <class T> void scale(const T* slopes, T grad, T items, int64_t n, T* out) {

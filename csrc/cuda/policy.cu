@@ -30,9 +30,7 @@ template <class Args> __device__ Piece piece_of(const Args& a, int64_t k) {
           k == a.sequences - 1 ? a.tokens : clamp<int64_t>(a.cu_seqlens[k + 1], 0, a.tokens)};
 }
 
-struct TokenInputs {
-  float logprob, lr, advantage;
-};
+struct TokenInputs { float logprob, lr, advantage; };
 __device__ TokenInputs token_inputs(const PolicyArgs& a, const PolicyParams<float>& p, int64_t t, int64_t sequence) {
   const float logprob = at(a.logprobs, t);
   return {logprob, log_ratio(logprob, a.old_logprobs ? at(a.old_logprobs, t) : logprob),
@@ -40,8 +38,8 @@ __device__ TokenInputs token_inputs(const PolicyArgs& a, const PolicyParams<floa
 }
 
 // One scored token: its slope before the divisor, its sums into `sums`.
-__device__ float policy_token(const PolicyArgs& a, const PolicyParams<float>& p, int64_t t, int64_t sequence, float sequence_log_rho, float factor,
-                              float divisor, float (&sums)[kPolicyStats]) {
+__device__ float policy_token(const PolicyArgs& a, const PolicyParams<float>& p, int64_t t, int64_t sequence, float sequence_log_rho,
+                              float factor, float divisor, float (&sums)[kPolicyStats]) {
   const TokenInputs x = token_inputs(a, p, t, sequence);
   const float log_rho = p.ratio == kRatioToken ? clamp_log_ratio(p.surrogate, x.lr) : sequence_log_rho, rho = exp(log_rho);
   const Surrogate<float> r = surrogate<StdMath>(p, x.logprob, x.lr, log_rho, rho, x.advantage);
@@ -85,12 +83,13 @@ __device__ float policy_token(const PolicyArgs& a, const PolicyParams<float>& p,
 
 // A block's row of sums; then, in the last block, the totals of all rows, the number of items and the loss.
 template <int kStats, class Args>
-__device__ void reduce_rows(const Args& a, int aggregation, int64_t pieces, bool ok, int tokens, int sequences, float (&sums)[kStats], float* shared) {
+__device__ void reduce_rows(const Args& a, int aggregation, int64_t pieces, bool ok, int tokens, int sequences, float (&sums)[kStats],
+                            float* shared) {
   float* rows = static_cast<float*>(a.rows);
   sum_block(sums, shared);
   if (threadIdx.x == 0) {
     sums[sequences] = a.cu_seqlens && sums[tokens] > 0 ? 1.0f : 0.0f;
-    if (!ok) sums[1] = NAN;   // the loss
+    if (!ok) sums[1] = NAN;  // the loss
 #pragma unroll
     for (int c = 0; c < kStats; ++c) rows[blockIdx.x * int64_t(kStats) + c] = sums[c];
   }
@@ -109,7 +108,7 @@ __device__ void reduce_rows(const Args& a, int aggregation, int64_t pieces, bool
   *static_cast<float*>(a.loss) = sums[1] / sums[0];
 }
 
-__global__ void __launch_bounds__(kSequenceThreads) policy_fwd_kernel(PolicyArgs a, PolicyParams<float> p, int64_t pieces) {
+__global__ void __launch_bounds__(kSequenceThreads, 4) policy_fwd_kernel(PolicyArgs a, PolicyParams<float> p, int64_t pieces) {
   FA_DYNAMIC_SHARED(float, shared);
   const int64_t k = blockIdx.x;
   const Piece piece = piece_of(a, k);
@@ -155,7 +154,8 @@ __global__ void __launch_bounds__(kSequenceThreads) value_fwd_kernel(ValueArgs a
     float slope = 0;
     if (scored) {
       const float value = at(a.values, t), target = at(a.returns, t);
-      const ValueError<float> r = value_error(value, a.old_values ? at(a.old_values, t) : value, target, float(a.clip), a.old_values != nullptr);
+      const ValueError<float> r =
+          value_error(value, a.old_values ? at(a.old_values, t) : value, target, float(a.clip), a.old_values != nullptr);
       slope = r.slope / divisor;
       sums[kValue_loss] += r.value / divisor;
       sums[kValue_tokens] += 1;
@@ -189,8 +189,8 @@ void policy_fwd(const PolicyArgs& a, int device, void* stream) {
   const int64_t pieces = pieces_of(a);
   if (pieces == 0) return;
   const DeviceGuard guard(device);
-  FA_LAUNCH(policy_fwd_kernel, dim3(grid_size(pieces, "policy_loss")), dim3(kSequenceThreads), kSharedSize<kPolicyStats> * sizeof(float), stream, a,
-            policy_params<float>(a.scalars, a.switches), pieces);
+  FA_LAUNCH(policy_fwd_kernel, dim3(grid_size(pieces, "policy_loss")), dim3(kSequenceThreads), kSharedSize<kPolicyStats> * sizeof(float),
+            stream, a, policy_params<float>(a.scalars, a.switches), pieces);
 }
 
 void value_fwd(const ValueArgs& a, int device, void* stream) {
@@ -198,8 +198,8 @@ void value_fwd(const ValueArgs& a, int device, void* stream) {
   const int64_t pieces = pieces_of(a);
   if (pieces == 0) return;
   const DeviceGuard guard(device);
-  FA_LAUNCH(value_fwd_kernel, dim3(grid_size(pieces, "value_loss")), dim3(kSequenceThreads), kSharedSize<kValueStats> * sizeof(float), stream, a,
-            pieces);
+  FA_LAUNCH(value_fwd_kernel, dim3(grid_size(pieces, "value_loss")), dim3(kSequenceThreads), kSharedSize<kValueStats> * sizeof(float),
+            stream, a, pieces);
 }
 
 void policy_bwd(const PolicyBackwardArgs& a, int device, void* stream) {

@@ -303,10 +303,44 @@ def _gae(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
     return Case("gae", shape, inputs, 16 * tokens, contestants, truth, baseline, sample=torch.stack, scale=scale)
 
 
+def _policy_loss(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
+    """PPO's clipped loss and its gradient in the log-probs."""
+    tokens = shape.sequences * shape.length
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = []
+    for _ in range(_copies(17 * tokens, cache_bytes)):
+        noise = torch.randn(3, tokens, device=device, generator=generator)
+        logprobs = -4.0 * torch.rand(tokens, device=device, generator=generator)
+        mask = torch.rand(tokens, device=device, generator=generator) < 0.9
+        inputs.append((logprobs.requires_grad_(), logprobs.detach() + 0.1 * noise[0], noise[1], mask))
+
+    def gradient_of(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda logprobs, *rest: torch.autograd.grad(loss(logprobs, *rest), logprobs)[0]
+
+    def fused(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return fastalign.policy_loss(logprobs, old, advantages, mask=mask).loss
+
+    logprobs, old, advantages, mask = inputs[0]
+    truth, baseline = (
+        gradient_of(eager.ppo_loss)(logprobs.detach().to(t).requires_grad_(), old.to(t), advantages.to(t), mask)
+        for t in (torch.float64, torch.float32)
+    )
+    # Next to a bound the two precisions may disagree about whether it holds: such tokens say nothing.
+    ratio = torch.exp((logprobs - old).detach().double())
+    clear = ((ratio - 0.8).abs() > 1e-6) & ((ratio - 1.2).abs() > 1e-6)
+    contestants = [Contestant("fastalign", gradient_of(fused), "ours"), *_plain("exp, clamp, maximum", gradient_of, eager.ppo_loss)]
+    # Read four tensors, write one gradient.
+    scale = torch.full_like(truth[clear], float(truth.abs().max()))
+    return Case(
+        "policy_loss", shape, inputs, 17 * tokens, contestants, truth[clear], baseline[clear], sample=lambda g: g[clear], scale=scale
+    )
+
+
 # The public function behind an op, where it has another name.
 _PUBLIC = {"token_logprobs_entropy": "token_stats", "token_logprobs_backward": "token_logprobs"}
 _MAKERS = {
     "token_logprobs": _logprobs, "token_logprobs_entropy": _logprobs_entropy, "token_logprobs_backward": _logprobs_backward,
     "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "listwise_loss": _listwise_loss, "kl_estimate": _kl_estimate, "gae": _gae,
+    "policy_loss": _policy_loss,
 }  # fmt: skip
 assert set(_MAKERS) == set(SHAPES["cpu"])

@@ -49,6 +49,12 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(-d) + d
 
 
+def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
+    ratio = torch.exp(logprobs - old_logprobs)
+    loss = torch.maximum(-advantages * ratio, -advantages * torch.clamp(ratio, 1.0 - clip, 1.0 + clip))
+    return torch.where(mask, loss, 0.0).sum() / mask.sum()
+
+
 def gae_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """(advantages, returns), [B, L] each, no holes: the loop over time steps of trainers on padded batches."""
     advantages, next_value, next_advantage = [], torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])

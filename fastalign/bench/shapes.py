@@ -46,7 +46,8 @@ def _suite(
     forward: tuple[Rows, ...], backward: tuple[Rows, ...], packed: tuple[Pairs, ...], rollout: tuple[Sequences, ...]
 ) -> dict[str, tuple[Shape, ...]]:
     rows = {"token_logprobs": forward, "token_logprobs_entropy": forward[:1], "token_logprobs_backward": backward}
-    return rows | dict.fromkeys(PACKED_OPS, packed) | {"gae": rollout}
+    minibatch = tuple(s._replace(length=min(s.length, 1024)) for s in rollout[:1])
+    return rows | dict.fromkeys(PACKED_OPS, packed) | {"gae": rollout, "policy_loss": minibatch}
 
 
 _REFERENCE = Rows(2048, 128256)  # 525 MB of logits, the shape that CPU numbers are quoted for

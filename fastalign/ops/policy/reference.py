@@ -161,11 +161,12 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
     divisor = divisors(p.aggregation, p.norm_length, length)
     items = at.items(p.aggregation, num_items)
     loss, policy = at.total(total / divisor), at.total(value / divisor)
+    given_weight = torch.zeros_like(lp) if is_weight is None else weight
     stats = {
         "items": items, "loss": loss, "policy": policy, "tokens": at.lengths.sum(), "sequences": at.filled(), "ratio": at.total(rho - 1.0),
         "ratio_sq": at.total((rho - 1.0) ** 2), "approx_kl": at.total(lr * lr / 2.0), "clip_low": at.total(low), "clip_high": at.total(high),
         "clip_dual": at.total(dual), "kl": at.total(kl), "entropy": at.total(torch.zeros_like(lp) if h is None else h),
-        "is_weight": at.total(torch.zeros_like(lp) if is_weight is None else weight), "is_clipped": at.total(outside), "nonfinite": at.total(~torch.isfinite(total)),
+        "is_weight": at.total(given_weight), "is_clipped": at.total(outside), "nonfinite": at.total(~torch.isfinite(total)),
     }  # fmt: skip
     entropy_slopes = logprobs.new_empty(0)
     if with_entropy_grad:

@@ -10,7 +10,6 @@ from fastalign.ops.policy.native import nothing
 from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
 from fastalign.policy_losses import PolicyParams
 from fastalign.triton_math import (
-    at_least_one,
     clamp_log_ratio,
     div,
     exp,
