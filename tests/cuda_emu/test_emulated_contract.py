@@ -8,9 +8,3 @@ for _path in sorted(Path(__file__).parents[1].glob("test_contract*.py")):
     for _name, _value in vars(importlib.import_module(_path.stem)).items():
         if _name.startswith("test_"):
             globals()[f"{_path.stem}_{_name}"] = _value
-from test_contract import *  # noqa: F403
-from test_contract_gae import *  # noqa: F403
-from test_contract_kl import *  # noqa: F403
-from test_contract_listwise import *  # noqa: F403
-from test_contract_packed import *  # noqa: F403
-from test_contract_policy import *  # noqa: F403
