@@ -94,7 +94,7 @@ def test_policy_loss(backend, device, name):
     compare(make(device, seed=len(name)), **VARIANTS[name])
 
 
-def test_far_ratios(backend, device):  # row 24
+def test_policy_far_ratios(backend, device):  # row 24
     """|lp - old| up to 1e4: finite values and gradients, the surrogate's slope kept at the clamp."""
     d = torch.tensor([0.0, 1e-7, -1e-7, 20.0, -20.0, 88.0, -89.0, 1e4, -1e4], device=device)
     for name in PRESETS:
@@ -115,7 +115,7 @@ def test_far_ratios(backend, device):  # row 24
 
 
 @pytest.mark.parametrize("dual", [None, 3.0])
-def test_clip_grid(backend, device, dual):  # K8, row 34
+def test_policy_clip_grid(backend, device, dual):  # K8, row 34
     """Ratio below, inside, above the bounds x the advantage's sign, for values, slopes and flags; boundaries inclusive."""
     rho, a = (torch.tensor(x, device=device) for x in zip(*itertools.product((0.5, 0.95, 1.0, 1.1, 2.0, 6.0), (-1.5, 0.0, 0.7))))
     lp = rho.log().requires_grad_()
@@ -136,7 +136,7 @@ def test_clip_grid(backend, device, dual):  # K8, row 34
     )
 
 
-def test_on_policy_gradient_is_exact(backend, device):
+def test_policy_on_policy_gradient_is_exact(backend, device):
     b = make(device)
     lp = b["logprobs"].clone().requires_grad_()
     n = int(b["mask"].sum())
@@ -148,7 +148,7 @@ def test_on_policy_gradient_is_exact(backend, device):
         assert float(m["val/ratio"]) == 1.0 and float(m["val/ratio_var"]) == 0.0 and float(m["policy/approxkl"]) == 0.0
 
 
-def test_masked_tokens_do_not_matter(backend, device):  # J5, row 4
+def test_policy_masked_tokens_do_not_matter(backend, device):  # J5, row 4
     b = make(device)
     for name in ("ppo", "gspo", "gmpo", "vespo"):
         options = FULL if name != "vespo" else {"needs": ("ref_logprobs", "entropy"), "kl_coef": 0.1, "entropy_coef": 0.1}
@@ -159,7 +159,7 @@ def test_masked_tokens_do_not_matter(backend, device):  # J5, row 4
             assert bool(torch.isfinite(x).all())
 
 
-def test_nan_and_inf_tokens_are_counted(backend, device):
+def test_policy_nan_and_inf_tokens_are_counted(backend, device):
     b = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in make(device).items()}
     where = b["mask"].nonzero().flatten()[:2]
     b["logprobs"][where[0]] = math.nan
@@ -171,7 +171,7 @@ def test_nan_and_inf_tokens_are_counted(backend, device):
     assert bool(torch.isfinite(torch.autograd.grad(out.loss, lp)[0]).all()) and math.isfinite(float(out.loss.detach()))
 
 
-def test_nothing_to_learn_from(backend, device):  # row 1
+def test_policy_nothing_to_learn_from(backend, device):  # row 1
     """No tokens, no scored tokens, empty sequences: loss 0, gradient 0."""
     for tokens, cu in ((0, [0]), (0, [0, 0, 0]), (5, [0, 2, 5])):
         lp = torch.full((tokens,), -1.0, device=device, requires_grad=True)
@@ -195,7 +195,7 @@ def test_nothing_to_learn_from(backend, device):  # row 1
 
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo", "gspo", "gmpo", "rloo"])
-def test_packing_order_and_micro_batches(backend, device, loss):
+def test_policy_packing_order_and_micro_batches(backend, device, loss):
     """The same sequences in another order, and split over micro-batches under num_items: the same loss and gradient."""
     b = make(device)
     names = ("logprobs", "old_logprobs", "mask", "per_sequence", "lengths")
@@ -227,7 +227,7 @@ def test_packing_order_and_micro_batches(backend, device, loss):
                 assert both[1] == float(metric.count) and abs(both[0] - float(metric.sum)) < 1e-4, name
 
 
-def test_bitwise_repeat(backend, device):  # row 42
+def test_policy_bitwise_repeat(backend, device):  # row 42
     b = make(device, lengths=(70, 0, 31, 3))
     for name in ("ppo", "gspo", "gmpo"):
         for x, y in zip(run(b, loss=name, **FULL).values(), run(b, loss=name, **FULL).values()):
@@ -235,7 +235,7 @@ def test_bitwise_repeat(backend, device):  # row 42
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 2049, 5000])
-def test_many_tokens(backend, device, slow_backend, tokens):
+def test_policy_many_tokens(backend, device, slow_backend, tokens):
     """Around the edges of blocks and tiles, with and without sequences."""
     if slow_backend and tokens == 5000:
         return
@@ -244,7 +244,7 @@ def test_many_tokens(backend, device, slow_backend, tokens):
         compare(b, **({"loss": "gspo", "clip_low": 0.01} if per_sequence else {}), **FULL)
 
 
-def test_inputs_of_other_types_and_strides(backend, device):  # rows 17, 23
+def test_policy_inputs_of_other_types_and_strides(backend, device):  # rows 17, 23
     b = make(device)
     mask = b["mask"]
     b = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in b.items()}
@@ -254,7 +254,7 @@ def test_inputs_of_other_types_and_strides(backend, device):  # rows 17, 23
     assert torch.equal(out.loss, want) and torch.autograd.grad(out.loss, lp)[0].dtype == torch.bfloat16
 
 
-def test_coefficients_as_tensors(backend, device):
+def test_policy_coefficients_as_tensors(backend, device):
     b = make(device)
     numbers = run(b, needs=FULL["needs"], kl_coef=0.25, entropy_coef=0.125)
     tensors = run(b, needs=FULL["needs"], kl_coef=torch.tensor(0.25, device=device), entropy_coef=torch.tensor([0.125], device=device))
