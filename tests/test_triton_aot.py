@@ -44,6 +44,20 @@ def backward(dtype, entropy=False, capped=False, in_place=False, logits=None):
     run(*row_args(logits, capped), 0, logits.shape[1], torch.zeros(n, 12), torch.zeros(n, 1), torch.zeros(n) if entropy else None, None)
 
 
+def pair_forward(dtype, outputs, capped=False, together=True):
+    logits = torch.zeros(3, VOCAB, dtype=dtype)
+    ref = torch.zeros_like(logits) if together else torch.zeros(3, VOCAB + 2, dtype=dtype)[:, 1:-1]
+    return rows.token_stats_fwd(*row_args(logits, capped), outputs, 0, VOCAB, None, None, ref)
+
+
+def pair_backward(dtype, entropy=False, capped=False, in_place=False, together=True, reverse=True, forward=True):
+    logits, n = torch.zeros(3, VOCAB, dtype=dtype), torch.zeros(3)
+    ref = torch.zeros_like(logits) if together else torch.zeros(3, VOCAB + 2, dtype=dtype)[:, 1:-1]
+    run = rows.token_stats_bwd_ if in_place else rows.token_stats_bwd
+    upstream = (torch.zeros(3, 1), n if entropy else None, None, ref, n if reverse else None, n if forward else None)
+    run(*row_args(logits, capped), 0, VOCAB, torch.zeros(3, 12), *upstream)
+
+
 def preference(loss, stages="both", kl=None, weights=None, pairs=None, per_pair=(None,) * 9, reduction="mean", **options):
     preset = losses.get(loss) if isinstance(loss, str) else loss
     p, cu, x = preset.replace(**options).params(reduction), torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(9)
@@ -88,6 +102,17 @@ def launch_all():
         (torch.float16, {"entropy": True}), (torch.float32, {"in_place": True}),
     ):  # fmt: skip
         backward(dtype, **options)
+    for dtype, outputs, capped in (
+        (torch.bfloat16, 128, False), (torch.bfloat16, 1 + 64 + 256, False), (torch.bfloat16, 511, True), (torch.float16, 1 + 2 + 128, False),
+        (torch.float32, 511, False),
+    ):  # fmt: skip
+        pair_forward(dtype, outputs, capped)
+    for dtype, options in (
+        (torch.bfloat16, {"in_place": True, "forward": False}), (torch.bfloat16, {"entropy": True, "capped": True}),
+        (torch.float16, {"reverse": False}), (torch.float32, {"in_place": True}),
+    ):  # fmt: skip
+        pair_backward(dtype, **options)
+    rows.scale_rows_(torch.zeros(3, VOCAB, dtype=torch.bfloat16), torch.ones(()))
     x, cu = torch.zeros(9), torch.tensor([0, 5, 9], dtype=torch.int32)
     sums.sequence_sum_fwd(x, cu, x > 0, x)
     sums.sequence_sum_bwd(torch.zeros(2), cu, x > 0, x, 9)
@@ -151,7 +176,8 @@ def read_amdgcn(kernel):
 
 
 def test_every_kernel_is_there(compiled):
-    assert {k.metadata.name for k in compiled[1]} == {n for module in MODULES.values() for n in vars(module) if n.endswith("_kernel")}
+    modules = [importlib.import_module(f"fastalign.ops.{p.parent.name}.{p.stem}") for p in FOLDER.glob("*/triton*.py")]
+    assert {k.metadata.name for k in compiled[1]} == {n for module in modules for n in vars(module) if n.endswith("_kernel")}
 
 
 def test_nothing_spills(resources):
@@ -170,9 +196,9 @@ def test_registers_threads_and_shared_memory(resources, compiled):
 
 def test_streaming_kernels_move_16_bytes_at_a_time(resources):
     streaming = [r for r in resources if r[0].metadata.name.startswith("token_stats")]
-    assert len(streaming) == 13
+    assert len(streaming) == 22
     for k, _, _, loads, stores in streaming:
-        forward = k.metadata.name == "token_stats_fwd_kernel"
+        forward = k.metadata.name.endswith("_fwd_kernel")
         assert loads >= (4 if forward else 2) and stores >= (0 if forward else 2), f"{k.metadata.name}: {loads} loads, {stores} stores"
 
 

@@ -302,6 +302,6 @@ def scale_rows_kernel(x, scale, base: tl.int64, inner: tl.int64, stride_outer: t
         tl.store(window + q, narrow(tl.load(window + q, mask=inside, other=0.0).to(tl.float32) * by, x.dtype.element_ty), mask=inside)
         if LANES > 1 and piece == 0:
             i = tl.arange(0, 2 * LANES)
-            q = tl.where(i < LANES, i, last - LANES + i)
-            mine = (q < vocab + shift) & tl.where(i < LANES, (q >= shift) & (q < first), q >= first)
-            tl.store(window + q, narrow(tl.load(window + q, mask=mine, other=0.0).to(tl.float32) * by, x.dtype.element_ty), mask=mine)
+            edge = tl.where(i < LANES, i, last - LANES + i)
+            mine = (edge < vocab + shift) & tl.where(i < LANES, (edge >= shift) & (edge < first), edge >= first)
+            tl.store(window + edge, narrow(tl.load(window + edge, mask=mine, other=0.0).to(tl.float32) * by, x.dtype.element_ty), mask=mine)
