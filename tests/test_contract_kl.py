@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastalign as fa
+from fastalign import testing
 from fastalign.testing import assert_close, gradient, make_labels, make_logits
 from fastalign.testing import token_stats_truth as one_row
 
@@ -340,16 +341,15 @@ def test_large_finite_mask_values(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides_of_both_rows(backend, device, dtype):  # row 23
-    base, other = make_pair(3 * 6, 45, dtype=dtype, device=device)
-    base, other = base.view(3, 6, 45), other.view(3, 6, 45)
-    padded = torch.full((6, 3, 51), math.nan, dtype=dtype, device=device)
+    base, other = (z.view(2, 4, 45) for z in make_pair(2 * 4, 45, dtype=dtype, device=device))
+    padded = torch.full((4, 2, 51), math.nan, dtype=dtype, device=device)
     padded[..., 2:47] = other.transpose(0, 1)
     pairs = [
         (base, padded[..., 2:47].transpose(0, 1)),
         (padded[..., 2:47].transpose(0, 1), base),
         (base[:, ::2], other[:, ::2].contiguous()),
         (base[..., ::2], other[..., ::2]),
-        (base, other[:1].expand(3, 6, 45)),
+        (base, other[:1].expand(2, 4, 45)),
     ]
     for x, ref in pairs:
         leaves = [x.detach().requires_grad_(), x.detach().contiguous().clone().requires_grad_()]
@@ -522,6 +522,44 @@ def test_kl_loss_protects_other_consumers(backend, device):
     fa.token_kl_loss(logits, ref, torch.ones(3, device=device), inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation|version"):
         other.backward()
+
+
+# --- token-level DPO on logits ------------------------------------------------------------------------------------------------------------
+
+
+def tdpo(logits, ref_logits, labels, mask, cu_seqlens, beta, alpha):
+    """The loss of arXiv 2404.11999, section 4, sequence by sequence: (chosen, rejected) at even and odd numbers; alpha None: TDPO1."""
+    log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(ref_logits, -1)
+    pick = labels.clamp(min=0).unsqueeze(-1)
+    ratio = (log_p.gather(-1, pick) - log_q.gather(-1, pick)).squeeze(-1)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    u, sequence_kl = [], []
+    for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+        u.append(ratio[begin:end][mask[begin:end]].sum())
+        sequence_kl.append(kl[begin:end][mask[begin:end]].sum())
+    losses = []
+    for w in range(0, len(u), 2):
+        chosen_kl, rejected_kl = sequence_kl[w], sequence_kl[w + 1]
+        delta = rejected_kl - chosen_kl if alpha is None else alpha * (rejected_kl - chosen_kl.detach())
+        losses.append(-torch.nn.functional.logsigmoid(beta * (u[w] - u[w + 1] - delta)))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss,alpha", [("tdpo1", None), ("tdpo2", 0.5)])
+def test_tdpo_from_logits(backend, device, loss, alpha, dtype):
+    """Loss and gradient with respect to the logits, on packed sequences of unequal lengths."""
+    packed = testing.make_batch(3, min_len=1, max_len=4, prompt=1, vocab=150, device=device).packed
+    x, ref = make_pair(packed.labels.numel(), 150, dtype=dtype, device=device)
+    leaf, true, yard = x.clone().requires_grad_(), x.double().requires_grad_(), x.float().requires_grad_()
+    stats = fa.token_stats(leaf, packed.labels, ref_logits=ref, outputs=("logprob", "ref_logprob", "kl_ref_policy"))
+    out = fa.preference_loss(
+        stats.logprob, stats.ref_logprob, packed.cu_seqlens, mask=packed.mask, kl_ref_policy=stats.kl_ref_policy, loss=loss, beta=0.3
+    )
+    truth, plainly = (tdpo(z, ref.to(z.dtype), packed.labels, packed.mask, packed.cu_seqlens.cpu(), 0.3, alpha) for z in (true, yard))
+    assert_close(out.loss, truth, plainly, what="loss")
+    scale = 0.3 * gradient_size(x, ref, packed.labels)
+    assert_close(gradient(out.loss, leaf), gradient(truth, true), gradient(plainly, yard), what="gradient", scale=scale)
 
 
 # --- bad arguments ------------------------------------------------------------------------------------------------------------------------
