@@ -124,7 +124,7 @@ def test_gradcheck_of_the_definition(names, options):
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "offset"])
 @pytest.mark.parametrize("vocab", (1, 2, 3, 127, 129, 1000, 5003))
-def test_accuracy_fp32(backend, device, slow_backend, vocab, kind):
+def test_kl_accuracy_fp32(backend, device, slow_backend, vocab, kind):
     vocab = min(vocab, 1500) if slow_backend else vocab
     stats = check(*make_pair(4, vocab, device=device, kind=kind), make_labels(4, vocab, ignored=0.2, device=device))
     assert all(bool((getattr(stats, n) >= 0).all()) for n in KLS) and bool((stats.ref_logprob <= 0).all())
@@ -132,7 +132,7 @@ def test_accuracy_fp32(backend, device, slow_backend, vocab, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("vocab", (3, 129, 1000))
-def test_accuracy_other_dtypes(backend, device, row_dtypes, vocab, dtype):  # row 17
+def test_kl_accuracy_other_dtypes(backend, device, row_dtypes, vocab, dtype):  # row 17
     if dtype in row_dtypes:
         check(*make_pair(3, vocab, dtype=dtype, device=device), make_labels(3, vocab, device=device))
 
@@ -145,13 +145,13 @@ def test_each_output_alone_and_together(backend, device, names):
 
 
 @pytest.mark.parametrize("vocab", (32000, 50257, 129920, 262145))
-def test_accuracy_large_vocabularies(backend, device, slow_backend, vocab):
+def test_kl_accuracy_large_vocabularies(backend, device, slow_backend, vocab):
     vocab = vocab // 64 + vocab % 2 if slow_backend else vocab
     check(*make_pair(2, vocab, dtype=torch.bfloat16, device=device), make_labels(2, vocab, device=device))
 
 
 @pytest.mark.parametrize("scale,cap,temperature", [(1.0, 30.0, 1.0), (0.5, 5.0, 0.6), (3.0, None, 2.0), (1.0, None, 1e-2)])
-def test_scale_softcap_temperature(backend, device, scale, cap, temperature):  # rows 15, 16: both rows alike
+def test_scale_softcap_temperature_of_both_rows(backend, device, scale, cap, temperature):  # rows 15, 16: both rows alike
     x, ref = make_pair(3, 300, device=device)
     check(x * 3, ref * 3, make_labels(3, 300, device=device), logit_scale=scale, softcap=cap, temperature=temperature)
 
@@ -216,7 +216,7 @@ def test_nearly_equal_rows(backend, device, dtype, distance):  # row 26; E8
 # --- masked, infinite and bad rows --------------------------------------------------------------------------------------------------------
 
 
-def test_masked_rows_are_exact_zeros_whatever_they_hold(backend, device):  # rows 2, 4
+def test_masked_pairs_of_rows_are_exact_zeros(backend, device):  # rows 2, 4
     x, ref = make_pair(6, 130, device=device)
     keep = torch.tensor([True, False, True, False, False, True], device=device)
     labels = make_labels(6, 130, device=device)
@@ -282,7 +282,7 @@ def test_mass_on_a_token_without_mass(backend, device):  # row 27
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "all -inf"])
 @pytest.mark.parametrize("where", ["policy", "reference"])
-def test_bad_rows_stay_alone(backend, device, bad, where):  # rows 12, 13
+def test_bad_rows_of_either_model_stay_alone(backend, device, bad, where):  # rows 12, 13
     x, ref = make_pair(3, 300, device=device)
     labels = make_labels(3, 300, device=device)
     names = ("logprob", "entropy", *NAMES)
@@ -362,7 +362,7 @@ def test_strides_of_both_rows(backend, device, dtype):  # row 23
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [1037, 2600])
-def test_batch_invariance_and_alignment(backend, device, vocab, dtype):  # rows 20, 42; E10
+def test_kl_batch_invariance_and_alignment(backend, device, vocab, dtype):  # rows 20, 42; E10
     """A row's result is the same bits alone, in any batch, at any address of either row, and in every run."""
     if backend == "reference" and vocab > 1037:
         return  # PyTorch's own sums of longer rows depend on the address
@@ -385,7 +385,7 @@ def test_batch_invariance_and_alignment(backend, device, vocab, dtype):  # rows 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [7, 130, 1031])
-def test_inplace_backward_equals_out_of_place(backend, device, vocab, dtype):  # E21
+def test_kl_inplace_backward_equals_out_of_place(backend, device, vocab, dtype):  # E21
     labels = make_labels(4, vocab, ignored=0.3, device=device)
     grads = []
     for inplace in (False, True):
@@ -401,7 +401,7 @@ def test_inplace_backward_equals_out_of_place(backend, device, vocab, dtype):  #
 
 @pytest.mark.parametrize("cuts", [(30,), (1, 2, 3), (16, 64, 80)])
 @pytest.mark.parametrize("masked", [(), ("policy",), ("policy", "reference")])
-def test_vocabulary_shards_merge(backend, device, cuts, masked):  # row 43 for one rank, both rows
+def test_vocabulary_shards_of_both_rows_merge(backend, device, cuts, masked):  # row 43 for one rank, both rows
     from fastalign.ops.token_stats.api import OUTPUT_BITS, RowOptions, token_stats_bwd, token_stats_fwd
 
     vocab, rows = 97, 4
@@ -458,7 +458,7 @@ def test_no_rows_and_one_word(backend, device):  # rows 1, 6
         assert gradient(kl.sum(), x).flatten().tolist() == pytest.approx([0.0] * 3, abs=2e-7)
 
 
-def test_no_vocabulary_sized_temporary(backend, device):  # A1
+def test_kl_makes_no_vocabulary_sized_temporary(backend, device):  # A1
     if backend == "reference":
         return
     from fastalign import ffi
@@ -565,7 +565,7 @@ def test_tdpo_from_logits(backend, device, loss, alpha, dtype):
 # --- bad arguments ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_errors_name_the_argument(backend, device):
+def test_kl_errors_name_the_argument(backend, device):
     x, ref = make_pair(3, 10, device=device)
     one = torch.ones((), device=device)
     for error, words, call in (
