@@ -201,6 +201,56 @@ def _logprobs_backward(shape: Rows, device: torch.device, cache_bytes: int) -> C
     return Case("token_logprobs_backward", shape, inputs, 3 * size, contestants, *grads, sample=lambda x: x[sampled], scale=scale)
 
 
+def _kl_inputs(shape: Rows, device: torch.device, cache_bytes: int) -> tuple[list[tuple[Tensor, Tensor]], int, Tensor]:
+    """([(logits, reference logits)], bytes of both, sampled rows). The reference is near the policy, as in training."""
+    rows, size, sampled = _row_inputs(shape, device, cache_bytes // 2)
+    generator = torch.Generator(device).manual_seed(1)
+    inputs = [(x, torch.empty_like(x).normal_(std=0.3, generator=generator).add_(x)) for x, _ in rows]
+    return inputs, 2 * size, sampled
+
+
+def _read_both() -> Contestant:
+    return Contestant("read only", lambda logits, ref, *rest: (measure.read(logits.detach()), measure.read(ref))[0], "read")
+
+
+def _token_kl(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
+    inputs, size, sampled = _kl_inputs(shape, device, cache_bytes)
+    truth, baseline = (eager.exact_kl(*(x[sampled].to(t) for x in inputs[0])) for t in (torch.float64, torch.float32))
+    contestants = [
+        Contestant("fastalign", _no_grad(fastalign.token_kl), "ours"),
+        *_plain("log_softmax in fp32, exp, difference, sum", _no_grad, eager.exact_kl),
+        *_plain("log_softmax, exp, difference, sum", _no_grad, eager.exact_kl_rounded, compiled=False),
+        _read_both(),
+    ]
+    return Case("token_kl", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[sampled])
+
+
+def _token_kl_loss(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
+    """Value and gradient of sum(coef * KL), the coefficients known beforehand."""
+    inputs, size, sampled = _kl_inputs(shape, device, cache_bytes)
+    coef = torch.linspace(0.5, 1.5, shape.rows, device=device)
+    inputs = [(logits.requires_grad_(), ref) for logits, ref in inputs]
+
+    def fused(logits: Tensor, ref: Tensor) -> Tensor:
+        return torch.autograd.grad(fastalign.token_kl_loss(logits, ref, coef, inplace=True).loss, logits)[0]
+
+    def wrap(kl: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda logits, ref: torch.autograd.grad((kl(logits, ref) * coef).sum(), logits)[0]
+
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = inputs[0][0].detach()[sampled].to(dtype).requires_grad_()
+        grads.append(torch.autograd.grad((eager.exact_kl(leaf, inputs[0][1][sampled].to(dtype)) * coef[sampled]).sum(), leaf)[0])
+    contestants = [
+        Contestant("fastalign", fused, "ours", overwrites=True),
+        *_plain("log_softmax in fp32, exp, difference, sum", wrap, eager.exact_kl),
+        _read_both(),
+    ]
+    # Read both, write one gradient.
+    scale = torch.full_like(grads[0], float(grads[0].abs().max()))
+    return Case("token_kl_loss", shape, inputs, size // 2 * 3, contestants, *grads, sample=lambda x: x[sampled], scale=scale)
+
+
 def _packed_inputs(shape: Pairs, device: torch.device, cache_bytes: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
     """([(logprobs, ref_logprobs)], cu_seqlens, the sequence of every token)"""
     tokens = 2 * shape.pairs * shape.length
@@ -342,5 +392,7 @@ _MAKERS = {
     "token_logprobs": _logprobs, "token_logprobs_entropy": _logprobs_entropy, "token_logprobs_backward": _logprobs_backward,
     "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "listwise_loss": _listwise_loss, "kl_estimate": _kl_estimate, "gae": _gae,
     "policy_loss": _policy_loss,
+    "token_kl": _token_kl, "token_kl_loss": _token_kl_loss,
+    "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "kl_estimate": _kl_estimate, "gae": _gae,
 }  # fmt: skip
 assert set(_MAKERS) == set(SHAPES["cpu"])

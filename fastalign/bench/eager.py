@@ -27,6 +27,19 @@ def logprob_and_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)])
 
 
+def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(policy || reference) per row, in fp32 (bf16 log-probs cannot hold the difference of two near models); fp64 stays."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_p, log_q = F.log_softmax(logits, dim=-1, dtype=dtype), F.log_softmax(ref_logits, dim=-1, dtype=dtype)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def exact_kl_rounded(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """The same in the logits' own dtype."""
+    log_p, log_q = F.log_softmax(logits, dim=-1), F.log_softmax(ref_logits, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def segment_sum(x: Tensor, sequence: Tensor, sequences: int) -> Tensor:
     """`sequence` [T]: the number of each token's sequence, made beforehand and not counted in the time."""
     return x.new_zeros(sequences).index_add(0, sequence, x)
