@@ -393,6 +393,5 @@ _MAKERS = {
     "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "listwise_loss": _listwise_loss, "kl_estimate": _kl_estimate, "gae": _gae,
     "policy_loss": _policy_loss,
     "token_kl": _token_kl, "token_kl_loss": _token_kl_loss,
-    "sequence_sum": _sequence_sum, "preference_loss": _preference_loss, "kl_estimate": _kl_estimate, "gae": _gae,
 }  # fmt: skip
 assert set(_MAKERS) == set(SHAPES["cpu"])

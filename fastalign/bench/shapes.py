@@ -47,9 +47,8 @@ def _suite(
 ) -> dict[str, tuple[Shape, ...]]:
     rows = {"token_logprobs": forward, "token_logprobs_entropy": forward[:1], "token_logprobs_backward": backward}
     minibatch = tuple(s._replace(length=min(s.length, 1024)) for s in rollout[:1])
-    return rows | dict.fromkeys(PACKED_OPS, packed) | {"gae": rollout, "policy_loss": minibatch}
     rows |= {"token_kl": kl, "token_kl_loss": kl}
-    return rows | dict.fromkeys(PACKED_OPS, packed) | {"gae": rollout}
+    return rows | dict.fromkeys(PACKED_OPS, packed) | {"gae": rollout, "policy_loss": minibatch}
 
 
 _REFERENCE = Rows(2048, 128256)  # 525 MB of logits, the shape that CPU numbers are quoted for

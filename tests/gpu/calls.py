@@ -19,6 +19,7 @@ def public_calls(
     """name -> (a floating input that may be changed between calls, the call). A call returns the op's results and the gradient."""
     logits = make_logits(rows, vocab, dtype=dtype, device=device).requires_grad_()
     labels = make_labels(rows, vocab, ignored=0.2, device=device)
+    ref_logits = make_logits(rows, vocab, dtype=dtype, device=device, seed=1)
     ones = torch.ones(rows, device=device)
     batch = make_batch(pairs, max_len=300, device=device)
     logprobs = batch.logprobs.clone().requires_grad_()
@@ -35,6 +36,16 @@ def public_calls(
         scratch = logits * 1
         value = fa.token_logprobs(scratch, labels, inplace_backward=True)
         return value.detach(), *torch.autograd.grad(value, scratch, ones)
+
+    def reference_stats() -> tuple[Tensor, ...]:
+        stats = fa.token_stats(logits, labels, ref_logits=ref_logits, outputs=("logprob", "ref_logprob", "kl_policy_ref", "kl_ref_policy"))
+        values = [x for x in stats if x is not None]
+        wanted = (stats.logprob, stats.kl_policy_ref, stats.kl_ref_policy)
+        return (*(x.detach() for x in values), *torch.autograd.grad(wanted, logits, (ones, ones, ones)))
+
+    def token_kl_loss() -> tuple[Tensor, ...]:
+        out = fa.token_kl_loss(logits, ref_logits, ones)
+        return out.loss.detach(), out.kl, *torch.autograd.grad(out.loss, logits, one)
 
     def sequence_sum() -> tuple[Tensor, ...]:
         value = fa.sequence_sum(logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask)
@@ -55,8 +66,11 @@ def public_calls(
     def gae() -> tuple[Tensor, ...]:
         return fa.gae(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, gamma=0.99)
 
-    calls = (token_stats, inplace, sequence_sum, kl_estimate, preference_loss, listwise_loss, gae)
-    return {call.__name__: (logits if call in (token_stats, inplace) else logprobs, call) for call in calls}
+    on_logits = (token_stats, inplace, reference_stats, token_kl_loss)
+    calls = (*on_logits, sequence_sum, kl_estimate, preference_loss, listwise_loss, gae)
+    return {call.__name__: (logits if call in on_logits else logprobs, call) for call in calls}
 
 
-NAMES = ("token_stats", "inplace", "sequence_sum", "kl_estimate", "preference_loss", "listwise_loss", "gae")
+NAMES = (
+    "token_stats", "inplace", "reference_stats", "token_kl_loss", "sequence_sum", "kl_estimate", "preference_loss", "listwise_loss", "gae",
+)  # fmt: skip
