@@ -7,8 +7,8 @@ import warnings as _warnings
 from fastalign import ffi as _ffi
 from fastalign import losses, policy_losses
 from fastalign.distributed import global_denominator
-from fastalign.groups import GroupAdvantages, dynamic_sampling_mask, group_advantages, overlong_penalty
 from fastalign.dpo_rewards import TokenRewards, rto_rewards, token_rewards
+from fastalign.groups import GroupAdvantages, dynamic_sampling_mask, group_advantages, overlong_penalty
 from fastalign.list_preset import ListPreset
 from fastalign.ops.gae.api import GAE, gae
 from fastalign.ops.kl_estimate.api import kl_estimate
