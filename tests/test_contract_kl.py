@@ -80,7 +80,7 @@ def check(logits, ref_logits, labels, names=(*NAMES, "logprob", "entropy"), **op
         assert got.dtype == acc and got.shape == labels.shape
         assert_close(got, truth[name], base[name], what=name, scale=scale)
     rows = torch.linspace(-1.0, 1.5, labels.numel(), device=logits.device, dtype=acc).view(labels.shape)
-    differentiable = [n for n in names if n != "ref_logprob"]
+    differentiable = [n for n in names if getattr(stats, n).requires_grad]
     size = gradient_size(logits, ref_logits, labels, **options) * rows.abs().double().unsqueeze(-1)
     mix = {n: rows * (i + 1) for i, n in enumerate(differentiable)}
     for upstream in [{n: rows} for n in differentiable if n in KLS] + ([mix] if mix else []):
@@ -324,16 +324,18 @@ def test_extreme_peaks(backend, device):  # row 7
 
 def test_large_finite_mask_values(backend, device):
     """-1e30 and the dtype's minimum in place of -inf, in both models: no mass, no trouble."""
-    x, ref = make_pair(2, 300, device=device)
-    want = fa.token_stats(x[:, 100:].contiguous(), ref_logits=ref[:, 100:].contiguous(), outputs=KLS)
+    hidden = 2100  # more than a tile
+    x, ref = make_pair(2, hidden + 200, device=device)
+    want = fa.token_stats(x[:, hidden:].contiguous(), ref_logits=ref[:, hidden:].contiguous(), outputs=("logsumexp", *KLS))
     for value in (-1e30, torch.finfo(torch.float32).min):
-        x[:, :100] = ref[:, :100] = value
+        x[:, :hidden] = ref[:, :hidden] = value
+        assert_close(fa.token_stats(x, outputs=("logsumexp",)).logsumexp, want.logsumexp.double(), scale=8.0)
         leaf = x.clone().requires_grad_()
         stats = fa.token_stats(leaf, ref_logits=ref, outputs=KLS)
         for name in KLS:
             assert_close(getattr(stats, name), getattr(want, name).double(), scale=8.0)
             g = torch.autograd.grad(getattr(stats, name).sum(), leaf, retain_graph=True)[0]
-            assert bool((g[:, :100] == 0).all()) and bool(torch.isfinite(g).all())
+            assert bool((g[:, :hidden] == 0).all()) and bool(torch.isfinite(g).all())
 
 
 # --- layouts, repeatability ---------------------------------------------------------------------------------------------------------------
@@ -445,6 +447,13 @@ def test_ref_logprobs_of_several_labels(backend, device):  # A9
     log_p = torch.log_softmax(true, -1).gather(-1, index.clamp(min=0)).masked_fill(index == -100, 0.0)
     truth = (log_p.sum() + plain(true, ref.double(), None)["kl_policy_ref"].sum(), true)
     assert_close(gradient(stats.logprob.sum() + stats.kl_policy_ref.sum(), x), gradient(*truth), scale=8.0)
+
+
+def test_reference_is_a_constant(backend, device):
+    x, ref = (z.requires_grad_() for z in make_pair(2, 20, device=device))
+    loss = fa.token_kl(x, ref).sum() + fa.token_kl_loss(x, ref, torch.ones(2, device=device)).loss
+    assert torch.autograd.grad(loss, (x, ref), allow_unused=True)[1] is None
+    assert not fa.token_kl(x.detach(), ref).requires_grad
 
 
 def test_no_rows_and_one_word(backend, device):  # rows 1, 6
