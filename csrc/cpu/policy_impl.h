@@ -97,6 +97,12 @@ template <class T> FA_HD double sum(typename Vector<T>::Value v) {
   return total;
 }
 
+template <class T> FA_HD double count(typename Vector<T>::Bits n) {
+  int64_t total = 0;
+  for (int j = 0; j < Vector<T>::kWidth; ++j) total += int64_t(n[j]);
+  return double(total);
+}
+
 template <class T> struct Policy {
   using V = typename Vector<T>::Value;
   using Bits = typename Vector<T>::Bits;
@@ -130,8 +136,8 @@ template <class T> struct Policy {
   FA_HD void run(const Span& s, double* stats) const {
     const T divisor = token_divisor(p.aggregation, T(s.length), p.norm_length);
     const T factor = p.ratio == kRatioSeqSum && (p.surrogate == kClip || p.surrogate == kSapo) ? T(s.length) : T(1);
-    const V one = splat<V>(1), limit = splat<V>(finite_limit<T>());
     V sums[kPolicyStats] = {};
+    Bits counts[kPolicyStats] = {};  // of the columns that count tokens; masks are -1
     for (int64_t i = s.begin, end = s.begin + s.n; i < end; i += kWidth) {
       const int n = int(end - i < kWidth ? end - i : kWidth);
       const Bits keep = load_mask<T>(a.mask, i, n);
@@ -147,7 +153,7 @@ template <class T> struct Policy {
         value = select(used, w.used * value);
         slope = select(used, w.used * slope);
         sums[kPolicy_is_weight] += given;
-        sums[kPolicy_is_clipped] += select(keep & w.clipped, one);
+        counts[kPolicy_is_clipped] -= keep & w.clipped;
       }
       V total = value;
       if (a.ref_logprobs) {
@@ -165,21 +171,21 @@ template <class T> struct Policy {
       }
       store<T>(select(keep, slope / divisor), a.slopes, i, n);
       if (a.entropy_slopes) store<T>(select(keep, splat<V>(-p.entropy_coef / divisor)), a.entropy_slopes, i, n);
-      const V beyond = select(keep, rho - one);
+      const V beyond = select(keep, rho - T(1));
       sums[kPolicy_loss] += select(keep, total);
       sums[kPolicy_policy] += select(keep, value);
-      sums[kPolicy_tokens] += select(keep, one);
+      counts[kPolicy_tokens] -= keep;
       sums[kPolicy_ratio] += beyond;
       sums[kPolicy_ratio_sq] += beyond * beyond;
       sums[kPolicy_approx_kl] += lr * lr;
-      sums[kPolicy_clip_low] += select(keep & r.low, one);
-      sums[kPolicy_clip_high] += select(keep & r.high, one);
-      sums[kPolicy_clip_dual] += select(keep & r.dual, one);
-      sums[kPolicy_nonfinite] += select(keep & ~((total <= limit) & (total >= -limit)), one);
+      counts[kPolicy_clip_low] -= keep & r.low;
+      counts[kPolicy_clip_high] -= keep & r.high;
+      counts[kPolicy_clip_dual] -= keep & r.dual;
+      counts[kPolicy_nonfinite] -= keep & (total - total != V{});
     }
     for (int c = 0; c < kPolicyStats; ++c) {
       const double by = c == kPolicy_loss || c == kPolicy_policy ? double(divisor) : (c == kPolicy_approx_kl ? 2.0 : 1.0);
-      stats[c] += sum<T>(sums[c]) / by;
+      stats[c] += (sum<T>(sums[c]) + count<T>(counts[c])) / by;
     }
   }
 };
@@ -197,8 +203,8 @@ template <class T> struct Value {
 
   FA_HD void run(const Span& s, double* stats) const {
     const T divisor = token_divisor(a.aggregation, T(s.length), T(a.norm_length));
-    const V one = splat<V>(1), limit = splat<V>(finite_limit<T>());
     V sums[kValueStats] = {};
+    Bits counts[kValueStats] = {};
     for (int64_t i = s.begin, end = s.begin + s.n; i < end; i += kWidth) {
       const int n = int(end - i < kWidth ? end - i : kWidth);
       const Bits keep = load_mask<T>(a.mask, i, n);
@@ -206,16 +212,16 @@ template <class T> struct Value {
       const ValueError<V> r = value_error(value, load<T>(a.old_values, i, n, keep), target, T(a.clip), a.old_values != nullptr);
       store<T>(select(keep, r.slope / divisor), a.slopes, i, n);
       sums[kValue_loss] += select(keep, r.value);
-      sums[kValue_tokens] += select(keep, one);
-      sums[kValue_clipped] += select(keep & r.clipped, one);
+      counts[kValue_tokens] -= keep;
+      counts[kValue_clipped] -= keep & r.clipped;
       sums[kValue_value] += value;
       sums[kValue_returns] += target;
       sums[kValue_returns_sq] += target * target;
       sums[kValue_error] += r.error;
       sums[kValue_error_sq] += r.error * r.error;
-      sums[kValue_nonfinite] += select(keep & ~(r.value <= limit), one);
+      counts[kValue_nonfinite] -= keep & (r.value - r.value != V{});
     }
-    for (int c = 0; c < kValueStats; ++c) stats[c] += sum<T>(sums[c]) / (c == kValue_loss ? double(divisor) : 1.0);
+    for (int c = 0; c < kValueStats; ++c) stats[c] += (sum<T>(sums[c]) + count<T>(counts[c])) / (c == kValue_loss ? double(divisor) : 1.0);
   }
 };
 

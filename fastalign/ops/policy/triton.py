@@ -296,7 +296,7 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
         policy_fwd_kernel[(pieces,)](
             logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items, loss, slopes,
             entropy_slopes if with_entropy_grad else None, stats, rows, ffi.counter(logprobs), tokens, pieces, **params, TILE=TILE, BLOCK=BLOCK,
-            ROWS=ROWS, **ffi.launch_options(256, device),
+            ROWS=ROWS, **ffi.launch_options(256, device, 128),
         )  # fmt: skip
     return loss, slopes, entropy_slopes, stats
 
