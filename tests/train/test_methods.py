@@ -1,7 +1,9 @@
 """Each method against what it is defined to be: baselines, running means, value head, reward model, lists, exact KL, columns of the data."""
 
+import importlib
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import fastalign
 from fastalign.train import UserError, load_tokenizer, train
 from fastalign.train.formats import UNPAIRED
 from fastalign.train.methods import METHODS, make_method
+from fastalign.train.methods.dpo import COLUMNS
 from fastalign.train.tokenise import tokenise
 
 LN2 = math.log(2)
@@ -388,6 +391,15 @@ def test_a_reward_model_needs_its_weights_when_it_is_one(run, tmp_path, model_di
     save_file(weights, result.output / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lacks weights of its sequence classifier: model.layers.0.mlp.up_proj.weight"):
         run("reward", make_rows(4), model=str(result.output))
+
+
+def test_the_guide_names_every_method_loss_and_column():
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1].strip(" `"): row for row in guide.splitlines() if row.startswith("| `")}
+    for name in METHODS:
+        method = importlib.import_module(f"fastalign.train.methods.{METHODS[name].home.split(':')[0]}")
+        assert getattr(method, METHODS[name].home.split(":")[1]).default_loss in rows[name], name
+    assert all(f"`{loss}`" in guide for loss in fastalign.losses.LISTWISE) and all(column in rows for column in COLUMNS)
 
 
 def test_every_method_has_a_summary():
