@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastalign
 from fastalign.train import TrainConfig, comparison, demo, sandbox
+from fastalign.train.demos import common, dpo, tdpo
 from fastalign.train.tokenise import token_pair
 
 
@@ -193,17 +194,35 @@ def test_demo_output_that_is_no_directory_is_one_line_and_code_2(tmp_path, capsy
     assert str(tmp_path / "file") in error and len(error.strip().splitlines()) == 1
 
 
-def test_demo_from_start_to_end_in_small(tmp_path, monkeypatch, capsys, byte_tokenizer, small):
-    """All stages on a model that learns nothing, ranked by a reward that random bytes can differ in: every number and file is there."""
-    monkeypatch.setattr(demo, "SFT_STEPS", 2)
-    monkeypatch.setattr(demo, "PROMPTS", 6)
-    monkeypatch.setattr(demo, "HELD_OUT_PROMPTS", 4)
-    monkeypatch.setattr(demo, "JUDGED", 4)
-    monkeypatch.setattr(demo, "BATCH_SIZE", 4)
+@pytest.fixture
+def small_demo(monkeypatch, byte_tokenizer, small):
+    """All stages on a model that learns nothing, ranked by a reward that random bytes can differ in."""
+    for module, sizes in (
+        (common, {"SFT_STEPS": 2}),
+        (dpo, {"PROMPTS": 6, "HELD_OUT_PROMPTS": 4, "JUDGED": 4, "BATCH_SIZE": 4}),
+        (tdpo, {"PROMPTS": 6, "HELD_OUT_PROMPTS": 4, "SAMPLES": 4, "BATCH_SIZE": 4}),
+    ):
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
     monkeypatch.setattr(sandbox, "make_model", lambda tokenizer, seed: copy.deepcopy(small))
     monkeypatch.setattr(sandbox, "gold_reward", lambda text: len(text) % 7 / 6)
     monkeypatch.setattr(comparison, "time_steps", functools.partial(comparison.time_steps, steps=3))
     monkeypatch.setattr(comparison, "time_head_large", functools.partial(comparison.time_head_large, vocab=300, rounds=1))
+
+
+def test_demo_of_token_level_dpo_in_small(small_demo, tmp_path, capsys):
+    assert demo.main(["tdpo", "--steps", "2", "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(report["curves"]) == {"DPO", "TDPO1", "TDPO2"}
+    for points in report["curves"].values():
+        assert [point["step"] for point in points][0] == 0 and points[-1]["step"] == 2
+        assert points[0]["seqkl_rejected"] == 0.0 and points[-1]["seqkl_rejected"] > 0.0 and points[-1]["kl"] > 0.0
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "TDPO2" in capsys.readouterr().out
+
+
+def test_demo_from_start_to_end_in_small(small_demo, tmp_path, capsys):
+    """Every number and file is there."""
     assert demo.main(["--steps", "3", "--seed", "7", "--output", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [point["step"] for point in report["curve"]] == [0, 1, 2, 3]
