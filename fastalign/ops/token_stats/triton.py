@@ -27,7 +27,8 @@ from fastalign.ops.token_stats.triton_rows import (
     EVERYTHING_BITS,
     FWD_REGISTERS,
     LABELS,
-    PAIR_REGISTERS,
+    PAIR_BWD_REGISTERS,
+    PAIR_FWD_REGISTERS,
     SIZES,
     SMALL,
     THREADS,
@@ -235,7 +236,7 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
                 triton_pair.token_stats_pair_fwd_kernel[(rows,)](
                     view, ref, labels, mask, temperature_tensor, state_in, *found, *results, state, *both, *layout, ref_base,
                     *ffi.row_layout(ref_logits)[1:], *numbers, TOGETHER=_share_alignment(logits, ref_logits, lanes), **options,
-                    **ffi.launch_options(THREADS, device, PAIR_REGISTERS),
+                    **ffi.launch_options(THREADS, device, PAIR_FWD_REGISTERS),
                 )  # fmt: skip
     return (*results, state, target)
 
@@ -271,7 +272,7 @@ def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale,
     numbers = (grad_base, vocab, pieces, 0 if labels is None else labels.shape[1], ignore_index, vocab_start, vocab_total, factor, cap_scale,
                temperature)  # fmt: skip
     options = {"IN_PLACE": in_place, "CAPPED": cap_scale != 0, "LANES": lanes, "BLOCK": block, "BLOCKS": blocks}
-    options |= ffi.launch_options(THREADS, device, BWD_REGISTERS)
+    options |= ffi.launch_options(THREADS, device, BWD_REGISTERS if ref_logits is None else PAIR_BWD_REGISTERS)
     upstream = (g_logprob, g_entropy, g_logsumexp)
     with ffi.triton_device(device):
         if ref_logits is None:

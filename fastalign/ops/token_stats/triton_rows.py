@@ -7,7 +7,8 @@ from fastalign.ops.token_stats.api import OUTPUT_BITS, STATE_WIDTH
 from fastalign.triton_math import LN2, div, fma, row_entropy, row_log_sum_sq, row_logprob, tanh
 
 THREADS = 128
-FWD_REGISTERS, PAIR_REGISTERS, BWD_REGISTERS = 168, 168, 72  # at least three and seven programs per multiprocessor; see ffi.launch_options
+FWD_REGISTERS, PAIR_FWD_REGISTERS = 168, 168  # at least three programs per multiprocessor; see ffi.launch_options
+BWD_REGISTERS, PAIR_BWD_REGISTERS = 72, 80  # seven and six
 LABELS = tl.constexpr(32)  # labels of a row that are handled at once
 COLUMNS = tl.constexpr(STATE_WIDTH)
 # Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
