@@ -134,6 +134,9 @@ PYBIND11_MODULE(FA_MODULE, m) {
         "1: a block per sequence; 2: a block per tile; 0 restores the choice by tokens and sequences");
 #endif
 #ifdef FA_EMU
+  m.def(
+      "_emu_last_launch", [] { return std::make_tuple(emu::machine.last.cluster, emu::machine.last.threads, emu::machine.last.shared); },
+      "(blocks per cluster, threads and bytes of shared memory per block)");
   m.def("_emu_set_seed", [](unsigned seed) { emu::machine.seed = seed; }, "another seed, another interleaving of the emulated threads");
 #endif
   m.attr("state_width") = int(kStateWidth);

@@ -25,9 +25,11 @@ def test_every_kernel_is_there(arch):
         "token_stats_fwd_kernel", "token_stats_bwd_kernel", "sequence_sum_fwd_kernel", "sequence_sum_bwd_kernel", "kl_estimate_fwd_kernel",
         "preference_fwd_kernel", "preference_bwd_kernel", "gae_maps_kernel", "gae_fwd_kernel", "listwise_fwd_kernel",
         "policy_fwd_kernel", "value_fwd_kernel", "policy_bwd_kernel",
+        "token_stats_fused_kernel", "scale_rows_kernel",
     }  # fmt: skip
-    assert sum("token_stats_fwd" in k.name for k in arch) == 3 * 3 * 2  # storage types x sets of sums x softcap
-    assert sum("token_stats_bwd" in k.name for k in arch) == 3 * 2 * 2  # storage types x softcap x several labels
+    assert sum("token_stats_fwd" in k.name for k in arch) == 3 * 5 * 2  # storage types x sets of sums x softcap
+    assert sum("token_stats_bwd" in k.name for k in arch) == 3 * 2 * 2 * 2  # storage types x softcap x several labels x reference rows
+    assert sum("token_stats_fused" in k.name for k in arch) == 3 * 4  # storage types x sets of sums
 
 
 def test_nothing_spills(arch):
@@ -39,32 +41,55 @@ def test_registers_and_shared_memory(arch):
     for k in arch:
         # From sm_90 on the hardware keeps 1 KiB per block for itself. Anything else would be shared memory that the emulator cannot poison.
         assert k.shared <= (0 if k.arch == "80" else 1024), f"{k.name} has static shared memory"
-        # Four blocks of 256 threads per SM; three for the kernel that keeps every sum, and where the work is not per element.
-        streaming = "token_stats" in k.name and ", 15, " not in k.name
-        assert k.registers <= (64 if streaming else 80), f"{k.name} takes {k.registers} registers"
+        # Four blocks of 256 threads per SM; three where the work is not per element, for every sum of a row, and for two rows; two for every
+        # sum of two rows and for several labels there.
+        one_row = re.match(r"token_stats_fwd_kernel<\w+, [01],|token_stats_bwd_kernel<.*false>|scale_rows", k.name)
+        rare = re.match(r"token_stats_(fwd_kernel<\w+, 127,|fused_kernel<\w+, 113>|bwd_kernel<.*true, true>)", k.name)
+        bound = 64 if one_row else 128 if rare else 80
+        assert k.registers <= bound, f"{k.name} takes {k.registers} registers"
 
 
 def test_streaming_kernels_move_16_bytes_at_a_time(arch):
     for k in arch:
-        if "token_stats" in k.name:
-            assert k.count(r"LDG\.E\.128") >= 4, f"{k.name}: {k.count(r'LDG.E.128')} 16-byte loads"
-            assert "bwd" not in k.name or k.count(r"STG\.E\.128") >= 2, f"{k.name}: {k.count(r'STG.E.128')} 16-byte stores"
+        fused = "token_stats_fused" in k.name
+        if not fused and re.match("token_stats|scale_rows", k.name):
+            wide = k.count(r"LDG\.E\.128")
+            assert wide >= 4, f"{k.name}: {wide} 16-byte loads"
+        if fused and k.arch != "80":  # both rows come by bulk copies, and are read from shared memory twice
+            counts = [k.count(op) for op in ("UBLKCP", r"LDG\.E\.128", r"LDS\.128")]
+            assert counts[0] >= 1 and counts[1] == 0 and counts[2] >= 8, f"{k.name}: {counts} bulk copies, 16-byte loads, of shared memory"
+        if re.match("token_stats_bwd|token_stats_fused|scale_rows", k.name) and not (fused and k.arch == "80"):
+            assert k.count(r"STG\.E\.128") >= 2, f"{k.name}: {k.count(r'STG.E.128')} 16-byte stores"
+
+
+def test_one_read_is_nothing_without_clusters(arch):
+    for k in arch:
+        if "token_stats_fused" in k.name and k.arch == "80":
+            assert len(k.code) < 100, k.name
 
 
 def test_streaming_loop_is_short(arch):
-    """At H200 bandwidth an SM has about 15 instructions per bf16 element; one of them may be an exp2."""
+    """At H200 bandwidth an SM has about 15 instructions per bf16 element of a row that is read once, and about 23 for both sweeps over a pair of
+    rows that is read once and written over once. One of them per sweep may be an exp2."""
+    bounds = {
+        "token_stats_fwd_kernel<bf16, 0, false>": (8,), "token_stats_fwd_kernel<bf16, 1, false>": (10,),
+        "token_stats_fwd_kernel<bf16, 113, false>": (15,), "token_stats_bwd_kernel<bf16, false, false, true>": (15, 15),
+        "token_stats_fused_kernel<bf16, 48>": (11, 11), "token_stats_fused_kernel<bf16, 80>": (11, 11),
+    }  # fmt: skip
     for k in arch:
-        if k.name not in ("token_stats_fwd_kernel<bf16, 0, false>", "token_stats_fwd_kernel<bf16, 1, false>"):
+        if k.name not in bounds or "fused" in k.name and k.arch == "80":
             continue
-        bodies = [b for b in k.loops() if sum(o.startswith("LDG.E.128") for o in k.opcodes(b)) >= 4]
-        body = k.opcodes(min(bodies, key=len))
-        elements = 4 * 8
-        assert len(body) <= 15 * elements, f"{k.name}: {len(body) / elements:.1f} instructions per element, the ends of rows included"
-        assert sum(o.startswith("MUFU.EX2") for o in body) <= elements + 1, f"{k.name}: more than one exp2 per element"
+        wide = ("LDG.E.128", "LDS.128")
+        bodies = sorted((b for b in k.loops() if sum(o.startswith(wide) for o in k.opcodes(b)) >= 4), key=len)
+        for bound, body in zip(bounds[k.name], bodies):
+            turn = k.opcodes(k.interior(body))
+            elements = 4 * 8
+            assert len(turn) <= bound * elements, f"{k.name}: {len(turn) / elements:.1f} instructions per element"
+            assert sum(o.startswith("MUFU.EX2") for o in turn) <= elements + 2, f"{k.name}: more than one exp2 per element"
 
 
 def test_clusters_only_where_they_exist(arch):
     """sm_80 has no cluster barrier; from sm_90 on the row kernels hold one."""
     for k in arch:
-        if "token_stats_fwd" in k.name:
+        if re.match("token_stats_(fwd|fused)", k.name):
             assert (k.count(r"UCGABAR") > 0) == (k.arch != "80"), k.name

@@ -64,8 +64,11 @@ template <class T, int kSums> struct Layout {
 __device__ inline RefState<float> reference(const RowState<float>&) { return RefState<float>::empty(); }
 __device__ inline RefState<float> reference(const PairState<float>& s) { return s.r; }
 
+// Three blocks per SM, two where every sum and term is kept.
+template <int kSums> constexpr int kBlocksPerSm = (kSums & (kSum1 | kRefRow)) == (kSum1 | kRefRow) ? 2 : 3;
+
 template <class T, int kSums>
-__global__ void __launch_bounds__(kRowThreads, 3)
+__global__ void __launch_bounds__(kRowThreads, kBlocksPerSm<kSums>)
     token_stats_fused_kernel(TokenStatsFusedArgs args, RowScale scale, unsigned cluster, int share) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   FA_DYNAMIC_SHARED(unsigned char, memory);

@@ -115,6 +115,7 @@ class Machine {
  public:
   Thread* current = nullptr;
   dim3 block_dim, grid_dim;
+  struct { unsigned cluster = 0, threads = 0, shared = 0; } last;  // what the last launch took per row or block
   unsigned seed = 1;
 
   void launch(const char* name, dim3 grid, dim3 block, size_t shared, unsigned cluster, const std::function<void()>& body) {
@@ -125,6 +126,7 @@ class Machine {
       throw std::runtime_error(std::string("emulated launch of ") + name + ": invalid configuration");
     name_ = name, body_ = &body, block_dim = block, grid_dim = grid, shared_ = shared, error_ = nullptr,
     random_ = seed * 0x9e3779b97f4a7c15ull + 1;
+    last = {cluster, unsigned(threads), unsigned(shared)};
     run(cluster, blocks / cluster, std::max<uint64_t>(1, std::min<uint64_t>(4, 2048 / (threads * cluster))));
   }
 

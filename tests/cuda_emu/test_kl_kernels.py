@@ -80,6 +80,16 @@ def test_automatic_cluster_of_a_long_row(emulated):
     contract.test_kl_loss(*WHERE, 40_003, torch.bfloat16, "policy_ref")
 
 
+@pytest.mark.parametrize("vocab,dtype,size", [(32000, torch.bfloat16, 2), (128256, torch.bfloat16, 8), (151936, torch.bfloat16, 8)])
+def test_one_read_leaves_room_for_three_blocks_per_multiprocessor(emulated, vocab, dtype, size):
+    """What sm_90 and sm_100 have: 228 KiB per multiprocessor, of which each block costs 1 KiB, and 227 KiB per block."""
+    x, ref = (torch.zeros(1, vocab, dtype=dtype) for _ in range(2))
+    ops.token_kl_loss(x.requires_grad_(), ref, torch.ones(()))
+    cluster, threads, shared = emulated._emu_last_launch()  # noqa: F811
+    assert (cluster, threads) == (size, 256)
+    assert 3 * (shared + 1024) <= 228 << 10
+
+
 # --- one read -----------------------------------------------------------------------------------------------------------------------------
 
 
