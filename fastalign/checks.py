@@ -85,7 +85,13 @@ def per_token(name: str, tensor: Any, like: Tensor | None = None) -> Tensor:
     """A floating [T] tensor widened to fp32 (fp64 stays), contiguous; with `like`: of its shape, dtype and device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if like is not None and tensor.dtype == like.dtype and tensor.shape == like.shape and tensor.device == like.device and tensor.is_contiguous():
+    if (
+        like is not None
+        and tensor.dtype == like.dtype
+        and tensor.shape == like.shape
+        and tensor.device == like.device
+        and tensor.is_contiguous()
+    ):
         return tensor  # the usual case, without a dispatch
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import policy_losses
-from fastalign.policy_losses import FIELDS, PRESETS, PolicyPreset
+from fastalign import ffi, policy_losses
+from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
+from fastalign.policy_losses import FIELDS, PRESETS, SCALAR_COUNT, PolicyParams, PolicyPreset
 
 NORM = 9.0  # dr_grpo's constant
 OPTIONS = {"dr_grpo": {"norm_length": NORM}}
@@ -297,6 +298,12 @@ def test_defaults_are_the_published_ones():
         assert bounds[name] == (1 - 3e-4, 1 + 4e-4)
     assert all(p.kl_coef == 0 and p.entropy_coef == 0 and p.dual_clip is None and p.kl_kind == "k3" for p in PRESETS.values())
     assert (PRESETS["sapo"].tau_pos, PRESETS["sapo"].tau_neg) == (1.0, 1.05)
+
+
+def test_names_have_the_order_of_the_header():
+    params, stats, value_stats = ffi._extension.policy_names()
+    assert tuple(params) == PolicyParams._fields and params[SCALAR_COUNT] == "surrogate"
+    assert tuple(stats) == STATS and tuple(value_stats) == VALUE_STATS and ffi._extension.policy_tile == TILE
 
 
 def test_every_field_reaches_the_kernel():

@@ -77,7 +77,7 @@ def listwise(loss, beta=None, counts=None, reduction="mean", **options):
                         list(p[LIST_SCALAR_COUNT:]))  # fmt: skip
 
 
-def policy_step(loss="ppo", sequences=False, full=False, **options):
+def policy_step(loss="ppo", sequences=False, full=False, backward=True, **options):
     """Forward and backward of a policy loss; full: with every optional tensor."""
     x, cu, one = torch.zeros(9), torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(())
     preset = policy_losses.get(loss) if isinstance(loss, str) else loss
@@ -87,7 +87,8 @@ def policy_step(loss="ppo", sequences=False, full=False, **options):
     optional = (x, x, x, one, one, one) if full else (None,) * 6
     scalars, switches = list(p[: policy_losses.SCALAR_COUNT]), list(p[policy_losses.SCALAR_COUNT :])
     policy.policy_fwd(x, x, x, cu if sequences else None, x > 0, *optional, scalars, switches, full)
-    policy.policy_bwd(one, x, x if full else x[:0], torch.zeros(len(STATS)))
+    if backward:
+        policy.policy_bwd(one, x, x if full else x[:0], torch.zeros(len(STATS)))
 
 
 def launch_all():
@@ -260,10 +261,11 @@ def test_every_option_compiles():
         gae.gae_fwd(token, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one, one[0], one[0], 0.0, 0.0)
         for kind in policy_losses.SURROGATES:
             ratio = {"gmpo": "seq_mean", "vespo": "seq_sum"}.get(kind, "token")
-            policy_step(PolicyPreset(surrogate=kind, ratio=ratio), sequences=ratio != "token")
+            policy_step(PolicyPreset(surrogate=kind, ratio=ratio), sequences=ratio != "token", backward=False)
         for kind in policy_losses.KL_KINDS:
-            policy_step(sequences=True, full=True, kl_kind=kind, kl_bias_correction=kind == "k3", is_mode="mask", is_max=2.0)
-        policy_step("rloo", sequences=True, aggregation="seq_mean_token_sum_norm", norm_length=3.0)
+            options = {"kl_kind": kind, "kl_bias_correction": kind == "k3", "is_mode": "mask", "is_max": 2.0}
+            policy_step(sequences=True, full=True, backward=False, **options)
+        policy_step("rloo", sequences=True, aggregation="seq_mean_token_sum_norm", norm_length=3.0, backward=False)
         policy.policy_fwd(token, None, token, None, None, *(None,) * 6, [0.0] * 14, [0] * 8, False)
         policy.value_fwd(token, None, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one[0], 0.0, 1, 1.0)
         pairs = torch.zeros(1, 2, dtype=torch.int32)
