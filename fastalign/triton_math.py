@@ -356,11 +356,11 @@ def value_error(value, old_value, target, clip, CLIPPED: tl.constexpr):
 @triton.jit
 def token_divisor(AGGREGATION: tl.constexpr, length, norm_length):
     """What a token's term is divided by, before the number of items."""
-    divisor = 1.0
+    divisor = tl.full([], 1.0, tl.float32)
     if AGGREGATION == 1:
         divisor = tl.maximum(length, 1.0)
     elif AGGREGATION == 3:
-        divisor = norm_length
+        divisor *= norm_length
     return divisor
 
 

@@ -171,6 +171,11 @@ def test_malformed_packing_gives_nan_and_writes_everything(emulated, monkeypatch
         sums = fa.sequence_sum(x, torch.tensor(cu, dtype=torch.int32))
         assert bool(torch.isnan(sums).any())
     lp = torch.full((10,), -1.0, requires_grad=True)
+    monkeypatch.setattr(fa.registry.OPS["policy_fwd"], "check", None)
+    for cu in ([0, 4, 30], [0, 7, 3], [2, 4, 10]):
+        options = {"cu_seqlens": torch.tensor(cu, dtype=torch.int32), "mask": torch.ones(10, dtype=torch.bool)}
+        loss = fa.policy_loss(lp, lp.detach(), torch.ones(2), loss="gspo", **options).loss
+        assert bool(torch.isnan(torch.autograd.grad(loss, lp)[0]).any()), cu
     for cu, pairs in (([0, 4, 30], [[0, 1]]), ([0, 4, 10], [[0, 5]]), ([0, 4, 10], [[-1, 1]]), ([2, 4, 10], [[0, 1]])):
         loss = fa.preference_loss(lp, lp.detach(), torch.tensor(cu, dtype=torch.int32), pairs=torch.tensor(pairs)).loss
         grad = torch.autograd.grad(loss, lp)[0]

@@ -22,11 +22,10 @@ from fastalign.policy_losses import AGGREGATIONS, SCALAR_COUNT, PolicyPreset, re
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 
 
-def _check_values(first, *rest):
-    """cu_seqlens, the only int32 tensor, is monotone."""
-    for t in rest:
-        if isinstance(t, Tensor) and t.dtype == torch.int32:
-            check_cu_seqlens_values(t, first.shape[0])
+def _check_values(first, old, target, cu_seqlens, *rest):
+    """cu_seqlens is monotone."""
+    if cu_seqlens is not None:
+        check_cu_seqlens_values(cu_seqlens, first.shape[0])
 
 
 policy_fwd = Op(

@@ -10,6 +10,7 @@ from fastalign.ops.policy.native import nothing
 from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
 from fastalign.policy_losses import PolicyParams
 from fastalign.triton_math import (
+    at_least_one,
     clamp_log_ratio,
     div,
     exp,
@@ -81,17 +82,12 @@ def _reduce_rows(rows, stats, loss, num_items, counter, pieces, AGGREGATION: tl.
         if AGGREGATION == 4:
             items = 1.0
         elif num_items is not None:
-            items = at_least_one_item(tl.load(num_items))
+            items = at_least_one(tl.load(num_items))
         else:
-            items = at_least_one_item(tl.sum(tl.where(c == (TOKENS if AGGREGATION == 0 else SEQUENCES), total, 0.0), 0))
+            items = at_least_one(tl.sum(tl.where(c == (TOKENS if AGGREGATION == 0 else SEQUENCES), total, 0.0), 0))
         tl.store(stats + c, tl.where(c == 0, items, total), mask=c < STATS)
         tl.store(loss, div(tl.sum(tl.where(c == 1, total, 0.0), 0), items))
         tl.store(counter, 0)
-
-
-@triton.jit
-def at_least_one_item(x):
-    return tl.where(x > 0.0, x, 1.0)
 
 
 TENSORS = ["logprobs", "old_logprobs", "advantages", "cu_seqlens", "mask", "ref_logprobs", "entropy", "is_weights", "kl_coef_tensor",
@@ -191,13 +187,13 @@ def policy_fwd_kernel(
         s_low += (low & scored).to(tl.float32)
         s_high += (high & scored).to(tl.float32)
         s_dual += (dual & scored).to(tl.float32)
-        s_bad += (scored & (is_finite(total) == (t < begin))).to(tl.float32)
+        s_bad += tl.where(is_finite(total), 0.0, scored.to(tl.float32))
 
     row = rows + k * POLICY_WIDTH
     count = tl.sum(s_tokens, 0)
     tl.store(row, 0.0)
-    tl.store(row + 1, div(tl.sum(s_loss, 0), divisor + 0.0 * count))
-    tl.store(row + 2, div(tl.sum(s_policy, 0), divisor + 0.0 * count))
+    tl.store(row + 1, div(tl.sum(s_loss, 0), divisor))
+    tl.store(row + 2, div(tl.sum(s_policy, 0), divisor))
     tl.store(row + 3, count)
     tl.store(row + 4, 0.0 if cu_seqlens is None else tl.where(count > 0, 1.0, 0.0))
     tl.store(row + 5, tl.sum(s_ratio, 0))
@@ -250,12 +246,12 @@ def value_fwd_kernel(
         s_returns_sq += target * target
         s_error += error
         s_error_sq += error * error
-        s_bad += (scored & (is_finite(each) == (t < begin))).to(tl.float32)
+        s_bad += tl.where(is_finite(each), 0.0, scored.to(tl.float32))
 
     row = rows + k * VALUE_WIDTH
     count = tl.sum(s_tokens, 0)
     tl.store(row, 0.0)
-    tl.store(row + 1, div(tl.sum(s_loss, 0), divisor + 0.0 * count))
+    tl.store(row + 1, div(tl.sum(s_loss, 0), divisor))
     tl.store(row + 2, count)
     tl.store(row + 3, 0.0 if cu_seqlens is None else tl.where(count > 0, 1.0, 0.0))
     tl.store(row + 4, tl.sum(s_clipped, 0))
