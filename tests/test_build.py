@@ -71,8 +71,8 @@ def test_no_shared_code_in_files_for_one_instruction_set(source, tmp_path):
     output = tmp_path / "rows.o"
     output_of("g++", *flags, "-Werror", f"-I{ROOT}/csrc", "-c", f"{ROOT}/csrc/cpu/{source}", "-o", output)
     symbols = [line.split(None, 2)[-2:] for line in output_of("nm", "-C", "--defined-only", output).splitlines()]
-    table = source.removeprefix("rows_").removesuffix(".cpp") + "_rows"
-    assert [symbol for kind, symbol in symbols if not kind.islower()] == [f"fastalign::cpu::{table}"]
+    kind, isa = source.removesuffix(".cpp").split("_")
+    assert [name for binding, name in symbols if not binding.islower()] == [f"fastalign::cpu::{isa}_{kind}"]
 
 
 def test_package_works_without_the_extension():
