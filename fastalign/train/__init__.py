@@ -14,11 +14,13 @@ from typing import Any
 _HOME = {
     "RunConfig": "config",
     "TrainConfig": "config",
+    "OnlineConfig": "online.config",
     "UserError": "errors",
     "DataError": "errors",
     "TrainingError": "errors",
     "train": "offline",
     "train_dpo": "offline",
+    "train_online": "online.run",
     "PreferenceMethod": "methods.dpo",
     "TrainResult": "loop",
     "PackedCausalLM": "model",

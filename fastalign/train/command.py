@@ -11,6 +11,8 @@ from fastalign.console import Parser
 from fastalign.train.config import RunConfig, TrainConfig, add_arguments, from_arguments
 from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.methods import METHODS as OFFLINE
+from fastalign.train.online import METHODS as ONLINE
+from fastalign.train.online.config import OnlineConfig
 
 
 class Command(NamedTuple):
@@ -23,7 +25,13 @@ class Command(NamedTuple):
     settings: tuple[str, ...]
 
 
-COMMANDS = {name: Command(entry.summary, "fastalign.train.offline:train", TrainConfig, entry.settings) for name, entry in OFFLINE.items()}
+COMMANDS = {
+    **{name: Command(entry.summary, "fastalign.train.offline:train", TrainConfig, entry.settings) for name, entry in OFFLINE.items()},
+    **{
+        name: Command(entry.summary, "fastalign.train.online.run:train_online", OnlineConfig, entry.settings)
+        for name, entry in ONLINE.items()
+    },
+}
 
 
 def main(argv: list[str]) -> int:

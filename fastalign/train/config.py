@@ -106,7 +106,7 @@ class RunConfig:
             raise UserError("--resume and --overwrite exclude each other")
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
-            if choices and getattr(self, field.name) not in choices:
+            if choices and getattr(self, field.name) not in (*choices, field.default):
                 raise UserError(f"{flag_of(field.name, type(self))} is '{getattr(self, field.name)}'; legal: {', '.join(choices)}")
 
     def output_dir(self) -> Path:

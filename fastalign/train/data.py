@@ -63,16 +63,21 @@ def load_examples(
     train = load("training", config.data, examples)
     if eval_examples is not None or config.eval_data is not None:
         return train, load("evaluation", config.eval_data, eval_examples)
+    return hold_out(config, train, form.noun)
+
+
+def hold_out(config: RunConfig, examples: list[TokenExample], noun: str) -> tuple[list[TokenExample], list[TokenExample]]:
+    """(training, evaluation) examples by --eval-fraction, drawn from the seed."""
     if config.eval_every and not config.eval_fraction:
         raise UserError("--eval-every needs --eval-data or --eval-fraction")
-    held_out = round(len(train) * config.eval_fraction)
-    if config.eval_fraction and not 0 < held_out < len(train):
+    held_out = round(len(examples) * config.eval_fraction)
+    if config.eval_fraction and not 0 < held_out < len(examples):
         raise UserError(
-            f"--eval-fraction {config.eval_fraction} of {len(train)} {form.noun}s leaves {held_out} for evaluation "
-            f"and {len(train) - held_out} for training"
+            f"--eval-fraction {config.eval_fraction} of {len(examples)} {noun}s leaves {held_out} for evaluation "
+            f"and {len(examples) - held_out} for training"
         )
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return [train[i] for i in sorted(order[held_out:])], [train[i] for i in sorted(order[:held_out])]
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return [examples[i] for i in sorted(order[held_out:])], [examples[i] for i in sorted(order[:held_out])]
 
 
 class Schedule:

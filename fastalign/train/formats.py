@@ -142,6 +142,20 @@ def _with_prompt(source: str, row: dict[str, Any], completions: list[tuple[str, 
     return _check_roles(texts) if texts.conversational else texts
 
 
+def parse_prompt(source: str, row: Any) -> Texts:
+    """Check one row with a prompt to sample from; its other columns are left alone."""
+    _check_row(source, row, ("prompt",))
+    if not isinstance(row["prompt"], list):
+        return Texts(source, _text(source, "prompt", row["prompt"]), (), ())
+    return _check_roles(Texts(source, _messages(source, "prompt", row["prompt"]), (), ()))
+
+
+def parse_text(source: str, row: Any) -> str:
+    """Check one row with a text."""
+    _check_row(source, row, ("text",))
+    return _text(source, "text", row["text"])
+
+
 def _check_row(source: str, row: Any, required: tuple[str, ...]) -> None:
     if not isinstance(row, dict):
         raise DataError(source, None, f"expected a JSON object, got {_kind(row)}")

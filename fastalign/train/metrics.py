@@ -22,7 +22,8 @@ _COMBINE = {"total": torch.add, "min": torch.minimum, "max": torch.maximum}
 # What the console shows of a record; the files have everything.
 _CONSOLE = (
     "loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "mean_reward", "kl", "delta", "seqkl/chosen", "seqkl/rejected",
-    "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "step_time",
+    "logps/chosen", "logps/rejected", "objective/scores", "objective/kl", "objective/entropy", "policy/approxkl", "policy/clipfrac", "loss/value",
+    "grad_norm", "learning_rate", "step_time",
 )  # fmt: skip
 
 
@@ -41,6 +42,9 @@ class MetricSums:
             else:
                 pair = torch.stack([value, torch.as_tensor(count, dtype=torch.float64, device=value.device)])
                 self.sums[name] = pair if old is None else old + pair
+
+    def merge(self, other: MetricSums) -> None:
+        self.add({name: tuple(pair.unbind()) for name, pair in other.sums.items()})
 
     def means(self) -> dict[str, float]:
         if not self.sums:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,19 @@ class PackedModel:
 
     def vocabulary(self) -> int:
         return self.model.get_input_embeddings().weight.shape[0]
+
+    @contextlib.contextmanager
+    def generating(self, settings: transformers.GenerationConfig) -> Iterator[torch.nn.Module]:
+        """The model as `generate` needs it: the attention it came with, since what serves packed sequences knows no padding, and these
+        generation settings in place of its own."""
+        own, self.model.generation_config = self.model.generation_config, settings
+        self.restore()
+        try:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+                yield self.model
+        finally:
+            self.model.generation_config = own
+            self.model.set_attn_implementation(_IMPLEMENTATION[self.attention])
 
     def restore(self) -> None:
         """Give the model back the attention it came with."""

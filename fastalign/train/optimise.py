@@ -37,6 +37,10 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return rate
 
+    def discard(self) -> None:
+        """Drop the gradients: this update is not made."""
+        self.adamw.zero_grad(set_to_none=True)
+
     def state_dict(self) -> dict[str, Any]:
         return self.adamw.state_dict()
 

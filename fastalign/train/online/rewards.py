@@ -1,0 +1,145 @@
+"""Where the rewards of sampled responses come from: a function of the user's, or a trained reward model."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalign.train import model as models
+from fastalign.train.data import pack_examples
+from fastalign.train.errors import TrainingError, UserError
+from fastalign.train.online.config import OnlineConfig
+from fastalign.train.online.rollout import Rollout
+from fastalign.train.scorer import PackedScorer, load_scorer
+
+Reward = Callable[[Sequence[Rollout]], torch.Tensor]  # [responses] float32 on the CPU; NaN: this one cannot be scored
+
+
+class FunctionReward:
+    """A Python function as the reward, called once per step with keyword arguments, lists with one entry per response:
+
+        completions   the responses: texts, or [{"role": "assistant", "content": text}] for conversational prompts
+        prompts       the prompts as the data has them
+        ...           every other column of the data (None where a line lacks it)
+
+    It may take any of them, or **columns. It returns a number per response; None or NaN: the response cannot be scored."""
+
+    def __init__(self, function: Callable[..., Any], name: str):
+        self.function, self.name = function, name
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            raise UserError(f"--reward {name}: not a function whose arguments can be read") from None
+        if any(p.kind is p.POSITIONAL_ONLY or p.kind is p.VAR_POSITIONAL for p in parameters):
+            raise UserError(
+                f"--reward {name}: the function is called with keyword arguments (completions, prompts, the data's columns) only"
+            )
+        self.everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.accepted = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+        self.required = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+
+    def check(self, rows: Sequence[Any]) -> None:
+        """Refuse data without a column that the function needs."""
+        for name in sorted(self.required - {"completions", "prompts"}):
+            if not any(name in row.values for row in rows):
+                raise UserError(f"--reward {self.name}: the function needs the column '{name}', which no line of the data has")
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        rows = [rollout.example.values for rollout in rollouts]
+        chat = [isinstance(row["prompt"], list) for row in rows]
+        texts = [[{"role": "assistant", "content": r.text}] if turn else r.text for r, turn in zip(rollouts, chat)]
+        columns = {name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row} if name != "prompt"}
+        arguments = {**columns, "prompts": [row["prompt"] for row in rows], "completions": texts}
+        try:
+            values = self.function(**{name: value for name, value in arguments.items() if self.everything or name in self.accepted})
+            values = [math.nan if value is None else float(value) for value in values]
+        except Exception as error:  # the user's own code
+            raise TrainingError(f"--reward {self.name}: {type(error).__name__}: {error}") from error
+        if len(values) != len(rollouts):
+            raise TrainingError(f"--reward {self.name} returned {len(values)} values for {len(rollouts)} completions")
+        return torch.tensor(values, dtype=torch.float32)
+
+
+class ModelReward:
+    """A trained reward model; it reads the very tokens that were sampled."""
+
+    def __init__(self, scorer: PackedScorer, budget: int):
+        self.scorer, self.budget = scorer, budget
+
+    def check(self, rows: Sequence[Any]) -> None: ...
+
+    @torch.no_grad()
+    def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        scores = torch.empty(len(rollouts))
+        for batch in pack_examples([rollout.example for rollout in rollouts], range(len(rollouts)), self.budget):
+            scores[batch.members] = self.scorer.scores(self.scorer.to_device(batch.packed)).float().cpu()
+        return scores
+
+
+def make_reward(config: OnlineConfig, tokenizer: Any, limit: int, device: str, function: Callable[..., Any] | None = None) -> Any:
+    """The reward that the settings name; `function` stands in for --reward. `limit`: the most tokens of a sequence."""
+    given = [
+        name for name, value in (("--reward", config.reward or function), ("--reward-model", config.reward_model)) if value is not None
+    ]
+    if len(given) != 1:
+        raise UserError(
+            "--reward and --reward-model exclude each other" if given else "no reward: give --reward-model DIR or --reward MODULE:FUNCTION"
+        )
+    if function is not None:
+        return FunctionReward(function, getattr(function, "__name__", type(function).__name__))
+    if config.reward is not None:
+        return FunctionReward(_import(config.reward), config.reward)
+    directory, trust = config.reward_model, {"trust_remote_code": config.trust_remote_code}
+    _check_tokenizer(directory, models.load_tokenizer(directory, **trust), tokenizer)
+    scorer = PackedScorer(
+        load_scorer(directory, **trust).requires_grad_(False), attention=config.attention, dtype=config.dtype, device=device
+    )
+    if len(tokenizer) > scorer.vocabulary():
+        raise UserError(
+            f"--reward-model {directory}: its vocabulary has {scorer.vocabulary()} entries, fewer than the policy's tokenizer ({len(tokenizer)})"
+        )
+    positions = models.max_positions(scorer.model.config)
+    if positions is not None and positions < limit:
+        raise UserError(
+            f"--reward-model {directory}: it has {positions} positions, and a sequence may have {limit} tokens; lower --max-length"
+        )
+    return ModelReward(scorer, config.tokens_per_batch)
+
+
+def _import(name: str) -> Callable[..., Any]:
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute:
+        raise UserError(f"--reward {name}: expected MODULE:FUNCTION")
+    if str(Path.cwd()) not in sys.path:  # a console script does not look into the current directory by itself
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # importing runs the user's own code
+        raise UserError(f"--reward {name}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise UserError(f"--reward {name}: not a function")
+    return found
+
+
+def _check_tokenizer(directory: str, theirs: Any, ours: Any) -> None:
+    """The reward model reads the policy's token ids, so a token must mean the same to both."""
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    for token, number in a.items():
+        if token in b and b[token] != number:
+            raise UserError(
+                f"--reward-model {directory}: its tokenizer differs from the policy's: {token!r} is {b[token]} there and {number} here"
+            )
+    missing = [token for token in a if token not in b]
+    if missing:
+        raise UserError(
+            f"--reward-model {directory}: its tokenizer differs from the policy's: it lacks {len(missing)} tokens, {missing[0]!r} first"
+        )

@@ -1,0 +1,116 @@
+"""Training a policy on its own samples with any of the online methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from fastalign.train import checkpoint
+from fastalign.train import model as models
+from fastalign.train.errors import UserError
+from fastalign.train.heads import ValueHead
+from fastalign.train.loop import Run, TrainResult
+from fastalign.train.offline import check_one_process, check_vocabulary
+from fastalign.train.online.actor import Actor
+from fastalign.train.online.config import OnlineConfig, resolve
+from fastalign.train.online.online_dpo import OnlineDPOTask
+from fastalign.train.online.policy_gradient import PolicyGradientTask, resolve_loss
+from fastalign.train.online.prompts import load_prompts, load_texts, sequence_limit
+from fastalign.train.online.rewards import ModelReward, make_reward
+from fastalign.train.online.rollout import Sampler
+from fastalign.train.scorer import score_head
+
+
+def train_online(
+    method: str,
+    config: OnlineConfig,
+    *,
+    model: torch.nn.Module | None = None,
+    tokenizer: Any = None,
+    reward: Callable[..., Any] | None = None,
+    prompts: Iterable[Any] | None = None,
+    eval_prompts: Iterable[Any] | None = None,
+    texts: Iterable[str] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train a model by one of the online methods.
+
+    Args:
+        method: ppo, grpo, rloo, reinforce_pp or online_dpo.
+        config: the settings. `output` is always needed; `model`, `data` and a reward unless they are given in memory.
+        model, tokenizer: in place of `config.model`; the model is trained where it is, in float32.
+        reward: in place of `config.reward`, called in the same way (see `fastalign.train.online.rewards.FunctionReward`).
+        prompts, eval_prompts: in place of the data files: rows with a "prompt" and any other columns.
+        texts: in place of `config.ptx_data`.
+        callback: called with every record (training and evaluation) as it is logged.
+
+    Returns:
+        TrainResult. The trained model, its tokenizer and (ppo) its value head are saved in `config.output`.
+
+    Raises:
+        UserError: anything wrong with settings, paths or data; before the first step.
+        TrainingError: a gradient that is not finite; a reward function that fails, or returns what is no score.
+    """
+    config = resolve(method, config, texts is not None)
+    check_one_process()
+    if method != "online_dpo":
+        resolve_loss(method, config)
+    if model is None and config.model is None:
+        raise UserError("--model is missing: it names the directory of the model to train")
+    trust = {"trust_remote_code": config.trust_remote_code}
+    if tokenizer is None:
+        tokenizer = models.load_tokenizer(config.model, **trust)
+    model_config = model.config if model is not None else models.load_config(config.model, **trust)
+    output = checkpoint.check_output(config)
+    positions = models.max_positions(model_config)
+    splits = load_prompts(config, tokenizer, positions, prompts, eval_prompts)
+    mixed_in = load_texts(config, tokenizer, positions, texts) if config.ptx_coef else []
+    score = make_reward(config, tokenizer, sequence_limit(config, positions), config.device, reward)
+    score.check([*splits[0], *splits[1]])
+    options = {"attention": config.attention, "dtype": config.dtype, "device": config.device}
+    lm = models.PackedCausalLM(model if model is not None else models.load_model(config.model, **trust), **options)
+    try:
+        check_vocabulary([*splits[0], *splits[1], *mixed_in], lm, "model")
+        actor = Actor(lm, config.temperature)
+        if method == "ppo":
+            actor.value_head = _value_head(lm, score)
+        actor.reference = _reference(method, config, lm)
+        if config.dpo_model is not None:
+            actor.dpo = _frozen(config.dpo_model, "DPO", config, lm)
+        parts = (method, config, actor, Sampler(lm, tokenizer, config), score, *splits)
+        task = OnlineDPOTask(*parts) if method == "online_dpo" else PolicyGradientTask(*parts, texts=mixed_in)
+        checkpoint.create_output(output, overwrite=config.overwrite)
+        return Run(config, output, lm, tokenizer, task, callback).fit()
+    finally:
+        lm.restore()
+
+
+def _reference(method: str, config: OnlineConfig, lm: models.PackedCausalLM) -> models.PackedCausalLM | None:
+    """The model that the policy is held to: --ref-model, or a copy of the policy as it is now, where anything asks for one."""
+    if config.ref_model is not None:
+        return _frozen(config.ref_model, "reference", config, lm)
+    return lm.frozen_copy() if method == "online_dpo" or config.kl_coef or config.dpo_model is not None else None
+
+
+def _frozen(directory: str, what: str, config: OnlineConfig, lm: models.PackedCausalLM) -> models.PackedCausalLM:
+    loaded = models.load_model(directory, trust_remote_code=config.trust_remote_code).requires_grad_(False)
+    other = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device)
+    if other.vocabulary() != lm.vocabulary():
+        raise UserError(f"the {what} model's vocabulary has {other.vocabulary()} entries, the policy's {lm.vocabulary()}")
+    return other
+
+
+def _value_head(lm: models.PackedCausalLM, reward: Any) -> ValueHead:
+    """A new value head: that of the reward model where its hidden states have the policy's size, else zeros."""
+    size = lm.model.get_output_embeddings().weight.shape[1]
+    head = ValueHead(size).to(lm.device)
+    source = score_head(reward.scorer.model) if isinstance(reward, ModelReward) else None
+    if source is not None and source.weight.shape == head.linear.weight.shape:
+        with torch.no_grad():
+            head.linear.weight.copy_(source.weight)
+            if source.bias is not None:
+                head.linear.bias.copy_(source.bias)
+        print("value head: that of the reward model")
+    return head

@@ -1,0 +1,125 @@
+"""What every online method does in a step: sample responses, have them scored, learn from them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastalign.train.data import Batch, Schedule, fingerprint, pack_examples
+from fastalign.train.errors import TrainingError
+from fastalign.train.methods.base import join
+from fastalign.train.metrics import MetricSums
+from fastalign.train.online.actor import Actor
+from fastalign.train.online.advantages import Rewarded, shaped_rewards
+from fastalign.train.online.config import OnlineConfig
+from fastalign.train.online.rewards import Reward
+from fastalign.train.online.rollout import Rollout, Sampler
+from fastalign.train.optimise import Optimizer
+from fastalign.train.tokenise import TokenExample
+
+
+class OnlineTask:
+    """The loop's `Task` for the online methods: sampling, scores, evaluation. A subclass says what is learnt from a step's responses.
+
+    All chance comes from the seed and the number of the step, so that a resumed run goes on with the same samples."""
+
+    excludes_unscored = False  # whether a response without a score is left out; otherwise it ends the run
+
+    def __init__(
+        self,
+        method: str,
+        config: OnlineConfig,
+        actor: Actor,
+        sampler: Sampler,
+        reward: Reward,
+        train: Sequence[TokenExample],
+        evaluation: Sequence[TokenExample],
+    ):
+        self.method, self.config, self.actor, self.sampler, self.reward = method, config, actor, sampler, reward
+        self.train, self.evaluation, self.evaluates = train, evaluation, bool(evaluation)
+        self.schedule = Schedule(len(train), config)
+        self.steps, self.steps_per_epoch = self.schedule.steps, self.schedule.steps_per_epoch
+        self.data = fingerprint([*train, *evaluation])
+        self.responses = 0  # sampled so far
+
+    def describe(self) -> str:
+        config = self.config
+        samples = f"{config.samples_per_prompt} samples each, " if config.samples_per_prompt > 1 else ""
+        return f"up to {config.batch_size} prompts each, {samples}loss {config.loss}"
+
+    def modules(self) -> Mapping[str, torch.nn.Module]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"responses": self.responses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.responses = state["responses"]
+
+    def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
+        started = time.perf_counter()
+        rollouts = self.sample([self.train[i] for i in self.schedule.indices(step)], self.config.samples_per_prompt, f"train/{step}")
+        sampled = time.perf_counter()
+        scores = self.scores(rollouts, step)
+        metrics = self.learn(step, rollouts, scores, optimizer)
+        self.responses += len(rollouts)
+        now = time.perf_counter()
+        metrics |= {"episode": self.responses, "eps": len(rollouts) / (now - started), "time/sampling": sampled - started}
+        return metrics, sum(rollout.example.tokens() for rollout in rollouts)
+
+    def learn(self, step: int, rollouts: list[Rollout], scores: torch.Tensor, optimizer: Optimizer) -> dict[str, float]:
+        """Update the weights; the step's metrics, "loss", "grad_norm" and "learning_rate" among them."""
+        raise TypeError(f"{type(self).__name__} does not say what it learns")
+
+    def evaluate(self) -> dict[str, float]:
+        """The same samples' worth of chance every time: what differs between two evaluations is the policy. "loss": the negative objective."""
+        rollouts = self.sample(self.evaluation, 1, "evaluation")
+        seen = self.look(rollouts, [pack_examples([r.example for r in rollouts], range(len(rollouts)), self.config.tokens_per_batch)])
+        sums = MetricSums()
+        sums.add(shaped_rewards(self.config, self.rewarded(rollouts, self.reward(rollouts), *seen), self.kl_coef())[1])
+        metrics = sums.means()
+        return {"loss": -metrics.get("objective/rlhf_reward", float("nan")), **metrics}
+
+    def kl_coef(self) -> Any:
+        return 0.0
+
+    def sample(self, prompts: Sequence[TokenExample], count: int, purpose: str) -> list[Rollout]:
+        return self.sampler(prompts, count, self.draw(purpose).getrandbits(60))
+
+    def draw(self, purpose: str) -> random.Random:
+        """A random generator of its own for every use of chance."""
+        return random.Random(f"{self.config.seed}/{purpose}")
+
+    def scores(self, rollouts: Sequence[Rollout], step: int) -> torch.Tensor:
+        """[responses], on the CPU."""
+        scores = self.reward(rollouts)
+        bad = scores.isinf() if self.excludes_unscored else ~scores.isfinite()
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise TrainingError(
+                f"step {step + 1}: the reward of {int(bad.sum())} of {len(scores)} responses is not finite; the first is {float(scores[first])}, of "
+                f"{rollouts[first].text[:80]!r}" + ("" if self.excludes_unscored else f" ({self.method} needs a score for each)")
+            )
+        return scores
+
+    def look(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Batch]]) -> tuple[list[Any], list[int]]:
+        """(what the models say of every pack, the responses in the order of the packs)."""
+        packs = [batch for batches in minibatches for batch in batches]
+        return [self.actor.look(rollouts, batch) for batch in packs], [i for batch in packs for i in batch.members]
+
+    def rewarded(self, rollouts: Sequence[Rollout], scores: torch.Tensor, seen: Sequence[Any], order: Sequence[int]) -> Rewarded:
+        device, per_prompt = self.actor.lm.device, self.config.samples_per_prompt
+        finished, lengths = torch.tensor([r.ended for r in rollouts]), torch.tensor([r.length for r in rollouts])
+        columns = (scores, finished, lengths, torch.arange(len(rollouts)) // per_prompt)
+        return Rewarded(join(seen), *(column[order].to(device) for column in columns))
+
+
+def split_evenly(items: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """At most this many parts, whose sizes differ by at most one; none is empty."""
+    parts = min(parts, len(items))
+    bounds = [round(i * len(items) / parts) for i in range(parts + 1)]
+    return [items[a:b] for a, b in zip(bounds, bounds[1:])]
