@@ -79,9 +79,10 @@ def shaped_rewards(config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor
     known = ~scores.isnan()
     totals = torch.where(known, fastalign.sequence_sum(rewards, packed.cu_seqlens, mask=packed.mask), 0.0)
     clean, count = torch.where(known, scores, 0.0), known.sum()
+    deviations = torch.where(known, clean - clean.sum() / count.clamp(min=1), 0.0)
     metrics = {
         "objective/scores": (clean.sum(), count),
-        "objective/scores_std": (clean[known].double().std(unbiased=True) if len(clean) > 1 else clean.new_zeros(()), (count > 1).double()),
+        "objective/scores_std": ((deviations.square().sum() / (count - 1).clamp(min=1)).sqrt(), 1),
         "objective/non_score_reward": ((totals - clean).sum(), count),
         "objective/rlhf_reward": (totals.sum(), count),
         "objective/entropy": (policy["entropy"].sum(), len(scores)),

@@ -149,4 +149,7 @@ def resolve(method: str, config: OnlineConfig, texts_in_memory: bool = False) ->
         raise UserError(
             f"{method} compares samples for the same prompt: --samples-per-prompt must be at least 2, not {config.samples_per_prompt}"
         )
+    responses = config.batch_size * config.samples_per_prompt
+    if (config.minibatches or 1) > responses:
+        raise UserError(f"--minibatches {config.minibatches} exceeds the {responses} responses of a step")
     return config

@@ -25,6 +25,15 @@ from fastalign.train.reference import LiveReference
 from fastalign.train.tokenise import TokenExample, token_pair
 
 
+def make_learner(config: OnlineConfig) -> PreferenceMethod:
+    """DPO, or what --loss names, on pairs of samples. Raises `UserError` for a loss that such pairs cannot serve."""
+    common = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
+    learner = PreferenceMethod(TrainConfig(**common, ref_model=config.ref_model, loss=config.loss, loss_options=config.loss_options))
+    if learner.format.required:
+        raise UserError(f"--loss {config.loss} needs columns ({', '.join(learner.format.required)}) that pairs of samples do not have")
+    return learner
+
+
 class OnlineDPOTask(OnlineTask):
     """Sample, score, pair the best with the worst response to each prompt, and take one step of a preference loss on the pairs.
 
@@ -34,11 +43,7 @@ class OnlineDPOTask(OnlineTask):
 
     def __init__(self, method: str, config: OnlineConfig, *parts: Any):
         super().__init__(method, config, *parts)
-        common = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
-        self.learner = PreferenceMethod(TrainConfig(**common, loss=config.loss, loss_options=config.loss_options))
-        required = getattr(self.learner.format, "required", ())
-        if required:
-            raise UserError(f"--loss {config.loss} needs columns ({', '.join(required)}) that pairs of samples do not have")
+        self.learner = make_learner(config)
         self.learner.start(self.actor.lm)
         self.reference = LiveReference(self.actor.reference, self.learner.token_stats) if self.learner.needs_reference else None
 

@@ -15,7 +15,7 @@ from fastalign.train.loop import Run, TrainResult
 from fastalign.train.offline import check_one_process, check_vocabulary
 from fastalign.train.online.actor import Actor
 from fastalign.train.online.config import OnlineConfig, resolve
-from fastalign.train.online.online_dpo import OnlineDPOTask
+from fastalign.train.online.online_dpo import OnlineDPOTask, make_learner
 from fastalign.train.online.policy_gradient import PolicyGradientTask, resolve_loss
 from fastalign.train.online.prompts import load_prompts, load_texts, sequence_limit
 from fastalign.train.online.rewards import ModelReward, make_reward
@@ -55,8 +55,7 @@ def train_online(
     """
     config = resolve(method, config, texts is not None)
     check_one_process()
-    if method != "online_dpo":
-        resolve_loss(method, config)
+    (make_learner(config) if method == "online_dpo" else resolve_loss(method, config))  # refuses a wrong --loss before anything is loaded
     if model is None and config.model is None:
         raise UserError("--model is missing: it names the directory of the model to train")
     trust = {"trust_remote_code": config.trust_remote_code}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,7 @@ class OnlineTask:
         sums = MetricSums()
         sums.add(shaped_rewards(self.config, self.rewarded(rollouts, self.reward(rollouts), *seen), self.kl_coef())[1])
         metrics = sums.means()
-        return {"loss": -metrics.get("objective/rlhf_reward", float("nan")), **metrics}
+        return {"loss": 0.0 - metrics.get("objective/rlhf_reward", math.nan), **metrics}
 
     def kl_coef(self) -> Any:
         return 0.0
