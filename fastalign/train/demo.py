@@ -16,6 +16,7 @@ from fastalign.train.errors import TrainingError, UserError
 DEMOS = {
     "dpo": ("DPO on sampled pairs, and the fused path's time against plain PyTorch", 60),
     "tdpo": ("DPO, TDPO1 and TDPO2 side by side at equal steps: gold reward against sequence KL", 60),
+    "ppo": ("a reward model from sampled pairs, and PPO on the true reward and on that model", 30),
 }
 
 

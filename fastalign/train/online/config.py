@@ -130,6 +130,7 @@ def resolve(method: str, config: OnlineConfig, texts_in_memory: bool = False) ->
         raise UserError(f"unknown method {method!r}; legal: {', '.join(METHODS)}")
     entry = METHODS[method]
     check_settings(config, entry.settings, f"fastalign train {method}")
+    given = config.minibatches
     defaults = {**entry.defaults, **PRESETS.get(config.preset or "", {})}
     if config.dpo_model is not None:
         defaults = {"dpo_coef": 0.05, "dpo_clip": 0.05, **defaults}
@@ -150,6 +151,6 @@ def resolve(method: str, config: OnlineConfig, texts_in_memory: bool = False) ->
             f"{method} compares samples for the same prompt: --samples-per-prompt must be at least 2, not {config.samples_per_prompt}"
         )
     responses = config.batch_size * config.samples_per_prompt
-    if (config.minibatches or 1) > responses:
-        raise UserError(f"--minibatches {config.minibatches} exceeds the {responses} responses of a step")
+    if given is not None and given > responses:
+        raise UserError(f"--minibatches {given} exceeds the {responses} responses of a step")
     return config

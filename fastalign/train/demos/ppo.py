@@ -1,0 +1,186 @@
+"""`fastalign demo ppo`: SFT, a reward model from sampled pairs, then PPO twice: on the true reward, and on the reward model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+from fastalign.console import table
+from fastalign.train import sandbox
+from fastalign.train.config import TrainConfig
+from fastalign.train.demos.common import Clock, Start, machine, sampling_copy, start_from_sft
+from fastalign.train.errors import TrainingError
+from fastalign.train.offline import train
+from fastalign.train.online.config import OnlineConfig
+from fastalign.train.online.run import train_online
+from fastalign.train.tokenise import TokenExample
+
+PROMPTS, HELD_OUT_PROMPTS, JUDGED = 384, 96, 256
+REWARD_STEPS, REWARD_BATCH, REWARD_RATE = 40, 32, 3e-4
+BATCH_SIZE, LEARNING_RATE = 64, 3e-4
+KL_COEF = {"gold": 0.03, "model": 0.2}  # the reward model's scores have another scale than the gold reward
+CURVE_POINTS, CURVE_SAMPLES, SHOWN = 6, 128, 4
+NAMES = {"sft": "SFT", "gold": "PPO, gold reward", "model": "PPO, reward model"}
+
+
+def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
+    """The whole demonstration. Returns what metrics.json holds."""
+    clock = Clock()
+    seeds = [1000 * seed + i for i in range(8)]  # one for each use of chance
+    start = start_from_sft(clock, seeds)
+    reward_model = train_reward_model(clock, start, seeds, output)
+    prompts = sandbox.make_prompts(JUDGED, seeds[7])
+    policies, curves, histories = {"sft": start.sft}, {}, {}
+    for reward in ("gold", "model"):
+        clock.stage(f"{NAMES[reward]}: {steps} steps of {BATCH_SIZE} samples, KL coefficient {KL_COEF[reward]}")
+        policies[reward], curve = copy.deepcopy(start.model), []
+        source = {"reward": gold} if reward == "gold" else {}
+        config = OnlineConfig(
+            output=str(output / f"ppo_{reward}"),
+            reward_model=None if reward == "gold" else str(output / "reward_model"),
+            overwrite=True,
+            seed=seed,
+            batch_size=BATCH_SIZE,
+            max_steps=steps,
+            minibatches=2,
+            rollout_epochs=2,
+            learning_rate=LEARNING_RATE,
+            kl_coef=KL_COEF[reward],
+            max_new_tokens=sandbox.MAX_NEW_TOKENS,
+            sample_batch=BATCH_SIZE,
+        )
+        rows = [{"prompt": prompt} for prompt in sandbox.make_prompts(PROMPTS, seeds[3])]
+        judge = judging(policies[reward], start, prompts, seeds[7], max(1, steps // CURVE_POINTS), curve)
+        result = train_online("ppo", config, model=policies[reward], tokenizer=start.tokenizer, prompts=rows, callback=judge, **source)
+        curves[reward], histories[reward] = curve, result.history
+    clock.stage(f"judgement: {JUDGED} samples of each policy")
+    judged = {name: judge_policy(policy, start, prompts, seeds[7]) for name, policy in policies.items()}
+    settings = {"seed": seed, "steps": steps, "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "kl_coef": KL_COEF}
+    report = {"settings": settings, "machine": machine(), "sft_loss": start.sft_losses, "reward_model": reward_model, "policies": judged,
+              "curves": curves, "histories": histories, "seconds": clock.stop()}  # fmt: skip
+    (output / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plot(report, output / "curves.png")
+    print(
+        "\n"
+        + summary(report)
+        + f"\n\ncurves: {output / 'curves.png'}  numbers: {output / 'metrics.json'}  models: {output}/ppo_gold, ppo_model"
+    )
+    return report
+
+
+def gold(completions: list[str]) -> list[float]:
+    """The true reward, as the trainer calls a reward function."""
+    return [sandbox.gold_reward(text) for text in completions]
+
+
+def train_reward_model(clock: Clock, start: Start, seeds: list[int], output: Path) -> dict[str, float]:
+    """A Bradley-Terry reward model from the SFT model's samples, best against worst of four; its accuracy on pairs of other prompts."""
+    clock.stage(f"reward model: {REWARD_STEPS} steps of {REWARD_BATCH} pairs, best against worst of 4 samples")
+
+    def pairs(count: int, prompts: int, samples: int) -> list[TokenExample]:
+        return sandbox.sample_pairs(start.sft, start.tokenizer, sandbox.make_prompts(count, seeds[prompts]), seed=seeds[samples])
+
+    known, held_out = pairs(PROMPTS, 3, 4), pairs(HELD_OUT_PROMPTS, 5, 6)
+    if not known or not held_out:
+        raise TrainingError("the samples give no pairs with different rewards")
+    for part in (start.sft, start.tokenizer):
+        part.save_pretrained(output / "sft")
+    config = TrainConfig(
+        model=str(output / "sft"),
+        output=str(output / "reward_model"),
+        overwrite=True,
+        seed=seeds[0],
+        batch_size=REWARD_BATCH,
+        max_steps=REWARD_STEPS,
+        learning_rate=REWARD_RATE,
+        log_every=REWARD_STEPS,
+    )
+    metrics = train("reward", config, tokenizer=start.tokenizer, examples=known, eval_examples=held_out).metrics
+    return {"pairs": len(known), "held_out_pairs": len(held_out), "held_out_accuracy": metrics["eval_accuracy"]}
+
+
+def judging(policy: Any, start: Start, prompts: list[str], seed: int, every: int, curve: list[dict[str, float]]) -> Callable[[Any], None]:
+    """A callback that samples the policy every so many steps and scores the samples by the gold reward."""
+
+    def judge(record: dict[str, Any]) -> None:
+        if record["step"] % every == 0:
+            samples = sandbox.generate(sampling_copy(policy), start.tokenizer, prompts[:CURVE_SAMPLES], seed=seed)
+            curve.append(
+                {
+                    "step": record["step"],
+                    "gold_reward": sandbox.mean_gold_reward(samples),
+                    "score": record["objective/scores"],
+                    **sandbox.sampled_kl(sampling_copy(policy), start.sft, samples),
+                }
+            )
+
+    return judge
+
+
+def judge_policy(policy: Any, start: Start, prompts: list[str], seed: int) -> dict[str, Any]:
+    """Gold reward and KL to the SFT model from fresh samples, and the first samples as text."""
+    samples = sandbox.generate(policy, start.tokenizer, prompts, seed=seed)
+    return {
+        "gold_reward": sandbox.mean_gold_reward(samples),
+        "kl": sandbox.sampled_kl(policy, start.sft, samples),
+        "finished": sum(s.completion[-1] == start.tokenizer.eos_token_id for s in samples) / len(samples),
+        "distinct": len({s.text for s in samples}) / len(samples),
+        "samples": [{"prompt": prompt, "text": s.text, "gold_reward": sandbox.gold_reward(s.text)} for prompt, s in zip(prompts[:SHOWN], samples)],
+    }  # fmt: skip
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The table and samples that the demo prints."""
+    policies = report["policies"]
+    rows = [["gold reward (true reward of fresh samples, 0 to 1)", *(f"{p['gold_reward']:.3f}" for p in policies.values())]]
+    for kind in ("k1", "k3"):
+        label = f"KL to SFT, nats per sequence ({kind} on its own samples)"
+        rows.append([label, *(f"{p['kl'][f'{kind}_per_sequence']:.2f}" for p in policies.values())])
+    rows.append(["share of samples that end by themselves", *(f"{p['finished']:.2f}" for p in policies.values())])
+    rows.append(["share of distinct samples", *(f"{p['distinct']:.2f}" for p in policies.values())])
+    texts = [
+        f"  {NAMES[name]:<17} {sample['gold_reward']:.2f} {sample['text'].strip()!r}"
+        for shown in zip(*(p["samples"] for p in policies.values()))
+        for name, sample in zip(policies, shown)
+    ]
+    model, times = report["reward_model"], [record["step_time"] for record in report["histories"]["gold"] if "step_time" in record]
+    return "\n".join([
+        table(["", *(NAMES[name] for name in policies)], rows), "",
+        "samples for the same prompts, each with its gold reward:", *texts, "",
+        f"The reward model ranks {model['held_out_accuracy']:.0%} of {model['held_out_pairs']} held-out pairs as the gold reward does.",
+        f"Median step of PPO on the gold reward: {sorted(times)[len(times) // 2]:.2f} s; all of it took {report['seconds']['total']:.0f} s "
+        f"({report['machine']['threads']} threads, load average {report['machine']['load_average'][0]:.1f} at the end).",
+    ])  # fmt: skip
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Gold reward, the reward that PPO saw, and KL over the steps; gold reward over KL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for name, curve in report["curves"].items():
+        kl = [point["k3_per_sequence"] for point in curve]
+        steps, rewards = [point["step"] for point in curve], [point["gold_reward"] for point in curve]
+        axes[0][0].plot(steps, rewards, marker="o", label=NAMES[name])
+        axes[1][0].plot(steps, kl, marker="o", label=NAMES[name])
+        axes[1][1].plot(kl, rewards, marker="o", label=NAMES[name])
+        history = [record for record in report["histories"][name] if "objective/scores" in record]
+        axes[0][1].plot([r["step"] for r in history], [r["objective/scores"] for r in history], label=NAMES[name])
+    for axis in (axes[0][0], axes[1][1]):
+        axis.axhline(report["policies"]["sft"]["gold_reward"], linestyle="--", color="grey", label="SFT")
+    axes[0][0].set(title="gold reward of fresh samples", ylim=(0, 1), xlabel="PPO step")
+    axes[0][1].set(title="reward that PPO saw (of two scales)", xlabel="PPO step")
+    axes[1][0].set(title="KL to SFT, nats per sequence (k3)", xlabel="PPO step")
+    axes[1][1].set(title="gold reward over KL", xlabel="KL to SFT, nats per sequence (k3)", ylim=(0, 1))
+    for axis in axes.flat:
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
