@@ -9,7 +9,8 @@ import transformers
 from safetensors.torch import load_file
 from tiny import make_model, make_rows, make_tokenizer, without_times
 
-from fastalign.train import OnlineConfig, TrainConfig, TrainingError, UserError, train, train_online
+from fastalign.train import OnlineConfig, TrainConfig, TrainingError, UserError, demo, sandbox, train, train_online
+from fastalign.train.demos import common, ppo
 
 PROMPTS = [{"prompt": f"the {'cat ' * (i % 4)}number {i}:", "wanted": "a"} for i in range(12)]
 TEXTS = ["the cat sat on the mat", "a dog is good", "that is bad"]
@@ -316,3 +317,23 @@ def save_tokenizer_with(tokenizer, moved, folder):
         other = next(name for name, value in vocabulary.items() if value == number)
         vocabulary[token], vocabulary[other] = number, vocabulary[token]
     (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def test_demo_from_start_to_end_in_small(tmp_path, monkeypatch, capsys):
+    """All stages on a model that learns nothing, ranked by a reward that random bytes can differ in: every number and file is there."""
+    small = sandbox.make_model(sandbox.make_tokenizer(), seed=1, hidden=32, layers=1, heads=2)
+    monkeypatch.setattr(sandbox, "make_model", lambda tokenizer, seed: small)
+    monkeypatch.setattr(sandbox, "gold_reward", lambda text: len(text) % 7 / 6)
+    monkeypatch.setattr(common, "SFT_STEPS", 1)
+    for name, value in {"PROMPTS": 6, "HELD_OUT_PROMPTS": 4, "JUDGED": 4, "BATCH_SIZE": 4, "REWARD_STEPS": 2, "REWARD_BATCH": 4}.items():
+        monkeypatch.setattr(ppo, name, value)
+    monkeypatch.setattr(sandbox, "MAX_NEW_TOKENS", 24)
+    assert demo.main(["ppo", "--steps", "2", "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report["policies"].keys() == {"sft", "gold", "model"} and report["curves"].keys() == {"gold", "model"}
+    assert report["policies"]["sft"]["kl"]["k1_per_token"] == 0.0 < report["policies"]["gold"]["kl"]["k3_per_token"]
+    assert [point["step"] for point in report["curves"]["model"]] == [1, 2] and 0 <= report["reward_model"]["held_out_accuracy"] <= 1
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "ppo_model")
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("gold reward", "PPO, reward model", "KL to SFT, nats per sequence (k3", "held-out pairs"))

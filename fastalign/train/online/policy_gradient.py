@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastalign
-from fastalign.train.data import Batch, pack_examples
+from fastalign.train.data import Batch, fingerprint, pack_examples
 from fastalign.train.errors import UserError
 from fastalign.train.methods.base import Scored
 from fastalign.train.metrics import MetricSums
@@ -69,6 +69,7 @@ class PolicyGradientTask(OnlineTask):
     def __init__(self, method: str, config: OnlineConfig, *parts: Any, texts: Sequence[TokenExample] = ()):
         super().__init__(method, config, *parts)
         self.preset, self.texts, self.excludes_unscored = resolve_loss(method, config), texts, method in ("grpo", "rloo")
+        self.data = fingerprint([*self.train, *self.evaluation, *texts])
         target = config.kl_target
         self.controller = None if target is None else fastalign.AdaptiveKLController(config.kl_coef, target, config.kl_horizon)
 
