@@ -129,8 +129,8 @@ def test_what_is_left_out(step):
     assert found.advantages[:3].tolist() == [0.0] * 3 and found.advantages[4] == 0
     assert float(found.advantages[5]) == -float(found.advantages[3]) == pytest.approx(1 / math.sqrt(2), abs=1e-3)
     kept = [bool(found.mask[rows[0]]) for rows in rows_of(step)]
-    assert kept == [False, False, False, True, True, False]
-    assert [float(found.metrics[name][0]) for name in ("frac_zero_std", "frac_kept", "num_unscored")] == [3.0, 2.0, 1.0]
+    assert kept == [False, False, False, True, False, False]
+    assert [float(found.metrics[name][0]) for name in ("frac_zero_std", "frac_kept", "num_unscored")] == [0.5, 1.0, 1.0]
 
 
 def test_overlong_penalty(step):

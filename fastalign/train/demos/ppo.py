@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 from fastalign.console import table
 from fastalign.train import sandbox
 from fastalign.train.config import TrainConfig

@@ -45,8 +45,10 @@ def estimate(method: str, config: OnlineConfig, step: Rewarded, kl_coef: float |
     packed, per_token = step.seen.packed, method in ("ppo", "reinforce_pp")
     if not per_token:
         return _within_groups(method, config, step, rewards, metrics)
-    if method == "reinforce_pp" and config.samples_per_prompt > 1:  # REINFORCE++-baseline
-        rewards = rewards - fastalign.shape_rewards(_group_means(step, final_scores(config, step)), packed.cu_seqlens, mask=packed.mask)
+    if method == "reinforce_pp" and config.samples_per_prompt > 1:  # REINFORCE++-baseline: less the mean score of the prompt's responses
+        scores = final_scores(config, step)
+        means = scores - fastalign.group_advantages(scores, step.groups, kind="dr_grpo").advantages
+        rewards = rewards - fastalign.shape_rewards(means, packed.cu_seqlens, mask=packed.mask)
     if config.whiten_rewards:
         rewards = fastalign.whiten(rewards, packed.mask, shift_mean=False)
     if method == "reinforce_pp":
@@ -100,7 +102,7 @@ def final_scores(config: OnlineConfig, step: Rewarded) -> Tensor:
     """[S]: the reward's scores, clipped, less the penalties of how the response ended."""
     scores = step.scores
     if config.overlong_buffer:
-        scores = scores + fastalign.overlong_penalty(step.lengths, config.max_new_tokens, config.overlong_buffer)
+        scores = scores + fastalign.overlong_penalty(step.lengths, max_length=config.max_new_tokens, cache_length=config.overlong_buffer)
     ending = {} if config.missing_eos_penalty is None else {"finished": step.finished, "missing_eos_penalty": config.missing_eos_penalty}
     cu_seqlens, mask = step.seen.packed.cu_seqlens, step.seen.packed.mask
     placed = fastalign.shape_rewards(scores, cu_seqlens, mask=mask, score_clip=config.reward_clip, **ending)
@@ -112,19 +114,12 @@ def _within_groups(method: str, config: OnlineConfig, step: Rewarded, rewards: T
     packed = step.seen.packed
     totals = fastalign.sequence_sum(rewards, packed.cu_seqlens, mask=packed.mask)
     kind = method if method == "rloo" else "grpo" if config.scale_rewards and config.loss != "dr_grpo" else "dr_grpo"
-    differing = fastalign.dynamic_sampling_mask(totals, step.groups)
+    group = fastalign.group_advantages(totals, step.groups, kind=kind)
     keep = torch.ones_like(step.finished)
     if config.drop_equal_groups:
-        keep &= differing
+        keep &= group.informative
     if config.mask_truncated:
         keep &= step.finished
     mask = packed.mask & torch.repeat_interleave(keep, packed.cu_seqlens.diff().long(), output_size=packed.mask.numel())
-    metrics = {**metrics, "frac_zero_std": ((~differing).sum(), len(differing)), "frac_kept": (keep.sum(), len(keep))}
-    return Estimate(fastalign.group_advantages(totals, step.groups, kind=kind), mask, metrics, per_token=False)
-
-
-def _group_means(step: Rewarded, scores: Tensor) -> Tensor:
-    """[S]: the mean score of the responses for the same prompt."""
-    _, group, count = step.groups.unique(return_inverse=True, return_counts=True)
-    sums = scores.new_zeros(len(count), dtype=torch.float64).index_add(0, group, scores.double())
-    return (sums / count)[group].to(scores.dtype)
+    metrics = {**metrics, "frac_zero_std": (group.frac_zero_std, 1), "frac_kept": (keep.sum(), len(keep))}
+    return Estimate(group.advantages, mask, metrics, per_token=False)
