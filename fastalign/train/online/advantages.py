@@ -76,8 +76,10 @@ def shaped_rewards(config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor
     )
     rewards = fastalign.shape_rewards(scores, packed.cu_seqlens, mask=packed.mask, **penalty)
     if "dpo_logprobs" in fixed:  # RTO
-        per_token = (config.dpo_coef * (fixed["dpo_logprobs"] - fixed["ref_logprobs"])).clamp(-config.dpo_clip, config.dpo_clip)
-        rewards = rewards + torch.where(packed.mask, per_token, 0.0)
+        implicit = fastalign.token_rewards(
+            fixed["dpo_logprobs"], fixed["ref_logprobs"], packed.cu_seqlens, mask=packed.mask, beta=config.dpo_coef
+        )
+        rewards = rewards + implicit.rewards.clamp(-config.dpo_clip, config.dpo_clip)
     known = ~scores.isnan()
     totals = torch.where(known, fastalign.sequence_sum(rewards, packed.cu_seqlens, mask=packed.mask), 0.0)
     clean, count = torch.where(known, scores, 0.0), known.sum()
