@@ -100,7 +100,7 @@ class OnlineConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p", "sample_batch", "minibatches", "rollout_epochs", "target_kl",
-                    "kl_target", "kl_horizon", "reward_clip", "dpo_clip", "ptx_batch")  # fmt: skip
+                    "kl_target", "kl_horizon", "reward_clip", "dpo_coef", "dpo_clip", "ptx_batch")  # fmt: skip
         not_negative = (
             "top_k",
             "kl_coef",
@@ -110,7 +110,6 @@ class OnlineConfig(RunConfig):
             "ptx_coef",
             "missing_eos_penalty",
             "overlong_buffer",
-            "dpo_coef",
         )
         for names, legal, fits in ((positive, "positive", lambda x: x > 0), (not_negative, "not negative", lambda x: x >= 0)):
             for name in names:
