@@ -65,8 +65,8 @@ RUNS = [
 
 @pytest.mark.parametrize("method, settings", RUNS, ids=[f"{method} {' '.join(map(str, s.values()))}" for method, s in RUNS])
 def test_every_method_runs_and_starts_at_the_reference(online, method, settings):
-    """The KL of the first step is 0 to the last bit and, as the step makes one update, so is the log-ratio: policy, old policy and reference
-    are the same function of the same packs."""
+    """The KL of the first step is 0 to the last bit and, as the step makes one update, so is the log-ratio: policy, old policy and
+    reference are the same function of the same packs."""
     result = online(method, eval_fraction=0.25, **settings)
     first, last = steps(result)[0], steps(result)[-1]
     assert first.get("objective/kl", 0.0) == 0.0

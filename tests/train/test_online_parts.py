@@ -103,7 +103,8 @@ def test_reinforce_pp(step, samples):
 
 @pytest.mark.parametrize(
     "method, options",
-    [("grpo", {}), ("grpo", {"scale_rewards": False}), ("grpo", {"loss": "dr_grpo"}), ("grpo", {"kl_in": "reward", "kl_kind": "k1"}), ("rloo", {})],
+    [("grpo", {}), ("grpo", {"scale_rewards": False}), ("grpo", {"loss": "dr_grpo"}), ("grpo", {"kl_in": "reward", "kl_kind": "k1"}),
+     ("rloo", {})],
     ids=["grpo", "unscaled", "dr_grpo", "kl in reward", "rloo"],
 )  # fmt: skip
 def test_groups(step, method, options):
@@ -159,8 +160,8 @@ def prompts_of(*lengths):
 
 
 def test_samples_come_from_the_distribution_that_is_scored():
-    """At another temperature, left-padded, with generation settings of the model's own that would distort it: the mean of -log p over the samples
-    is the mean entropy, which is known exactly for every prefix."""
+    """At another temperature, left-padded, with generation settings of the model's own that would distort it: the mean of -log p over the
+    samples is the mean entropy, which is known exactly for every prefix."""
     torch.manual_seed(0)
     model = make_model()
     with torch.no_grad():

@@ -128,7 +128,7 @@ def judge_policy(policy: Any, start: Start, prompts: list[str], seed: int) -> di
         "kl": sandbox.sampled_kl(policy, start.sft, samples),
         "finished": sum(s.completion[-1] == start.tokenizer.eos_token_id for s in samples) / len(samples),
         "distinct": len({s.text for s in samples}) / len(samples),
-        "samples": [{"prompt": prompt, "text": s.text, "gold_reward": sandbox.gold_reward(s.text)} for prompt, s in zip(prompts[:SHOWN], samples)],
+        "samples": [{"prompt": p, "text": s.text, "gold_reward": sandbox.gold_reward(s.text)} for p, s in zip(prompts[:SHOWN], samples)],
     }  # fmt: skip
 
 

@@ -31,8 +31,8 @@ METHODS = {
     "ppo": Entry(
         "RLHF by PPO with a value head",
         (*_COMMON, *_STEPS, *_VALUES),
-        _DEFAULTS | {"loss": "ppo", "minibatches": 4, "rollout_epochs": 4, "kl_coef": 0.05, "kl_in": "reward", "kl_kind": "k1", "gamma": 1.0,
-                     "lam": 0.95, "vf_coef": 0.1, "value_clip": 0.2},
+        _DEFAULTS | {"loss": "ppo", "minibatches": 4, "rollout_epochs": 4, "kl_coef": 0.05, "kl_in": "reward", "kl_kind": "k1",
+                     "gamma": 1.0, "lam": 0.95, "vf_coef": 0.1, "value_clip": 0.2},
     ),
     "grpo": Entry(
         "RLHF by GRPO: rewards relative to other samples for the same prompt (--loss: dapo, gspo, dr_grpo, ...)",
@@ -59,7 +59,8 @@ METHODS = {
 # Settings of published pipelines (`--preset`); what a flag gives goes before them.
 PRESETS: dict[str, dict[str, Any]] = {
     # Ouyang et al. 2022, arXiv 2203.02155
-    "instructgpt": {"kl_coef": 0.02, "kl_in": "reward", "kl_kind": "k1", "gamma": 1.0, "value_clip": 0.2, "entropy_coef": 0.0, "ptx_coef": 27.8},
+    "instructgpt": {"kl_coef": 0.02, "kl_in": "reward", "kl_kind": "k1", "gamma": 1.0, "value_clip": 0.2, "entropy_coef": 0.0,
+                    "ptx_coef": 27.8},
     # Bai et al. 2022, arXiv 2204.05862
     "anthropic_hh": {"kl_coef": 0.001, "kl_in": "reward", "kl_kind": "k1", "gamma": 1.0, "entropy_coef": 0.0},
     # Zhong et al. 2024, arXiv 2404.18922

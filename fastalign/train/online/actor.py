@@ -28,8 +28,8 @@ class Actor:
     dpo: PackedCausalLM | None = None
 
     def score(self, packed: fastalign.PackedBatch) -> dict[str, torch.Tensor]:
-        """logprob, entropy and (with a value head) value of the batch, [T] each, differentiable. Row t is the state before the token that it
-        predicts."""
+        """logprob, entropy and (with a value head) value of the batch, [T] each, differentiable. Row t is the state before the
+        token that it predicts."""
         if self.value_head is None:
             logits, values = self.lm.logits(packed), {}
         else:

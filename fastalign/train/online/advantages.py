@@ -17,8 +17,8 @@ from fastalign.train.online.config import OnlineConfig
 class Rewarded:
     """A step's responses in the order of their packs: what the models said of them, and what the reward did. All tensors on one device.
 
-    scores: [S] as the reward gave them, NaN: not scorable. finished: [S] bool. lengths: [S] tokens of each response. groups: [S] the number of
-    the response's prompt."""
+    scores: [S] as the reward gave them, NaN: not scorable. finished: [S] bool. lengths: [S] tokens of each response. groups: [S] the
+    number of the response's prompt."""
 
     seen: Scored
     scores: Tensor
@@ -65,7 +65,7 @@ def estimate(method: str, config: OnlineConfig, step: Rewarded, kl_coef: float |
 
 
 def shaped_rewards(config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor) -> tuple[Tensor, Metrics]:
-    """Rewards per token [T] (score at the last one, KL and token rewards at each), and the metrics objective/*, means over the responses."""
+    """Rewards per token [T] (score at the last one, KL and token rewards at each), and the metrics objective/*, per response."""
     packed, policy, fixed = step.seen.packed, step.seen.policy, step.seen.fixed
     scores = final_scores(config, step)
     in_reward = config.kl_in == "reward" and "ref_logprobs" in fixed

@@ -20,8 +20,8 @@ class OnlineConfig(RunConfig):
     batch_size: int = setting(32, "prompts per step; a step samples responses to them, scores these and learns from them")
     overlong: str = setting(
         "error",
-        "what to do with a prompt that leaves no room for --max-new-tokens in --max-length or --tokens-per-batch: stop, leave it out, or cut "
-        "its start",
+        "what to do with a prompt that leaves no room for --max-new-tokens in --max-length or --tokens-per-batch: stop, leave it out, or "
+        "cut its start",
         choices=("error", "drop", "truncate_prompt"),
     )
 
@@ -29,8 +29,8 @@ class OnlineConfig(RunConfig):
     reward_model: str | None = setting(None, "directory of a reward model (sequence classifier with one label)", metavar="DIR")
     reward: str | None = setting(
         None,
-        "reward function of your own, imported and run: function(completions=[...], prompts=[...], and the data's other columns) -> a number "
-        "per completion",
+        "reward function of your own, imported and run: function(completions=[...], prompts=[...], and the data's other columns) -> a "
+        "number per completion",
         metavar="MODULE:FUNCTION",
     )
     reward_clip: float | None = setting(None, "rewards are clipped to at most this magnitude; default: not at all")
@@ -99,8 +99,8 @@ class OnlineConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p", "sample_batch", "minibatches", "rollout_epochs", "target_kl",
-                    "kl_target", "kl_horizon", "reward_clip", "dpo_coef", "dpo_clip", "ptx_batch")  # fmt: skip
+        positive = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p", "sample_batch", "minibatches", "rollout_epochs",
+                    "target_kl", "kl_target", "kl_horizon", "reward_clip", "dpo_coef", "dpo_clip", "ptx_batch")  # fmt: skip
         not_negative = (
             "top_k",
             "kl_coef",

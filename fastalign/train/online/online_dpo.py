@@ -37,7 +37,8 @@ def make_learner(config: OnlineConfig) -> PreferenceMethod:
 class OnlineDPOTask(OnlineTask):
     """Sample, score, pair the best with the worst response to each prompt, and take one step of a preference loss on the pairs.
 
-    Prompts whose responses score the same give no pair. Responses that cannot be scored are left out. The loss takes log-probs at temperature 1."""
+    Prompts whose responses score the same give no pair. Responses that cannot be scored are left out. The loss takes log-probs at
+    temperature 1."""
 
     excludes_unscored = True
 

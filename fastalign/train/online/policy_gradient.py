@@ -63,8 +63,8 @@ class Part:
 class PolicyGradientTask(OnlineTask):
     """Sample, score, estimate advantages over the whole step, then `rollout_epochs` passes of `minibatches` updates each.
 
-    The responses are dealt to minibatches and packs once per step; the old log-probs come from these very packs, so that the first update of a
-    step sees ratios of exactly 1."""
+    The responses are dealt to minibatches and packs once per step; the old log-probs come from these very packs, so that the first update
+    of a step sees ratios of exactly 1."""
 
     def __init__(self, method: str, config: OnlineConfig, *parts: Any, texts: Sequence[TokenExample] = ()):
         super().__init__(method, config, *parts)

@@ -99,8 +99,8 @@ def _fit(ids: Sequence[int], limit: int, config: OnlineConfig, bos: int | None, 
         raise DataError(
             source,
             "prompt",
-            f"has {len(ids)} tokens, and {limit} leave room for --max-new-tokens {config.max_new_tokens} (--max-length, the model's positions or "
-            "--tokens-per-batch); choose --overlong drop or truncate_prompt",
+            f"has {len(ids)} tokens, and {limit} leave room for --max-new-tokens {config.max_new_tokens} (--max-length, the model's "
+            "positions or --tokens-per-batch); choose --overlong drop or truncate_prompt",
         )
     if config.overlong == "drop":
         return None

@@ -103,7 +103,8 @@ def make_reward(config: OnlineConfig, tokenizer: Any, limit: int, device: str, f
     )
     if len(tokenizer) > scorer.vocabulary():
         raise UserError(
-            f"--reward-model {directory}: its vocabulary has {scorer.vocabulary()} entries, fewer than the policy's tokenizer ({len(tokenizer)})"
+            f"--reward-model {directory}: its vocabulary has {scorer.vocabulary()} entries, fewer than the policy's tokenizer "
+            f"({len(tokenizer)})"
         )
     positions = models.max_positions(scorer.model.config)
     if positions is not None and positions < limit:

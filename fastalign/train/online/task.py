@@ -77,7 +77,7 @@ class OnlineTask:
         raise TypeError(f"{type(self).__name__} does not say what it learns")
 
     def evaluate(self) -> dict[str, float]:
-        """The same samples' worth of chance every time: what differs between two evaluations is the policy. "loss": the negative objective."""
+        """From the same seed every time: what differs between two evaluations is the policy. "loss" is the negative objective."""
         rollouts = self.sample(self.evaluation, 1, "evaluation")
         seen = self.look(rollouts, [pack_examples([r.example for r in rollouts], range(len(rollouts)), self.config.tokens_per_batch)])
         sums = MetricSums()
@@ -102,8 +102,9 @@ class OnlineTask:
         if bad.any():
             first = int(bad.nonzero()[0])
             raise TrainingError(
-                f"step {step + 1}: the reward of {int(bad.sum())} of {len(scores)} responses is not finite; the first is {float(scores[first])}, of "
-                f"{rollouts[first].text[:80]!r}" + ("" if self.excludes_unscored else f" ({self.method} needs a score for each)")
+                f"step {step + 1}: the reward of {int(bad.sum())} of {len(scores)} responses is not finite; the first is "
+                f"{float(scores[first])}, of {rollouts[first].text[:80]!r}"
+                + ("" if self.excludes_unscored else f" ({self.method} needs a score for each)")
             )
         return scores
 
