@@ -1,0 +1,127 @@
+"""The gradient of an update against the method's formula in plain PyTorch: padding-free path, losses, denominators and all weights at once."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import make_model
+
+from fastalign.train import OnlineConfig, train_online
+from fastalign.train.heads import ValueHead
+from fastalign.train.online import rollout, run
+from fastalign.train.optimise import Optimizer
+
+PROMPTS = [{"prompt": f"the {'cat ' * i}number {i}:"} for i in range(4)]
+TEXTS = ["the cat sat on the mat", "a dog is good"]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def first_update(tmp_path, monkeypatch, tokenizer):
+    """`first_update(method, ...)` -> (model, value head, reference, rollouts, scores) as the first update finds them, its gradients in .grad."""
+
+    def build(method, **settings):
+        sampled, head, model = [], ValueHead(32), make_model()
+        with torch.no_grad():
+            model.lm_head.weight.mul_(4.0)  # a distribution that is not flat
+            head.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+        reference = make_model(seed=1)
+        reference.save_pretrained(tmp_path / "reference")
+        sample = rollout.Sampler.__call__
+
+        def remember(*arguments):
+            sampled.extend(sample(*arguments))
+            return sampled
+
+        def stop(*arguments):
+            raise Stop
+
+        monkeypatch.setattr(rollout.Sampler, "__call__", remember)
+        monkeypatch.setattr(run, "_value_head", lambda *arguments: head)
+        monkeypatch.setattr(Optimizer, "update", stop)
+        config = OnlineConfig(
+            output=str(tmp_path / "out"), ref_model=str(tmp_path / "reference"), batch_size=4, minibatches=1, tokens_per_batch=70, max_new_tokens=6,
+            max_grad_norm=0.0, progress=False, tensorboard=False, **settings,
+        )  # fmt: skip
+
+        def reward(completions):
+            return [math.sin(7.0 * i) for i in range(len(completions))]
+
+        texts = TEXTS if settings.get("ptx_coef") else None
+        with pytest.raises(Stop):
+            train_online(method, config, model=model, tokenizer=tokenizer, reward=reward, prompts=PROMPTS, texts=texts)
+        return model, head, reference, sampled, reward(sampled)
+
+    return build
+
+
+def look(model, rollouts, temperature, head=None):
+    """Per response: log-probs, entropies and values of its tokens, one sequence at a time."""
+    out = []
+    for each in rollouts:
+        ids = torch.cat([each.example.prompt, *each.example.completions]).long()
+        result = model(input_ids=ids[None], output_hidden_states=True)
+        rows = slice(len(each.example.prompt) - 1, len(ids) - 1)
+        logp = F.log_softmax(result.logits[0, rows] / temperature, -1)
+        values = None if head is None else head(result.hidden_states[-1][0, rows])
+        out.append((logp.gather(-1, ids[1:][rows, None]).squeeze(-1), -(logp.exp() * logp).sum(-1), values))
+    return out
+
+
+def check(parameters, loss):
+    parameters = list(parameters)
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+    scale = max(float(g.abs().max()) for g in expected if g is not None)
+    for parameter, gradient in zip(parameters, expected):
+        assert (parameter.grad is None) == (gradient is None)
+        if gradient is not None:
+            assert float((parameter.grad - gradient).abs().max()) < 2e-5 * scale
+    assert scale > 1e-3
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_ppo(first_update, tokenizer, kl_in):
+    options = {"kl_coef": 0.3, "kl_in": kl_in, "kl_kind": "k1" if kl_in == "reward" else "k3", "entropy_coef": 0.05, "temperature": 0.8}
+    options |= {"gamma": 0.9, "lam": 0.7, "vf_coef": 0.4, "ptx_coef": 0.6}
+    model, head, reference, rollouts, scores = first_update("ppo", **options)
+    policy, ref = look(model, rollouts, 0.8, head), look(reference, rollouts, 0.8)
+    advantages, returns = [], []
+    for (logp, _, values), (ref_logp, _, _), score in zip(policy, ref, scores):
+        rewards = -0.3 * (logp - ref_logp).detach() if kl_in == "reward" else torch.zeros_like(logp)
+        rewards[-1] += score
+        trace, following, out = 0.0, 0.0, []
+        for t in reversed(range(len(logp))):
+            trace = rewards[t] + 0.9 * following - values[t].detach() + 0.9 * 0.7 * trace
+            following = values[t].detach()
+            out.insert(0, trace)
+        advantages.append(torch.stack(out))
+        returns.append(torch.stack(out) + values.detach())
+    logp, entropy, values = (torch.cat(parts) for parts in zip(*policy))
+    ref_logp, advantages, returns = torch.cat([each[0] for each in ref]).detach(), torch.cat(advantages), torch.cat(returns)
+    advantages = (advantages - advantages.mean()) / torch.sqrt(advantages.var() + 1e-8)
+    loss = -(advantages * (logp - logp.detach()).exp()).mean() + 0.4 * 0.5 * ((values - returns) ** 2).mean() - 0.05 * entropy.mean()
+    if kl_in == "loss":
+        loss = loss + 0.3 * ((ref_logp - logp).exp() - 1 + logp - ref_logp).mean()
+    nll = []
+    for text in TEXTS:
+        ids = torch.tensor([*tokenizer(text)["input_ids"], 1])
+        nll.append(F.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none"))
+    check([*model.parameters(), *head.parameters()], loss + 0.6 * torch.cat(nll).mean())
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo"])
+def test_grpo(first_update, name):
+    """Where every ratio is 1 the losses differ in their denominators."""
+    model, _, _, rollouts, scores = first_update("grpo", loss=name, samples_per_prompt=3)
+    policy, total = look(model, rollouts, 1.0), 0.0
+    tokens = sum(len(logp) for logp, _, _ in policy)
+    for i, (logp, _, _) in enumerate(policy):
+        group = torch.tensor(scores[i // 3 * 3 : i // 3 * 3 + 3])
+        advantage = (scores[i] - group.mean()) / (1.0 if name == "dr_grpo" else group.std() + 1e-4)
+        weight = {"grpo": 1 / (12 * len(logp)), "dapo": 1 / tokens, "dr_grpo": 1 / (12 * 6), "gspo": 1 / (12 * len(logp))}[name]
+        total = total - advantage * weight * logp.sum()
+    check(model.parameters(), total)
