@@ -117,7 +117,7 @@ def run_model(online):
 RESUMED = [
     ("ppo", {"kl_target": 1.0, "kl_horizon": 100.0, "ptx_coef": 0.5, "rollout_epochs": 2, "minibatches": 2}),
     ("grpo", {"samples_per_prompt": 2, "rollout_epochs": 2, "loss": "gspo"}),
-    ("online_dpo", {"loss": "beta_dpo"}),
+    ("online_dpo", {"loss": "beta_dpo", "ref_update_every": 1, "ref_mix": 0.6}),
 ]
 
 
@@ -238,6 +238,14 @@ def test_target_kl_stops_the_updates(online):
     assert steps(far)[0]["policy/updates"] < 8
     near = online("ppo", rollout_epochs=4, minibatches=2, max_steps=1, target_kl=1e4, out="near")
     assert steps(near)[0]["policy/updates"] == 8
+
+
+def test_the_reference_follows(online):
+    """A reference that takes over the policy's weights after every second step is the policy in every third."""
+    result = online("rloo", max_steps=5, ref_update_every=2)
+    assert [record["objective/kl"] == 0.0 for record in steps(result)] == [True, False, True, False, True]
+    mixed = online("rloo", max_steps=3, ref_update_every=2, ref_mix=0.5, out="mixed")
+    assert steps(mixed)[1]["objective/kl"] == steps(result)[1]["objective/kl"] and steps(mixed)[2]["objective/kl"] != 0.0
 
 
 def test_token_rewards_of_a_dpo_model(online, tmp_path):

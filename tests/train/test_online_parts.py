@@ -296,6 +296,8 @@ WRONG = [
     ("grpo", {"samples_per_prompt": 1}, "--samples-per-prompt must be at least 2, not 1"),
     ("grpo", {"kl_target": 6.0}, "--kl-target adapts --kl-coef, which must not be 0"),
     ("rloo", {"kl_kind": "k3+"}, "choose k3, or --kl-in loss"),
+    ("grpo", {"ref_update_every": 2}, "there is no reference to update"),
+    ("ppo", {"ref_mix": 0.5}, "--ref-mix has no effect without --ref-update-every"),
     ("online_dpo", {"kl_coef": 0.1}, "fastalign train online_dpo has no setting --kl-coef"),
 ]
 

@@ -21,7 +21,7 @@ from fastalign.train.tokenise import TokenExample
 PROMPTS, HELD_OUT_PROMPTS, JUDGED = 384, 96, 256
 REWARD_STEPS, REWARD_BATCH, REWARD_RATE = 40, 32, 3e-4
 BATCH_SIZE, LEARNING_RATE = 64, 3e-4
-KL_COEF = {"gold": 0.03, "model": 0.2}  # the reward model's scores have another scale than the gold reward
+KL_COEF = {"gold": 0.03, "model": 0.1}  # the reward model's scores have another scale than the gold reward
 CURVE_POINTS, CURVE_SAMPLES, SHOWN = 6, 128, 4
 NAMES = {"sft": "SFT", "gold": "PPO, gold reward", "model": "PPO, reward model"}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-_REWARD = ("reward_model", "reward", "ref_model", "reward_clip", "missing_eos_penalty")
+_REWARD = ("reward_model", "reward", "reward_clip", "missing_eos_penalty", "ref_model", "ref_update_every", "ref_mix")
 _SAMPLING = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "sample_batch")
 _UPDATES = ("loss", "loss_options", "minibatches", "rollout_epochs", "target_kl", "entropy_coef", "ptx_data", "ptx_coef", "ptx_batch")
 _KL = ("kl_coef", "kl_in", "kl_kind", "kl_target", "kl_horizon")

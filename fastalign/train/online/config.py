@@ -36,6 +36,8 @@ class OnlineConfig(RunConfig):
     reward_clip: float | None = setting(None, "rewards are clipped to at most this magnitude; default: not at all")
     missing_eos_penalty: float | None = setting(None, "subtracted from the reward of a response that did not end by itself")
     ref_model: str | None = setting(None, "directory of the reference model; default: the weights that training starts from", metavar="DIR")
+    ref_update_every: int = setting(0, "steps after which the reference takes over the policy's weights (iterative training); 0: never")
+    ref_mix: float = setting(1.0, "share of the policy in the updated reference, the rest stays (TR-DPO: 0.6)")
 
     # Sampling
     samples_per_prompt: int | None = setting(
@@ -110,13 +112,14 @@ class OnlineConfig(RunConfig):
             "ptx_coef",
             "missing_eos_penalty",
             "overlong_buffer",
+            "ref_update_every",
         )
         for names, legal, fits in ((positive, "positive", lambda x: x > 0), (not_negative, "not negative", lambda x: x >= 0)):
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not (math.isfinite(value) and fits(value)):
                     raise UserError(f"{flag_of(name, type(self))} is {value}: it must be {legal}")
-        for name in ("top_p", "gamma", "lam"):
+        for name in ("top_p", "gamma", "lam", "ref_mix"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise UserError(f"{flag_of(name, type(self))} is {value}: it must lie in [0, 1]")
         if self.overlong_buffer > self.max_new_tokens:
@@ -149,6 +152,10 @@ def resolve(method: str, config: OnlineConfig, texts_in_memory: bool = False) ->
         raise UserError(
             f"{method} compares samples for the same prompt: --samples-per-prompt must be at least 2, not {config.samples_per_prompt}"
         )
+    if config.ref_update_every and not (config.kl_coef or config.ref_model or config.dpo_model or method == "online_dpo"):
+        raise UserError("--ref-update-every: without --kl-coef or --ref-model there is no reference to update")
+    if config.ref_mix != 1.0 and not config.ref_update_every:
+        raise UserError("--ref-mix has no effect without --ref-update-every")
     responses = config.batch_size * config.samples_per_prompt
     if given is not None and given > responses:
         raise UserError(f"--minibatches {given} exceeds the {responses} responses of a step")

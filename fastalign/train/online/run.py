@@ -89,7 +89,10 @@ def train_online(
 def _reference(method: str, config: OnlineConfig, lm: models.PackedCausalLM) -> models.PackedCausalLM | None:
     """The model that the policy is held to: --ref-model, or a copy of the policy as it is now, where anything asks for one."""
     if config.ref_model is not None:
-        return _frozen(config.ref_model, "reference", config, lm)
+        reference = _frozen(config.ref_model, "reference", config, lm)
+        if config.ref_update_every and [p.shape for p in reference.model.parameters()] != [p.shape for p in lm.model.parameters()]:
+            raise UserError("--ref-update-every: the reference model's weights do not have the policy's shapes")
+        return reference
     return lm.frozen_copy() if method == "online_dpo" or config.kl_coef or config.dpo_model is not None else None
 
 

@@ -56,10 +56,13 @@ class OnlineTask:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"responses": self.responses}
+        moves = {"reference": self.actor.reference.model.state_dict()} if self.config.ref_update_every else {}
+        return {"responses": self.responses, **moves}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.responses = state["responses"]
+        if "reference" in state:
+            self.actor.reference.model.load_state_dict(state["reference"])
 
     def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
         started = time.perf_counter()
@@ -67,6 +70,8 @@ class OnlineTask:
         sampled = time.perf_counter()
         scores = self.scores(rollouts, step)
         metrics = self.learn(step, rollouts, scores, optimizer)
+        if self.config.ref_update_every and (step + 1) % self.config.ref_update_every == 0:
+            self.actor.update_reference(self.config.ref_mix)
         self.responses += len(rollouts)
         now = time.perf_counter()
         metrics |= {"episode": self.responses, "eps": len(rollouts) / (now - started), "time/sampling": sampled - started}
