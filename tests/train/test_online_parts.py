@@ -284,7 +284,7 @@ def test_defaults_and_presets():
 WRONG = [
     ("ppo", {"preset": "instructgpt"}, "--ptx-coef is 27.8, so texts are needed"),
     ("ppo", {"preset": "rto"}, "--dpo-model, which is missing"),
-    ("ppo", {"ptx_data": "texts.jsonl"}, "--ptx-data has no effect without --ptx-coef"),
+    ("ppo", {"ptx_data": "texts.jsonl"}, "--ptx-data and --ptx-batch have no effect without --ptx-coef"),
     ("ppo", {"loss": "gspo"}, "gspo takes one advantage per response, and ppo has one per token; legal: ppo, reinforce"),
     ("ppo", {"loss": "pqo"}, "'pqo' is unknown; legal: ppo, reinforce"),
     ("ppo", {"loss_options": {"clip": 1}}, "no option 'clip'; legal"),
@@ -292,6 +292,8 @@ WRONG = [
     ("ppo", {"loss_options": {"is_mode": "mask", "is_max": 2.0}}, "this trainer samples from the policy itself"),
     ("ppo", {"drop_equal_groups": True}, "fastalign train ppo has no setting --drop-equal-groups"),
     ("ppo", {"minibatches": 64}, "--minibatches 64 exceeds the 32 responses of a step"),
+    ("ppo", {"kl_horizon": 100.0}, "--kl-horizon has no effect without --kl-target"),
+    ("grpo", {"kl_kind": "k2"}, "--kl-in and --kl-kind have no effect with --kl-coef 0"),
     ("grpo", {"gamma": 0.9}, "fastalign train grpo has no setting --gamma"),
     ("grpo", {"samples_per_prompt": 1}, "--samples-per-prompt must be at least 2, not 1"),
     ("grpo", {"kl_target": 6.0}, "--kl-target adapts --kl-coef, which must not be 0"),

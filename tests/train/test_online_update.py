@@ -86,7 +86,7 @@ def check(parameters, loss):
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
 def test_ppo(first_update, tokenizer, kl_in):
     options = {"kl_coef": 0.3, "kl_in": kl_in, "kl_kind": "k1" if kl_in == "reward" else "k3", "entropy_coef": 0.05, "temperature": 0.8}
-    options |= {"gamma": 0.9, "lam": 0.7, "vf_coef": 0.4, "ptx_coef": 0.6}
+    options |= {"gamma": 0.9, "lam": 0.7, "vf_coef": 0.4, "ptx_coef": 0.6, "value_clip": 0.0}
     model, head, reference, rollouts, scores = first_update("ppo", **options)
     policy, ref = look(model, rollouts, 0.8, head), look(reference, rollouts, 0.8)
     advantages, returns = [], []

@@ -82,7 +82,7 @@ class OnlineConfig(RunConfig):
     gamma: float | None = setting(None, "discount per token; default: 1")
     lam: float | None = setting(None, "decay of generalised advantage estimation; default: 0.95")
     vf_coef: float | None = setting(None, "weight of the value loss; default: 0.1")
-    value_clip: float | None = setting(None, "a value may move this far in the value loss; default: 0.2")
+    value_clip: float | None = setting(None, "a value may move this far in the value loss; 0: any distance; default: 0.2")
     bootstrap_truncated: bool = setting(
         False, "a response that was cut off is worth what the value head expects after its last token, not 0"
     )
@@ -103,17 +103,8 @@ class OnlineConfig(RunConfig):
         super().__post_init__()
         positive = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p", "sample_batch", "minibatches", "rollout_epochs",
                     "target_kl", "kl_target", "kl_horizon", "reward_clip", "dpo_coef", "dpo_clip", "ptx_batch")  # fmt: skip
-        not_negative = (
-            "top_k",
-            "kl_coef",
-            "vf_coef",
-            "value_clip",
-            "entropy_coef",
-            "ptx_coef",
-            "missing_eos_penalty",
-            "overlong_buffer",
-            "ref_update_every",
-        )
+        not_negative = ("top_k", "kl_coef", "vf_coef", "value_clip", "entropy_coef", "ptx_coef", "missing_eos_penalty", "overlong_buffer",
+                        "ref_update_every")  # fmt: skip
         for names, legal, fits in ((positive, "positive", lambda x: x > 0), (not_negative, "not negative", lambda x: x >= 0)):
             for name in names:
                 value = getattr(self, name)
@@ -132,20 +123,24 @@ def resolve(method: str, config: OnlineConfig, texts_in_memory: bool = False) ->
         raise UserError(f"unknown method {method!r}; legal: {', '.join(METHODS)}")
     entry = METHODS[method]
     check_settings(config, entry.settings, f"fastalign train {method}")
-    given = config.minibatches
+    given = config
     defaults = {**entry.defaults, **PRESETS.get(config.preset or "", {})}
     if config.dpo_model is not None:
         defaults = {"dpo_coef": 0.05, "dpo_clip": 0.05, **defaults}
     config = dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
     if config.kl_target is not None and not config.kl_coef:
         raise UserError("--kl-target adapts --kl-coef, which must not be 0 then")
+    if config.kl_target is None and config.kl_horizon != OnlineConfig.kl_horizon:
+        raise UserError("--kl-horizon has no effect without --kl-target")
+    if not config.kl_coef and (given.kl_in is not None or given.kl_kind is not None):
+        raise UserError("--kl-in and --kl-kind have no effect with --kl-coef 0")
     if config.kl_kind == "k3+" and config.kl_in == "reward":
         raise UserError("--kl-kind k3+ differs from k3 in its gradient only, and a reward has none; choose k3, or --kl-in loss")
     has_texts = texts_in_memory or config.ptx_data is not None
     if config.ptx_coef and not has_texts:
         raise UserError(f"--ptx-coef is {config.ptx_coef:g}, so texts are needed: give --ptx-data, or --ptx-coef 0")
-    if has_texts and not config.ptx_coef:
-        raise UserError("--ptx-data has no effect without --ptx-coef")
+    if (has_texts or config.ptx_batch != OnlineConfig.ptx_batch) and not config.ptx_coef:
+        raise UserError("--ptx-data and --ptx-batch have no effect without --ptx-coef")
     if config.dpo_model is None and (config.dpo_coef is not None or config.dpo_clip is not None):
         raise UserError("--dpo-coef, --dpo-clip and --preset rto weigh the reward of --dpo-model, which is missing")
     if method in ("grpo", "rloo", "online_dpo") and config.samples_per_prompt < 2:
@@ -157,6 +152,6 @@ def resolve(method: str, config: OnlineConfig, texts_in_memory: bool = False) ->
     if config.ref_mix != 1.0 and not config.ref_update_every:
         raise UserError("--ref-mix has no effect without --ref-update-every")
     responses = config.batch_size * config.samples_per_prompt
-    if given is not None and given > responses:
-        raise UserError(f"--minibatches {given} exceeds the {responses} responses of a step")
+    if given.minibatches is not None and given.minibatches > responses:
+        raise UserError(f"--minibatches {given.minibatches} exceeds the {responses} responses of a step")
     return config

@@ -153,7 +153,7 @@ class PolicyGradientTask(OnlineTask):
             loss = output.loss
             if part.returns is not None:
                 value = fastalign.value_loss(
-                    now["value"], part.seen.policy["value"], part.returns, mask=part.mask, clip=config.value_clip, num_items=tokens
+                    now["value"], part.seen.policy["value"], part.returns, mask=part.mask, clip=config.value_clip or None, num_items=tokens
                 )
                 sums.add(value.metrics())
                 loss = loss + config.vf_coef * value.loss
