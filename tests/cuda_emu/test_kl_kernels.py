@@ -57,20 +57,20 @@ def same(got, want):
 
 @pytest.mark.parametrize("vocab", [1, 3, 129, 1000, 2603])
 def test_accuracy_at_every_cluster_size(cluster, vocab):  # noqa: F811
-    contract.test_accuracy_fp32(*WHERE, True, vocab, "normal")
+    contract.test_kl_accuracy_fp32(*WHERE, True, vocab, "normal")
     for dtype in (torch.bfloat16, torch.float16):
-        contract.test_accuracy_other_dtypes(*WHERE, (torch.bfloat16, torch.float16), min(vocab, 1000), dtype)
+        contract.test_kl_accuracy_other_dtypes(*WHERE, (torch.bfloat16, torch.float16), min(vocab, 1000), dtype)
 
 
 def test_edge_cases_at_every_cluster_size(cluster):  # noqa: F811
     contract.test_identical_rows_are_exactly_zero(*WHERE, 1031, torch.bfloat16)
     contract.test_minus_inf_in_both(*WHERE, 600)
     contract.test_mass_on_a_token_without_mass(*WHERE)
-    contract.test_bad_rows_stay_alone(*WHERE, math.nan, "reference")
-    contract.test_masked_rows_are_exact_zeros_whatever_they_hold(*WHERE)
+    contract.test_bad_rows_of_either_model_stay_alone(*WHERE, math.nan, "reference")
+    contract.test_masked_pairs_of_rows_are_exact_zeros(*WHERE)
     contract.test_large_finite_mask_values(*WHERE)
-    contract.test_scale_softcap_temperature(*WHERE, 0.5, 5.0, 0.6)
-    contract.test_vocabulary_shards_merge(*WHERE, (16, 64, 80), ("policy",))
+    contract.test_scale_softcap_temperature_of_both_rows(*WHERE, 0.5, 5.0, 0.6)
+    contract.test_vocabulary_shards_of_both_rows_merge(*WHERE, (16, 64, 80), ("policy",))
 
 
 def test_automatic_cluster_of_a_long_row(emulated):
