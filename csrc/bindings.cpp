@@ -129,7 +129,7 @@ PYBIND11_MODULE(FA_MODULE, m) {
 #endif
 #ifdef FA_WITH_CUDA
   m.def("set_cluster_size", &cuda::set_cluster_size,
-        "blocks per row of token_stats_fwd: 1, 2, 4 or 8; 0 restores the choice by row length");
+        "blocks per row of token_stats_fwd and token_stats_fused: 1, 2, 4 or 8; 0 restores the choice by row length");
   m.def("set_gae_scheme", &cuda::set_gae_scheme,
         "1: a block per sequence; 2: a block per tile; 0 restores the choice by tokens and sequences");
 #endif

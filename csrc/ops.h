@@ -227,7 +227,7 @@ namespace cuda {
 #define FA_DECLARE(name, args) void name(const args& a, int device, void* stream);
 FA_OPS(FA_DECLARE)
 #undef FA_DECLARE
-void set_cluster_size(int size);  // blocks per row of token_stats_fwd: 1, 2, 4, 8, or 0 for the choice by row length; for tests and tuning
+void set_cluster_size(int size);  // blocks per row of token_stats_fwd and _fused: 1, 2, 4, 8; 0: by row length; for tests and tuning
 void set_gae_scheme(int scheme);  // 1: a block per sequence, 2: a block per tile, 0: by tokens and sequences; for tests and tuning
 }  // namespace cuda
 

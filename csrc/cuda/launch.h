@@ -107,9 +107,9 @@ template <class T> __device__ __forceinline__ T* cluster_map(T* mine, unsigned r
 #endif
 }
 
-// Copies from global to shared memory that run by themselves (sm_90 and later), and the flags, in shared memory, that say when the bytes are
-// there. A flag serves once. One thread initialises all flags, announces the bytes of each and starts its copies; all threads meet; then any
-// may wait. Addresses and sizes are multiples of 16.
+// Copies from global to shared memory that run by themselves (sm_90 and later), and the flags, in shared memory, that say when the bytes
+// are there. A flag serves once. One thread initialises all flags, announces the bytes of each and starts its copies; all threads meet;
+// then any may wait. Addresses and sizes are multiples of 16.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define FA_COPY_ASM(...) asm volatile(__VA_ARGS__)
 #else

@@ -7,8 +7,8 @@
 namespace fastalign {
 namespace cuda {
 
-// What a kernel keeps of a row state beside m, s0 and umax, which are always there: optional sums; a reference row's m and s0 (kRefRow), and with
-// it the sums over both rows (kSumT, kSumTr).
+// What a kernel keeps of a row state beside m, s0 and umax, which are always there: optional sums; a reference row's m and s0 (kRefRow),
+// and with it the sums over both rows (kSumT, kSumTr).
 enum RowSum : int { kSum1 = 1, kSum2 = 2, kSumZ = 4, kTop = 8, kRefRow = 16, kSumT = 32, kSumTr = 64 };
 template <int kSums> constexpr int kRows = kSums & kRefRow ? 2 : 1;
 template <int kSums> using State = std::conditional_t<(kSums & kRefRow) != 0, PairState<float>, RowState<float>>;

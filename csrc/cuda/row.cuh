@@ -13,8 +13,8 @@ constexpr int64_t kShortRow = 4096;     // bytes; rows (with a reference: both t
 
 inline unsigned forced_cluster = 0;     // by set_cluster_size
 
-// How many threads serve a row, by the number of bytes to read for it alone: results do not depend on what else is in the batch. Kernels that
-// form row states share this, hence the tree that the states are merged by.
+// How many threads serve a row, by the number of bytes to read for it alone: results do not depend on what else is in the batch. Kernels
+// that form row states share this, hence the tree that the states are merged by.
 struct RowShape { unsigned cluster, threads; };
 
 // Threads of a block for a stretch of a row: as few as leave each two bundles, so that no warp idles on rows of a few KiB.
@@ -42,8 +42,8 @@ inline RowShape row_shape(int64_t bytes, int rows, bool supported) {
   return {cluster, threads_for(bytes / cluster)};
 }
 
-// How an elementwise kernel shares out rows of `vocab` elements: a block takes block.y rows (short ones, a warp each), or one of `count` chunks of
-// `vectors` vectors of a row: `per_thread` for each of its threads, enough to hide the row's own few loads.
+// How an elementwise kernel shares out rows of `vocab` elements: a block takes block.y rows (short ones, a warp each), or one of `count`
+// chunks of `vectors` vectors of a row: `per_thread` for each of its threads, enough to hide the row's own few loads.
 struct Chunks {
   dim3 block;
   int vectors;

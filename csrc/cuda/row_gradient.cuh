@@ -1,7 +1,7 @@
 // The backward half of the row kernels: from the row state and a few upstream numbers, every element by itself.
 //
-// dx = e (a + b d) plus its label's share, with d = u c - m in bits and e = 2^d: two fused multiply-adds and one exp2; with upstream gradients
-// of the KLs plus e c (d - dr - mean) + k (e - ratio er) of math/row_state.h, where dr and er are the reference row's.
+// dx = e (a + b d) plus its label's share, with d = u c - m in bits and e = 2^d: two fused multiply-adds and one exp2; with upstream
+// gradients of the KLs plus e c (d - dr - mean) + k (e - ratio er) of math/row_state.h, where dr and er are the reference row's.
 #pragma once
 #include "cuda/row.cuh"
 #include "cuda/vector.cuh"
@@ -9,8 +9,8 @@
 namespace fastalign {
 namespace cuda {
 
-// Of every element of a row:  dx = (e (a + b d) + KL terms + extra) slope(u) / slope(0), `extra` being g times `label_scale` where a label with
-// upstream gradient g sits. slope(0) is in a, b, kl.c, kl.k and label_scale, so only a softcap leaves a factor per element.
+// Of every element of a row:  dx = (e (a + b d) + KL terms + extra) slope(u) / slope(0), `extra` being g times `label_scale` where a label
+// with upstream gradient g sits. slope(0) is in a, b, kl.c, kl.k and label_scale, so only a softcap leaves a factor per element.
 struct RowGradient {
   float m, a, b, label_scale;
   enum Kind : int { kZero, kNan, kRegular, kWithKl } kind;  // kWithKl: the reference row is read
@@ -54,8 +54,8 @@ __device__ RowGradient row_gradient(const TokenStatsBackwardArgs& a, int64_t row
 // Which KL terms a loop evaluates.
 enum KlTerm : int { kPolicyRef = 1, kRefPolicy = 2 };
 
-// One element: x and y are the raw logits of the policy and of the reference. Written with explicit fmaf, so that every place this is inlined
-// into rounds alike.
+// One element: x and y are the raw logits of the policy and of the reference. Written with explicit fmaf, so that every place this is
+// inlined into rounds alike.
 template <bool kCap, bool kLabelled, int kKl>
 __device__ float gradient(const RowGradient& g, const RowTransform<float>& f, float x, float y, float extra) {
   const float u = kCap ? tanhf(x * f.cap_scale) : x, d = f.bits(u, g.m), e = fast_exp2(d);
@@ -73,7 +73,8 @@ __device__ float gradient(const RowGradient& g, const RowTransform<float>& f, fl
   return kCap ? dz * fmaf(-u, u, 1.0f) : dz;
 }
 
-// What the labels add to the elements: `own` at element `label`; with several labels per row extra[e] at element label + e, if there are any.
+// What the labels add to the elements: `own` at element `label`; with several labels per row extra[e] at element label + e, if there are
+// any.
 template <bool kMany> struct LabelShare {
   int label;
   float own;
@@ -90,8 +91,9 @@ template <class Args> __device__ LabelShare<false> label_share(const Args& a, in
   return {column < 0 ? kNoLabel : column - start, at(a.g_logprob, row) * g.label_scale, nullptr};
 }
 
-// Gradients of vectors [begin, end) of the row, all of them wide in every row that is read. `rows` may be in shared memory; vectors are counted
-// from where `out` is aligned, so that stores are always 16 bytes. Each element is read and written by one thread: `out` may be the policy row.
+// Gradients of vectors [begin, end) of the row, all of them wide in every row that is read. `rows` may be in shared memory; vectors are
+// counted from where `out` is aligned, so that stores are always 16 bytes. Each element is read and written by one thread: `out` may be the
+// policy row.
 template <class T, bool kCap, int kKl, bool kMany>
 __device__ void write_vectors(const RowGradient& g, const RowTransform<float>& f, const RowVectors<T> (&rows)[kKl ? 2 : 1], T* out,
                               int begin, int end, const LabelShare<kMany>& share) {

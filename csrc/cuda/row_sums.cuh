@@ -105,8 +105,8 @@ template <int kSums> __device__ void write_unscored(const TokenStatsArgs& a, int
   if (a.state) store_state(RowState<float>::empty(), false, static_cast<float*>(a.state) + row * kStateWidth);
 }
 
-// The log-probs of the labels in one of the rows: lane k finishes labels k, k + 32, ... Lane 0 has the state; `first` is lane k's first target,
-// fetched before the row was streamed.
+// The log-probs of the labels in one of the rows: lane k finishes labels k, k + 32, ... Lane 0 has the state; `first` is lane k's first
+// target, fetched before the row was streamed.
 template <class T, class RowPart>
 __device__ void write_targets(const TokenStatsArgs& a, int which, int64_t row, unsigned lane, RowPart s, float first, const T* x,
                               const RowTransform<float>& f) {

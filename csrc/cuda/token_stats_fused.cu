@@ -5,8 +5,8 @@
 // what they still hold. A block's share of a policy and a reference row is at most 72 KiB up to rows of 288 KiB each, so that three blocks
 // fit an SM: while one exchanges, computes or stores, the copies of the others run. Two rows of bf16 at a vocabulary of 128256 are 8
 // shares of 64 KiB; clusters of 4 would leave room for one block per SM, and nothing to overlap.
-// Elsewhere, for rows that do not fit the shared memory of 8 blocks, and for what losses do not ask for, it is the two kernels in a row; with
-// a softcap as well, where the tanh of every element, not the reads, takes the time.
+// Elsewhere, for rows that do not fit the shared memory of 8 blocks, and for what losses do not ask for, it is the two kernels in a row;
+// with a softcap as well, where the tanh of every element, not the reads, takes the time.
 #include "cuda/row_gradient.cuh"
 #include "cuda/row_sums.cuh"
 
@@ -14,8 +14,8 @@ namespace fastalign {
 namespace cuda {
 namespace {
 
-// A block's share of one row: `count` elements from `source` on, in shared memory at the same offset from a 16-byte boundary. Whole words of
-// 16 bytes inside the share are copied by themselves, the elements before and after them by the threads.
+// A block's share of one row: `count` elements from `source` on, in shared memory at the same offset from a 16-byte boundary. Whole words
+// of 16 bytes inside the share are copied by themselves, the elements before and after them by the threads.
 template <class T> class StagedRow {
  public:
   T* elements;
@@ -195,7 +195,8 @@ void token_stats_fused(const TokenStatsFusedArgs& args, int device, void* stream
   if (a.targets <= 1 && !asks(kOutLogSumSq | kOutMeanLogit | kOutIsTop1) && a.cap_scale == 0 && !a.state_in)
     with_row_dtype(a.dtype, "token_stats", [&](auto tag) {
       using T = decltype(tag);
-      // One KL alone, the usual call, leaves out what the other sums and terms cost: two passes over a row that is read once count instructions.
+      // One KL alone, the usual call, leaves out what the other sums and terms cost: two passes over a row that is read once count
+      // instructions.
       if (!a.ref.data) done = launch_one_read<T, kSum1>(args, device, stream);
       else if (!asks(kOutEntropy | kOutKlRefPolicy)) done = launch_one_read<T, kRefRow | kSumT>(args, device, stream);
       else if (!asks(kOutEntropy | kOutKlPolicyRef)) done = launch_one_read<T, kRefRow | kSumTr>(args, device, stream);

@@ -1,5 +1,5 @@
-// One pass over every vocabulary row, or over a policy row and its reference row at once: the row state (math/row_state.h) and what the caller
-// wants finished from it.
+// One pass over every vocabulary row, or over a policy row and its reference row at once: the row state (math/row_state.h) and what the
+// caller wants finished from it.
 //
 // A row is served by one warp (short rows), one block, or one cluster of blocks (sm_90 and later), by its length alone: results do not
 // depend on what else is in the batch. Warps take turns at stretches of 32 * kUnroll vectors; a lane's vectors of one stretch are a

@@ -69,8 +69,8 @@ __device__ inline uint4 funnel(const uint4& a, const uint4& b, unsigned shift) {
           __funnelshift_r(w[3], w[4], bits)};
 }
 
-// The vectors of one row, or of a stretch of it in shared memory: vector i holds the elements i * kLanes - offset + (0 .. kLanes - 1). Vectors
-// [first, last) are `wide`: they can be put together from aligned 16-byte words that lie wholly inside the row.
+// The vectors of one row, or of a stretch of it in shared memory: vector i holds the elements i * kLanes - offset + (0 .. kLanes - 1).
+// Vectors [first, last) are `wide`: they can be put together from aligned 16-byte words that lie wholly inside the row.
 template <class T> class RowVectors {
  public:
   __device__ RowVectors() {}
