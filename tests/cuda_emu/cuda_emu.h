@@ -7,8 +7,8 @@
 //
 // What it finds: shared memory used before it was written (it starts as NaN) or outside its size; barriers and warp operations that not
 // all threads reach, or reach at different places; deadlocks, across the blocks of a cluster too; a block that exits while others may
-// read its shared memory or copies to it are under way; launches that a GPU would refuse. Not found: races between threads that no interleaving of these points
-// exposes, and memory ordering.
+// read its shared memory or copies to it are under way; launches that a GPU would refuse. Not found: races between threads that no
+// interleaving of these points exposes, and memory ordering.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -73,6 +73,19 @@ __global__ void cluster_read(float* out, bool wait_before, bool wait_after) {   
   if (wait_after) cluster_sync();
 }
 
+__global__ void copy(float* out, const float* from, bool wait, unsigned announced) {   // out = from, through shared memory
+  FA_DYNAMIC_SHARED(float, s);
+  CopyFlag* flag = reinterpret_cast<CopyFlag*>(s + 32);
+  if (threadIdx.x == 0) {
+    init_flags(flag, 1);
+    announce_bytes(flag, announced);
+    start_copy(s, from, 128, flag);
+  }
+  __syncthreads();
+  if (wait) wait_for_copies(flag);
+  out[threadIdx.x] = s[threadIdx.x];
+}
+
 __global__ void overrun(float*) {
   FA_DYNAMIC_SHARED(float, s);
   s[blockDim.x] = 1.0f;
@@ -89,6 +102,8 @@ extern "C" __attribute__((visibility("default"))) int run(const char* name, unsi
   emu::machine.seed = seed;
   void* stream = nullptr;
   unsigned counter = 0;
+  alignas(16) float source[36];
+  for (int i = 0; i < 36; ++i) source[i] = float(i);
   const auto is = [&](const char* other) { return std::strcmp(name, other) == 0; };
   try {
     if (is("reverse")) FA_LAUNCH(reverse, dim3(1), dim3(64), 64 * sizeof(float), stream, out, true);
@@ -104,6 +119,10 @@ extern "C" __attribute__((visibility("default"))) int run(const char* name, unsi
     else if (is("cluster_read")) FA_LAUNCH_CLUSTER(cluster_read, dim3(4), dim3(32), 64, 4, stream, out, true, true);
     else if (is("cluster_read_early")) FA_LAUNCH_CLUSTER(cluster_read, dim3(4), dim3(32), 64, 4, stream, out, false, true);
     else if (is("cluster_exit_early")) FA_LAUNCH_CLUSTER(cluster_read, dim3(4), dim3(32), 64, 4, stream, out, true, false);
+    else if (is("copy")) FA_LAUNCH(copy, dim3(1), dim3(32), 136, stream, out, source, true, 128);
+    else if (is("copy_without_wait")) FA_LAUNCH(copy, dim3(1), dim3(32), 136, stream, out, source, false, 128);
+    else if (is("copy_miscounted")) FA_LAUNCH(copy, dim3(1), dim3(32), 136, stream, out, source, true, 256);
+    else if (is("copy_misaligned")) FA_LAUNCH(copy, dim3(1), dim3(32), 136, stream, out, source + 1, true, 128);
     else if (is("overrun")) FA_LAUNCH(overrun, dim3(1), dim3(32), 32 * sizeof(float), stream, out);
     else if (is("too_many_threads")) FA_LAUNCH(overrun, dim3(1), dim3(1025), 0, stream, out);
     else if (is("too_much_shared")) FA_LAUNCH(overrun, dim3(1), dim3(32), 228 << 10, stream, out);

@@ -40,6 +40,7 @@ def test_right_kernels_run(run, seed):
     assert run("early_exit", seed)[:40] == [32.0] * 32 + [8.0] * 8
     assert run("warp_sum", seed)[:32] == [496.0] * 32
     assert run("cluster_read", seed)[:4] == [1.0, 2.0, 3.0, 0.0]
+    assert run("copy", seed)[:32] == [float(i) for i in range(32)]
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
@@ -58,6 +59,9 @@ def test_missing_barrier_shows_as_nan(run, seed):
         ("cluster_deadlock", "deadlock: .*96 threads wait in cluster_sync"),
         ("cluster_read_early", "before the first cluster_sync|exited"),
         ("cluster_exit_early", "exits without a cluster_sync|has exited"),
+        ("copy_without_wait", "exits while copies to its shared memory are under way"),
+        ("copy_miscounted", "never add up to what was announced"),
+        ("copy_misaligned", "not multiples of 16"),
         ("overrun", "wrote outside its shared memory"),
         ("too_many_threads", "invalid configuration"),
         ("too_much_shared", "invalid configuration"),

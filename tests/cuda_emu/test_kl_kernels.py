@@ -1,5 +1,5 @@
-"""The kernels over a policy row and a reference row, beyond what the contract tests reach: every cluster size and pair of alignments, the kernel
-that reads the rows once against the two that read them twice, and that a missing barrier is noticed."""
+"""The kernels over a policy row and a reference row, beyond what the contract tests reach: every cluster size and pair of alignments, the
+kernel that reads the rows once against the two that read them twice, and that a missing barrier is noticed."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def placed(content, shift, pad, fill):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size,vocab", [(0, 1037), (2, 1300)])
 def test_every_pair_of_alignments_gives_the_same_bits(emulated, size, vocab, dtype):
-    """Both rows moved, each by its own number of elements, in NaN surroundings that no load may let in: kernels and one-read kernel alike."""
+    """Both rows moved, each by its own number of elements, in NaN surroundings that no load may let in: every kernel alike."""
     emulated.set_cluster_size(size)
     x, ref = contract.make_pair(2, vocab, dtype=dtype)
     labels = make_labels(2, vocab).unsqueeze(-1)
