@@ -121,7 +121,7 @@ __device__ void normalise(const ListwiseArgs& a, const ListParams<float>& p, flo
   if (threadIdx.x == 0) *static_cast<float*>(a.loss) = loss[0];
 }
 
-__global__ void __launch_bounds__(kThreads) listwise_fwd_kernel(ListwiseArgs a, ListParams<float> p) {
+__global__ void __launch_bounds__(kThreads, 4) listwise_fwd_kernel(ListwiseArgs a, ListParams<float> p) {
   FA_DYNAMIC_SHARED(float, shared);
   evaluate(a, p, blockIdx.x, shared);
   __syncthreads();  // all threads' results are written before this block is counted

@@ -97,7 +97,7 @@ __device__ void write_table(const PreferenceArgs& a, const PairParams<float>& p,
 }
 
 // stages & 1: one block per side. Without it: a single block, sums given.
-__global__ void __launch_bounds__(kSequenceThreads) preference_fwd_kernel(PreferenceArgs a, PairParams<float> p) {
+__global__ void __launch_bounds__(kSequenceThreads, 4) preference_fwd_kernel(PreferenceArgs a, PairParams<float> p) {
   FA_DYNAMIC_SHARED(float, shared);
   if (a.stages & 1) side_sums(a, p, blockIdx.x / 2, int(blockIdx.x % 2), shared);
   if (a.stages == 3 && !last_block(a.counter, reinterpret_cast<unsigned*>(shared + kReduceSize + kWarps))) return;
