@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastalign as fa
+from fastalign import registry
 from fastalign.bench import SHAPES, command, measure
 from fastalign.bench.cases import Contestant, make_case, own_backends
 from fastalign.bench.shapes import OPS, Rows
@@ -237,3 +238,16 @@ def test_gpu_tests_refuse_to_run_without_a_device():
         command_line = [sys.executable, "-m", "pytest", "-q", "tests/gpu", *options]
         done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode != 0 and words in done.stdout + done.stderr
+
+
+def test_calls_of_the_gpu_checks_reach_every_op(monkeypatch):
+    """Tests on a device and the sanitizer run what tests/gpu/calls.py lists: a new op must be among it."""
+    spec = importlib.util.spec_from_file_location("calls", ROOT / "tests" / "gpu" / "calls.py")
+    calls = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(calls)
+    reached, select = set(), registry.Op.select
+    monkeypatch.setattr(registry.Op, "select", lambda op, tensor: (reached.add(op.name), select(op, tensor))[1])
+    listed = calls.public_calls("cpu", rows=3, vocab=37, dtype=torch.float32, pairs=2)
+    for _, call in listed.values():
+        assert all(bool(torch.isfinite(x).all()) for x in call())
+    assert tuple(listed) == calls.NAMES and reached == set(registry.OPS)

@@ -66,11 +66,34 @@ def public_calls(
     def gae() -> tuple[Tensor, ...]:
         return fa.gae(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, gamma=0.99)
 
-    on_logits = (token_stats, inplace, reference_stats, token_kl_loss)
-    calls = (*on_logits, sequence_sum, kl_estimate, preference_loss, listwise_loss, gae)
+    def policy_loss() -> tuple[Tensor, ...]:
+        out = fa.policy_loss(
+            logprobs,
+            batch.ref_logprobs,
+            batch.logprobs,
+            loss="gspo_token",
+            cu_seqlens=batch.packed.cu_seqlens,
+            mask=batch.packed.mask,
+            ref_logprobs=batch.ref_logprobs,
+            kl_coef=0.1,
+        )
+        return out.loss.detach(), out.stats, *torch.autograd.grad(out.loss, logprobs, one)
+
+    def value_loss() -> tuple[Tensor, ...]:
+        out = fa.value_loss(logprobs, batch.ref_logprobs, batch.kl_ref_policy, mask=batch.packed.mask)
+        return out.loss.detach(), out.stats, *torch.autograd.grad(out.loss, logprobs, one)
+
+    def scaled_kl_loss() -> tuple[Tensor, ...]:
+        scratch = logits * 1
+        out = fa.token_kl_loss(scratch, ref_logits, ones, inplace=True)
+        return out.loss.detach(), *torch.autograd.grad(2 * out.loss, scratch, one)
+
+    on_logits = (token_stats, inplace, reference_stats, token_kl_loss, scaled_kl_loss)
+    calls = (*on_logits, sequence_sum, kl_estimate, preference_loss, listwise_loss, gae, policy_loss, value_loss)
     return {call.__name__: (logits if call in on_logits else logprobs, call) for call in calls}
 
 
 NAMES = (
-    "token_stats", "inplace", "reference_stats", "token_kl_loss", "sequence_sum", "kl_estimate", "preference_loss", "listwise_loss", "gae",
+    "token_stats", "inplace", "reference_stats", "token_kl_loss", "scaled_kl_loss", "sequence_sum", "kl_estimate", "preference_loss",
+    "listwise_loss", "gae", "policy_loss", "value_loss",
 )  # fmt: skip
