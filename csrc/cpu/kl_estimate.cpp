@@ -1,21 +1,22 @@
-// KL estimators per token; the formulas are kl_estimate in math/scalar.h.
-#include "math/scalar.h"
+// KL estimators per token; the formulas are kl_estimate in math/scalar.h, the loop over tokens is in policy_impl.h.
+#include "cpu/policy.h"
 #include "ops.h"
 
 namespace fastalign {
 namespace cpu {
 namespace {
 
-constexpr int64_t kSerialTokens = 1 << 12;  // below this, waking threads costs more than the work
+constexpr int64_t kTile = 1 << 14;           // tokens that a thread takes at a time
+constexpr int64_t kSerialTokens = 1 << 17;   // below this, waking threads costs more than the work
 
 template <class T> void forward(const KlEstimateArgs& a) {
   const T *logprobs = static_cast<const T*>(a.logprobs), *ref_logprobs = static_cast<const T*>(a.ref_logprobs);
   T *value = static_cast<T*>(a.value), *slope = static_cast<T*>(a.slope);
+  const PolicyKernels<T>& kernels = policy_kernels<T>();
 #pragma omp parallel for if (a.n > kSerialTokens)
-  for (int64_t i = 0; i < a.n; ++i) {
-    const ValueSlope<T> r = kl_estimate(a.kind, logprobs[i], ref_logprobs[i]);
-    value[i] = r.value;
-    slope[i] = r.slope;
+  for (int64_t i = 0; i < a.n; i += kTile) {
+    const int64_t n = a.n - i < kTile ? a.n - i : kTile;
+    kernels.estimate_kl(a.kind, logprobs + i, ref_logprobs + i, n, value + i, slope + i);
   }
 }
 

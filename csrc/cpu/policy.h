@@ -1,4 +1,4 @@
-// The inner loops of the policy and value losses: one table of functions per instruction set, filled from policy_impl.h.
+// The inner loops of the policy and value losses and of the KL estimators, which the policy loss has a term of: one table of functions per instruction set, filled from policy_impl.h.
 #pragma once
 #include "math/policy.h"
 #include "ops.h"
@@ -22,6 +22,7 @@ template <class T> struct PolicyKernels {
   void (*measure_value)(const ValueArgs& a, const Span& s, double* length);
   void (*run_value)(const ValueArgs& a, const Span& s, double* stats);
   void (*scale)(const T* slopes, T grad, T items, int64_t n, T* out);
+  void (*estimate_kl)(int kind, const T* logprobs, const T* ref_logprobs, int64_t n, T* value, T* slope);
 };
 
 extern const PolicyKernels<float> generic_policy, avx2_policy, avx512_policy;

@@ -237,7 +237,20 @@ template <class T> void scale(const T* slopes, T grad, T items, int64_t n, T* ou
   for (int64_t i = 0; i < n; ++i) out[i] = grad * slopes[i] / items;
 }
 
-template <class T> constexpr PolicyKernels<T> kPolicyKernels{measure_policy<T>, run_policy<T>, measure_value<T>, run_value<T>, scale<T>};
+template <class T> void estimate_kl(int kind, const T* logprobs, const T* ref_logprobs, int64_t n, T* value, T* slope) {
+  using V = typename Vector<T>::Value;
+  constexpr int kWidth = Vector<T>::kWidth;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int count = int(n - i < kWidth ? n - i : kWidth);
+    const typename Vector<T>::Bits all = ~typename Vector<T>::Bits{};
+    const ValueSlope<V> r = kl_estimate<V, LaneMath>(kind, load<T>(logprobs, i, count, all), load<T>(ref_logprobs, i, count, all));
+    store<T>(r.value, value, i, count);
+    store<T>(r.slope, slope, i, count);
+  }
+}
+
+template <class T>
+constexpr PolicyKernels<T> kPolicyKernels{measure_policy<T>, run_policy<T>, measure_value<T>, run_value<T>, scale<T>, estimate_kl<T>};
 
 }  // namespace
 }  // namespace cpu
