@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 import fastalign
+from fastalign.train.errors import TrainingError
+from fastalign.train.tokenise import TokenExample
 
 SFT_STEPS = 220
 
@@ -56,6 +58,19 @@ def start_from_sft(clock: Clock, seeds: list[int]) -> Start:
     clock.stage(f"SFT: {sum(p.numel() for p in model.parameters()):,} parameters, byte tokenizer, {SFT_STEPS} steps on generated reviews")
     losses = sandbox.train_sft(model, tokenizer, sandbox.make_reviews(4000, seeds[1]), steps=SFT_STEPS, seed=seeds[2])
     return Start(model, copy.deepcopy(model).requires_grad_(False), tokenizer, losses)
+
+
+def sampled_pairs(start: Start, seeds: list[int], known: int, held_out: int) -> tuple[list[TokenExample], list[TokenExample]]:
+    """Preference pairs of the SFT model's samples, best against worst of 4, for so many prompts to learn from and so many others."""
+    from fastalign.train import sandbox
+
+    parts = tuple(
+        sandbox.sample_pairs(start.sft, start.tokenizer, sandbox.make_prompts(count, seeds[prompts]), seed=seeds[samples])
+        for count, prompts, samples in ((known, 3, 4), (held_out, 5, 6))
+    )
+    if not all(parts):
+        raise TrainingError("the samples give no pairs with different rewards")
+    return parts
 
 
 def sampling_copy(model: torch.nn.Module) -> torch.nn.Module:

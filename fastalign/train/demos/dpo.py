@@ -11,8 +11,7 @@ import torch
 from fastalign.console import table
 from fastalign.train import comparison, sandbox
 from fastalign.train.config import TrainConfig
-from fastalign.train.demos.common import Clock, machine, sampling_copy, start_from_sft
-from fastalign.train.errors import TrainingError
+from fastalign.train.demos.common import Clock, machine, sampled_pairs, sampling_copy, start_from_sft
 from fastalign.train.offline import train_dpo
 
 PROMPTS, HELD_OUT_PROMPTS, JUDGED = 384, 96, 256
@@ -24,13 +23,10 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     """The whole demonstration. Returns what metrics.json holds."""
     clock = Clock()
     seeds = [1000 * seed + i for i in range(8)]  # one for each use of chance
-    model, sft, tokenizer, sft_losses = start_from_sft(clock, seeds)
+    start = model, sft, tokenizer, sft_losses = start_from_sft(clock, seeds)
 
     clock.stage(f"preferences: best against worst of 4 samples for each of {PROMPTS + HELD_OUT_PROMPTS} prompts")
-    pairs = sandbox.sample_pairs(sft, tokenizer, sandbox.make_prompts(PROMPTS, seeds[3]), seed=seeds[4])
-    held_out = sandbox.sample_pairs(sft, tokenizer, sandbox.make_prompts(HELD_OUT_PROMPTS, seeds[5]), seed=seeds[6])
-    if not pairs or not held_out:
-        raise TrainingError("the samples give no pairs with different rewards")
+    pairs, held_out = sampled_pairs(start, seeds, PROMPTS, HELD_OUT_PROMPTS)
     prompts = sandbox.make_prompts(JUDGED, seeds[7])
 
     clock.stage(f"DPO: {steps} steps of {BATCH_SIZE} pairs, beta {BETA}")

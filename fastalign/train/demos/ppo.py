@@ -11,12 +11,10 @@ from typing import Any
 from fastalign.console import table
 from fastalign.train import sandbox
 from fastalign.train.config import TrainConfig
-from fastalign.train.demos.common import Clock, Start, machine, sampling_copy, start_from_sft
-from fastalign.train.errors import TrainingError
+from fastalign.train.demos.common import Clock, Start, machine, sampled_pairs, sampling_copy, start_from_sft
 from fastalign.train.offline import train
 from fastalign.train.online.config import OnlineConfig
 from fastalign.train.online.run import train_online
-from fastalign.train.tokenise import TokenExample
 
 PROMPTS, HELD_OUT_PROMPTS, JUDGED = 384, 96, 256
 REWARD_STEPS, REWARD_BATCH, REWARD_RATE = 40, 32, 3e-4
@@ -79,13 +77,7 @@ def gold(completions: list[str]) -> list[float]:
 def train_reward_model(clock: Clock, start: Start, seeds: list[int], output: Path) -> dict[str, float]:
     """A Bradley-Terry reward model from the SFT model's samples, best against worst of four; its accuracy on pairs of other prompts."""
     clock.stage(f"reward model: {REWARD_STEPS} steps of {REWARD_BATCH} pairs, best against worst of 4 samples")
-
-    def pairs(count: int, prompts: int, samples: int) -> list[TokenExample]:
-        return sandbox.sample_pairs(start.sft, start.tokenizer, sandbox.make_prompts(count, seeds[prompts]), seed=seeds[samples])
-
-    known, held_out = pairs(PROMPTS, 3, 4), pairs(HELD_OUT_PROMPTS, 5, 6)
-    if not known or not held_out:
-        raise TrainingError("the samples give no pairs with different rewards")
+    known, held_out = sampled_pairs(start, seeds, PROMPTS, HELD_OUT_PROMPTS)
     for part in (start.sft, start.tokenizer):
         part.save_pretrained(output / "sft")
     config = TrainConfig(

@@ -17,8 +17,7 @@ import fastalign
 from fastalign.console import table
 from fastalign.train import sandbox
 from fastalign.train.config import TrainConfig
-from fastalign.train.demos.common import Clock, machine, sampling_copy, start_from_sft
-from fastalign.train.errors import TrainingError
+from fastalign.train.demos.common import Clock, machine, sampled_pairs, sampling_copy, start_from_sft
 from fastalign.train.model import PackedCausalLM
 from fastalign.train.offline import train
 from fastalign.train.tokenise import TokenExample
@@ -45,12 +44,9 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     """The whole comparison. Returns what metrics.json holds."""
     clock = Clock()
     seeds = [1000 * seed + i for i in range(8)]  # one for each use of chance, as in the demonstration of DPO
-    model, sft, tokenizer, _ = start_from_sft(clock, seeds)
+    start = model, sft, tokenizer, _ = start_from_sft(clock, seeds)
     clock.stage(f"preferences: best against worst of 4 samples for each of {PROMPTS + HELD_OUT_PROMPTS} prompts")
-    pairs = sandbox.sample_pairs(sft, tokenizer, sandbox.make_prompts(PROMPTS, seeds[3]), seed=seeds[4])
-    held_out = sandbox.sample_pairs(sft, tokenizer, sandbox.make_prompts(HELD_OUT_PROMPTS, seeds[5]), seed=seeds[6])
-    if not pairs or not held_out:
-        raise TrainingError("the samples give no pairs with different rewards")
+    pairs, held_out = sampled_pairs(start, seeds, PROMPTS, HELD_OUT_PROMPTS)
     prompts = sandbox.make_prompts(SAMPLES, seeds[7])
 
     def judge(policy: torch.nn.Module) -> dict[str, float]:
@@ -58,12 +54,12 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
         kl = sandbox.sampled_kl(policy, sft, samples)["k3_per_sequence"]
         return {"gold_reward": sandbox.mean_gold_reward(samples), "kl": kl, **held_out_divergence(policy, sft, held_out)}
 
-    start = judge(sft)
+    before = judge(sft)
     curves: dict[str, list[dict[str, float]]] = {}
     for label, (method, loss, options) in CONTESTANTS.items():
         clock.stage(f"{label}: {steps} steps of {BATCH_SIZE} pairs, {', '.join(f'{k} {v:g}' for k, v in options.items())}")
         policy = copy.deepcopy(model)
-        points = curves[label] = [{"step": 0, **start}]
+        points = curves[label] = [{"step": 0, **before}]
 
         def note(record: dict[str, Any], policy: torch.nn.Module = policy, points: list[dict[str, float]] = points) -> None:
             if "eval_loss" in record:
