@@ -17,7 +17,7 @@ def install():
             interpreter._patch_lang(self.fn)
         try:
             return self.rewrite()(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # as the interpreter itself reports whatever a kernel raises
             raise interpreter.InterpreterError(repr(error)) from error
 
     def scan(self, inputs):

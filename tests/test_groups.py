@@ -128,7 +128,7 @@ def _rank(rank, port, failures):
             for name in ("advantages", "valid", "informative"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[mine]), (kind, name)
             assert torch.equal(part.frac_zero_std, whole.frac_zero_std)
-    except Exception as error:
+    except Exception as error:  # of a process of its own: the test reads it from the queue
         failures.put(f"rank {rank}: {error!r}")
     finally:
         dist.destroy_process_group()

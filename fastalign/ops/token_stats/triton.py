@@ -26,22 +26,23 @@ from fastalign.ops.token_stats.triton_rows import (
     EVERYTHING,
     EVERYTHING_BITS,
     FWD_REGISTERS,
-    LABELS,
     PAIR_BWD_REGISTERS,
     PAIR_FWD_REGISTERS,
     SIZES,
     SMALL,
     THREADS,
+    add_labels,
     bits_per_unit,
     capped,
     element,
     finish_labels,
     finish_row,
     fold,
+    row_coefficients,
     row_offset,
     row_scored,
 )  # fmt: skip
-from fastalign.triton_math import LN2, div, fma, merge, narrow, reference_point, rescale, row_entropy, s1_shift
+from fastalign.triton_math import LN2, div, fma, merge, narrow, reference_point, rescale, s1_shift
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
@@ -131,13 +132,7 @@ def _gradient(x, q, q_begin, q_end, row, m, a, b, labels, g_logprob, targets, ig
         dx = e * fma(tl.maximum(d, -200.0), b, a)
     else:
         dx = e * a
-    if g_logprob is not None:
-        for k in range(targets):
-            y = tl.load(labels + row * targets + k)
-            at = y + label_shift
-            if (y != ignore_index) & (at >= q_begin) & (at < q_end):
-                g = tl.load(g_logprob + row * targets + k) * (c * LN2)
-                dx += tl.where((q == at) & (u != float("-inf")), g, 0.0)
+    dx = add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, targets, ignore_index, label_shift, c)
     if CAPPED:
         dx *= cap_scale * (1.0 - u * u)
     return dx
@@ -156,24 +151,7 @@ def token_stats_bwd_kernel(
     c = bits_per_unit(factor, temperature, temperature_ptr)
     m, s0 = tl.load(state + row * COLUMNS), tl.load(state + row * COLUMNS + 1)
 
-    # A and B from the upstream gradients, by the coefficient contract of math/row_state.h; here p = e / s0 and log p = ln2 d - log s0.
-    a, b, upstream = 0.0, 0.0, 0
-    if g_logsumexp is not None:
-        a = tl.load(g_logsumexp + row)
-        upstream = (a != 0).to(tl.int32)
-    if g_logprob is not None:
-        for first_label in range(0, targets, LABELS):
-            k = first_label + tl.arange(0, LABELS)
-            counts = (k < targets) & (tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index) != ignore_index)
-            g = tl.load(g_logprob + row * targets + k, mask=counts, other=0.0)
-            a -= tl.sum(g, 0)
-            upstream = tl.maximum(upstream, tl.max((g != 0).to(tl.int32), 0))
-    if g_entropy is not None:
-        g_h = tl.load(g_entropy + row)
-        s1 = tl.load(state + row * COLUMNS + 2)
-        a += tl.where(g_h == 0, 0.0, g_h * (tl.log(s0) - row_entropy(s0, s1)))
-        b = div(-g_h * LN2, s0)
-        upstream = tl.maximum(upstream, (g_h != 0).to(tl.int32))
+    a, b, upstream = row_coefficients(row, state, s0, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
     a, b = div(a, s0) * (c * LN2), b * (c * LN2)  # and the slope of z in u
     # Rows that do not count, or that nothing flows back into, are zeros without reading; NaN rows and rows without mass are NaN.
     live = (scored != 0) & ((upstream != 0) | (s0 != s0) | (s0 == 0))

@@ -10,15 +10,16 @@ from fastalign.ops.token_stats.triton_rows import (
     COLUMNS,
     ENTROPY,
     EVERYTHING,
-    LABELS,
     SIZES,
     SMALL,
+    add_labels,
     bits_per_unit,
     capped,
     element,
     finish_labels,
     finish_row,
     fold,
+    row_coefficients,
     row_offset,
     row_scored,
 )  # fmt: skip
@@ -34,7 +35,6 @@ from fastalign.triton_math import (
     reference_distance,
     reference_point,
     rescale,
-    row_entropy,
     row_kl_policy_ref,
     row_kl_ref_policy,
     s1_shift,
@@ -189,13 +189,7 @@ def _gradient(x, y, q, q_begin, q_end, row, m, rm, a, b, kc, mean, k, ratio, lab
         inside = fma(tl.maximum(d, -200.0), b, inside)
     er = tl.where(u == float("-inf"), 0.0, tl.where(k == 0, 0.0, tl.exp2(dr)))
     dx = fma(k, fma(-ratio, er, e), e * inside)
-    if g_logprob is not None:
-        for i in range(targets):
-            label = tl.load(labels + row * targets + i)
-            at = label + label_shift
-            if (label != ignore_index) & (at >= q_begin) & (at < q_end):
-                g = tl.load(g_logprob + row * targets + i) * (c * LN2)
-                dx += tl.where((q == at) & (u != float("-inf")), g, 0.0)
+    dx = add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, targets, ignore_index, label_shift, c)
     if CAPPED:
         dx *= cap_scale * (1.0 - u * u)
     return dx
@@ -216,24 +210,8 @@ def token_stats_pair_bwd_kernel(
     p = state + row * COLUMNS
     m, s0, rm, r0, t = tl.load(p), tl.load(p + 1), tl.load(p + 8), tl.load(p + 9), tl.load(p + 10)
 
-    # A to D from the upstream gradients, by the coefficient contract of math/row_state.h; here p = e / s0 and log p = ln2 d - log s0.
-    a, b, g_p, g_r = 0.0, 0.0, tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
-    upstream = 0
-    if g_logsumexp is not None:
-        a = tl.load(g_logsumexp + row)
-        upstream = (a != 0).to(tl.int32)
-    if g_logprob is not None:
-        for first_label in range(0, targets, LABELS):
-            i = first_label + tl.arange(0, LABELS)
-            counts = (i < targets) & (tl.load(labels + row * targets + i, mask=i < targets, other=ignore_index) != ignore_index)
-            g = tl.load(g_logprob + row * targets + i, mask=counts, other=0.0)
-            a -= tl.sum(g, 0)
-            upstream = tl.maximum(upstream, tl.max((g != 0).to(tl.int32), 0))
-    if g_entropy is not None:
-        g_h = tl.load(g_entropy + row)
-        a += tl.where(g_h == 0, 0.0, g_h * (tl.log(s0) - row_entropy(s0, tl.load(p + 2))))
-        b = div(-g_h * LN2, s0)
-        upstream = tl.maximum(upstream, (g_h != 0).to(tl.int32))
+    a, b, upstream = row_coefficients(row, state, s0, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
+    g_p, g_r = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     if g_kl_policy_ref is not None:
         g_p = tl.load(g_kl_policy_ref + row)
     if g_kl_ref_policy is not None:

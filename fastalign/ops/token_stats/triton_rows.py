@@ -70,6 +70,43 @@ def fold(x, SPAN: tl.constexpr):
     return tl.sum(x, 0)
 
 
+@triton.jit
+def row_coefficients(row, state, s0, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index):
+    """A and B of the coefficient contract in math/row_state.h from the upstream gradients, for p = e / s0 and log p = ln2 d - log s0: A still to be
+    divided by s0, B for the factors e and d. And whether any of the upstream is not 0."""
+    a, b, upstream = 0.0, 0.0, 0
+    if g_logsumexp is not None:
+        a = tl.load(g_logsumexp + row)
+        upstream = (a != 0).to(tl.int32)
+    if g_logprob is not None:
+        for first_label in range(0, targets, LABELS):
+            k = first_label + tl.arange(0, LABELS)
+            counts = (k < targets) & (tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index) != ignore_index)
+            g = tl.load(g_logprob + row * targets + k, mask=counts, other=0.0)
+            a -= tl.sum(g, 0)
+            upstream = tl.maximum(upstream, tl.max((g != 0).to(tl.int32), 0))
+    if g_entropy is not None:
+        g_h = tl.load(g_entropy + row)
+        s1 = tl.load(state + row * COLUMNS + 2)
+        a += tl.where(g_h == 0, 0.0, g_h * (tl.log(s0) - row_entropy(s0, s1)))
+        b = div(-g_h * LN2, s0)
+        upstream = tl.maximum(upstream, (g_h != 0).to(tl.int32))
+    return a, b, upstream
+
+
+@triton.jit
+def add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, targets, ignore_index, label_shift, c):
+    """dx + [is a label] g c ln2, for the elements at q, all in [q_begin, q_end). An element at -inf gets nothing."""
+    if g_logprob is not None:
+        for k in range(targets):
+            y = tl.load(labels + row * targets + k)
+            at = y + label_shift
+            if (y != ignore_index) & (at >= q_begin) & (at < q_end):
+                g = tl.load(g_logprob + row * targets + k) * (c * LN2)
+                dx += tl.where((q == at) & (u != float("-inf")), g, 0.0)
+    return dx
+
+
 # What differs from call to call compiles nothing anew: neither sizes nor the alignment of the small tensors.
 SIZES = ["base", "inner", "stride_outer", "stride_inner", "ref_base", "ref_inner", "ref_stride_outer", "ref_stride_inner", "grad_base", "vocab",
          "pieces", "targets", "ignore_index", "vocab_start", "vocab_total"]  # fmt: skip
