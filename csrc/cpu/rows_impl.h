@@ -56,57 +56,87 @@ template <class S, bool kCapped> FA_INLINE typename S::F to_u(typename S::F x, c
   else return x;
 }
 
-// The largest raw logit of x[0, n). A NaN may be skipped or returned: it reaches the sums either way.
-template <class S, class T> FA_INLINE typename S::A block_max(const T* x, int64_t n) {
+// The largest raw logit of a block, a step (four vectors of F) at a time. A NaN may be skipped or returned: it reaches the sums either way.
+template <class S, class T> struct BlockMax {
   using A = typename S::A;
-  constexpr int64_t kPair = 2 * S::kWidth, kStep = 2 * kPair;
-  typename S::F a, b, high[4];
-  for (auto& h : high) h = S::set(A(-INFINITY));
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    S::load2(x + i, a, b);
-    high[0] = S::max_skip_nan(a, high[0]);
-    high[1] = S::max_skip_nan(b, high[1]);
-    S::load2(x + i + kPair, a, b);
-    high[2] = S::max_skip_nan(a, high[2]);
-    high[3] = S::max_skip_nan(b, high[3]);
-  }
-  A best = S::largest(S::max_skip_nan(S::max_skip_nan(high[0], high[1]), S::max_skip_nan(high[2], high[3])));
-  for (; i < n; ++i) best = to_acc(x[i]) > best ? to_acc(x[i]) : best;
-  return best;
-}
+  using F = typename S::F;
+  static constexpr int64_t kStep = 4 * S::kWidth;
+  F high[4];
 
-// The extreme of x[0, n) read as signed integers; kSign -1: the smallest, as -1 - (largest complement).
-template <class S, int kSign> FA_INLINE int16_t extreme16(const int16_t* x, int64_t n) {
+  FA_INLINE BlockMax() {
+    for (F& h : high) h = S::set(A(-INFINITY));
+  }
+  FA_INLINE void take(const T* x) {
+    F a, b;
+    for (int k = 0; k < 4; k += 2) {
+      S::load2(x + k * S::kWidth, a, b);
+      high[k] = S::max_skip_nan(a, high[k]);
+      high[k + 1] = S::max_skip_nan(b, high[k + 1]);
+    }
+  }
+  // Of the steps taken, and of x[done, n), which no step took.
+  FA_INLINE A result(const T* x, int64_t done, int64_t n) const {
+    A best = S::largest(S::max_skip_nan(S::max_skip_nan(high[0], high[1]), S::max_skip_nan(high[2], high[3])));
+    for (int64_t i = done; i < n; ++i) best = to_acc(x[i]) > best ? to_acc(x[i]) : best;
+    return best;
+  }
+};
+
+// The extreme of 16-bit patterns read as signed integers; kSign -1: the smallest, as -1 - (largest complement).
+template <class S, int kSign> struct Extreme16 {
   using V = typename S::Bits;
-  constexpr int64_t kLanes = sizeof(V) / sizeof(int16_t);
-  const int16_t flip = kSign < 0 ? -1 : 0;
-  V v, high[4];
-  for (V& h : high) h = V{} + int16_t(-32768);
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int k = 0; k < 4; ++k) {
-      memcpy(&v, x + i + k * kLanes, sizeof(V));
-      v ^= flip;
+  static constexpr int64_t kLanes = sizeof(V) / sizeof(int16_t), kStep = 4 * S::kWidth;
+  static constexpr int16_t kFlip = kSign < 0 ? -1 : 0;
+  V high[kStep / kLanes];
+
+  FA_INLINE Extreme16() {
+    for (V& h : high) h = V{} + int16_t(-32768);
+  }
+  FA_INLINE void take(const int16_t* x) {
+    V v;
+    for (int k = 0; k < kStep / kLanes; ++k) {
+      memcpy(&v, x + k * kLanes, sizeof(V));
+      v ^= kFlip;
       high[k] = v > high[k] ? v : high[k];
     }
   }
-  for (int k = 1; k < 4; ++k) high[0] = high[k] > high[0] ? high[k] : high[0];
-  int16_t best = -32768;
-  for (int64_t k = 0; k < kLanes; ++k) best = high[0][k] > best ? high[0][k] : best;
-  for (; i < n; ++i) best = int16_t(x[i] ^ flip) > best ? int16_t(x[i] ^ flip) : best;
-  return int16_t(best ^ flip);
-}
+  FA_INLINE int16_t result(const int16_t* x, int64_t done, int64_t n) const {
+    int16_t best = -32768;
+    for (const V& h : high)
+      for (int64_t k = 0; k < kLanes; ++k) best = h[k] > best ? h[k] : best;
+    for (int64_t i = done; i < n; ++i) best = int16_t(x[i] ^ kFlip) > best ? int16_t(x[i] ^ kFlip) : best;
+    return int16_t(best ^ kFlip);
+  }
+};
 
-// 16-bit floats need no conversion: read as signed integers they are ordered alike while positive, and in reverse among the negative ones.
-template <class S, class T> FA_INLINE float block_max16(const T* x, int64_t n) {
-  const int16_t* bits = reinterpret_cast<const int16_t*>(x);
-  int16_t best = extreme16<S, 1>(bits, n);
-  if (best < 0) best = extreme16<S, -1>(bits, n);
-  return to_acc(T{uint16_t(best)});
+// 16-bit floats need no conversion: read as signed integers they are ordered alike while positive, and in reverse among the negative ones,
+// where the block is looked at once more.
+template <class S, class T> struct BlockMax16 {
+  static constexpr int64_t kStep = Extreme16<S, 1>::kStep;
+  Extreme16<S, 1> largest;
+
+  FA_INLINE void take(const T* x) { largest.take(reinterpret_cast<const int16_t*>(x)); }
+  FA_INLINE float result(const T* x, int64_t done, int64_t n) const {
+    const int16_t* bits = reinterpret_cast<const int16_t*>(x);
+    int16_t best = largest.result(bits, done, n);
+    if (best < 0) {
+      Extreme16<S, -1> smallest;
+      int64_t i = 0;
+      for (; i + kStep <= n; i += kStep) smallest.take(bits + i);
+      best = smallest.result(bits, i, n);
+    }
+    return to_acc(T{uint16_t(best)});
+  }
+};
+template <class S> struct BlockMax<S, bf16> : BlockMax16<S, bf16> {};
+template <class S> struct BlockMax<S, fp16> : BlockMax16<S, fp16> {};
+
+template <class S, class T> FA_INLINE typename S::A block_max(const T* x, int64_t n) {
+  BlockMax<S, T> max;
+  int64_t i = 0;
+  for (; i + max.kStep <= n; i += max.kStep) max.take(x + i);
+  return max.result(x, i, n);
 }
-template <class S> FA_INLINE float block_max(const bf16* x, int64_t n) { return block_max16<S>(x, n); }
-template <class S> FA_INLINE float block_max(const fp16* x, int64_t n) { return block_max16<S>(x, n); }
 
 // Partial sums of a chunk, in four chains.
 template <class S, class T, bool kCapped, int kSums> struct Sums {
@@ -161,6 +191,9 @@ template <class S, class T, bool kCapped, int kSums> struct Sums {
   static FA_INLINE A total(const F (&v)[4]) { return S::sum((v[0] + v[1]) + (v[2] + v[3])); }
 };
 
+// Into the second-level cache, far enough ahead that memory answers in time.
+FA_INLINE void fetch(const char* p) { __builtin_prefetch(p + 8192, 0, 2); }
+
 template <class S, class T, bool kCapped, int kSums>
 RowState<typename S::A> forward_chunk(const T* x, int64_t n, const RowTransform<typename S::A>& f) {
   using A = typename S::A;
@@ -171,11 +204,8 @@ RowState<typename S::A> forward_chunk(const T* x, int64_t n, const RowTransform<
   auto state = RowState<A>::empty();
   state.top = 0;
   Sums<S, T, kCapped, kSums> sums(f);
+  A largest = block_max<S>(x, n < kBlock ? n : kBlock);
   for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t end = start + kBlock < whole ? start + kBlock : whole;
-    const bool with_rest = whole < n && start + kBlock >= n;
-
-    const A largest = block_max<S>(x + start, (n < start + kBlock ? n : start + kBlock) - start);
     if (largest > state.umax) {
       const A m = reference_point(f.u(largest), f);
       // Without mass so far there is nothing to count from: 0 serves, where entries without mass have none either.
@@ -184,15 +214,28 @@ RowState<typename S::A> forward_chunk(const T* x, int64_t n, const RowTransform<
       state.umax = largest;
       state.top = int32_t(start);
     }
-
+    const int64_t next = start + kBlock, end = next < whole ? next : whole;
     int64_t i = start;
+    if (next + kBlock <= n) {
+      // The next block's largest logit on the way: its loads hide behind this block's arithmetic, and memory is asked for what comes after it.
+      BlockMax<S, T> max;
+      for (; i < next; i += kStep) {
+        for (size_t byte = 0; byte < kStep * sizeof(T); byte += 64) fetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
+        max.take(x + i + kBlock);
+        sums.template take<0>(x + i);
+        sums.template take<2>(x + i + kPair);
+      }
+      largest = max.result(x + next, kBlock, kBlock);
+      continue;
+    }
     for (; i + kStep <= end; i += kStep) {
-      for (size_t byte = 0; byte < kStep * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
+      for (size_t byte = 0; byte < kStep * sizeof(T); byte += 64) fetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
       sums.template take<0>(x + i);
       sums.template take<2>(x + i + kPair);
     }
     if (i < end) sums.template take<0>(x + i);
-    if (with_rest) sums.template take<2>(rest);
+    if (next >= n && whole < n) sums.template take<2>(rest);
+    if (next < n) largest = block_max<S>(x + next, n - next);
   }
   state.s0 = sums.total(sums.s0);
   if constexpr ((kSums & kSumS1) != 0) state.s1 = sums.total(sums.s1);
@@ -215,10 +258,19 @@ FA_INLINE typename S::F gradient(typename S::F x, const RowTransform<typename S:
 
 template <class S, class T, bool kCapped, bool kWithB>
 void backward_chunk(const T* x, T* grad, int64_t n, const RowTransform<typename S::A>& f, const GradientRow<typename S::A>& g) {
-  constexpr int64_t kPair = 2 * S::kWidth;
+  constexpr int64_t kPair = 2 * S::kWidth, kStep = 2 * kPair;
   const int64_t whole = n - n % kPair;
-  typename S::F a, b;
-  for (int64_t i = 0; i < whole; i += kPair) {
+  typename S::F a, b, c, d;
+  int64_t i = 0;
+  for (; i + kStep <= whole; i += kStep) {  // two pairs at a time: one alone waits for its own results
+    S::load2(x + i, a, b);
+    S::load2(x + i + kPair, c, d);
+    a = gradient<S, kCapped, kWithB>(a, f, g), b = gradient<S, kCapped, kWithB>(b, f, g);
+    c = gradient<S, kCapped, kWithB>(c, f, g), d = gradient<S, kCapped, kWithB>(d, f, g);
+    S::store2(grad + i, a, b);
+    S::store2(grad + i + kPair, c, d);
+  }
+  if (i < whole) {
     S::load2(x + i, a, b);
     S::store2(grad + i, gradient<S, kCapped, kWithB>(a, f, g), gradient<S, kCapped, kWithB>(b, f, g));
   }

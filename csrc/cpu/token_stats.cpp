@@ -255,7 +255,10 @@ template <class T> struct Backward {
     {
       std::vector<A> kept(static_cast<size_t>(a.targets));
 #pragma omp for schedule(dynamic, batch)
-      for (int64_t i = 0; i < rows * parts; ++i) run(i / parts, i % parts * length, std::min(i % parts * length + length, vocab), kept);
+      for (int64_t i = rows * parts - 1; i >= 0; --i) {  // from the end, where the forward pass left rows in the cache
+        const int64_t begin = i % parts * length;
+        run(i / parts, begin, std::min(begin + length, vocab), kept);
+      }
     }
   }
 };
