@@ -100,6 +100,14 @@ py::dict build_info() {
   return d;
 }
 
+bool offsets_are_valid(uintptr_t address, int64_t count, int64_t total) {
+  const int32_t* offsets = ptr<const int32_t>(address);
+  if (count < 1 || offsets[0] != 0 || offsets[count - 1] != total) return false;
+  for (int64_t i = 1; i < count; ++i)
+    if (offsets[i] < offsets[i - 1]) return false;
+  return true;
+}
+
 std::vector<std::string> pair_scalar_names() {
 #define FA_NAME(name) #name,
   return {FA_PAIR_SCALARS(FA_NAME)};
@@ -123,6 +131,7 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.def("list_scalar_names", &list_scalar_names);
   m.def("list_switch_names", &list_switch_names);
   m.def("policy_names", &policy_names);
+  m.def("offsets_are_valid", &offsets_are_valid, "whether `count` int32 at an address on the host run from 0 to `total` and never decrease");
 #ifdef FA_WITH_CPU
   m.def("set_cpu_isa", &cpu::set_isa, "avx512bf16 | avx512 | avx2 | generic | auto: override the choice made at load");
   m.def("cpu_isas", &cpu::available_isas);

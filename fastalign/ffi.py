@@ -43,6 +43,11 @@ def use_emulator(module: Any) -> None:
     _emulator = module
 
 
+def emulator() -> Any:
+    """The module that `use_emulator` put in place, or None."""
+    return _emulator
+
+
 def why_not(backend: str, device_type: str) -> str | None:
     """None if `backend` is present and serves tensors on `device_type`; otherwise the reason."""
     if backend == "reference":
@@ -117,6 +122,11 @@ def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
     if len(merged) == 1:
         return rows, max(rows, 1), 0, merged[0][1]
     return rows, merged[1][0], merged[0][1], merged[1][1]
+
+
+def offsets_are_valid(offsets: torch.Tensor, total: int) -> bool:
+    """Whether contiguous int32 `offsets` on the CPU run from 0 to `total` and never decrease; False also where there is no extension to tell."""
+    return _extension is not None and offsets.device.type == "cpu" and _extension.offsets_are_valid(offsets.data_ptr(), offsets.numel(), total)
 
 
 def rows_view(logits: torch.Tensor | None) -> tuple[int, int, int, int, int, int]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastalign import remember
 from fastalign.checks import check_choice, check_number
 from fastalign.preset import LINKS, NONFINITE, REDUCTIONS, SFT_NORMS, TARGET_LINKS
 
@@ -108,6 +109,7 @@ class ListPreset:
         """Whether numbers of scored tokens enter the value; then a mask (or the lengths) must be given."""
         return self.length_norm != 0.0 or (self.sft_weight != 0.0 and self.sft_norm != "seq_sum")
 
+    @remember.on_instance
     def params(self, reduction: str = "mean") -> ListParams:
         """The numbers that the kernels take."""
         return ListParams(

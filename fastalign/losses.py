@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastalign import remember
 from fastalign.list_preset import ListPreset, with_list_options
 from fastalign.preset import Preset, with_options
 
@@ -168,6 +169,7 @@ def get(name: str) -> Preset:
     return found
 
 
+@remember.by_options
 def resolve(loss: str | Preset, options: Mapping[str, Any]) -> tuple[Preset, dict[str, Tensor]]:
     """The preset that `loss` (a name or a Preset) and `options` give, and the options that are tensors."""
     preset = get(loss) if isinstance(loss, str) else loss
@@ -183,6 +185,7 @@ def get_listwise(name: str) -> ListPreset:
     return LISTWISE[name]
 
 
+@remember.by_options
 def resolve_listwise(loss: str | ListPreset, options: Mapping[str, Any]) -> tuple[ListPreset, dict[str, Tensor]]:
     """The preset that `loss` (a name or a ListPreset) and `options` give, and the options that are tensors."""
     preset = get_listwise(loss) if isinstance(loss, str) else loss

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastalign import remember
 from fastalign.checks import check_choice, check_number
 
 # The position of a name is its code in csrc/math/policy.h and fastalign/triton_math.py.
@@ -130,6 +131,7 @@ class PolicyPreset:
         """Whether the sequences' boundaries enter the value."""
         return self.needs_lengths or self.aggregation.startswith("seq_")
 
+    @remember.on_instance
     def params(self, advantages_per_sequence: bool = False, is_per_sequence: bool = False) -> PolicyParams:
         """The numbers that the kernels take."""
         low, high = _bounds(self)
@@ -276,6 +278,7 @@ def get(name: str) -> PolicyPreset:
     return PRESETS[name]
 
 
+@remember.by_options
 def resolve(loss: str | PolicyPreset, options: Mapping[str, Any]) -> tuple[PolicyPreset, dict[str, Tensor]]:
     """The preset that `loss` (a name or a PolicyPreset) and `options` give, and the options that are tensors."""
     preset = get(loss) if isinstance(loss, str) else loss

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastalign import remember
 from fastalign.checks import check_choice, check_number
 
 # The position of a name is its code in csrc/math/pair.h and fastalign/triton_math.py.
@@ -172,6 +173,7 @@ class Preset:
     def needs_soft_labels(self) -> bool:
         return self.labels == "soft"
 
+    @remember.on_instance
     def params(self, reduction: str = "mean") -> PairParams:
         """The numbers that the kernels take."""
         low, high = self.token_clamp or (-math.inf, math.inf)

@@ -50,8 +50,10 @@ def _check_values(logprobs, ref_logprobs, kl, cu_seqlens, pairs, *rest):
         return
     check_cu_seqlens_values(cu_seqlens, logprobs.shape[0])
     sequences = cu_seqlens.shape[0] - 1
-    if pairs is not None and pairs.numel() and (int(pairs.min()) < 0 or int(pairs.max()) >= sequences):
-        raise IndexError(f"pairs holds sequence numbers from {int(pairs.min())} to {int(pairs.max())}; legal: 0 to {sequences - 1}")
+    if pairs is not None and pairs.numel():
+        low, high = (int(x) for x in pairs.aminmax())
+        if low < 0 or high >= sequences:
+            raise IndexError(f"pairs holds sequence numbers from {low} to {high}; legal: 0 to {sequences - 1}")
 
 
 preference_fwd = Op(
