@@ -131,7 +131,8 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.def("list_scalar_names", &list_scalar_names);
   m.def("list_switch_names", &list_switch_names);
   m.def("policy_names", &policy_names);
-  m.def("offsets_are_valid", &offsets_are_valid, "whether `count` int32 at an address on the host run from 0 to `total` and never decrease");
+  m.def("offsets_are_valid", &offsets_are_valid,
+        "whether `count` int32 at an address on the host run from 0 to `total` and never decrease");
 #ifdef FA_WITH_CPU
   m.def("set_cpu_isa", &cpu::set_isa, "avx512bf16 | avx512 | avx2 | generic | auto: override the choice made at load");
   m.def("cpu_isas", &cpu::available_isas);

@@ -56,7 +56,8 @@ def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor, *, name: str = "cu_seqlens
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 (or int64), got {cu_seqlens.dtype}")
     check_same_device(name, cu_seqlens, "the per-token tensor", tokens)
-    return cu_seqlens.to(torch.int32).contiguous()
+    usual = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
+    return cu_seqlens if usual else cu_seqlens.to(torch.int32).contiguous()
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor, tokens: int, *, name: str = "cu_seqlens", total: str = "tokens") -> None:
@@ -104,6 +105,8 @@ def per_token(name: str, tensor: Any, like: Tensor | None = None) -> Tensor:
         if tensor.dim() != 1:
             raise ValueError(f"{name} must be 1-D [T] (packed tokens), got shape {tuple(tensor.shape)}")
         check_device(name, tensor)
+        if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous():
+            return tensor
         return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).contiguous()
     check_shape(name, tensor, tuple(like.shape))
     check_same_device(name, tensor, "the log-probs", like)
@@ -116,4 +119,5 @@ def row_mask(mask: Any, like: Tensor) -> Tensor | None:
         return None
     check_shape("mask", mask, tuple(like.shape))
     check_same_device("mask", mask, "the per-token tensor", like)
-    return mask.to(torch.bool).contiguous()
+    usual = mask.dtype == torch.bool and mask.is_contiguous()
+    return mask if usual else mask.to(torch.bool).contiguous()

@@ -1,6 +1,7 @@
 // Generalised advantage estimation over packed sequences (math/affine.h). A sequence is walked once, from its end, by one thread; the
 // sequences' moments are merged in order: no result depends on the thread count. X is carried from token to token in double.
 #include <cstring>
+#include "cpu/clones.h"
 #include "math/affine.h"
 #include "math/moments.h"
 #include "ops.h"
@@ -10,26 +11,28 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kSerialTokens = 1 << 15;  // below this, waking threads costs more than the work
-constexpr int kLanes = 4, kGroups = 64;     // tokens of a group; groups between two sums in double
+constexpr int kLanes = 8, kGroups = 32;     // tokens of a group; groups between two sums in double
 
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 using LaneIndex = int __attribute__((vector_size(kLanes * sizeof(int))));
 
-Lanes fill(float x) { return Lanes{x, x, x, x}; }
-Lanes load(const float* p) {
+FA_BODY Lanes fill(float x) { return x - Lanes{}; }
+FA_BODY Lanes load(const float* p) {
   Lanes x;
   memcpy(&x, p, sizeof(x));
   return x;
 }
-void store(const Lanes& x, float* p) { memcpy(p, &x, sizeof(x)); }
-double total(const Lanes& x) { return (double(x[0]) + double(x[1])) + (double(x[2]) + double(x[3])); }
+FA_BODY void store(const Lanes& x, float* p) { memcpy(p, &x, sizeof(x)); }
+FA_BODY double total(const Lanes& x) {
+  return ((double(x[0]) + double(x[4])) + (double(x[2]) + double(x[6]))) + ((double(x[1]) + double(x[5])) + (double(x[3]) + double(x[7])));
+}
 
 template <class T> class Walk {
  public:
-  Walk(const GaeArgs& a, const GaeStep<double>& step, int64_t s)
+  FA_BODY Walk(const GaeArgs& a, const GaeStep<double>& step, int64_t s)
       : a_(a), step_(step), begin_(a.cu_seqlens[s]), t_(a.cu_seqlens[s + 1]), x_(a.bootstrap ? at(a.bootstrap)[s] : T(0)) {}
 
-  Moments<double> run() {
+  FA_BODY Moments<double> run() {
     while (t_ > begin_) {
       if (seen_.count > 0 && group_is_scored(t_)) groups();
       else token();
@@ -40,7 +43,7 @@ template <class T> class Walk {
  private:
   static const T* at(const void* p) { return static_cast<const T*>(p); }
 
-  void token() {
+  FA_BODY void token() {
     T &advantage = static_cast<T*>(a_.advantages)[--t_], &target = static_cast<T*>(a_.returns)[t_];
     if (a_.mask && !a_.mask[t_]) {
       advantage = target = T(0);
@@ -53,23 +56,24 @@ template <class T> class Walk {
     x_ = step_.map(reward, value)(x_);
   }
 
-  // fp32 only: whether the four tokens before t are there and all scored.
-  bool group_is_scored(int64_t t) const {
+  // fp32 only: whether the eight tokens before t are there and all scored.
+  FA_BODY bool group_is_scored(int64_t t) const {
     if (sizeof(T) != sizeof(float) || t - begin_ < kLanes) return false;
-    uint32_t scored = 0x01010101;
+    constexpr uint64_t all = 0x0101010101010101;
+    uint64_t scored = all;
     if (a_.mask) memcpy(&scored, a_.mask + t - kLanes, kLanes);
-    return scored == 0x01010101;
+    return scored == all;
   }
 
-  // Scored tokens by fours, as long as there are. A lane first holds X as if it were 0 behind the group; the true X comes in last, so that a group
+  // Scored tokens by eights, as long as there are. A lane first holds X as if it were 0 behind the group; the true X comes in last, so that a group
   // waits for the one before it no longer than a multiplication and an addition take.
-  void groups() {
+  FA_BODY void groups() {
     const auto *rewards = reinterpret_cast<const float*>(a_.rewards), *values = reinterpret_cast<const float*>(a_.values);
     auto *advantages = reinterpret_cast<float*>(a_.advantages), *returns = reinterpret_cast<float*>(a_.returns);
     const GaeStep<Lanes> step{fill(float(step_.gamma)), fill(float(step_.lam)), fill(float(step_.decay)), fill(float(step_.value_share))};
-    const double d = step_.decay, d2 = d * d, d4 = d2 * d2;
-    const Lanes none{}, once = fill(float(d)), twice = fill(float(d2));
-    const Lanes powers{float(d2 * d), float(d2), float(d), 1.0f};
+    const double d = step_.decay, d2 = d * d, d4 = d2 * d2, d8 = d4 * d4;
+    const Lanes none{}, by1 = fill(float(d)), by2 = fill(float(d2)), by4 = fill(float(d4));
+    const Lanes powers{float(d4 * d2 * d), float(d4 * d2), float(d4 * d), float(d4), float(d2 * d), float(d2), float(d), 1.0f};
     int64_t t = t_;
     double carried = x_;  // local: a store to the results could be to a member, for all the compiler knows
     // Moments are summed in fp32 as differences from the last advantage before, over longer and longer stretches: a sequence's last advantages
@@ -83,10 +87,11 @@ template <class T> class Walk {
         t -= kLanes;
         const Lanes reward = load(rewards + t), value = load(values + t), after = fill(float(carried));
         Lanes x = step.map(reward, value).b;
-        x = multiply_add(once, __builtin_shuffle(x, none, LaneIndex{1, 2, 3, 4}), x);
-        x = multiply_add(twice, __builtin_shuffle(x, none, LaneIndex{2, 3, 4, 5}), x);
-        carried = d4 * carried + double(x[0]);
-        const Lanes x_next = multiply_add(powers, after, __builtin_shuffle(x, none, LaneIndex{1, 2, 3, 4}));
+        x = multiply_add(by1, __builtin_shuffle(x, none, LaneIndex{1, 2, 3, 4, 5, 6, 7, 8}), x);
+        x = multiply_add(by2, __builtin_shuffle(x, none, LaneIndex{2, 3, 4, 5, 6, 7, 8, 9}), x);
+        x = multiply_add(by4, __builtin_shuffle(x, none, LaneIndex{4, 5, 6, 7, 8, 9, 10, 11}), x);
+        carried = d8 * carried + double(x[0]);
+        const Lanes x_next = multiply_add(powers, after, __builtin_shuffle(x, none, LaneIndex{1, 2, 3, 4, 5, 6, 7, 8}));
         const Lanes target = step.returns(reward, x_next);
         advantage = target - value;
         store(target, returns + t);
@@ -109,6 +114,13 @@ template <class T> class Walk {
   MomentSums<double> seen_;
 };
 
+FA_CLONES void walk(const GaeArgs& a, const GaeStep<double>& step, int64_t s, float*, Moments<double>* moments) {
+  *moments = Walk<float>(a, step, s).run();
+}
+void walk(const GaeArgs& a, const GaeStep<double>& step, int64_t s, double*, Moments<double>* moments) {
+  *moments = Walk<double>(a, step, s).run();
+}
+
 template <class T> double scalar(const void* tensor, double otherwise) {
   return tensor ? double(*static_cast<const T*>(tensor)) : otherwise;
 }
@@ -117,7 +129,7 @@ template <class T> void forward(const GaeArgs& a) {
   const GaeStep<double> step = gae_step(scalar<T>(a.gamma_ptr, a.gamma), scalar<T>(a.lam_ptr, a.lam));
   auto* parts = static_cast<Moments<double>*>(a.workspace);
 #pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
-  for (int64_t s = 0; s < a.sequences; ++s) parts[s] = Walk<T>(a, step, s).run();
+  for (int64_t s = 0; s < a.sequences; ++s) walk(a, step, s, static_cast<T*>(nullptr), parts + s);
 
   double count = 0, weighted = 0, m2 = 0;
   for (int64_t s = 0; s < a.sequences; ++s) {

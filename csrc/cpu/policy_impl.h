@@ -14,6 +14,7 @@ template <> struct Vector<float> {
   typedef float Value __attribute__((vector_size(64)));
   typedef int32_t Bits __attribute__((vector_size(64)));
   typedef uint8_t Mask __attribute__((vector_size(16)));
+  typedef uint16_t WiderMask __attribute__((vector_size(32)));
   typedef double Wide __attribute__((vector_size(128)));
 };
 template <> struct Vector<double> {
@@ -21,6 +22,7 @@ template <> struct Vector<double> {
   typedef double Value __attribute__((vector_size(64)));
   typedef int64_t Bits __attribute__((vector_size(64)));
   typedef uint8_t Mask __attribute__((vector_size(8)));
+  typedef uint16_t WiderMask __attribute__((vector_size(16)));
   typedef double Wide __attribute__((vector_size(64)));
 };
 
@@ -44,19 +46,15 @@ struct LaneMath {
     return x;
   }
   static FA_HD F exp(F x) {
-    typedef uint32_t U __attribute__((vector_size(64)));
+    typedef uint32_t U __attribute__((vector_size(sizeof(F))));
     const F t = x > 88.0f ? splat<F>(88.0f) : x,
             magic = splat<F>(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
     const F shifted = t * 1.44269504f + magic, n = shifted - magic;
     const F f = (t - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts; n times the first is exact
-    F p = f * 1.98756915e-4f + 1.39819994e-3f;
-    p = p * f + 8.33345205e-3f;
-    p = p * f + 4.16657962e-2f;
-    p = p * f + 1.66666657e-1f;
-    p = p * f + 5.00000000e-1f;
-    p = p * (f * f) + f + 1.0f;
+    const F q = f * f, p = ((f * 1.98756915e-4f + 1.39819994e-3f) * q + (f * 8.33345205e-3f + 4.16657962e-2f)) * q;
+    const F e = ((p + (f * 1.66666657e-1f + 5.00000000e-1f)) * q + f) + 1.0f;
     const F scale = F((U(shifted) + 127u) << 23);
-    return t < -87.0f ? F{} : p * scale;
+    return t < -87.0f ? F{} : e * scale;
   }
   static FA_HD F expm1(F x) {
     const F s =
@@ -65,43 +63,60 @@ struct LaneMath {
   }
 };
 
-// Up to kWidth tokens from `from` on; zeros where `keep` has none, whatever stands there, and zeros altogether for null.
-template <class T> FA_HD typename Vector<T>::Value load(const void* tensor, int64_t from, int n, typename Vector<T>::Bits keep) {
-  typename Vector<T>::Value v{};
-  if (!tensor) return v;
-  const T* p = static_cast<const T*>(tensor) + from;
-  if (n == Vector<T>::kWidth) memcpy(&v, p, sizeof v);
-  else memcpy(&v, p, size_t(n) * sizeof(T));
-  return typename Vector<T>::Value(typename Vector<T>::Bits(v) & keep);
-}
-template <class T> FA_HD typename Vector<T>::Bits load_mask(const uint8_t* mask, int64_t from, int n) {
-  using V = Vector<T>;
-  typename V::Mask m{};
-  if (n == V::kWidth) {
-    if (!mask) return ~typename V::Bits{};
-    memcpy(&m, mask + from, sizeof m);
-  } else {
-    for (int i = 0; i < n; ++i) m[i] = mask ? mask[from + i] : 1;
-  }
-  return typename V::Bits(__builtin_convertvector(m, typename V::Bits) != 0);
-}
-template <class T> FA_HD void store(typename Vector<T>::Value v, void* tensor, int64_t from, int n) {
-  T* p = static_cast<T*>(tensor) + from;
-  if (n == Vector<T>::kWidth) memcpy(p, &v, sizeof v);
-  else memcpy(p, &v, size_t(n) * sizeof(T));
-}
-template <class V> FA_HD V select(flag_t<V> where, V v) { return V(where & flag_t<V>(v)); }
-template <class T> FA_HD double sum(typename Vector<T>::Value v) {
-  double total = 0;
-  for (int j = 0; j < Vector<T>::kWidth; ++j) total += double(v[j]);
-  return total;
+// A vector's place: tokens from `from` on. kWidth of them, known to the compiler, which then needs no memory in between; or fewer.
+struct Whole { int64_t from; };
+struct Part {
+  int64_t from;
+  int n;
+};
+template <class T> FA_HD void copy(const T* from, typename Vector<T>::Value* to, Whole) { memcpy(to, from, sizeof *to); }
+template <class T> FA_HD void copy(const T* from, typename Vector<T>::Value* to, Part at) { memcpy(to, from, size_t(at.n) * sizeof(T)); }
+template <class T> FA_HD void copy(const typename Vector<T>::Value* from, T* to, Whole) { memcpy(to, from, sizeof *from); }
+template <class T> FA_HD void copy(const typename Vector<T>::Value* from, T* to, Part at) { memcpy(to, from, size_t(at.n) * sizeof(T)); }
+
+// Calls step(place) for all vectors of tokens [i, end).
+template <int kWidth, class Step> FA_HD void each_vector(int64_t i, int64_t end, const Step& step) {
+#pragma GCC unroll 2
+  for (; i + kWidth <= end; i += kWidth) step(Whole{i});
+  if (i < end) step(Part{i, int(end - i)});
 }
 
-template <class T> FA_HD double count(typename Vector<T>::Bits n) {
-  int64_t total = 0;
-  for (int j = 0; j < Vector<T>::kWidth; ++j) total += int64_t(n[j]);
-  return double(total);
+// Zeros where `keep` has none, whatever stands there, and zeros altogether for null.
+template <class T, class Place> FA_HD typename Vector<T>::Value load(const void* tensor, Place at, typename Vector<T>::Bits keep) {
+  typename Vector<T>::Value v{};
+  if (!tensor) return v;
+  copy<T>(static_cast<const T*>(tensor) + at.from, &v, at);
+  return typename Vector<T>::Value(typename Vector<T>::Bits(v) & keep);
 }
+template <class T> FA_HD typename Vector<T>::Bits load_mask(const uint8_t* mask, Whole at) {
+  using V = Vector<T>;
+  if (!mask) return ~typename V::Bits{};
+  typename V::Mask m;
+  memcpy(&m, mask + at.from, sizeof m);
+  // By way of 16 bits: in one step GCC 12 takes the bytes apart one by one.
+  return typename V::Bits(__builtin_convertvector(__builtin_convertvector(m, typename V::WiderMask), typename V::Bits) != 0);
+}
+template <class T> FA_HD typename Vector<T>::Bits load_mask(const uint8_t* mask, Part at) {
+  typename Vector<T>::Bits keep{};
+  for (int i = 0; i < at.n; ++i) keep[i] = !mask || mask[at.from + i] ? -1 : 0;
+  return keep;
+}
+template <class T, class Place> FA_HD void store(typename Vector<T>::Value v, void* tensor, Place at) {
+  copy<T>(&v, static_cast<T*>(tensor) + at.from, at);
+}
+template <class V> FA_HD V select(flag_t<V> where, V v) { return V(where & flag_t<V>(v)); }
+// The lanes' total in double: upper half onto lower half while that is whole vectors, then the last eight.
+template <class T> FA_HD double sum(typename Vector<T>::Value v) {
+  typedef double Eight __attribute__((vector_size(64)));
+  const typename Vector<T>::Wide wide = __builtin_convertvector(v, typename Vector<T>::Wide);
+  Eight w[Vector<T>::kWidth / 8];
+  memcpy(w, &wide, sizeof w);
+  for (int i = 1; i < Vector<T>::kWidth / 8; ++i) w[0] += w[i];
+  return ((w[0][0] + w[0][4]) + (w[0][2] + w[0][6])) + ((w[0][1] + w[0][5]) + (w[0][3] + w[0][7]));
+}
+
+// Counts are small: they are exact as T, too.
+template <class T> FA_HD double count(typename Vector<T>::Bits n) { return sum<T>(__builtin_convertvector(n, typename Vector<T>::Value)); }
 
 template <class T> struct Policy {
   using V = typename Vector<T>::Value;
@@ -111,8 +126,8 @@ template <class T> struct Policy {
   const PolicyParams<T>& p;
 
   // A tensor of values per token or per sequence.
-  FA_HD V load_per(const void* tensor, bool per_sequence, const Span& s, int64_t i, int n, Bits keep) const {
-    return per_sequence ? select(keep, splat<V>(static_cast<const T*>(tensor)[s.sequence])) : load<T>(tensor, i, n, keep);
+  template <class Place> FA_HD V load_per(const void* tensor, bool per_sequence, const Span& s, Place at, Bits keep) const {
+    return per_sequence ? select(keep, splat<V>(static_cast<const T*>(tensor)[s.sequence])) : load<T>(tensor, at, keep);
   }
 
   // Adds a span's scored tokens and the sum of its terms, in double.
@@ -120,34 +135,50 @@ template <class T> struct Policy {
     using Wide = typename Vector<T>::Wide;
     Wide terms{};
     V count{};
-    for (int64_t i = s.begin, end = s.begin + s.n; i < end; i += kWidth) {
-      const int n = int(end - i < kWidth ? end - i : kWidth);
-      const Bits keep = load_mask<T>(a.mask, i, n);
-      const V lp = load<T>(a.logprobs, i, n, keep), old = a.old_logprobs ? load<T>(a.old_logprobs, i, n, keep) : lp;
-      const V advantage = load_per(a.advantages, p.advantages_per_sequence, s, i, n, keep);
+    each_vector<kWidth>(s.begin, s.begin + s.n, [&](auto at) {
+      const Bits keep = load_mask<T>(a.mask, at);
+      const V lp = load<T>(a.logprobs, at, keep), old = a.old_logprobs ? load<T>(a.old_logprobs, at, keep) : lp;
+      const V advantage = load_per(a.advantages, p.advantages_per_sequence, s, at, keep);
       terms += __builtin_convertvector(select(keep, sequence_term(p, log_ratio(lp, old), advantage)), Wide);
       count += select(keep, splat<V>(1));
-    }
+    });
     for (int j = 0; j < kWidth; ++j) *total += terms[j];
     *length += sum<T>(count);
   }
 
-  // Slopes of a span, and its sums into stats.
-  FA_HD void run(const Span& s, double* stats) const {
-    const T divisor = token_divisor(p.aggregation, T(s.length), p.norm_length);
+  // The clipped loss per token and nothing beside it.
+  FA_HD bool is_plain(const Span& s) const {
+    const bool per_token =
+        p.ratio == kRatioToken && !p.advantages_per_sequence && token_divisor(p.aggregation, T(s.length), p.norm_length) == T(1);
+    return per_token && p.surrogate == kClip && a.mask && a.old_logprobs && !a.is_weight && !a.ref_logprobs && !a.entropy &&
+           !a.entropy_slopes;
+  }
+
+  // Slopes of a span, and its sums into stats. The plain loss is compiled on its own: where nothing branches the compiler works on two vectors at
+  // once, each of which would otherwise wait for its own exponential.
+  FA_HD void run(const Span& s, double* stats) const { is_plain(s) ? run<true>(s, stats) : run<false>(s, stats); }
+
+  template <bool kPlain> FA_HD void run(const Span& s, double* stats) const {
+    // Copies: a store to the slopes could be to the arguments, for all the compiler knows.
+    const PolicyArgs a = this->a;
+    PolicyParams<T> p = this->p;
+    if (kPlain) {
+      p.surrogate = kClip, p.ratio = kRatioToken, p.advantages_per_sequence = 0;
+      if (!a.mask || !a.logprobs || !a.old_logprobs || !a.advantages || !a.slopes) __builtin_unreachable();
+    }
+    const T divisor = kPlain ? T(1) : token_divisor(p.aggregation, T(s.length), p.norm_length);
     const T factor = p.ratio == kRatioSeqSum && (p.surrogate == kClip || p.surrogate == kSapo) ? T(s.length) : T(1);
     V sums[kPolicyStats] = {};
     Bits counts[kPolicyStats] = {};  // of the columns that count tokens; masks are -1
-    for (int64_t i = s.begin, end = s.begin + s.n; i < end; i += kWidth) {
-      const int n = int(end - i < kWidth ? end - i : kWidth);
-      const Bits keep = load_mask<T>(a.mask, i, n);
-      const V lp = load<T>(a.logprobs, i, n, keep), old = a.old_logprobs ? load<T>(a.old_logprobs, i, n, keep) : lp;
-      const V advantage = load_per(a.advantages, p.advantages_per_sequence, s, i, n, keep), lr = log_ratio(lp, old);
+    each_vector<kWidth>(s.begin, s.begin + s.n, [&](auto at) {
+      const Bits keep = load_mask<T>(a.mask, at);
+      const V lp = load<T>(a.logprobs, at, keep), old = a.old_logprobs ? load<T>(a.old_logprobs, at, keep) : lp;
+      const V advantage = load_per(a.advantages, p.advantages_per_sequence, s, at, keep), lr = log_ratio(lp, old);
       const V log_rho = p.ratio == kRatioToken ? clamp_log_ratio(p.surrogate, lr) : splat<V>(T(s.log_rho)), rho = LaneMath::exp(log_rho);
       const Surrogate<V> r = surrogate<LaneMath>(p, lp, lr, log_rho, rho, advantage);
       V value = r.value, slope = r.slope * factor;
-      if (a.is_weight) {
-        const V given = load_per(a.is_weight, p.is_per_sequence, s, i, n, keep);
+      if (!kPlain && a.is_weight) {
+        const V given = load_per(a.is_weight, p.is_per_sequence, s, at, keep);
         const ImportanceWeight<V> w = importance_weight(p, given);
         const Bits used = p.is_mode == kIsMask ? ~w.clipped : ~Bits{};
         value = select(used, w.used * value);
@@ -156,21 +187,21 @@ template <class T> struct Policy {
         counts[kPolicy_is_clipped] -= keep & w.clipped;
       }
       V total = value;
-      if (a.ref_logprobs) {
-        const ValueSlope<V> k = kl_term<LaneMath>(p.kl_kind, lp, load<T>(a.ref_logprobs, i, n, keep));
+      if (!kPlain && a.ref_logprobs) {
+        const ValueSlope<V> k = kl_term<LaneMath>(p.kl_kind, lp, load<T>(a.ref_logprobs, at, keep));
         if (p.kl_coef != T(0)) {
           total += p.kl_coef * (p.kl_bias_correction ? rho * k.value : k.value);
           slope += p.kl_coef * (p.kl_bias_correction ? rho * (k.value + k.slope) : k.slope);
         }
         sums[kPolicy_kl] += select(keep, k.value);
       }
-      if (a.entropy) {
-        const V h = load<T>(a.entropy, i, n, keep);
+      if (!kPlain && a.entropy) {
+        const V h = load<T>(a.entropy, at, keep);
         if (p.entropy_coef != T(0)) total -= p.entropy_coef * h;
         sums[kPolicy_entropy] += h;
       }
-      store<T>(select(keep, slope / divisor), a.slopes, i, n);
-      if (a.entropy_slopes) store<T>(select(keep, splat<V>(-p.entropy_coef / divisor)), a.entropy_slopes, i, n);
+      store<T>(select(keep, slope / divisor), a.slopes, at);
+      if (!kPlain && a.entropy_slopes) store<T>(select(keep, splat<V>(-p.entropy_coef / divisor)), a.entropy_slopes, at);
       const V beyond = select(keep, rho - T(1));
       sums[kPolicy_loss] += select(keep, total);
       sums[kPolicy_policy] += select(keep, value);
@@ -182,7 +213,7 @@ template <class T> struct Policy {
       counts[kPolicy_clip_high] -= keep & r.high;
       counts[kPolicy_clip_dual] -= keep & r.dual;
       counts[kPolicy_nonfinite] -= keep & (total - total != V{});
-    }
+    });
     for (int c = 0; c < kPolicyStats; ++c) {
       const double by = c == kPolicy_loss || c == kPolicy_policy ? double(divisor) : (c == kPolicy_approx_kl ? 2.0 : 1.0);
       stats[c] += (sum<T>(sums[c]) + count<T>(counts[c])) / by;
@@ -197,20 +228,18 @@ template <class T> struct Value {
   const ValueArgs& a;
 
   FA_HD void measure(const Span& s, double* length) const {
-    for (int64_t i = s.begin, end = s.begin + s.n; i < end; i += kWidth)
-      *length += sum<T>(select(load_mask<T>(a.mask, i, int(end - i < kWidth ? end - i : kWidth)), splat<V>(1)));
+    each_vector<kWidth>(s.begin, s.begin + s.n, [&](auto at) { *length += sum<T>(select(load_mask<T>(a.mask, at), splat<V>(1))); });
   }
 
   FA_HD void run(const Span& s, double* stats) const {
     const T divisor = token_divisor(a.aggregation, T(s.length), T(a.norm_length));
     V sums[kValueStats] = {};
     Bits counts[kValueStats] = {};
-    for (int64_t i = s.begin, end = s.begin + s.n; i < end; i += kWidth) {
-      const int n = int(end - i < kWidth ? end - i : kWidth);
-      const Bits keep = load_mask<T>(a.mask, i, n);
-      const V value = load<T>(a.values, i, n, keep), target = load<T>(a.returns, i, n, keep);
-      const ValueError<V> r = value_error(value, load<T>(a.old_values, i, n, keep), target, T(a.clip), a.old_values != nullptr);
-      store<T>(select(keep, r.slope / divisor), a.slopes, i, n);
+    each_vector<kWidth>(s.begin, s.begin + s.n, [&](auto at) {
+      const Bits keep = load_mask<T>(a.mask, at);
+      const V value = load<T>(a.values, at, keep), target = load<T>(a.returns, at, keep);
+      const ValueError<V> r = value_error(value, load<T>(a.old_values, at, keep), target, T(a.clip), a.old_values != nullptr);
+      store<T>(select(keep, r.slope / divisor), a.slopes, at);
       sums[kValue_loss] += select(keep, r.value);
       counts[kValue_tokens] -= keep;
       counts[kValue_clipped] -= keep & r.clipped;
@@ -220,7 +249,7 @@ template <class T> struct Value {
       sums[kValue_error] += r.error;
       sums[kValue_error_sq] += r.error * r.error;
       counts[kValue_nonfinite] -= keep & (r.value - r.value != V{});
-    }
+    });
     for (int c = 0; c < kValueStats; ++c) stats[c] += (sum<T>(sums[c]) + count<T>(counts[c])) / (c == kValue_loss ? double(divisor) : 1.0);
   }
 };
@@ -239,14 +268,12 @@ template <class T> void scale(const T* slopes, T grad, T items, int64_t n, T* ou
 
 template <class T> void estimate_kl(int kind, const T* logprobs, const T* ref_logprobs, int64_t n, T* value, T* slope) {
   using V = typename Vector<T>::Value;
-  constexpr int kWidth = Vector<T>::kWidth;
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const int count = int(n - i < kWidth ? n - i : kWidth);
+  each_vector<Vector<T>::kWidth>(0, n, [&](auto at) {
     const typename Vector<T>::Bits all = ~typename Vector<T>::Bits{};
-    const ValueSlope<V> r = kl_estimate<V, LaneMath>(kind, load<T>(logprobs, i, count, all), load<T>(ref_logprobs, i, count, all));
-    store<T>(r.value, value, i, count);
-    store<T>(r.slope, slope, i, count);
-  }
+    const ValueSlope<V> r = kl_estimate<V, LaneMath>(kind, load<T>(logprobs, at, all), load<T>(ref_logprobs, at, all));
+    store<T>(r.value, value, at);
+    store<T>(r.slope, slope, at);
+  });
 }
 
 template <class T>
