@@ -128,8 +128,9 @@ template <class T> double scalar(const void* tensor, double otherwise) {
 template <class T> void forward(const GaeArgs& a) {
   const GaeStep<double> step = gae_step(scalar<T>(a.gamma_ptr, a.gamma), scalar<T>(a.lam_ptr, a.lam));
   auto* parts = static_cast<Moments<double>*>(a.workspace);
-#pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
-  for (int64_t s = 0; s < a.sequences; ++s) walk(a, step, s, static_cast<T*>(nullptr), parts + s);
+#pragma omp parallel for schedule(guided) if (a.tokens > kSerialTokens)
+  for (int64_t s = a.sequences - 1; s >= 0; --s)  // from the end, so that memory is read in one direction
+    walk(a, step, s, static_cast<T*>(nullptr), parts + s);
 
   double count = 0, weighted = 0, m2 = 0;
   for (int64_t s = 0; s < a.sequences; ++s) {

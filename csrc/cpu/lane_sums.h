@@ -6,9 +6,9 @@
 namespace fastalign {
 namespace cpu {
 
-// Below these numbers of tokens, waking the other threads costs more than the work: about 0.3 ns per token where the tokens of a sequence count
+// Below these numbers of tokens, waking the other threads costs more than the work: about 0.3 ns per token (1 ns if they come from memory) where the tokens of a sequence count
 // alike, ten times as much where each needs a look of its own.
-constexpr int64_t kSerialUniform = 1 << 19, kSerialTokens = 1 << 15;
+constexpr int64_t kSerialUniform = 1 << 16, kSerialTokens = 1 << 15;
 
 struct LaneSums {
   double x, difference;  // sum of x; sum of x - y_scale * y, where equal infinities differ by 0

@@ -17,7 +17,7 @@ void reduce(const Args& a, int aggregation, int tokens_column, int sequences_col
             Run run) {
   const int64_t pieces = a.cu_seqlens ? a.sequences : (a.tokens + kPolicyTile - 1) / kPolicyTile;
   std::vector<double> rows(size_t(pieces) * kStats, 0.0);
-#pragma omp parallel for schedule(dynamic) if (a.tokens > kSerialTokens)
+#pragma omp parallel for schedule(guided) if (a.tokens > kSerialTokens)
   for (int64_t k = 0; k < pieces; ++k) {
     const int64_t begin = a.cu_seqlens ? a.cu_seqlens[k] : k * kPolicyTile;
     const int64_t end = a.cu_seqlens ? a.cu_seqlens[k + 1] : (begin + kPolicyTile < a.tokens ? begin + kPolicyTile : a.tokens);

@@ -118,7 +118,7 @@ template <class T> struct Forward {
 
   void run() const {
     if (a.stages & 1) {
-#pragma omp parallel for schedule(dynamic) if (a.tokens > (uniform ? kSerialUniform : kSerialTokens))
+#pragma omp parallel for schedule(guided) if (a.tokens > (uniform ? kSerialUniform : kSerialTokens))
       for (int64_t i = 0; i < 2 * a.pairs; ++i) sum_side(i / 2, int(i % 2));
     }
     if (a.stages & 2) table();
@@ -194,7 +194,7 @@ template <class T> struct Backward {
 
   void run() const {
     const bool uniform = uniform_tokens(p, a);
-#pragma omp parallel for schedule(dynamic) if (a.tokens > (uniform ? kSerialUniform : kSerialTokens))
+#pragma omp parallel for schedule(guided) if (a.tokens > (uniform ? kSerialUniform : kSerialTokens))
     for (int64_t s = 0; s < a.sequences; ++s) uniform ? run_uniform(s) : run_tokens(s);
   }
 };

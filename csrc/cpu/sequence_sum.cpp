@@ -10,7 +10,7 @@ namespace {
 template <class T> void forward(const SequenceSumArgs& a) {
   const T *x = static_cast<const T*>(a.x), *weights = static_cast<const T*>(a.weights);
   T *sums = static_cast<T*>(a.sums), *counts = static_cast<T*>(a.counts);
-#pragma omp parallel for schedule(dynamic) if (a.tokens > (weights ? kSerialTokens : kSerialUniform))
+#pragma omp parallel for schedule(guided) if (a.tokens > (weights ? kSerialTokens : kSerialUniform))
   for (int64_t s = 0; s < a.sequences; ++s) {
     if (!weights) {
       const int64_t start = a.cu_seqlens[s];
@@ -34,7 +34,7 @@ template <class T> void forward(const SequenceSumArgs& a) {
 template <class T> void backward(const SequenceSumBackwardArgs& a) {
   const T *grad = static_cast<const T*>(a.grad), *weights = static_cast<const T*>(a.weights);
   T* grad_x = static_cast<T*>(a.grad_x);
-#pragma omp parallel for schedule(dynamic) if (a.tokens > (weights ? kSerialTokens : kSerialUniform))
+#pragma omp parallel for schedule(guided) if (a.tokens > (weights ? kSerialTokens : kSerialUniform))
   for (int64_t s = 0; s < a.sequences; ++s) {
     for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; ++n) {
       const bool scored = !a.mask || a.mask[n];
