@@ -190,3 +190,55 @@ def test_no_recompilation_over_lengths():  # H2
         lists = torch.tensor([*range(seed % 3 + 1), count]), torch.rand(count)
         step(batch.logprobs.requires_grad_(), batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask, *lists)
     assert counter.frame_count <= 2
+
+
+def _small_loss():
+    lp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    return fa.preference_loss(lp, lp.detach(), torch.tensor([0, 1, 3], dtype=torch.int32)).loss
+
+
+def test_the_dispatcher_is_passed_by_where_nobody_listens(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("through the dispatcher")
+
+    for name in ("preference_fwd", "preference_bwd"):
+        monkeypatch.setattr(registry.OPS[name], "overload", refuse)
+    _small_loss().backward()
+
+
+def test_who_listens_sees_the_ops():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        _small_loss()
+    assert "fastalign.preference_fwd.default" in seen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _small_loss().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"fastalign::preference_fwd", "fastalign::preference_bwd"} <= names
+
+
+def test_tensor_subclasses_reach_the_dispatcher():
+    class Tagged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    seen = []
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    registry.OPS["sequence_sum_fwd"](torch.ones(2).as_subclass(Tagged), cu, None, None)
+    assert any("sequence_sum_fwd" in name for name in seen)
+
+
+def test_transforms_are_not_passed_by():
+    x, cu = torch.arange(6.0).view(3, 2), torch.tensor([0, 2], dtype=torch.int32)
+    sums = torch.vmap(lambda row: registry.OPS["sequence_sum_fwd"](row, cu, None, None)[0])(x)
+    assert sums.flatten().tolist() == [1.0, 5.0, 9.0]
