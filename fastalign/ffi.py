@@ -126,7 +126,9 @@ def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
 
 def offsets_are_valid(offsets: torch.Tensor, total: int) -> bool:
     """Whether contiguous int32 `offsets` on the CPU run from 0 to `total` and never decrease; False also where there is no extension to tell."""
-    return _extension is not None and offsets.device.type == "cpu" and _extension.offsets_are_valid(offsets.data_ptr(), offsets.numel(), total)
+    return (
+        _extension is not None and offsets.device.type == "cpu" and _extension.offsets_are_valid(offsets.data_ptr(), offsets.numel(), total)
+    )
 
 
 def rows_view(logits: torch.Tensor | None) -> tuple[int, int, int, int, int, int]:

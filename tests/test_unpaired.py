@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastalign as fa
+from fastalign import registry
 from fastalign.testing import gradient, make_batch
 
 DESIRABLE = torch.tensor([True, False, False, True, True, False])
@@ -62,6 +63,18 @@ def test_loss_equals_its_paper(name, reduction, backend):
     upstream = torch.linspace(1, 2, want.numel(), dtype=torch.float64).view(want.shape)
     assert float((got - want).abs().max()) < 1e-10
     assert float((gradient(got, lp, upstream) - gradient(want, plain, upstream)).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired", "bco"])
+def test_one_launch_each_way(name, monkeypatch):
+    """Both classes and the anchor in one evaluation of the pair kernel; only a rule that must see all sums first (bco's state) takes two."""
+    calls = []
+    run = registry.Op._run
+    monkeypatch.setattr(registry.Op, "_run", lambda op, *args: (calls.append(op.name), run(op, *args))[1])
+    batch = make_batch(3)
+    options = {k: v for k, v in PAPERS[name][0].items() if k != "omega"}
+    call(batch, batch.logprobs.requires_grad_(), loss=name, **options).loss.backward()
+    assert calls == ["preference_fwd", "preference_bwd"]
 
 
 def test_micro_batches_with_num_items():

@@ -99,14 +99,22 @@ def _kernels(call):
     return [name for name in kernels if "at::" not in name], len(kernels)
 
 
-def test_launches_of_the_preference_loss(backend, record_property):
-    """One kernel forward, one kernel backward; what the public function adds for its metrics is recorded."""
+@pytest.mark.parametrize("name", ["preference", "unpaired", "policy"])
+def test_launches(backend, record_property, name):
+    """One kernel forward, one kernel backward; what the public function adds (metrics, the pairs of single responses) is recorded."""
     batch = make_batch(64, min_len=800, max_len=1100, device="cuda")
     logprobs = batch.logprobs.clone().requires_grad_()
     one, outputs = torch.ones((), device="cuda"), []
+    cu_seqlens, mask = batch.packed.cu_seqlens, batch.packed.mask
+    desirable = torch.arange(128, device="cuda") % 3 == 0
+    calls = {
+        "preference": lambda: fa.preference_loss(logprobs, batch.ref_logprobs, cu_seqlens, mask=mask),
+        "unpaired": lambda: fa.unpaired_loss(logprobs, batch.ref_logprobs, cu_seqlens, desirable, mask=mask, baseline=0.1),
+        "policy": lambda: fa.policy_loss(logprobs, batch.ref_logprobs, batch.logprobs, mask=mask),
+    }
 
     def forward():
-        outputs.append(fa.preference_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask))
+        outputs.append(calls[name]())
 
     def backward():
         torch.autograd.grad(outputs[-1].loss, logprobs, one, retain_graph=True)
@@ -114,7 +122,7 @@ def test_launches_of_the_preference_loss(backend, record_property):
     for direction, call in (("forward", forward), ("backward", backward)):
         call()  # warm-up
         ours, total = _kernels(call)
-        record_property(f"{backend}_{direction}_kernels", f"{len(ours)} of {total}")
+        record_property(f"{backend}_{name}_{direction}_kernels", f"{len(ours)} of {total}")
         assert len(ours) == 1, (direction, ours)
 
 

@@ -1,4 +1,5 @@
-"""Losses on binary feedback: each response alone, desirable or not, against an anchor. The pair kernel with one side empty."""
+"""Losses on binary feedback: each response alone, desirable or not, against an anchor. A pair whose other side is empty: a desirable response is
+its chosen side, h = beta D - anchor, an undesirable one its rejected side, h = anchor - beta D."""
 
 from __future__ import annotations
 
@@ -8,34 +9,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastalign import remember
 from fastalign.checks import check_choice, check_cu_seqlens, check_number, check_same_device, check_shape, per_token, row_mask
 from fastalign.distributed import sum_over_group
 from fastalign.metric import Metric
-from fastalign.ops.preference.api import PairSumsFunction, PreferenceFromSumsFunction, pair_extra
+from fastalign.ops.preference.api import PairSumsFunction, PreferenceFromSumsFunction, PreferenceFunction, pair_extra
 from fastalign.ops.sequence_sum.api import sequence_sum
 from fastalign.preset import REDUCTIONS, Preset
 from fastalign.rules import BCODelta, PairValues
 
-_POINTS = {"pair_weight": 0.0}
-# name -> (loss of a desirable response, of an undesirable one), both written as the chosen side of the pair kernel: psi(u) and psi(-u).
 UNPAIRED = {
-    "kto": (
-        Preset(
-            "kto", "desirable_weight sg(beta (z0 - D)) | undesirable_weight sg(beta (D - z0))", "Ethayarajh et al. 2024, arXiv 2402.01306",
-            point_link="sigmoid", point_chosen=(1.0, 0.0), **_POINTS,
-        ),
-        Preset("kto", point_link="sigmoid", point_chosen=(0.0, 1.0), **_POINTS),
+    "kto": Preset(
+        "kto", "desirable_weight sg(beta (z0 - D)) | undesirable_weight sg(beta (D - z0))", "Ethayarajh et al. 2024, arXiv 2402.01306",
+        link="sigmoid",
     ),
-    "apo_zero_unpaired": (
-        Preset("apo_zero_unpaired", "sg(-beta D) | sg(beta D)", "D'Oosterlinck et al. 2024, arXiv 2408.06266", point_link="sigmoid",
-               point_chosen=(1.0, 0.0), **_POINTS),
-        Preset("apo_zero_unpaired", point_link="sigmoid", point_chosen=(0.0, 1.0), **_POINTS),
-    ),
-    "bco": (
-        Preset("bco", "sp(-(beta D - delta)) | omega sp(beta D - delta)", "Jung et al. 2024, arXiv 2404.04656", beta=0.01, point_link="logistic",
-               point_chosen=(1.0, 0.0), **_POINTS),
-        Preset("bco", beta=0.01, point_link="logistic", point_chosen=(0.0, 1.0), **_POINTS),
-    ),
+    "apo_zero_unpaired": Preset("apo_zero_unpaired", "sg(-beta D) | sg(beta D)", "D'Oosterlinck et al. 2024, arXiv 2408.06266", link="sigmoid"),
+    "bco": Preset("bco", "sp(-(beta D - delta)) | omega sp(beta D - delta)", "Jung et al. 2024, arXiv 2404.04656", beta=0.01),
 }  # fmt: skip
 NAMES = (*UNPAIRED, "dro")
 _WEIGHTS = ("desirable_weight", "undesirable_weight")
@@ -143,57 +132,75 @@ def unpaired_loss(
     if state is not None and (loss != "bco" or not isinstance(state, BCODelta)):
         raise ValueError(f"state is a BCODelta for loss 'bco'; got {type(state).__name__} for loss {loss!r}")
 
-    # Sequence i is the chosen side of pair i; the rejected side is an empty sequence behind the last.
-    pairs = torch.stack([torch.arange(count, device=logprobs.device), torch.full((count,), count, device=logprobs.device)], -1).int()
-    with_empty = torch.cat([cu_seqlens, cu_seqlens[-1:]])
-    shared = next(iter(UNPAIRED.values()))[0].params()
-    sums = PairSumsFunction.apply(logprobs, ref, None, with_empty, pairs, row_mask(mask, logprobs), None, shared, count)
-    valid = sums.detach()[:, 0, 2] > 0
-    items = valid.sum(dtype=logprobs.dtype) if num_items is None else num_items
+    # Pair i: sequence i on one side, on the other an empty sequence behind the last.
+    sides = torch.stack([desirable, ~desirable], -1) if loss != "dro" else torch.tensor([True, False], device=logprobs.device)
+    pairs = torch.where(sides, torch.arange(count, device=logprobs.device).unsqueeze(-1), count).int()
+    tokens = (logprobs, ref, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), pairs, row_mask(mask, logprobs), None)
     if loss == "dro":
-        return _dro(sums, valid, desirable, items, reduction, **options)
-    anchor, beta = _anchor(loss, sums, valid, baseline, state, options)
-    value = 0.0
-    for preset, option, where in zip(UNPAIRED[loss], _WEIGHTS, (desirable, ~desirable)):
-        weight = options.get(option, 1.0)
-        check_number(option, weight, low=0.0)
-        preset = preset.replace(beta=beta, point_chosen=tuple(weight * k for k in preset.point_chosen))
-        tensors = {"valid": valid & where, "anchor": anchor}
-        if preset.point_chosen[1] and "omega" in options:
-            check_shape("omega", options["omega"], (count,))
-            tensors["omega"] = options["omega"]
-        part, _ = PreferenceFromSumsFunction.apply(sums, pair_extra(preset, tensors, count, items, None, sums), preset.params(reduction))
-        value = value + part
-    rewards = beta * sums.detach()[:, 0, 1]
-    return UnpairedOutput(value, rewards, sums.detach()[:, 0, 0], desirable, valid, anchor)
+        sums = PairSumsFunction.apply(*tokens, UNPAIRED["kto"].params(), count)
+        return _dro(sums, desirable, num_items, reduction, **options)
 
-
-def _anchor(loss: str, sums: Tensor, valid: Tensor, baseline: Any, state: BCODelta | None, options: dict[str, Any]) -> tuple[Tensor, float]:
-    """(what beta D is compared with, 0-dim; beta)."""
-    beta = options.get("beta", UNPAIRED[loss][0].beta)
-    check_number("beta", beta, above=0.0)
     if loss == "bco" and (baseline is None) == (state is None):
         raise ValueError("loss 'bco' needs either baseline= (delta) or state= (a BCODelta that keeps it)")
     if loss == "kto" and baseline is None:
         raise ValueError("loss 'kto' needs baseline=, the z0 of mismatched pairs (fastalign.kto_baseline); 'apo_zero_unpaired' has z0 = 0")
-    if state is not None:
-        return state(None, PairValues(sums[:, :1], valid, beta))["anchor"], beta
-    if baseline is None:
-        return sums.new_zeros(()), beta
+    beta = options.get("beta", UNPAIRED[loss].beta)
+    check_number("beta", beta, above=0.0)
+    preset, _ = _with_beta(loss, {"beta": beta})
+    tensors = _weights(desirable, options, logprobs)
+    if state is None:
+        anchor = _baseline(baseline, logprobs) * (beta if loss == "kto" else 1.0)
+        tensors["gamma_ext"] = torch.where(desirable, anchor, -anchor)
+        extra = pair_extra(preset, tensors, count, num_items, None, logprobs)
+        value, table, sums = PreferenceFunction.apply(*tokens, extra, preset.params(reduction), count)
+    else:  # delta needs all sums before the first loss
+        sums = PairSumsFunction.apply(*tokens, preset.params(), count)
+        seen = sums.detach().sum(1, keepdim=True)
+        anchor = state(None, PairValues(seen, seen[:, 0, 2] > 0, beta))["anchor"]
+        tensors["gamma_ext"] = torch.where(desirable, anchor, -anchor)
+        extra = pair_extra(preset, tensors, count, num_items, None, logprobs)
+        value, table = PreferenceFromSumsFunction.apply(sums, extra, preset.params(reduction))
+    # Of a pair's two rewards and sums the empty side's are 0.
+    return UnpairedOutput(value, table[:, 5] + table[:, 6], sums.detach()[:, :, 0].sum(-1), desirable, table[:, 8] > 0, anchor)
+
+
+@remember.by_options
+def _with_beta(loss: str, options: dict[str, Any]) -> tuple[Preset, dict[str, Tensor]]:
+    return UNPAIRED[loss].replace(**options), {}
+
+
+def _weights(desirable: Tensor, options: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
+    """The weights of both classes, and those of single undesirable responses, as the pair kernel's omega; nothing where all are 1."""
+    good, bad = (options.get(name, 1.0) for name in _WEIGHTS)
+    for name, weight in zip(_WEIGHTS, (good, bad)):
+        check_number(name, weight, low=0.0)
+    single = options.get("omega")
+    if single is not None:
+        check_shape("omega", single, tuple(desirable.shape))
+        check_same_device("omega", single, "logprobs", like)
+    if good == 1.0 == bad and single is None:
+        return {}
+    bad_weights = like.new_full((), float(bad)) if single is None else bad * single.detach().to(like.dtype)
+    return {"omega": torch.where(desirable, like.new_full((), float(good)), bad_weights)}
+
+
+def _baseline(baseline: Any, like: Tensor) -> Tensor:
+    """z0 or delta as a 0-dim constant; None: 0."""
     if isinstance(baseline, Tensor):
         if baseline.numel() != 1:
             raise ValueError(f"baseline must be a number or a tensor of one element, got shape {tuple(baseline.shape)}")
-        check_same_device("baseline", baseline, "logprobs", sums)
-        baseline = baseline.detach().reshape(()).to(sums.dtype)
-    else:
+        check_same_device("baseline", baseline, "logprobs", like)
+        return baseline.detach().reshape(()).to(like.dtype)
+    if baseline is not None:
         check_number("baseline", baseline)
-        baseline = torch.full((), float(baseline), dtype=sums.dtype, device=sums.device)
-    return (beta * baseline if loss == "kto" else baseline), beta
+    return torch.full((), float(baseline or 0.0), dtype=like.dtype, device=like.device)
 
 
-def _dro(sums: Tensor, valid: Tensor, desirable: Tensor, items: Any, reduction: str, *, rewards: Tensor | None = None,
-         values: Tensor | None = None, tau: float = 1.0, rescale: bool = True) -> UnpairedOutput:  # fmt: skip
+def _dro(sums: Tensor, desirable: Tensor, num_items: Any, reduction: str, *, rewards: Tensor | None = None, values: Tensor | None = None,
+         tau: float = 1.0, rescale: bool = True) -> UnpairedOutput:  # fmt: skip
     """A squared residual of three numbers per response: plain PyTorch over the sums, which carry the gradient to the tokens."""
+    valid = sums.detach()[:, 0, 2] > 0
+    items = valid.sum(dtype=sums.dtype) if num_items is None else num_items
     check_number("tau", tau, above=0.0)
     if rewards is None or values is None:
         raise ValueError("loss 'dro' needs rewards= and values=, tensors [S]")
