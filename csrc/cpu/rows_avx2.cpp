@@ -27,6 +27,9 @@ struct Simd {
     __m256i bits = _mm256_castps_si256(exp2_fraction<Simd>(d - n));
     return _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
   }
+  static FA_INLINE void exp2_four(F (&d)[4]) {
+    for (F& v : d) v = exp2(v);
+  }
   static FA_INLINE F bounded(F d) { return _mm256_max_ps(set(-127.0f), d); }
   static FA_INLINE F tanh(F y) { return tanh_float<Simd>(y); }
   static FA_INLINE float sum(F v) {

@@ -37,6 +37,9 @@ template <class Scalar> struct Simd {
       return exp2_fraction<Simd>(d - n) * scale;
     }
   }
+  static FA_INLINE void exp2_four(F (&d)[4]) {
+    for (F& v : d) v = exp2(v);
+  }
   static FA_INLINE F bounded(F d) {
     const F lowest = set(kDouble ? A(-1100) : A(-127));
     return d < lowest ? lowest : d;

@@ -4,6 +4,7 @@
 // A shim S offers: A (scalar), F (vector of kWidth A), Bits (vector of int16_t), set, max_skip_nan, fma (one rounding), mul_add (any),
 //   exp2     d -> 2^d for d up to a little above 0; exactly 0 for -inf; NaN stays NaN
 //   bounded  d -> d, or a finite number instead where exp2(d) is 0, so that their product is 0 too; may lose NaN, which exp2(d) carries
+//   exp2_four  exp2 of four vectors, for the same bits; side by side where registers allow, so that none waits for its own results
 //   tanh, sum, largest (over the lanes), and for every storage type load2 and store2: 2 * kWidth consecutive elements as two vectors, in a lane
 //   order of the shim's choice. store2 takes NaN only with an empty low half, as x86 and common.h make them.
 #pragma once
@@ -15,13 +16,19 @@ namespace fastalign {
 namespace cpu {
 
 // 2^f on [0, 1]: minimax in the relative error with both ends exact, 9.2e-8 (1.6e-7 with fp32 rounding, -4e-9 on average). The ends matter:
-// the largest logit of a row has an exponent of 0 or a rounding error on either side of it.
+// the largest logit of a row has an exponent of 0 or a rounding error on either side of it. Of several vectors side by side.
+template <class S, int n> FA_INLINE void exp2_fractions(const typename S::F (&f)[n], typename S::F (&p)[n]) {
+  for (int k = 0; k < n; ++k) p[k] = S::mul_add(S::set(0.001879318648f), f[k], S::set(0.008990995096f));
+  for (int k = 0; k < n; ++k) p[k] = S::mul_add(p[k], f[k], S::set(0.055818675962f));
+  for (int k = 0; k < n; ++k) p[k] = S::mul_add(p[k], f[k], S::set(0.240159271464f));
+  for (int k = 0; k < n; ++k) p[k] = S::mul_add(p[k], f[k], S::set(0.69315173883f));
+  for (int k = 0; k < n; ++k) p[k] = S::mul_add(p[k], f[k], S::set(1.0f));
+}
 template <class S> FA_INLINE typename S::F exp2_fraction(typename S::F f) {
-  auto p = S::mul_add(S::set(0.001879318648f), f, S::set(0.008990995096f));
-  p = S::mul_add(p, f, S::set(0.055818675962f));
-  p = S::mul_add(p, f, S::set(0.240159271464f));
-  p = S::mul_add(p, f, S::set(0.69315173883f));
-  return S::mul_add(p, f, S::set(1.0f));
+  const typename S::F fraction[1] = {f};
+  typename S::F p[1];
+  exp2_fractions<S>(fraction, p);
+  return p[0];
 }
 
 // tanh in fp32 with full relative accuracy: odd polynomial near 0, 1 - 2e / (1 + e) with e = exp(-2|y|) elsewhere.
@@ -151,6 +158,17 @@ template <class S, class T, bool kCapped, int kSums> struct Sums {
     minus_m = S::set(A(0));
     for (int k = 0; k < 4; ++k) s0[k] = s1[k] = s2[k] = sz[k] = S::set(A(0));
   }
+  // Four vectors.
+  FA_INLINE void take_step(const T* x) {
+    F u[4], d[4], e[4];
+    S::load2(x, u[0], u[1]);
+    S::load2(x + 2 * S::kWidth, u[2], u[3]);
+    for (F& v : u) v = to_u<S, kCapped>(v, f);
+    for (int k = 0; k < 4; ++k) e[k] = d[k] = S::fma(u[k], c, minus_m);
+    S::exp2_four(e);
+    for (int k = 0; k < 4; ++k) add(k, u[k], d[k], e[k]);
+  }
+  // Two vectors, into chains k and k + 1.
   template <int k> FA_INLINE void take(const T* x) {
     F a, b;
     S::load2(x, a, b);
@@ -169,7 +187,10 @@ template <class S, class T, bool kCapped, int kSums> struct Sums {
     push<k + 1>(b + hide_b, b);
   }
   template <int k> FA_INLINE void push(F u, F u_or_zero) {
-    F d = S::fma(u, c, minus_m), e = S::exp2(d);
+    const F d = S::fma(u, c, minus_m);
+    add(k, u_or_zero, d, S::exp2(d));
+  }
+  FA_INLINE void add(int k, F u_or_zero, F d, F e) {
     s0[k] = s0[k] + e;
     if constexpr (kS1) s1[k] = S::mul_add(e, kGuarded ? S::bounded(d) : d, s1[k]);
     if constexpr (kS2Sz) {
@@ -192,7 +213,7 @@ template <class S, class T, bool kCapped, int kSums> struct Sums {
 };
 
 // Into the second-level cache, far enough ahead that memory answers in time.
-FA_INLINE void fetch(const char* p) { __builtin_prefetch(p + 8192, 0, 2); }
+FA_INLINE void fetch(const char* p) { __builtin_prefetch(p + 4096, 0, 2); }
 
 template <class S, class T, bool kCapped, int kSums>
 RowState<typename S::A> forward_chunk(const T* x, int64_t n, const RowTransform<typename S::A>& f) {
@@ -222,16 +243,14 @@ RowState<typename S::A> forward_chunk(const T* x, int64_t n, const RowTransform<
       for (; i < next; i += kStep) {
         for (size_t byte = 0; byte < kStep * sizeof(T); byte += 64) fetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
         max.take(x + i + kBlock);
-        sums.template take<0>(x + i);
-        sums.template take<2>(x + i + kPair);
+        sums.take_step(x + i);
       }
       largest = max.result(x + next, kBlock, kBlock);
       continue;
     }
     for (; i + kStep <= end; i += kStep) {
       for (size_t byte = 0; byte < kStep * sizeof(T); byte += 64) fetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
-      sums.template take<0>(x + i);
-      sums.template take<2>(x + i + kPair);
+      sums.take_step(x + i);
     }
     if (i < end) sums.template take<0>(x + i);
     if (next >= n && whole < n) sums.template take<2>(rest);
@@ -246,38 +265,57 @@ RowState<typename S::A> forward_chunk(const T* x, int64_t n, const RowTransform<
   return state;
 }
 
-template <class S, bool kCapped, bool kWithB>
-FA_INLINE typename S::F gradient(typename S::F x, const RowTransform<typename S::A>& f, const GradientRow<typename S::A>& g) {
+// dx of GradientRow, in place of the logits. Its constants are copies: a store to the gradient could be to the arguments, for all the compiler knows.
+template <class S, bool kCapped, bool kWithB> struct Gradient {
+  using A = typename S::A;
   using F = typename S::F;
-  F u = to_u<S, kCapped>(x, f);
-  F d = S::fma(u, S::set(f.c), S::set(-g.m));
-  F y = S::exp2(d) * (kWithB ? S::mul_add(S::set(g.b), S::bounded(d), S::set(g.a)) : S::set(g.a));
-  if constexpr (kCapped) y = y * S::mul_add(-u, u, S::set(typename S::A(1)));
-  return y;
-}
+  const RowTransform<A> f;
+  const F c, minus_m, a, b;
+
+  FA_INLINE Gradient(const RowTransform<A>& transform, const GradientRow<A>& g)
+      : f(transform), c(S::set(f.c)), minus_m(S::set(-g.m)), a(S::set(g.a)), b(S::set(g.b)) {}
+  FA_INLINE F distance(F u) const { return S::fma(u, c, minus_m); }
+  FA_INLINE F finish(F u, F d, F e) const {
+    F y = e * (kWithB ? S::mul_add(b, S::bounded(d), a) : a);
+    if constexpr (kCapped) y = y * S::mul_add(-u, u, S::set(A(1)));
+    return y;
+  }
+  FA_INLINE void four(F (&x)[4]) const {
+    F d[4], e[4];
+    for (F& u : x) u = to_u<S, kCapped>(u, f);
+    for (int k = 0; k < 4; ++k) e[k] = d[k] = distance(x[k]);
+    S::exp2_four(e);
+    for (int k = 0; k < 4; ++k) x[k] = finish(x[k], d[k], e[k]);
+  }
+  FA_INLINE F one(F x) const {
+    const F u = to_u<S, kCapped>(x, f), d = distance(u);
+    return finish(u, d, S::exp2(d));
+  }
+};
 
 template <class S, class T, bool kCapped, bool kWithB>
 void backward_chunk(const T* x, T* grad, int64_t n, const RowTransform<typename S::A>& f, const GradientRow<typename S::A>& g) {
   constexpr int64_t kPair = 2 * S::kWidth, kStep = 2 * kPair;
   const int64_t whole = n - n % kPair;
-  typename S::F a, b, c, d;
+  const Gradient<S, kCapped, kWithB> gradient(f, g);
   int64_t i = 0;
-  for (; i + kStep <= whole; i += kStep) {  // two pairs at a time: one alone waits for its own results
-    S::load2(x + i, a, b);
-    S::load2(x + i + kPair, c, d);
-    a = gradient<S, kCapped, kWithB>(a, f, g), b = gradient<S, kCapped, kWithB>(b, f, g);
-    c = gradient<S, kCapped, kWithB>(c, f, g), d = gradient<S, kCapped, kWithB>(d, f, g);
-    S::store2(grad + i, a, b);
-    S::store2(grad + i + kPair, c, d);
+  for (; i + kStep <= whole; i += kStep) {
+    typename S::F v[4];
+    S::load2(x + i, v[0], v[1]);
+    S::load2(x + i + kPair, v[2], v[3]);
+    gradient.four(v);
+    S::store2(grad + i, v[0], v[1]);
+    S::store2(grad + i + kPair, v[2], v[3]);
   }
+  typename S::F a, b;
   if (i < whole) {
     S::load2(x + i, a, b);
-    S::store2(grad + i, gradient<S, kCapped, kWithB>(a, f, g), gradient<S, kCapped, kWithB>(b, f, g));
+    S::store2(grad + i, gradient.one(a), gradient.one(b));
   }
   if (whole < n) {
     Rest<S, T> rest(x + whole, n - whole);
     S::load2(rest.x, a, b);
-    S::store2(rest.x, gradient<S, kCapped, kWithB>(a, f, g), gradient<S, kCapped, kWithB>(b, f, g));
+    S::store2(rest.x, gradient.one(a), gradient.one(b));
     memcpy(grad + whole, rest.x, size_t(n - whole) * sizeof(T));
   }
 }

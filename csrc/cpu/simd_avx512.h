@@ -27,6 +27,12 @@ struct Simd {
   static FA_INLINE F exp2(F d) {
     return _mm512_scalef_ps(exp2_fraction<Simd>(_mm512_reduce_ps(d, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)), d);
   }
+  static FA_INLINE void exp2_four(F (&d)[4]) {
+    F f[4], p[4];
+    for (int k = 0; k < 4; ++k) f[k] = _mm512_reduce_ps(d[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    exp2_fractions<Simd>(f, p);
+    for (int k = 0; k < 4; ++k) d[k] = _mm512_scalef_ps(p[k], d[k]);
+  }
   // As unsigned integers negative floats are ordered by magnitude, behind all positive ones. 2^-160 is 0 in fp32.
   static FA_INLINE F bounded(F d) {
     return _mm512_castsi512_ps(_mm512_min_epu32(_mm512_castps_si512(d), _mm512_castps_si512(set(-160.0f))));
