@@ -21,33 +21,43 @@ template <class S, class T, bool kCapped, int kSums> struct PairSums {
     for (int k = 0; k < 2; ++k) s0[k] = s1[k] = s2[k] = sz[k] = ref_s0[k] = t[k] = tr[k] = zero;
   }
   FA_INLINE void take(const T* x, const T* y) {
-    F a, b, ref_a, ref_b;
-    S::load2(x, a, b);
-    S::load2(y, ref_a, ref_b);
-    a = to_u<S, kCapped>(a, f), b = to_u<S, kCapped>(b, f);
-    push<0>(a, a, to_u<S, kCapped>(ref_a, f));
-    push<1>(b, b, to_u<S, kCapped>(ref_b, f));
+    F u[2], ref_u[2];
+    S::load2(x, u[0], u[1]);
+    S::load2(y, ref_u[0], ref_u[1]);
+    for (int k = 0; k < 2; ++k) u[k] = to_u<S, kCapped>(u[k], f), ref_u[k] = to_u<S, kCapped>(ref_u[k], f);
+    push(u, u, ref_u);
   }
   FA_INLINE void take(const Rest<S, T>& x, const Rest<S, T>& y) {
-    F a, b, ref_a, ref_b, hide_a, hide_b;
-    S::load2(x.x, a, b);
-    S::load2(y.x, ref_a, ref_b);
-    S::load2(x.hide, hide_a, hide_b);
-    a = to_u<S, kCapped>(a, f), b = to_u<S, kCapped>(b, f);
-    push<0>(a + hide_a, a, to_u<S, kCapped>(ref_a, f) + hide_a);
-    push<1>(b + hide_b, b, to_u<S, kCapped>(ref_b, f) + hide_b);
+    F u[2], ref_u[2], hide[2], hidden[2];
+    S::load2(x.x, u[0], u[1]);
+    S::load2(y.x, ref_u[0], ref_u[1]);
+    S::load2(x.hide, hide[0], hide[1]);
+    for (int k = 0; k < 2; ++k) {
+      u[k] = to_u<S, kCapped>(u[k], f), hidden[k] = u[k] + hide[k];
+      ref_u[k] = to_u<S, kCapped>(ref_u[k], f) + hide[k];
+    }
+    push(hidden, u, ref_u);
   }
-  template <int k> FA_INLINE void push(F u, F u_or_zero, F ref_u) {
-    const F d = S::fma(u, c, minus_m), e = S::exp2(d), dr = S::fma(ref_u, c, minus_ref_m), er = S::exp2(dr), by = d - dr;
-    s0[k] = s0[k] + e;
-    ref_s0[k] = ref_s0[k] + er;
-    // Where there is no mass the difference may be infinite or NaN, and counts nothing.
-    if constexpr (kT) t[k] = S::mul_add(e, e == zero ? zero : by, t[k]);
-    if constexpr (kTr) tr[k] = S::mul_add(er, er == zero ? zero : by, tr[k]);
-    if constexpr (kS1) s1[k] = S::mul_add(e, S::bounded(d), s1[k]);
-    if constexpr (kS2Sz) {
-      s2[k] = S::mul_add(e, e, s2[k]);
-      sz[k] = sz[k] + u_or_zero;
+  // A vector into each of the two chains.
+  FA_INLINE void push(const F (&u)[2], const F (&u_or_zero)[2], const F (&ref_u)[2]) {
+    F d[4], e[4];  // of the policy, then of the reference
+    for (int k = 0; k < 2; ++k) {
+      e[k] = d[k] = S::fma(u[k], c, minus_m);
+      e[2 + k] = d[2 + k] = S::fma(ref_u[k], c, minus_ref_m);
+    }
+    S::exp2_four(e);
+    for (int k = 0; k < 2; ++k) {
+      const F er = e[2 + k], by = d[k] - d[2 + k];
+      s0[k] = s0[k] + e[k];
+      ref_s0[k] = ref_s0[k] + er;
+      // Where there is no mass the difference may be infinite or NaN, and counts nothing.
+      if constexpr (kT) t[k] = S::mul_add(e[k], e[k] == zero ? zero : by, t[k]);
+      if constexpr (kTr) tr[k] = S::mul_add(er, er == zero ? zero : by, tr[k]);
+      if constexpr (kS1) s1[k] = S::mul_add(e[k], S::bounded(d[k]), s1[k]);
+      if constexpr (kS2Sz) {
+        s2[k] = S::mul_add(e[k], e[k], s2[k]);
+        sz[k] = sz[k] + u_or_zero[k];
+      }
     }
   }
   // `merge` of row_state.h with a state without mass at (to, ref_to), lane by lane.
@@ -113,42 +123,79 @@ PairState<typename S::A> forward_pair_chunk(const T* x, const T* y, int64_t n, c
   return {p, r};
 }
 
-// The two KL terms of math/row_state.h beside those of GradientRow. kKls: which of them (kSumT: the one with c, kSumTr: the one with k).
-template <class S, bool kCapped, bool kWithB, int kKls>
-FA_INLINE typename S::F pair_gradient(typename S::F x, typename S::F y, const RowTransform<typename S::A>& f,
-                                      const PairGradientRow<typename S::A>& g) {
+// The two KL terms of math/row_state.h beside those of GradientRow. kKls: which of them (kSumT: the one with c, kSumTr: the one with k). Constants
+// are copies, as in Gradient.
+template <class S, bool kCapped, bool kWithB, int kKls> struct PairGradient {
   using A = typename S::A;
   using F = typename S::F;
-  const F zero = S::set(A(0)), u = to_u<S, kCapped>(x, f), d = S::fma(u, S::set(f.c), S::set(-g.m)), e = S::exp2(d);
-  const F dr = S::fma(to_u<S, kCapped>(y, f), S::set(f.c), S::set(-g.ref_m));
-  F inner = S::set(g.a);
-  if constexpr (kWithB) inner = S::mul_add(S::set(g.b), S::bounded(d), inner);
-  if constexpr ((kKls & kSumT) != 0) inner = S::mul_add(S::set(g.kl.c), e == zero ? zero : d - dr - S::set(g.kl.mean), inner);
-  F dx = e * inner;
-  if constexpr ((kKls & kSumTr) != 0) {
-    const F er = u == S::set(A(-INFINITY)) ? zero : S::exp2(dr);
-    dx = S::mul_add(S::set(g.kl.k), S::fma(S::set(-g.kl.ratio), er, e), dx);
+  static constexpr bool kT = (kKls & kSumT) != 0, kTr = (kKls & kSumTr) != 0;
+  static constexpr int kVectors = kTr ? 2 : 4;  // at a time: with four exponentials
+  const RowTransform<A> f;
+  const F zero, c, minus_m, minus_ref_m, a, b, kl_c, kl_mean, kl_k, minus_ratio;
+
+  FA_INLINE PairGradient(const RowTransform<A>& transform, const PairGradientRow<A>& g)
+      : f(transform),
+        zero(S::set(A(0))),
+        c(S::set(f.c)),
+        minus_m(S::set(-g.m)),
+        minus_ref_m(S::set(-g.ref_m)),
+        a(S::set(g.a)),
+        b(S::set(g.b)),
+        kl_c(S::set(g.kl.c)),
+        kl_mean(S::set(g.kl.mean)),
+        kl_k(S::set(g.kl.k)),
+        minus_ratio(S::set(-g.kl.ratio)) {}
+
+  // dx in place of the policy's logits x; y: the reference's.
+  FA_INLINE void apply(F (&x)[kVectors], const F (&y)[kVectors]) const {
+    F d[kVectors], dr[kVectors], e[4];
+    for (int k = 0; k < kVectors; ++k) {
+      x[k] = to_u<S, kCapped>(x[k], f);
+      e[k] = d[k] = S::fma(x[k], c, minus_m);
+      dr[k] = S::fma(to_u<S, kCapped>(y[k], f), c, minus_ref_m);
+      if constexpr (kTr) e[2 + k] = dr[k];
+    }
+    S::exp2_four(e);
+    for (int k = 0; k < kVectors; ++k) {
+      const F u = x[k];
+      F inner = a;
+      if constexpr (kWithB) inner = S::mul_add(b, S::bounded(d[k]), inner);
+      if constexpr (kT) inner = S::mul_add(kl_c, e[k] == zero ? zero : d[k] - dr[k] - kl_mean, inner);
+      F dx = e[k] * inner;
+      if constexpr (kTr) {
+        const F er = u == S::set(A(-INFINITY)) ? zero : e[2 + k];
+        dx = S::mul_add(kl_k, S::fma(minus_ratio, er, e[k]), dx);
+      }
+      if constexpr (kCapped) dx = dx * S::mul_add(-u, u, S::set(A(1)));
+      x[k] = dx;
+    }
   }
-  if constexpr (kCapped) dx = dx * S::mul_add(-u, u, S::set(A(1)));
-  return dx;
-}
+};
 
 template <class S, class T, bool kCapped, bool kWithB, int kKls>
 void backward_pair_chunk(const T* x, const T* y, T* grad, int64_t n, const RowTransform<typename S::A>& f,
                          const PairGradientRow<typename S::A>& g) {
-  constexpr int64_t kPair = 2 * S::kWidth;
-  const int64_t whole = n - n % kPair;
-  const auto both = [&](const T* from, const T* ref, T* to) {
-    typename S::F a, b, ref_a, ref_b;
-    S::load2(from, a, b);
-    S::load2(ref, ref_a, ref_b);
-    S::store2(to, pair_gradient<S, kCapped, kWithB, kKls>(a, ref_a, f, g), pair_gradient<S, kCapped, kWithB, kKls>(b, ref_b, f, g));
+  using Both = PairGradient<S, kCapped, kWithB, kKls>;
+  constexpr int64_t kStep = Both::kVectors * S::kWidth;
+  const Both gradient(f, g);
+  const auto step = [&](const T* from, const T* ref, T* to) __attribute__((always_inline)) {
+    typename S::F v[Both::kVectors], w[Both::kVectors];
+    for (int k = 0; k < Both::kVectors; k += 2) {
+      S::load2(from + k * S::kWidth, v[k], v[k + 1]);
+      S::load2(ref + k * S::kWidth, w[k], w[k + 1]);
+    }
+    gradient.apply(v, w);
+    for (int k = 0; k < Both::kVectors; k += 2) S::store2(to + k * S::kWidth, v[k], v[k + 1]);
   };
-  for (int64_t i = 0; i < whole; i += kPair) both(x + i, y + i, grad + i);
-  if (whole < n) {
-    Rest<S, T> rest(x + whole, n - whole), ref_rest(y + whole, n - whole);
-    both(rest.x, ref_rest.x, rest.x);
-    memcpy(grad + whole, rest.x, size_t(n - whole) * sizeof(T));
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) step(x + i, y + i, grad + i);
+  if (i < n) {  // the rest, filled up with zeros
+    const int64_t left = n - i;
+    alignas(64) T from[kStep] = {}, ref[kStep] = {};
+    memcpy(from, x + i, size_t(left) * sizeof(T));
+    memcpy(ref, y + i, size_t(left) * sizeof(T));
+    step(from, ref, from);
+    memcpy(grad + i, from, size_t(left) * sizeof(T));
   }
 }
 
