@@ -85,7 +85,7 @@ struct KlEstimateArgs {
   const void *logprobs, *ref_logprobs;  // [n]
   int64_t n;
   int dtype, kind;
-  void *value, *slope;                  // [n]
+  void *value, *slope;                  // [n]; slope may be null
 };
 
 // A value per pair: data[i * stride]; stride 0 is one value for all; null: the preset's scalar.

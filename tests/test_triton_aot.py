@@ -117,7 +117,7 @@ def launch_all():
     x, cu = torch.zeros(9), torch.tensor([0, 5, 9], dtype=torch.int32)
     sums.sequence_sum_fwd(x, cu, x > 0, x)
     sums.sequence_sum_bwd(torch.zeros(2), cu, x > 0, x, 9)
-    estimate.kl_estimate_fwd(x, x, 2)
+    estimate.kl_estimate_fwd(x, x, 2, True)
     preference("dpo")
     preference("simpo")
     preference("exo_pair", "table")
@@ -255,7 +255,7 @@ def test_every_option_compiles():
         rows.token_stats_bwd(x, None, None, None, *options, 0, VOCAB, state, None, row, None)
         rows.token_stats_bwd(x, y, row > 0, one[0], *options, 0, VOCAB, state, torch.zeros(3, 2), row, row)
         for kind in range(4):
-            estimate.kl_estimate_fwd(token, token, kind)
+            estimate.kl_estimate_fwd(token, token, kind, True)
         sums.sequence_sum_fwd(token, torch.tensor([0, 9], dtype=torch.int32), None, None)
         gae.gae_fwd(token, token, torch.tensor([0, 9], dtype=torch.int32), None, None, None, None, 1.0, 0.95)
         gae.gae_fwd(token, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one, one[0], one[0], 0.0, 0.0)

@@ -7,7 +7,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kTile = 1 << 14;           // tokens that a thread takes at a time
-constexpr int64_t kSerialTokens = 1 << 17;   // below this, waking threads costs more than the work
+constexpr int64_t kSerialTokens = 1 << 15;   // below this, waking threads costs more than the work
 
 template <class T> void forward(const KlEstimateArgs& a) {
   const T *logprobs = static_cast<const T*>(a.logprobs), *ref_logprobs = static_cast<const T*>(a.ref_logprobs);
@@ -16,7 +16,7 @@ template <class T> void forward(const KlEstimateArgs& a) {
 #pragma omp parallel for if (a.n > kSerialTokens)
   for (int64_t i = 0; i < a.n; i += kTile) {
     const int64_t n = a.n - i < kTile ? a.n - i : kTile;
-    kernels.estimate_kl(a.kind, logprobs + i, ref_logprobs + i, n, value + i, slope + i);
+    kernels.estimate_kl(a.kind, logprobs + i, ref_logprobs + i, n, value + i, slope ? slope + i : nullptr);
   }
 }
 

@@ -45,16 +45,28 @@ struct LaneMath {
     for (int i = 0; i < Vector<double>::kWidth; ++i) x[i] = std::expm1(x[i]);
     return x;
   }
-  static FA_HD F exp(F x) {
+  // In place, side by side, so that no vector waits for its own results.
+  template <int n> static FA_HD void exp_each(F (&x)[n]) {
     typedef uint32_t U __attribute__((vector_size(sizeof(F))));
-    const F t = x > 88.0f ? splat<F>(88.0f) : x,
-            magic = splat<F>(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
-    const F shifted = t * 1.44269504f + magic, n = shifted - magic;
-    const F f = (t - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts; n times the first is exact
-    const F q = f * f, p = ((f * 1.98756915e-4f + 1.39819994e-3f) * q + (f * 8.33345205e-3f + 4.16657962e-2f)) * q;
-    const F e = ((p + (f * 1.66666657e-1f + 5.00000000e-1f)) * q + f) + 1.0f;
-    const F scale = F((U(shifted) + 127u) << 23);
-    return t < -87.0f ? F{} : e * scale;
+    const F magic = splat<F>(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+    F shifted[n], f[n], q[n], p[n];
+    for (int k = 0; k < n; ++k) x[k] = x[k] > 88.0f ? splat<F>(88.0f) : x[k];
+    for (int k = 0; k < n; ++k) shifted[k] = x[k] * 1.44269504f + magic;
+    for (int k = 0; k < n; ++k) f[k] = shifted[k] - magic;
+    for (int k = 0; k < n; ++k)
+      f[k] = (x[k] - f[k] * 0.693145752f) - f[k] * 1.42860677e-6f;  // ln 2 in two parts; n times the first is exact
+    for (int k = 0; k < n; ++k) q[k] = f[k] * f[k];
+    for (int k = 0; k < n; ++k) p[k] = ((f[k] * 1.98756915e-4f + 1.39819994e-3f) * q[k] + (f[k] * 8.33345205e-3f + 4.16657962e-2f)) * q[k];
+    for (int k = 0; k < n; ++k) p[k] = ((p[k] + (f[k] * 1.66666657e-1f + 5.00000000e-1f)) * q[k] + f[k]) + 1.0f;
+    for (int k = 0; k < n; ++k) x[k] = x[k] < -87.0f ? F{} : p[k] * F((U(shifted[k]) + 127u) << 23);
+  }
+  template <int n> static FA_HD void exp_each(D (&x)[n]) {
+    for (D& v : x) v = exp(v);
+  }
+  static FA_HD F exp(F x) {
+    F one[1] = {x};
+    exp_each(one);
+    return one[0];
   }
   static FA_HD F expm1(F x) {
     const F s =
@@ -76,7 +88,6 @@ template <class T> FA_HD void copy(const typename Vector<T>::Value* from, T* to,
 
 // Calls step(place) for all vectors of tokens [i, end).
 template <int kWidth, class Step> FA_HD void each_vector(int64_t i, int64_t end, const Step& step) {
-#pragma GCC unroll 2
   for (; i + kWidth <= end; i += kWidth) step(Whole{i});
   if (i < end) step(Part{i, int(end - i)});
 }
@@ -154,8 +165,14 @@ template <class T> struct Policy {
            !a.entropy_slopes;
   }
 
-  // Slopes of a span, and its sums into stats. The plain loss is compiled on its own: where nothing branches the compiler works on two vectors at
-  // once, each of which would otherwise wait for its own exponential.
+  // A vector of tokens before and after its ratio is known; see run.
+  struct Tokens {
+    Bits keep;
+    V lp, lr, advantage, log_rho;
+  };
+
+  // Slopes of a span, and its sums into stats, two vectors at a time: one would wait for its own exponential. The plain loss is compiled on its own,
+  // without branches.
   FA_HD void run(const Span& s, double* stats) const { is_plain(s) ? run<true>(s, stats) : run<false>(s, stats); }
 
   template <bool kPlain> FA_HD void run(const Span& s, double* stats) const {
@@ -170,12 +187,15 @@ template <class T> struct Policy {
     const T factor = p.ratio == kRatioSeqSum && (p.surrogate == kClip || p.surrogate == kSapo) ? T(s.length) : T(1);
     V sums[kPolicyStats] = {};
     Bits counts[kPolicyStats] = {};  // of the columns that count tokens; masks are -1
-    each_vector<kWidth>(s.begin, s.begin + s.n, [&](auto at) {
+    const auto begin = [&](auto at) __attribute__((always_inline)) {
       const Bits keep = load_mask<T>(a.mask, at);
-      const V lp = load<T>(a.logprobs, at, keep), old = a.old_logprobs ? load<T>(a.old_logprobs, at, keep) : lp;
-      const V advantage = load_per(a.advantages, p.advantages_per_sequence, s, at, keep), lr = log_ratio(lp, old);
-      const V log_rho = p.ratio == kRatioToken ? clamp_log_ratio(p.surrogate, lr) : splat<V>(T(s.log_rho)), rho = LaneMath::exp(log_rho);
-      const Surrogate<V> r = surrogate<LaneMath>(p, lp, lr, log_rho, rho, advantage);
+      const V lp = load<T>(a.logprobs, at, keep), lr = log_ratio(lp, a.old_logprobs ? load<T>(a.old_logprobs, at, keep) : lp);
+      const V log_rho = p.ratio == kRatioToken ? clamp_log_ratio(p.surrogate, lr) : splat<V>(T(s.log_rho));
+      return Tokens{keep, lp, lr, load_per(a.advantages, p.advantages_per_sequence, s, at, keep), log_rho};
+    };
+    const auto finish = [&](auto at, const Tokens& x, V rho) __attribute__((always_inline)) {
+      const Bits keep = x.keep;
+      const Surrogate<V> r = surrogate<LaneMath>(p, x.lp, x.lr, x.log_rho, rho, x.advantage);
       V value = r.value, slope = r.slope * factor;
       if (!kPlain && a.is_weight) {
         const V given = load_per(a.is_weight, p.is_per_sequence, s, at, keep);
@@ -188,7 +208,7 @@ template <class T> struct Policy {
       }
       V total = value;
       if (!kPlain && a.ref_logprobs) {
-        const ValueSlope<V> k = kl_term<LaneMath>(p.kl_kind, lp, load<T>(a.ref_logprobs, at, keep));
+        const ValueSlope<V> k = kl_term<LaneMath>(p.kl_kind, x.lp, load<T>(a.ref_logprobs, at, keep));
         if (p.kl_coef != T(0)) {
           total += p.kl_coef * (p.kl_bias_correction ? rho * k.value : k.value);
           slope += p.kl_coef * (p.kl_bias_correction ? rho * (k.value + k.slope) : k.slope);
@@ -208,11 +228,24 @@ template <class T> struct Policy {
       counts[kPolicy_tokens] -= keep;
       sums[kPolicy_ratio] += beyond;
       sums[kPolicy_ratio_sq] += beyond * beyond;
-      sums[kPolicy_approx_kl] += lr * lr;
+      sums[kPolicy_approx_kl] += x.lr * x.lr;
       counts[kPolicy_clip_low] -= keep & r.low;
       counts[kPolicy_clip_high] -= keep & r.high;
       counts[kPolicy_clip_dual] -= keep & r.dual;
       counts[kPolicy_nonfinite] -= keep & (total - total != V{});
+    };
+    const int64_t end = s.begin + s.n;
+    int64_t i = s.begin;
+    for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
+      const Tokens x[2] = {begin(Whole{i}), begin(Whole{i + kWidth})};
+      V rho[2] = {x[0].log_rho, x[1].log_rho};
+      LaneMath::exp_each(rho);
+      finish(Whole{i}, x[0], rho[0]);
+      finish(Whole{i + kWidth}, x[1], rho[1]);
+    }
+    each_vector<kWidth>(i, end, [&](auto at) __attribute__((always_inline)) {
+      const Tokens x = begin(at);
+      finish(at, x, LaneMath::exp(x.log_rho));
     });
     for (int c = 0; c < kPolicyStats; ++c) {
       const double by = c == kPolicy_loss || c == kPolicy_policy ? double(divisor) : (c == kPolicy_approx_kl ? 2.0 : 1.0);
@@ -272,7 +305,7 @@ template <class T> void estimate_kl(int kind, const T* logprobs, const T* ref_lo
     const typename Vector<T>::Bits all = ~typename Vector<T>::Bits{};
     const ValueSlope<V> r = kl_estimate<V, LaneMath>(kind, load<T>(logprobs, at, all), load<T>(ref_logprobs, at, all));
     store<T>(r.value, value, at);
-    store<T>(r.slope, slope, at);
+    if (slope) store<T>(r.slope, slope, at);
   });
 }
 

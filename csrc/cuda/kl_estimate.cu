@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads) kl_estimate_fwd_kernel(KlEstimateArg
   if (i >= a.n) return;
   const ValueSlope<float> r = kl_estimate(a.kind, static_cast<const float*>(a.logprobs)[i], static_cast<const float*>(a.ref_logprobs)[i]);
   static_cast<float*>(a.value)[i] = r.value;
-  static_cast<float*>(a.slope)[i] = r.slope;
+  if (a.slope) static_cast<float*>(a.slope)[i] = r.slope;
 }
 
 }  // namespace

@@ -11,17 +11,19 @@ from fastalign.registry import Op, scalar_dtypes, standard_kernels
 KINDS = ("k1", "k2", "k3", "abs")  # the position is the code in csrc/math/scalar.h (KlKind)
 
 kl_estimate_fwd = Op(
-    "kl_estimate_fwd", "(Tensor logprobs, Tensor ref_logprobs, int kind) -> (Tensor, Tensor)",
-    lambda logprobs, ref_logprobs, kind: (torch.empty_like(logprobs), torch.empty_like(logprobs)),
+    "kl_estimate_fwd", "(Tensor logprobs, Tensor ref_logprobs, int kind, bool with_slope) -> (Tensor, Tensor)",
+    lambda logprobs, ref_logprobs, kind, with_slope: (
+        torch.empty_like(logprobs), torch.empty_like(logprobs) if with_slope else logprobs.new_empty(0)
+    ),
     standard_kernels("kl_estimate", "kl_estimate_fwd"), scalar_dtypes(),
 )  # fmt: skip
-# Results: value and d value / d logprobs, both [n].
+# Results: value and d value / d logprobs, both [n]; the latter empty(0) if not `with_slope`.
 
 
 class KlEstimateFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, kind):
-        value, slope = kl_estimate_fwd(logprobs, ref_logprobs, kind)
+        value, slope = kl_estimate_fwd(logprobs, ref_logprobs, kind, True)
         ctx.save_for_backward(slope)
         return value
 
@@ -52,4 +54,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Ten
     check_same_device("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     dtype = torch.float64 if torch.float64 in (logprobs.dtype, ref_logprobs.dtype) else torch.float32
     flat = [x.to(dtype).reshape(-1).contiguous() for x in (logprobs, ref_logprobs)]
-    return KlEstimateFunction.apply(*flat, KINDS.index(kind)).view(logprobs.shape)
+    if torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad):
+        value = KlEstimateFunction.apply(*flat, KINDS.index(kind))
+    else:  # a metric, a reward: no slope
+        value = kl_estimate_fwd(*(x.detach() for x in flat), KINDS.index(kind), False)[0]
+    return value.view(logprobs.shape)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 
-def kl_estimate_fwd(logprobs, ref_logprobs, kind):
+def kl_estimate_fwd(logprobs, ref_logprobs, kind, with_slope):
+    value, slope = value_and_slope(logprobs, ref_logprobs, kind)
+    return value, slope if with_slope else slope.new_empty(0)
+
+
+def value_and_slope(logprobs, ref_logprobs, kind):
     d = torch.where(logprobs == ref_logprobs, torch.zeros_like(logprobs), logprobs - ref_logprobs)
     if kind == 0:
         return d, torch.ones_like(d)

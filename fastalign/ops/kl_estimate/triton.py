@@ -13,15 +13,16 @@ def kl_estimate_kernel(logprobs, ref_logprobs, value, slope, n: tl.int64, KIND: 
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v, s = triton_math.kl_estimate(KIND, tl.load(logprobs + i, mask=i < n, other=0.0), tl.load(ref_logprobs + i, mask=i < n, other=0.0))
     tl.store(value + i, v, mask=i < n)
-    tl.store(slope + i, s, mask=i < n)
+    if slope is not None:
+        tl.store(slope + i, s, mask=i < n)
 
 
-def kl_estimate_fwd(logprobs, ref_logprobs, kind):
-    n, device = logprobs.numel(), logprobs.device
-    value, slope = (ffi.empty(tuple(logprobs.shape), logprobs.dtype, device) for _ in range(2))
+def kl_estimate_fwd(logprobs, ref_logprobs, kind, with_slope):
+    n, device, shape = logprobs.numel(), logprobs.device, tuple(logprobs.shape)
+    value, slope = ffi.empty(shape, logprobs.dtype, device), ffi.empty(shape if with_slope else (0,), logprobs.dtype, device)
     if n:
         with ffi.triton_device(device):
             kl_estimate_kernel[(triton.cdiv(n, BLOCK),)](
-                logprobs, ref_logprobs, value, slope, n, KIND=kind, BLOCK=BLOCK, **ffi.launch_options(256, device)
+                logprobs, ref_logprobs, value, slope if with_slope else None, n, KIND=kind, BLOCK=BLOCK, **ffi.launch_options(256, device)
             )
     return value, slope

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastalign.ops.kl_estimate.reference import kl_estimate_fwd
+from fastalign.ops.kl_estimate.reference import value_and_slope
 from fastalign.ops.sequence_sum.reference import _segments
 from fastalign.policy_losses import PolicyParams
 
@@ -63,8 +63,8 @@ def surrogate(p, logprobs, log_rho, advantages, high, low):
 
 def kl_term(p, logprobs, ref_logprobs):
     """Value and slope of the KL estimate; k3+ has the slope of k2."""
-    value, slope = kl_estimate_fwd(logprobs, ref_logprobs, 2 if p.kl_kind == 4 else p.kl_kind)
-    return value, kl_estimate_fwd(logprobs, ref_logprobs, 1)[1] if p.kl_kind == 4 else slope
+    value, slope = value_and_slope(logprobs, ref_logprobs, 2 if p.kl_kind == 4 else p.kl_kind)
+    return value, value_and_slope(logprobs, ref_logprobs, 1)[1] if p.kl_kind == 4 else slope
 
 
 def divisors(aggregation, norm_length, length):
