@@ -159,13 +159,12 @@ def policy_loss(
     logprobs = per_token("logprobs", logprobs)
     if old_logprobs is not None:
         old_logprobs = per_token("old_logprobs", old_logprobs, logprobs).detach()
-    needs = f"loss {preset.name!r} (ratio={preset.ratio!r}, aggregation={preset.aggregation!r})"
     if preset.needs_sequences and cu_seqlens is None:
-        raise ValueError(f"{needs} needs cu_seqlens, the boundaries of the sequences")
+        raise ValueError(f"{_described(preset)} needs cu_seqlens, the boundaries of the sequences")
     if preset.aggregation == "seq_mean_token_sum_norm" and preset.norm_length is None:
-        raise ValueError(f"{needs} needs norm_length, the constant that a sequence's sum is divided by (the longest possible response)")
+        raise ValueError(f"{_described(preset)} needs norm_length, the constant that a sequence's sum is divided by (the longest possible response)")
     if mask is None and (preset.needs_lengths or (preset.aggregation != "token_sum" and num_items is None)):
-        raise ValueError(f"{needs} counts response tokens: mask is required (row-aligned, True at response tokens)")
+        raise ValueError(f"{_described(preset)} counts response tokens: mask is required (row-aligned, True at response tokens)")
     if ref_logprobs is None and ("kl_coef" in coefficients or preset.kl_coef != 0):
         raise ValueError("kl_coef needs ref_logprobs")
     if entropy is None and ("entropy_coef" in coefficients or preset.entropy_coef != 0):
@@ -247,6 +246,10 @@ def value_loss(
         0.0 if clip is None else float(clip), AGGREGATIONS.index(aggregation), 1.0 if norm_length is None else float(norm_length),
     )  # fmt: skip
     return ValueOutput(value, stats, aggregation)
+
+
+def _described(preset: PolicyPreset) -> str:
+    return f"loss {preset.name!r} (ratio={preset.ratio!r}, aggregation={preset.aggregation!r})"
 
 
 def _per_token_or_sequence(name: str, tensor: Any, like: Tensor, cu_seqlens: Tensor | None, preset: PolicyPreset) -> tuple[Tensor, bool]:
