@@ -73,14 +73,21 @@ def debug_checks() -> Iterator[None]:
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool, list))
-# Private names of torch, the same since 2.0; without them every call goes through the dispatcher.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
+# Names of torch that are not promised; where one is missing, every call goes through the dispatcher.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+_tracing = getattr(torch._C, "_get_tracing_state", None)
+_can_tell = None not in (_dispatch_modes, _transforms, _tracing) and hasattr(torch.autograd.profiler, "_is_profiler_enabled")
 
 
 def _nobody_listens() -> bool:
-    return not (
-        torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None or torch.autograd.profiler._is_profiler_enabled
+    """Whether no one but the kernel would see an op pass the dispatcher: no compiler or tracer, dispatch mode, functorch transform or profiler."""
+    return _can_tell and not (
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or torch.autograd.profiler._is_profiler_enabled
+        or _transforms() is not None
+        or _tracing() is not None
     )
 
 

@@ -243,3 +243,16 @@ def test_transforms_are_not_passed_by():
     x, cu = torch.arange(6.0).view(3, 2), torch.tensor([0, 2], dtype=torch.int32)
     sums = torch.vmap(lambda row: registry.OPS["sequence_sum_fwd"](row, cu, None, None)[0])(x)
     assert sums.flatten().tolist() == [1.0, 5.0, 9.0]
+
+
+def test_a_trace_holds_the_op():
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    traced = torch.jit.trace(lambda x: registry.OPS["sequence_sum_fwd"](x, cu, None, None)[0], torch.ones(2))
+    assert float(traced(torch.tensor([3.0, 4.0]))) == 7.0
+
+
+def test_without_torchs_private_names_all_goes_through_the_dispatcher(monkeypatch):
+    monkeypatch.setattr(registry, "_can_tell", False)
+    monkeypatch.setattr(registry.OPS["preference_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
+    with pytest.raises(KeyError, match="dispatched"):
+        _small_loss()

@@ -162,7 +162,9 @@ def policy_loss(
     if preset.needs_sequences and cu_seqlens is None:
         raise ValueError(f"{_described(preset)} needs cu_seqlens, the boundaries of the sequences")
     if preset.aggregation == "seq_mean_token_sum_norm" and preset.norm_length is None:
-        raise ValueError(f"{_described(preset)} needs norm_length, the constant that a sequence's sum is divided by (the longest possible response)")
+        raise ValueError(
+            f"{_described(preset)} needs norm_length, the constant that a sequence's sum is divided by (the longest possible response)"
+        )
     if mask is None and (preset.needs_lengths or (preset.aggregation != "token_sum" and num_items is None)):
         raise ValueError(f"{_described(preset)} counts response tokens: mask is required (row-aligned, True at response tokens)")
     if ref_logprobs is None and ("kl_coef" in coefficients or preset.kl_coef != 0):
