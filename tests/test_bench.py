@@ -158,6 +158,15 @@ def test_wrong_options_are_one_line_and_code_2(arguments, words, capsys):
     assert stop.value.code == 2 and words in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("op,inputs", [("token_logprobs", 1), ("token_kl", 2), ("token_kl_loss", 2)])
+def test_the_plain_read_counts_all_that_it_reads(op, inputs):
+    case = make_case(op, SHAPES["tiny"][op][0], torch.device("cpu"), compile=False)
+    ours, reader = measure.Result("fastalign cpu", "ours", ms=2.0), measure.Result("read only", "read", ms=1.0)
+    gbs = measure.add_bandwidth(case, [ours, reader], machine_gbs=1e9)
+    assert gbs == reader.gbs == pytest.approx(inputs * case.inputs[0][0].nbytes / 1e6)
+    assert ours.share == pytest.approx(case.traffic / 2e6 / gbs)
+
+
 def test_pytest_benchmarks_cover_every_op():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "--suite", "tiny"], cwd=ROOT, capture_output=True, text=True

@@ -34,7 +34,7 @@ class Contestant:
 class Case:
     """One op at one shape. `inputs`: several sets, taken in turns so that no cache serves the next run. `traffic`: the bytes that the op must
     move at least. `truth`, `baseline`: sampled results in fp64 and by plain PyTorch in fp32; `sample` picks the same from a contestant's output;
-    `scale`: the magnitude that rounding errors refer to (None: of the truth)."""
+    `scale`: the magnitude that rounding errors refer to (None: of the truth). `read`: how many of the inputs the plain read goes over."""
 
     op: str
     shape: Shape
@@ -45,6 +45,7 @@ class Case:
     baseline: Tensor
     sample: Callable[[Tensor], Tensor] = lambda output: output
     scale: Tensor | None = None
+    read: int = 1
     missing: dict[str, str] = field(default_factory=dict)
 
     def error(self, output: Tensor) -> float:
@@ -222,7 +223,7 @@ def _token_kl(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
         *_plain("log_softmax, exp, difference, sum", _no_grad, eager.exact_kl_rounded, compiled=False),
         _read_both(),
     ]
-    return Case("token_kl", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[sampled])
+    return Case("token_kl", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[sampled], read=2)
 
 
 def _token_kl_loss(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
@@ -248,7 +249,7 @@ def _token_kl_loss(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
     ]
     # Read both, write one gradient.
     scale = torch.full_like(grads[0], float(grads[0].abs().max()))
-    return Case("token_kl_loss", shape, inputs, size // 2 * 3, contestants, *grads, sample=lambda x: x[sampled], scale=scale)
+    return Case("token_kl_loss", shape, inputs, size // 2 * 3, contestants, *grads, sample=lambda x: x[sampled], scale=scale, read=2)
 
 
 def _packed_inputs(shape: Pairs, device: torch.device, cache_bytes: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:

@@ -219,7 +219,7 @@ def add_bandwidth(case: Case, results: list[Result], machine_gbs: float) -> floa
     them, or the machine's where there is none."""
     reader = next((r for r in results if r.kind == "read" and r.ms), None)
     if reader is not None:
-        reader.gbs = case.inputs[0][0].nbytes / reader.ms / 1e6
+        reader.gbs = sum(x.nbytes for x in case.inputs[0][: case.read]) / reader.ms / 1e6
     gbs = machine_gbs if reader is None else reader.gbs
     for result in results:
         if result.ms and result.kind != "read":
