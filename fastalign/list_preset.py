@@ -21,7 +21,7 @@ from fastalign.checks import check_choice, check_number
 from fastalign.preset import LINKS, NONFINITE, REDUCTIONS, SFT_NORMS, TARGET_LINKS
 
 MAX_LIST = 64  # responses per list: a block of 64 threads on the GPU
-# The position of a name is its code in csrc/math/list.h and fastalign/triton_math.py.
+# The position of a name is its code in csrc/math/list.h and fastalign/triton_math_list.py.
 KINDS = ("pairwise", "plackett_luce", "pro", "infonca", "nca", "exo")
 PAIR_GAINS = ("one", "lambda")
 # exo takes a target probability and discopop a temperature, which lists have not.

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastalign import remember
 from fastalign.checks import check_choice, check_number
 
-# The position of a name is its code in csrc/math/policy.h and fastalign/triton_math.py.
+# The position of a name is its code in csrc/math/policy.h and fastalign/triton_math_policy.py.
 SURROGATES = ("clip", "reinforce", "cispo", "sapo", "gmpo", "vespo")
 RATIOS = ("token", "seq_mean", "seq_mean_token", "seq_sum")
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "token_sum")

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastalign import remember
 from fastalign.checks import check_choice, check_number
 
-# The position of a name is its code in csrc/math/pair.h and fastalign/triton_math.py.
+# The position of a name is its code in csrc/math/pair.h and fastalign/triton_math_pair.py.
 TRANSFORMS = ("identity", "logsig", "negexp", "alpha", "logodds")
 LINKS = ("logistic", "hinge", "squared", "exp", "truncquad", "savage", "sigmoid", "linear", "exo", "discopop")
 LABELS = ("hard", "smooth", "robust", "soft")

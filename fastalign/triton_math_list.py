@@ -4,7 +4,8 @@
 import triton
 import triton.language as tl
 
-from fastalign.triton_math import div, exp, is_finite, link, log1p, sigmoid, softplus
+from fastalign.triton_math import div, exp, is_finite, log1p, sigmoid, softplus
+from fastalign.triton_math_pair import link
 
 
 @triton.jit

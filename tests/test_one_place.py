@@ -1,5 +1,5 @@
 """What a new loss costs. Of existing parts: one row in fastalign/losses.py and its test (test_contract_packed.py adds a row while it runs). A new
-link or transform: one formula each in csrc/math/pair.h, fastalign/triton_math.py and ops/preference/reference.py, and a name in fastalign/preset.py."""
+link or transform: one formula each in csrc/math/pair.h, fastalign/triton_math_pair.py and ops/preference/reference.py, and a name in fastalign/preset.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastalign.testing import gradient, make_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "fastalign").rglob("*.py"))
-FORMULAS = {"csrc/math/pair.h", "fastalign/triton_math.py", "fastalign/ops/preference/reference.py"}
+FORMULAS = {"csrc/math/pair.h", "fastalign/triton_math_pair.py", "fastalign/ops/preference/reference.py"}
 
 
 def where(pattern):

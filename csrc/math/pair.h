@@ -1,5 +1,5 @@
 // The pair kernel of every DPO-family loss (spec: aggregate x transform x margin x link x labels x points x sft), value and slopes in one
-// evaluation. One pair in, one row of the table out; no reduction here.  Twins: fastalign/triton_math.py, ops/preference/reference.py.
+// evaluation. One pair in, one row of the table out; no reduction here.  Twins: fastalign/triton_math_pair.py, ops/preference/reference.py.
 #pragma once
 #include "math/scalar.h"
 
@@ -52,7 +52,7 @@ enum TableColumn : int {
   kTabRejected = 1,
   kTabKlChosen = 2,
   kTabKlRejected = 3,
-  kTabSft = 4,   // slopes of the reduced loss in the sums
+  kTabSft = 4,  // slopes of the reduced loss in the sums
   kTabRewardChosen = 5,
   kTabRewardRejected = 6,
   kTabLogit = 7,
@@ -130,7 +130,7 @@ template <class T> FA_HD T power_of_length(T length, T kappa) {
 
 template <class T> FA_HD PairResult<T> evaluate_pair(const PairParams<T>& p, const SideSums<T>& w, const SideSums<T>& l,
                                                      const PairTensors<T>& x) {
-  T beta = x.beta, beta_l = p.beta_rejected == p.beta_rejected ? p.beta_rejected : beta;   // NaN: the same as beta
+  T beta = x.beta, beta_l = p.beta_rejected == p.beta_rejected ? p.beta_rejected : beta;  // NaN: the same as beta
   T norm_w = power_of_length(w.length, p.length_norm), norm_l = power_of_length(l.length, p.length_norm);
   T a_w = w.ratio / norm_w, a_l = l.ratio / norm_l;
   ValueSlope<T> g_w = transform(p.transform, a_w, p.transform_alpha), g_l = transform(p.transform, a_l, p.transform_alpha);
@@ -146,7 +146,7 @@ template <class T> FA_HD PairResult<T> evaluate_pair(const PairParams<T>& p, con
   if (p.pair_weight != T(0)) {
     T soft = p.labels == kSoft ? x.soft_label : T(1) - p.label_smoothing;
     T c_pos = T(1), c_neg = T(0);
-    if (p.link != kExo) {   // exo takes the label as its target distribution instead
+    if (p.link != kExo) {  // exo takes the label as its target distribution instead
       if (p.labels == kSmooth || p.labels == kSoft) {
         c_pos = soft;
         c_neg = T(1) - soft;
@@ -165,7 +165,7 @@ template <class T> FA_HD PairResult<T> evaluate_pair(const PairParams<T>& p, con
       r.loss += c_neg * b.value;
       dh -= c_neg * b.slope;
     }
-    if (p.label_entropy) {   // cross-entropy minus the label's own entropy: a KL divergence
+    if (p.label_entropy) {  // cross-entropy minus the label's own entropy: a KL divergence
       T n = T(1) - soft;
       r.loss += (soft > T(0) ? soft * log(soft) : T(0)) + (n > T(0) ? n * log(n) : T(0));
     }

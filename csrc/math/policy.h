@@ -1,5 +1,5 @@
 // Policy-gradient and value losses per token: the ratio's surrogates with value, slope and clip flags from one evaluation, the value function's
-// clipped error, aggregation. Twins: fastalign/triton_math.py, ops/policy/reference.py.
+// clipped error, aggregation. Twins: fastalign/triton_math_policy.py, ops/policy/reference.py.
 #pragma once
 #include "math/scalar.h"
 

@@ -1,6 +1,6 @@
 """The policy and value losses in Triton. Forward, one launch: a program per sequence (or per tile of tokens, where sequences do not matter) reads its
 tokens once for their number and log-ratio if the loss needs these first, then writes their slopes and one row of sums; the last program to finish
-adds the rows in index order. Backward is elementwise. The formulas are in fastalign/triton_math.py."""
+adds the rows in index order. Backward is elementwise. The formulas are in fastalign/triton_math_policy.py."""
 
 import triton
 import triton.language as tl
@@ -9,20 +9,8 @@ from fastalign import ffi
 from fastalign.ops.policy.native import nothing
 from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
 from fastalign.policy_losses import PolicyParams
-from fastalign.triton_math import (
-    at_least_one,
-    clamp_log_ratio,
-    div,
-    exp,
-    is_finite,
-    kl_term,
-    log_ratio,
-    sequence_bounds,
-    sequence_term,
-    surrogate,
-    token_divisor,
-    value_error,
-)
+from fastalign.triton_math import at_least_one, div, exp, is_finite, sequence_bounds
+from fastalign.triton_math_policy import clamp_log_ratio, kl_term, log_ratio, sequence_term, surrogate, token_divisor, value_error
 
 BLOCK, ROWS = 512, 64  # tokens, and rows of sums, at a time
 WIDTH = tl.constexpr(16)  # of a row, padded

@@ -1,5 +1,5 @@
 """The pair kernel in Triton. Forward, one launch: a program per pair side sums its sequence, and the last one to finish evaluates the table of
-all pairs in index order. Backward: a program per sequence walks the pairs in index order. The formulas are in fastalign/triton_math.py."""
+all pairs in index order. Backward: a program per sequence walks the pairs in index order. The formulas are in fastalign/triton_math_pair.py."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,8 @@ import triton.language as tl
 from fastalign import ffi
 from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
 from fastalign.preset import PairParams
-from fastalign.triton_math import at_least_one, div, evaluate_pair, is_finite, sequence_bounds
+from fastalign.triton_math import at_least_one, div, is_finite, sequence_bounds
+from fastalign.triton_math_pair import evaluate_pair
 
 TOKENS = 1024  # of a sequence, at a time
 PAIRS = 128  # of the table, at a time
