@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_model, make_rows, make_tokenizer, without_times
 
 from fastalign.train import OnlineConfig, TrainConfig, TrainingError, UserError, demo, sandbox, train, train_online
@@ -345,3 +345,32 @@ def test_demo_from_start_to_end_in_small(tmp_path, monkeypatch, capsys):
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "ppo_model")
     out = capsys.readouterr().out
     assert all(words in out for words in ("gold reward", "PPO, reward model", "KL to SFT, nats per sequence (k3", "held-out pairs"))
+
+
+def test_a_second_ppo_run_goes_on_with_the_first_ones_value_head(online, tokenizer, tmp_path, capsys):
+    """Iterated RLHF: --model points at a PPO run's output, whose value head goes along; another method's does not."""
+    first = online("ppo")
+    left = load_file(first.output / "value_head.safetensors")
+    assert left["linear.weight"].abs().max() > 0
+
+    def again():
+        """The value head after a step that changes nothing."""
+        config = OnlineConfig(
+            model=str(first.output), output=str(tmp_path / "second"), overwrite=True, batch_size=4, tokens_per_batch=200, max_steps=1,
+            max_new_tokens=6, learning_rate=1e-12, progress=False, tensorboard=False,
+        )  # fmt: skip
+        result = train_online("ppo", config, tokenizer=tokenizer, reward=reward, prompts=PROMPTS)
+        return load_file(result.output / "value_head.safetensors")
+
+    taken = again()
+    assert "value head: that of the PPO run in" in capsys.readouterr().out
+    assert all(torch.allclose(taken[name], left[name], atol=1e-9) for name in left)
+
+    record = json.loads((first.output / "train_config.json").read_text())
+    (first.output / "train_config.json").write_text(json.dumps(record | {"method": "dro"}))
+    assert again()["linear.weight"].abs().max() < 1e-6
+
+    (first.output / "train_config.json").write_text(json.dumps(record))
+    save_file({"linear.weight": torch.zeros(1, 3), "linear.bias": torch.zeros(1)}, first.output / "value_head.safetensors")
+    with pytest.raises(UserError, match=r"value_head\.safetensors: not a value head for this model"):
+        again()

@@ -74,7 +74,7 @@ def train_online(
         check_vocabulary([*splits[0], *splits[1], *mixed_in], lm, "model")
         actor = Actor(lm, config.temperature)
         if method == "ppo":
-            actor.value_head = _value_head(lm, score)
+            actor.value_head = _value_head(lm, score, None if model is not None else config.model)
         actor.reference = _reference(method, config, lm)
         if config.dpo_model is not None:
             actor.dpo = _frozen(config.dpo_model, "DPO", config, lm)
@@ -104,10 +104,14 @@ def _frozen(directory: str, what: str, config: OnlineConfig, lm: models.PackedCa
     return other
 
 
-def _value_head(lm: models.PackedCausalLM, reward: Any) -> ValueHead:
-    """A new value head: that of the reward model where its hidden states have the policy's size, else zeros."""
+def _value_head(lm: models.PackedCausalLM, reward: Any, directory: str | None) -> ValueHead:
+    """The value head that an earlier PPO run left beside the model in `directory`; else a new one: that of the reward model where its hidden
+    states have the policy's size, or zeros."""
     size = lm.model.get_output_embeddings().weight.shape[1]
     head = ValueHead(size).to(lm.device)
+    if directory is not None and head.load_beside(directory, method="ppo"):
+        print(f"value head: that of the PPO run in {directory}")
+        return head
     source = score_head(reward.scorer.model) if isinstance(reward, ModelReward) else None
     if source is not None and source.weight.shape == head.linear.weight.shape:
         with torch.no_grad():
