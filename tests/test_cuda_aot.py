@@ -11,7 +11,7 @@ import sass
 
 @pytest.fixture(scope="module")
 def kernels():
-    return sass.kernels(sass.compile_all())
+    return sass.kernels(sass.objects())
 
 
 @pytest.fixture(params=sass.ARCHS, ids="sm_{}".format)
