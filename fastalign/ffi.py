@@ -125,10 +125,10 @@ def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
 
 
 def offsets_are_valid(offsets: torch.Tensor, total: int) -> bool:
-    """Whether contiguous int32 `offsets` on the CPU run from 0 to `total` and never decrease; False also where there is no extension to tell."""
-    return (
-        _extension is not None and offsets.device.type == "cpu" and _extension.offsets_are_valid(offsets.data_ptr(), offsets.numel(), total)
-    )
+    """Whether `offsets` run from 0 to `total` and never decrease. False also where only torch can tell: other than contiguous int32 on the CPU, or
+    without the extension."""
+    plain = offsets.device.type == "cpu" and offsets.dtype == torch.int32 and offsets.is_contiguous()
+    return plain and _extension is not None and _extension.offsets_are_valid(offsets.data_ptr(), offsets.numel(), total)
 
 
 def rows_view(logits: torch.Tensor | None) -> tuple[int, int, int, int, int, int]:

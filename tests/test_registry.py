@@ -256,3 +256,25 @@ def test_without_torchs_private_names_all_goes_through_the_dispatcher(monkeypatc
     monkeypatch.setattr(registry.OPS["preference_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
     with pytest.raises(KeyError, match="dispatched"):
         _small_loss()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_offsets_are_looked_at_whatever_their_layout(dtype):
+    """The quick look in C++ and torch's own agree, also on what only torch can read."""
+    x = torch.ones(4)
+    for offsets, words in (
+        ([0, 2, 4], None),
+        ([0, 3, 2, 4], "decreases at position 2"),
+        ([1, 4], "must start at 0"),
+        ([0, 3], "must start at 0"),
+    ):
+        wide = torch.full((len(offsets), 2), -7, dtype=dtype)
+        wide[:, 0] = torch.tensor(offsets, dtype=dtype)
+        for cu in (wide[:, 0], wide[:, 0].clone()):
+            if words is None:
+                assert fa.sequence_sum(x, cu).tolist() == [2.0, 2.0]
+                fa.checks.check_cu_seqlens_values(cu, 4)
+                continue
+            for call in (fa.sequence_sum, lambda x, cu: fa.checks.check_cu_seqlens_values(cu, 4)):
+                with pytest.raises(ValueError, match=words):
+                    call(x, cu)
