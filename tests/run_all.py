@@ -1,21 +1,24 @@
 """Every check that needs no GPU, each in a process of its own; what `make test` runs. The first failure ends it.
 
 Backends that must be exercised are named to pytest, and a named backend that cannot run fails: nothing here is skipped because something
-is missing. Stages by name: `python tests/run_all.py lint cpu` runs those two."""
+is missing. Without names all stages run, two at a time, since each keeps about one core busy; a stage's output comes when it is over.
+`python tests/run_all.py lint cpu` runs those two, one after the other."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=5"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider"]  # stages that run at once share no cache
 CONTRACT = sorted((ROOT / "tests").glob("test_contract*.py"))
 
 
@@ -62,20 +65,73 @@ def two_steps():
 STAGES = {f.__name__: f for f in (lint, cpu, train, triton, cuda, aot, two_steps)}
 
 
-def main(names):
-    unknown = [n for n in names if n not in STAGES]
-    if unknown:
-        sys.exit(f"unknown stages {', '.join(unknown)}; legal: {', '.join(STAGES)}")
-    times = {}
-    for name in names or STAGES:
-        start = time.perf_counter()
+# What runs at once when nothing is named; every stage but lint, which comes first, is in one of them.
+LANES = (("cpu", "train", "two_steps"), ("triton", "cuda", "aot"))
+
+
+def in_order(names):
+    """Runs the stages in this process; the first that fails ends it."""
+    for name in names:
         print(f"== {name}", flush=True)
+        start = time.perf_counter()
         try:
             STAGES[name]()
         except subprocess.CalledProcessError as error:
             sys.exit(f"stage {name} failed: {error}")
-        times[name] = time.perf_counter() - start
-    print("all stages passed:", ", ".join(f"{n} {t:.0f} s" for n, t in times.items()))
+        print(f"== {name} passed, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def at_once():
+    """Runs the lanes, each stage as a process group of its own. The first failure stops the other lane too."""
+    running, failed, lock = {}, [], threading.Lock()
+
+    def stop(reason):
+        failed.append(reason)
+        for process in running.values():
+            os.killpg(process.pid, signal.SIGTERM)
+
+    def follow(lane):
+        for name in lane:
+            with lock:
+                if failed:
+                    return
+                print(f"-- {name} begins", flush=True)
+                command = [sys.executable, __file__, name]
+                running[name] = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+                )
+            output, _ = running[name].communicate()
+            with lock:
+                if failed:
+                    return
+                print(output, end="", flush=True)
+                if running.pop(name).returncode:
+                    stop(f"stage {name} failed; its output is above")
+
+    lanes = [threading.Thread(target=follow, args=(lane,)) for lane in LANES]
+    for lane in lanes:
+        lane.start()
+    try:
+        for lane in lanes:
+            lane.join()
+    except KeyboardInterrupt:
+        stop("the run was interrupted")
+    if failed:
+        sys.exit(failed[0])
+
+
+def main(names):
+    unknown = [n for n in names if n not in STAGES]
+    if unknown:
+        sys.exit(f"unknown stages {', '.join(unknown)}; legal: {', '.join(STAGES)}")
+    assert sorted(("lint", *(name for lane in LANES for name in lane))) == sorted(STAGES)
+    start = time.perf_counter()
+    if names:
+        in_order(names)
+    else:
+        in_order(["lint"])
+        at_once()
+    print(f"all stages passed: {', '.join(names or STAGES)}, {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
