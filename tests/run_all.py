@@ -6,6 +6,7 @@ is missing. Without names all stages run, two at a time, since each keeps about 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -83,13 +84,14 @@ def in_order(names):
 
 def at_once():
     """Runs the lanes, each stage as a process group of its own. The first failure stops the other lane too."""
-    running, failed, lock = {}, [], threading.Lock()
+    running, passed, failed, lock = {}, [], [], threading.Lock()
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # threads that wait by spinning would take the other lane's core
 
     def stop(reason):
         failed.append(reason)
         for process in running.values():
-            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGTERM)
 
     def follow(lane):
         for name in lane:
@@ -108,6 +110,8 @@ def at_once():
                 print(output, end="", flush=True)
                 if running.pop(name).returncode:
                     stop(f"stage {name} failed; its output is above")
+                else:
+                    passed.append(name)
 
     lanes = [threading.Thread(target=follow, args=(lane,)) for lane in LANES]
     for lane in lanes:
@@ -119,6 +123,8 @@ def at_once():
         stop("the run was interrupted")
     if failed:
         sys.exit(failed[0])
+    if missing := [name for lane in LANES for name in lane if name not in passed]:  # a lane that broke off
+        sys.exit(f"stages {', '.join(missing)} did not run to their end")
 
 
 def main(names):

@@ -88,7 +88,7 @@ def objects() -> list[Path]:
     extension = Path(_C.__file__)
     sources = [ROOT / "setup.py", *(p for p in CSRC.rglob("*") if p.is_file())]
     fresh = extension.is_relative_to(ROOT) and extension.stat().st_mtime > max(p.stat().st_mtime for p in sources)
-    built_for = tuple(str(_C.build_info().get("cuda_archs", "")).split(";"))
+    built_for = tuple(_C.build_info().get("cuda_archs", "").split(";"))
     return [extension] if fresh and built_for == ARCHS else compile_all()
 
 

@@ -72,8 +72,7 @@ def test_one_launch_each_way(name, monkeypatch):
     run = registry.Op._run
     monkeypatch.setattr(registry.Op, "_run", lambda op, *args: (calls.append(op.name), run(op, *args))[1])
     batch = make_batch(3)
-    options = {k: v for k, v in PAPERS[name][0].items() if k != "omega"}
-    call(batch, batch.logprobs.requires_grad_(), loss=name, **options).loss.backward()
+    call(batch, batch.logprobs.requires_grad_(), loss=name, **PAPERS[name][0]).loss.backward()
     assert calls == ["preference_fwd", "preference_bwd"]
 
 

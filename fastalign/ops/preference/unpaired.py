@@ -175,7 +175,7 @@ def _weights(desirable: Tensor, options: dict[str, Any], like: Tensor) -> dict[s
     for name, weight in zip(_WEIGHTS, (good, bad)):
         check_number(name, weight, low=0.0)
     single = options.get("omega")
-    if single is not None:
+    if "omega" in options:
         check_shape("omega", single, tuple(desirable.shape))
         check_same_device("omega", single, "logprobs", like)
     if good == 1.0 == bad and single is None:
