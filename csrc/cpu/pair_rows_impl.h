@@ -14,6 +14,7 @@ template <class S, class T, bool kCapped, int kSums> struct PairSums {
                         kTr = (kSums & kSumTr) != 0;
   const RowTransform<A>& f;
   const F c, zero;
+  const Exp2Polynomial<S> exp2;
   F minus_m, minus_ref_m, s0[2], s1[2], s2[2], sz[2], ref_s0[2], t[2], tr[2];
 
   FA_INLINE explicit PairSums(const RowTransform<A>& transform) : f(transform), c(S::set(transform.c)), zero(S::set(A(0))) {
@@ -45,7 +46,7 @@ template <class S, class T, bool kCapped, int kSums> struct PairSums {
       e[k] = d[k] = S::fma(u[k], c, minus_m);
       e[2 + k] = d[2 + k] = S::fma(ref_u[k], c, minus_ref_m);
     }
-    S::exp2_four(e);
+    S::exp2_four(e, exp2);
     for (int k = 0; k < 2; ++k) {
       const F er = e[2 + k], by = d[k] - d[2 + k];
       s0[k] = s0[k] + e[k];
@@ -132,6 +133,7 @@ template <class S, bool kCapped, bool kWithB, int kKls> struct PairGradient {
   static constexpr int kVectors = kTr ? 2 : 4;  // at a time: with four exponentials
   const RowTransform<A> f;
   const F zero, c, minus_m, minus_ref_m, a, b, kl_c, kl_mean, kl_k, minus_ratio;
+  const Exp2Polynomial<S> exp2;
 
   FA_INLINE PairGradient(const RowTransform<A>& transform, const PairGradientRow<A>& g)
       : f(transform),
@@ -155,7 +157,7 @@ template <class S, bool kCapped, bool kWithB, int kKls> struct PairGradient {
       dr[k] = S::fma(to_u<S, kCapped>(y[k], f), c, minus_ref_m);
       if constexpr (kTr) e[2 + k] = dr[k];
     }
-    S::exp2_four(e);
+    S::exp2_four(e, exp2);
     for (int k = 0; k < kVectors; ++k) {
       const F u = x[k];
       F inner = a;

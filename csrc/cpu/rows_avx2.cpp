@@ -21,14 +21,15 @@ struct Simd {
   static FA_INLINE F mul_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   // floor(d) goes into the exponent field; at -127, the lowest let through, it empties the field and leaves exactly 0. NaN converts to 2^31,
   // which the shift clears.
-  static FA_INLINE F exp2(F d) {
+  static constexpr bool kScales = false;
+  template <class P> static FA_INLINE F exp2(F d, const P& polynomial) {
     d = bounded(d);
     F n = _mm256_floor_ps(d);
-    __m256i bits = _mm256_castps_si256(exp2_fraction<Simd>(d - n));
+    __m256i bits = _mm256_castps_si256(polynomial.of(d - n));
     return _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
   }
-  static FA_INLINE void exp2_four(F (&d)[4]) {
-    for (F& v : d) v = exp2(v);
+  template <class P> static FA_INLINE void exp2_four(F (&d)[4], const P& polynomial) {
+    for (F& v : d) v = exp2(v, polynomial);
   }
   static FA_INLINE F bounded(F d) { return _mm256_max_ps(set(-127.0f), d); }
   static FA_INLINE F tanh(F y) { return tanh_float<Simd>(y); }

@@ -21,7 +21,8 @@ template <class Scalar> struct Simd {
     return r;
   }
   static FA_INLINE F mul_add(F a, F b, F c) { return a * b + c; }
-  static FA_INLINE F exp2(F d) {
+  static constexpr bool kScales = false;
+  template <class P> static FA_INLINE F exp2(F d, [[maybe_unused]] const P& polynomial) {
     if constexpr (kDouble) {
       F r{};
       for (int i = 0; i < kWidth; ++i) r[i] = std::exp2(d[i]);
@@ -34,11 +35,11 @@ template <class Scalar> struct Simd {
       F shifted = d + magic, n = shifted - magic;
       n = n > d ? n - set(1.0f) : n;
       F scale = F((U(n + magic) - U(magic) + 127u) << 23);
-      return exp2_fraction<Simd>(d - n) * scale;
+      return polynomial.of(d - n) * scale;
     }
   }
-  static FA_INLINE void exp2_four(F (&d)[4]) {
-    for (F& v : d) v = exp2(v);
+  template <class P> static FA_INLINE void exp2_four(F (&d)[4], const P& polynomial) {
+    for (F& v : d) v = exp2(v, polynomial);
   }
   static FA_INLINE F bounded(F d) {
     const F lowest = set(kDouble ? A(-1100) : A(-127));

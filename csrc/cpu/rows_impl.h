@@ -2,7 +2,8 @@
 // every instantiation is then private to that file, and code for one instruction set cannot stand in for another's at link time.
 //
 // A shim S offers: A (scalar), F (vector of kWidth A), Bits (vector of int16_t), set, max_skip_nan, fma (one rounding), mul_add (any),
-//   exp2     d -> 2^d for d up to a little above 0; exactly 0 for -inf; NaN stays NaN
+//   exp2     d, polynomial -> 2^d (times the polynomial's scale) for d up to a little above 0; exactly 0 for -inf; NaN stays NaN
+//   kScales  whether exp2 takes a polynomial with a scale other than 1, at no cost
 //   bounded  d -> d, or a finite number instead where exp2(d) is 0, so that their product is 0 too; may lose NaN, which exp2(d) carries
 //   exp2_four  exp2 of four vectors, for the same bits; side by side where registers allow, so that none waits for its own results
 //   tanh, sum, largest (over the lanes), and for every storage type load2 and store2: 2 * kWidth consecutive elements as two vectors, in a lane
@@ -15,21 +16,30 @@
 namespace fastalign {
 namespace cpu {
 
-// 2^f on [0, 1]: minimax in the relative error with both ends exact, 9.2e-8 (1.6e-7 with fp32 rounding, -4e-9 on average). The ends matter:
-// the largest logit of a row has an exponent of 0 or a rounding error on either side of it. Of several vectors side by side.
-template <class S, int n> FA_INLINE void exp2_fractions(const typename S::F (&f)[n], typename S::F (&p)[n]) {
-  for (int k = 0; k < n; ++k) p[k] = S::mul_add(S::set(0.001879318648f), f[k], S::set(0.008990995096f));
-  for (int k = 0; k < n; ++k) p[k] = S::mul_add(p[k], f[k], S::set(0.055818675962f));
-  for (int k = 0; k < n; ++k) p[k] = S::mul_add(p[k], f[k], S::set(0.240159271464f));
-  for (int k = 0; k < n; ++k) p[k] = S::mul_add(p[k], f[k], S::set(0.69315173883f));
-  for (int k = 0; k < n; ++k) p[k] = S::mul_add(p[k], f[k], S::set(1.0f));
-}
-template <class S> FA_INLINE typename S::F exp2_fraction(typename S::F f) {
-  const typename S::F fraction[1] = {f};
-  typename S::F p[1];
-  exp2_fractions<S>(fraction, p);
-  return p[0];
-}
+// `scale` times a polynomial near 2^f on [0, 1]: minimax in the relative error with both ends exact, 9.2e-8 (1.6e-7 with fp32 rounding, -4e-9 on
+// average). The ends matter: the largest logit of a row has an exponent of 0 or a rounding error on either side of it.
+template <class S> struct Exp2Polynomial {
+  using F = typename S::F;
+  static constexpr int kDegree = 5;
+  static constexpr float kTerms[kDegree + 1] = {1.0f, 0.69315173883f, 0.240159271464f, 0.055818675962f, 0.008990995096f, 0.001879318648f};
+  F terms[kDegree + 1];
+
+  FA_INLINE explicit Exp2Polynomial(typename S::A scale = 1) {
+    for (int i = 0; i <= kDegree; ++i) terms[i] = S::set(kTerms[i] * scale);
+  }
+  // Of several vectors side by side.
+  template <int n> FA_INLINE void apply(const F (&f)[n], F (&p)[n]) const {
+    for (int k = 0; k < n; ++k) p[k] = S::mul_add(terms[kDegree], f[k], terms[kDegree - 1]);
+    for (int i = kDegree - 2; i >= 0; --i)
+      for (int k = 0; k < n; ++k) p[k] = S::mul_add(p[k], f[k], terms[i]);
+  }
+  FA_INLINE F of(F f) const {
+    const F fraction[1] = {f};
+    F p[1];
+    apply(fraction, p);
+    return p[0];
+  }
+};
 
 // tanh in fp32 with full relative accuracy: odd polynomial near 0, 1 - 2e / (1 + e) with e = exp(-2|y|) elsewhere.
 template <class S> FA_INLINE typename S::F tanh_float(typename S::F y) {
@@ -40,7 +50,7 @@ template <class S> FA_INLINE typename S::F tanh_float(typename S::F y) {
   p = S::mul_add(p, z, S::set(0.13331442f));
   p = S::mul_add(p, z, S::set(-0.33333282f));
   F near_zero = S::mul_add(p * z, y, y);
-  F e = S::exp2(size * S::set(-2.885390082f));
+  F e = S::exp2(size * S::set(-2.885390082f), Exp2Polynomial<S>());
   F far = S::set(1.0f) - (e + e) / (S::set(1.0f) + e);
   return size < S::set(0.625f) ? near_zero : (y < S::set(0.0f) ? -far : far);
 }
@@ -152,6 +162,7 @@ template <class S, class T, bool kCapped, int kSums> struct Sums {
   static constexpr bool kS1 = (kSums & kSumS1) != 0, kS2Sz = (kSums & kSumS2Sz) != 0, kGuarded = kS2Sz;
   const RowTransform<A>& f;
   const F c;
+  const Exp2Polynomial<S> exp2;
   F minus_m, s0[4], s1[4], s2[4], sz[4];
 
   FA_INLINE explicit Sums(const RowTransform<A>& transform) : f(transform), c(S::set(transform.c)) {
@@ -165,7 +176,7 @@ template <class S, class T, bool kCapped, int kSums> struct Sums {
     S::load2(x + 2 * S::kWidth, u[2], u[3]);
     for (F& v : u) v = to_u<S, kCapped>(v, f);
     for (int k = 0; k < 4; ++k) e[k] = d[k] = S::fma(u[k], c, minus_m);
-    S::exp2_four(e);
+    S::exp2_four(e, exp2);
     for (int k = 0; k < 4; ++k) add(k, u[k], d[k], e[k]);
   }
   // Two vectors, into chains k and k + 1.
@@ -188,7 +199,7 @@ template <class S, class T, bool kCapped, int kSums> struct Sums {
   }
   template <int k> FA_INLINE void push(F u, F u_or_zero) {
     const F d = S::fma(u, c, minus_m);
-    add(k, u_or_zero, d, S::exp2(d));
+    add(k, u_or_zero, d, S::exp2(d, exp2));
   }
   FA_INLINE void add(int k, F u_or_zero, F d, F e) {
     s0[k] = s0[k] + e;
@@ -266,17 +277,20 @@ RowState<typename S::A> forward_chunk(const T* x, int64_t n, const RowTransform<
 }
 
 // dx of GradientRow, in place of the logits. Its constants are copies: a store to the gradient could be to the arguments, for all the compiler knows.
+// Without b the polynomial may carry the factor a.
 template <class S, bool kCapped, bool kWithB> struct Gradient {
   using A = typename S::A;
   using F = typename S::F;
+  static constexpr bool kFolded = !kWithB && S::kScales;
   const RowTransform<A> f;
   const F c, minus_m, a, b;
+  const Exp2Polynomial<S> exp2;
 
   FA_INLINE Gradient(const RowTransform<A>& transform, const GradientRow<A>& g)
-      : f(transform), c(S::set(f.c)), minus_m(S::set(-g.m)), a(S::set(g.a)), b(S::set(g.b)) {}
+      : f(transform), c(S::set(f.c)), minus_m(S::set(-g.m)), a(S::set(g.a)), b(S::set(g.b)), exp2(kFolded ? g.a : A(1)) {}
   FA_INLINE F distance(F u) const { return S::fma(u, c, minus_m); }
   FA_INLINE F finish(F u, F d, F e) const {
-    F y = e * (kWithB ? S::mul_add(b, S::bounded(d), a) : a);
+    F y = kFolded ? e : e * (kWithB ? S::mul_add(b, S::bounded(d), a) : a);
     if constexpr (kCapped) y = y * S::mul_add(-u, u, S::set(A(1)));
     return y;
   }
@@ -284,12 +298,12 @@ template <class S, bool kCapped, bool kWithB> struct Gradient {
     F d[4], e[4];
     for (F& u : x) u = to_u<S, kCapped>(u, f);
     for (int k = 0; k < 4; ++k) e[k] = d[k] = distance(x[k]);
-    S::exp2_four(e);
+    S::exp2_four(e, exp2);
     for (int k = 0; k < 4; ++k) x[k] = finish(x[k], d[k], e[k]);
   }
   FA_INLINE F one(F x) const {
     const F u = to_u<S, kCapped>(x, f), d = distance(u);
-    return finish(u, d, S::exp2(d));
+    return finish(u, d, S::exp2(d, exp2));
   }
 };
 
@@ -346,7 +360,8 @@ template <class S, class T>
 void backward_any(const void* x, void* grad, int64_t n, const RowTransform<typename S::A>& f, const GradientRow<typename S::A>& g) {
   const T* from = static_cast<const T*>(x);
   T* to = static_cast<T*>(grad);
-  const bool capped = f.cap_scale != 0, with_b = g.b != 0;
+  // A folded factor is multiplied by up to 2 before it is made smaller, and must stay finite; one that does not goes with b, whatever b is.
+  const bool capped = f.cap_scale != 0, with_b = g.b != 0 || !std::isfinite(2 * g.a);
   if (capped) (with_b ? backward_chunk<S, T, true, true> : backward_chunk<S, T, true, false>)(from, to, n, f, g);
   else (with_b ? backward_chunk<S, T, false, true> : backward_chunk<S, T, false, false>)(from, to, n, f, g);
 }

@@ -24,13 +24,14 @@ struct Simd {
   static FA_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static FA_INLINE F mul_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   // reduce leaves d - floor(d), and 0 for -inf; scalef multiplies by 2^floor(d), so by 0 for -inf.
-  static FA_INLINE F exp2(F d) {
-    return _mm512_scalef_ps(exp2_fraction<Simd>(_mm512_reduce_ps(d, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)), d);
+  static constexpr bool kScales = true;
+  template <class P> static FA_INLINE F exp2(F d, const P& polynomial) {
+    return _mm512_scalef_ps(polynomial.of(_mm512_reduce_ps(d, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)), d);
   }
-  static FA_INLINE void exp2_four(F (&d)[4]) {
+  template <class P> static FA_INLINE void exp2_four(F (&d)[4], const P& polynomial) {
     F f[4], p[4];
     for (int k = 0; k < 4; ++k) f[k] = _mm512_reduce_ps(d[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    exp2_fractions<Simd>(f, p);
+    polynomial.apply(f, p);
     for (int k = 0; k < 4; ++k) d[k] = _mm512_scalef_ps(p[k], d[k]);
   }
   // As unsigned integers negative floats are ordered by magnitude, behind all positive ones. 2^-160 is 0 in fp32.

@@ -12,6 +12,12 @@ namespace {
 
 constexpr int64_t kSerialElements = 1 << 15;  // below this, waking threads costs more than the work
 
+// How many of `items` rows, or parts of rows, of `length` elements a thread takes at a time: neighbours, which memory hands out faster, but so few
+// that each thread comes back about 16 times, for rows may be masked and cores slower than others.
+int64_t at_a_time(int64_t items, int64_t length) {
+  return std::max({int64_t(1), kSerialElements / length, items / (16 * omp_get_max_threads())});
+}
+
 template <class T> T* row_of(const RowsView& v, int64_t row) {
   return static_cast<T*>(v.data) + (row / v.inner * v.stride_outer + row % v.inner * v.stride_inner);
 }
@@ -151,8 +157,7 @@ template <class T, bool kRef> struct Forward {
 
   void run() const {
     if (chunks > 1 && rows < omp_get_max_threads()) return run_chunks();
-    const int64_t batch = std::max<int64_t>(1, kSerialElements / vocab);
-#pragma omp parallel for schedule(dynamic, batch) if (rows * vocab > kSerialElements)
+#pragma omp parallel for schedule(dynamic, at_a_time(rows, vocab)) if (rows * vocab > kSerialElements)
     for (int64_t row = 0; row < rows; ++row) run_row(row);
   }
 
@@ -250,12 +255,11 @@ template <class T> struct Backward {
   void run_all() const {
     const int64_t rows = a.logits.rows, vocab = a.logits.vocab;
     const int64_t length = rows < omp_get_max_threads() ? std::min(kChunk, vocab) : vocab, parts = (vocab + length - 1) / length;
-    const int64_t batch = std::max<int64_t>(1, kSerialElements / length);
 #pragma omp parallel if (rows * vocab > kSerialElements)
     {
       std::vector<A> kept(static_cast<size_t>(a.targets));
-#pragma omp for schedule(dynamic, batch)
-      for (int64_t i = rows * parts - 1; i >= 0; --i) {  // from the end, where the forward pass left rows in the cache
+#pragma omp for schedule(dynamic, at_a_time(rows* parts, length))
+      for (int64_t i = 0; i < rows * parts; ++i) {
         const int64_t begin = i % parts * length;
         run(i / parts, begin, std::min(begin + length, vocab), kept);
       }
@@ -270,8 +274,7 @@ template <class Fwd, class Bwd> void run_fused(const Fwd& forward, const Bwd& ba
     backward.run_all();
     return;
   }
-  const int64_t batch = std::max<int64_t>(1, kSerialElements / forward.vocab);
-#pragma omp parallel for schedule(dynamic, batch) if (forward.rows * forward.vocab > kSerialElements)
+#pragma omp parallel for schedule(dynamic, at_a_time(forward.rows, forward.vocab)) if (forward.rows * forward.vocab > kSerialElements)
   for (int64_t row = 0; row < forward.rows; ++row) {
     forward.run_row(row);
     backward.run_row(row);

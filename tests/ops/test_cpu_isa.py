@@ -173,6 +173,15 @@ def test_gradient_is_rounded_once(isa, dtype):
     assert torch.equal(got[:3], want[:3])
 
 
+def test_gradient_near_the_largest_float(isa):
+    logits, labels = torch.tensor([[0.0] + [-5.0, -6.3, -5.75] * 33]), torch.tensor([[1]])  # the sum is 1.3: g / sum may not be doubled
+    state = forward(logits, labels)[STATE]
+    for g in (3.3e38, -3.3e38, 1e-30):
+        got = backward(token_stats_bwd, logits.clone(), labels, state, torch.tensor([[g]]), None).double()
+        want = g * (torch.nn.functional.one_hot(labels[0], 100) - torch.softmax(logits.double(), -1))
+        assert float(((got - want) / g).abs().max()) <= 1e-6, g
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_first_of_equal_maxima(isa, dtype):
     vocab = 2 * CHUNK + 50
