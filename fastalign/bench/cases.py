@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastalign
 from fastalign import testing
-from fastalign.bench import eager, measure
+from fastalign.bench import eager, floors, measure
 from fastalign.bench.peers import PEERS
 from fastalign.bench.shapes import SHAPES, Pairs, Rows, Sequences, Shape
 
@@ -21,13 +21,18 @@ SAMPLED_ROWS = 16  # rows whose results are compared with fp64
 @dataclass
 class Contestant:
     """`run(*inputs)` is what is timed. kind: "ours" (held to the house rule of accuracy), "eager", "compiled" (by torch.compile), "peer" (another
-    package), or "read" (reads the same bytes and does nothing with them). `overwrites`: the run destroys its first input, which must be
-    restored before the next one."""
+    package), "read" (reads the same bytes and does nothing with them), or "floor" (bench/floors.py: also writes as many bytes as the op).
+    `overwrites`: the run destroys its first input, which must be restored before the next one."""
 
     name: str
     run: Callable[..., Tensor]
     kind: str
     overwrites: bool = False
+
+    @property
+    def computes(self) -> bool:
+        """Whether its result means anything."""
+        return self.kind not in ("read", "floor")
 
 
 @dataclass
@@ -75,7 +80,7 @@ def make_case(op: str, shape: Shape, device: torch.device, *, backends: tuple[st
     (ours,) = [c for c in case.contestants if c.kind == "ours"]
     names = own_backends(_PUBLIC.get(op, op), case.inputs[0][0]) if backends is None else backends
     mine = [replace(ours, name=f"fastalign {name}", run=_on_backend(name, ours.run)) for name in names]
-    others = [c for c in case.contestants if c.kind == "read" or c.kind == "eager" or (c.kind == "compiled" and compile)]
+    others = [c for c in case.contestants if c.kind in ("read", "floor", "eager") or (c.kind == "compiled" and compile)]
     wrap = _backward_of if op == "token_logprobs_backward" else _no_grad
     for peer in PEERS.get(op, ()):
         try:
@@ -150,6 +155,10 @@ def _read_only() -> Contestant:
     return Contestant("read only", lambda logits, *rest: measure.read(logits.detach()), "read")
 
 
+def _floor(run: Callable[..., Any], *, overwrites: bool = False) -> Contestant:
+    return Contestant("same memory, nothing computed", run, "floor", overwrites)
+
+
 def _logprobs(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
     inputs, size, sampled = _row_inputs(shape, device, cache_bytes)
     truth, baseline = (testing.token_stats_truth(inputs[0][0][sampled], inputs[0][1][sampled], dtype=t)["logprob"]
@@ -196,6 +205,7 @@ def _logprobs_backward(shape: Rows, device: torch.device, cache_bytes: int) -> C
         *_plain("log_softmax.gather", _backward_of, eager.log_softmax_gather, compiled=False),
         *_plain("F.cross_entropy", _backward_of, eager.cross_entropy),
         _read_only(),
+        _floor(floors.read_and_rewrite, overwrites=True),
     ]
     scale = testing.gradient_scale(logits, labels) * upstream[sampled].abs().double().unsqueeze(-1)
     # Read forward, read and write backward.
@@ -246,6 +256,7 @@ def _token_kl_loss(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
         Contestant("fastalign", fused, "ours", overwrites=True),
         *_plain("log_softmax in fp32, exp, difference, sum", wrap, eager.exact_kl),
         _read_both(),
+        _floor(floors.read_both_and_rewrite, overwrites=True),
     ]
     # Read both, write one gradient.
     scale = torch.full_like(grads[0], float(grads[0].abs().max()))
@@ -314,7 +325,11 @@ def _loss_gradient(op: str, shape: Pairs, device: torch.device, cache_bytes: int
     truth, baseline = (
         gradient_of(eagerly)(*(x.detach().to(t).requires_grad_() for x in inputs[0])) for t in (torch.float64, torch.float32)
     )
-    contestants = [Contestant("fastalign", gradient_of(fused, cu_seqlens), "ours"), *_plain(name, gradient_of, eagerly)]
+    contestants = [
+        Contestant("fastalign", gradient_of(fused, cu_seqlens), "ours"),
+        *_plain(name, gradient_of, eagerly),
+        _floor(floors.loss_and_gradient),
+    ]
     # Read both log-probs, write one gradient.
     traffic, scale = 12 * inputs[0][0].numel(), torch.full_like(truth, float(truth.abs().max()))
     return Case(op, shape, inputs, traffic, contestants, truth, baseline, scale=scale)
@@ -344,10 +359,18 @@ def _gae(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
         padded = (x.view(shape.sequences, shape.length) for x in (rewards, values))
         return tuple(x.flatten() for x in eager.gae_loop(*padded, gamma, lam))
 
+    mask = torch.ones(shape.sequences, shape.length, device=device)
+
+    def masked_loop(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        padded = (x.view(shape.sequences, shape.length) for x in (rewards, values))
+        return tuple(x.flatten() for x in eager.gae_masked_loop(*padded, mask, gamma, lam))
+
     truth, baseline = (torch.stack(loop(*(x.to(t) for x in inputs[0]))) for t in (torch.float64, torch.float32))
     contestants = [
         Contestant("fastalign", _no_grad(fused), "ours"),
         *_plain("loop over time steps", _no_grad, loop, compiled=False),
+        *_plain("loop over time steps, masked", _no_grad, masked_loop, compiled=False),
+        _floor(floors.copy_each),
     ]
     # Read rewards and values, write advantages and returns. What rounds is of the size of the largest sums.
     scale = torch.full_like(truth, float(truth.abs().max()))
@@ -379,7 +402,11 @@ def _policy_loss(shape: Sequences, device: torch.device, cache_bytes: int) -> Ca
     # Next to a bound the two precisions may disagree about whether it holds: such tokens say nothing.
     ratio = torch.exp((logprobs - old).detach().double())
     clear = ((ratio - 0.8).abs() > 1e-6) & ((ratio - 1.2).abs() > 1e-6)
-    contestants = [Contestant("fastalign", gradient_of(fused), "ours"), *_plain("exp, clamp, maximum", gradient_of, eager.ppo_loss)]
+    contestants = [
+        Contestant("fastalign", gradient_of(fused), "ours"),
+        *_plain("exp, clamp, maximum", gradient_of, eager.ppo_loss),
+        _floor(floors.loss_and_gradient),
+    ]
     # Read four tensors, write one gradient.
     scale = torch.full_like(truth[clear], float(truth.abs().max()))
     return Case(

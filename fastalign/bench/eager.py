@@ -78,3 +78,16 @@ def gae_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple
         advantages.append(next_advantage)
     result = torch.stack(advantages[::-1], dim=1)
     return result, result + values
+
+
+def gae_masked_loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """The same where trainers allow for holes: `mask` [B, L], 1.0 at tokens and 0.0 at those to be passed over, is multiplied in at every step."""
+    advantages, next_value, next_advantage = [], torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        there, passed = mask[:, t], 1.0 - mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * there + passed * next_advantage
+        next_value = values[:, t] * there + passed * next_value
+        advantages.append(next_advantage)
+    result = torch.stack(advantages[::-1], dim=1)
+    return result, result + values

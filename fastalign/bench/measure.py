@@ -42,7 +42,7 @@ class Result:
         return asdict(self)
 
 
-def _raw(x: Tensor) -> Tensor:
+def raw(x: Tensor) -> Tensor:
     """The bytes of a contiguous tensor as int64 (up to seven bytes at the end are left out): integers need no arithmetic worth mentioning."""
     raw = x.reshape(-1).view(torch.uint8)
     return raw[: raw.numel() // 8 * 8].view(torch.int64)
@@ -50,10 +50,10 @@ def _raw(x: Tensor) -> Tensor:
 
 # Reductions that read every byte once. Which one is fastest differs from machine to machine; the fastest is the machine's read bandwidth.
 READERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "int64 sum": lambda x: _raw(x).sum(),
-    "int64 max": lambda x: _raw(x).max(),
-    "int32 max": lambda x: _raw(x).view(torch.int32).max(),
-    "float32 sum": lambda x: _raw(x).view(torch.float32).sum(),
+    "int64 sum": lambda x: raw(x).sum(),
+    "int64 max": lambda x: raw(x).max(),
+    "int32 max": lambda x: raw(x).view(torch.int32).max(),
+    "float32 sum": lambda x: raw(x).view(torch.float32).sum(),
 }
 _fastest_reader = "int64 sum"
 
@@ -184,14 +184,14 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
         results.insert(len(results) - len(case.missing), result)
         try:
             runner = Runner(case, contestant)
-            if contestant.kind != "read":
+            if contestant.computes:
                 output = runner.call(0)()
                 result.error = case.error(output)
                 if why := case.check(contestant, output):
                     result.status, result.message = "wrong", why
                     continue
                 del output
-            if memory and contestant.kind != "read":
+            if memory and contestant.computes:
                 extra = peak_extra_bytes(runner.call(0), device)
                 result.extra_mb = None if extra is None else extra / 1e6
             timer.synchronize()
