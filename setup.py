@@ -32,7 +32,7 @@ NVCC_LINK_FLAGS = "-cudart static -Xcompiler -fopenmp -Xlinker --exclude-libs,AL
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 AVX2 = "-mavx2 -mfma -mf16c"
 ISA_FLAGS = {"rows_avx2.cpp": AVX2, "rows_avx512.cpp": AVX512, "rows_avx512bf16.cpp": AVX512 + " -mavx512bf16",
-             "policy_avx2.cpp": AVX2, "policy_avx512.cpp": AVX512}  # fmt: skip
+             "tokens_avx2.cpp": AVX2, "tokens_avx512.cpp": AVX512}  # fmt: skip
 
 
 def find_nvcc(cuda_sources):

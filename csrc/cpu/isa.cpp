@@ -1,8 +1,8 @@
 #include "cpu/isa.h"
 #include <atomic>
 #include <stdexcept>
-#include "cpu/policy.h"
 #include "cpu/rows.h"
+#include "cpu/tokens.h"
 
 namespace fastalign {
 namespace cpu {
@@ -73,14 +73,14 @@ template <> const RowKernels<float>& row_kernels<float>() {
 
 template <> const RowKernels<double>& row_kernels<double>() { return generic_rows64; }
 
-template <> const PolicyKernels<float>& policy_kernels<float>() {
+template <> const TokenKernels<float>& token_kernels<float>() {
 #if defined(__x86_64__)
-  if (isa() == kAvx512Bf16 || isa() == kAvx512) return avx512_policy;
-  if (isa() == kAvx2) return avx2_policy;
+  if (isa() == kAvx512Bf16 || isa() == kAvx512) return avx512_tokens;
+  if (isa() == kAvx2) return avx2_tokens;
 #endif
-  return generic_policy;
+  return generic_tokens;
 }
-template <> const PolicyKernels<double>& policy_kernels<double>() { return generic_policy64; }
+template <> const TokenKernels<double>& token_kernels<double>() { return generic_tokens64; }
 
 }  // namespace cpu
 }  // namespace fastalign

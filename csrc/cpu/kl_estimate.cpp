@@ -1,6 +1,5 @@
 // KL estimators per token; the formulas are kl_estimate in math/scalar.h, the loop over tokens is in policy_impl.h.
-#include "cpu/policy.h"
-#include "ops.h"
+#include "cpu/tokens.h"
 
 namespace fastalign {
 namespace cpu {
@@ -12,7 +11,7 @@ constexpr int64_t kSerialTokens = 1 << 15;   // below this, waking threads costs
 template <class T> void forward(const KlEstimateArgs& a) {
   const T *logprobs = static_cast<const T*>(a.logprobs), *ref_logprobs = static_cast<const T*>(a.ref_logprobs);
   T *value = static_cast<T*>(a.value), *slope = static_cast<T*>(a.slope);
-  const PolicyKernels<T>& kernels = policy_kernels<T>();
+  const TokenKernels<T>& kernels = token_kernels<T>();
 #pragma omp parallel for if (a.n > kSerialTokens)
   for (int64_t i = 0; i < a.n; i += kTile) {
     const int64_t n = a.n - i < kTile ? a.n - i : kTile;

@@ -15,9 +15,7 @@ struct LaneSums {
   int64_t count;  // tokens that the mask keeps
 };
 
-// y and mask may be null. Masked tokens are selected away, whatever they hold.
-LaneSums lane_sums(const float* x, const float* y, double y_scale, const uint8_t* mask, int64_t n);
-LaneSums lane_sums(const double* x, const double* y, double y_scale, const uint8_t* mask, int64_t n);
+// `sum_lanes` of TokenKernels (tokens.h). y and mask may be null. Masked tokens are selected away, whatever they hold.
 
 }  // namespace cpu
 }  // namespace fastalign

@@ -1,6 +1,6 @@
 // Policy and value losses. A sequence (or a tile of tokens, where sequences do not matter) is one thread's; sums run in fixed lanes over short spans
 // and then in double, in order: the same for every thread count and instruction set. The loops over tokens are in policy_impl.h.
-#include "cpu/policy.h"
+#include "cpu/tokens.h"
 #include <vector>
 
 namespace fastalign {
@@ -52,7 +52,7 @@ template <class T> void policy(const PolicyArgs& a) {
   const PolicyParams<double> wide = policy_params<double>(a.scalars, a.switches);
   if (a.kl_coef) p.kl_coef = *static_cast<const T*>(a.kl_coef);
   if (a.entropy_coef) p.entropy_coef = *static_cast<const T*>(a.entropy_coef);
-  const PolicyKernels<T>& kernels = policy_kernels<T>();
+  const TokenKernels<T>& kernels = token_kernels<T>();
   reduce<kPolicyStats, T>(
       a, p.aggregation, kPolicy_tokens, kPolicy_sequences, p.ratio != kRatioToken || p.aggregation == kSeqMeanTokenMean,
       [&](const Span& s, double* length, double* total) { kernels.measure_policy(a, p, s, length, total); },
@@ -61,7 +61,7 @@ template <class T> void policy(const PolicyArgs& a) {
 }
 
 template <class T> void value(const ValueArgs& a) {
-  const PolicyKernels<T>& kernels = policy_kernels<T>();
+  const TokenKernels<T>& kernels = token_kernels<T>();
   reduce<kValueStats, T>(
       a, a.aggregation, kValue_tokens, kValue_sequences, a.aggregation == kSeqMeanTokenMean,
       [&](const Span& s, double* length, double*) { kernels.measure_value(a, s, length); }, [](double, double) { return 0.0; },
@@ -70,7 +70,7 @@ template <class T> void value(const ValueArgs& a) {
 
 template <class T> void backward(const PolicyBackwardArgs& a) {
   const T grad = *static_cast<const T*>(a.grad), items = *static_cast<const T*>(a.stats);
-  const auto scale = policy_kernels<T>().scale;
+  const auto scale = token_kernels<T>().scale;
 #pragma omp parallel for if (a.tokens > 4 * kSerialTokens)
   for (int64_t begin = 0; begin < a.tokens; begin += kPolicyTile) {
     const int64_t n = a.tokens - begin < kPolicyTile ? a.tokens - begin : kPolicyTile;

@@ -1,7 +1,6 @@
-// Policy and value losses on some tokens at a time, as vectors: included by one file per instruction set, each compiled with that set's flags, so
-// everything here is private to the including file (the reason is in rows_impl.h). The including file defines FA_HD first.
+// Policy and value losses on some tokens at a time, as vectors. Part of tokens_impl.h.
 #pragma once
-#include "cpu/policy.h"
+#include "cpu/tokens.h"
 
 namespace fastalign {
 namespace cpu {
@@ -308,9 +307,6 @@ template <class T> void estimate_kl(int kind, const T* logprobs, const T* ref_lo
     if (slope) store<T>(r.slope, slope, at);
   });
 }
-
-template <class T>
-constexpr PolicyKernels<T> kPolicyKernels{measure_policy<T>, run_policy<T>, measure_value<T>, run_value<T>, scale<T>, estimate_kl<T>};
 
 }  // namespace
 }  // namespace cpu

@@ -2,9 +2,8 @@
 // Sums and pair formulas are evaluated in double and rounded once; the order is that of tokens and of pair numbers, whatever the thread count.
 #include <algorithm>
 #include <vector>
-#include "cpu/lane_sums.h"
+#include "cpu/tokens.h"
 #include "math/pair.h"
-#include "ops.h"
 
 namespace fastalign {
 namespace cpu {
@@ -38,6 +37,7 @@ template <class T> struct Forward {
   const PairParams<double> p = pair_params<double>(a.scalars, a.switches);
   const bool uniform = uniform_tokens(p, a);
   T* const sums = static_cast<T*>(a.sums);
+  const decltype(TokenKernels<T>::sum_lanes) sum_lanes = token_kernels<T>().sum_lanes;
 
   static double at(const void* v, int64_t i) { return double(static_cast<const T*>(v)[i]); }
 
@@ -47,11 +47,11 @@ template <class T> struct Forward {
     const uint8_t* mask = a.mask ? a.mask + start : nullptr;
     auto tokens = [&](const void* v) { return v ? static_cast<const T*>(v) + start : nullptr; };
     const bool with_reference = a.ref_logprobs && p.reference != 0.0;
-    const LaneSums r = lane_sums(tokens(a.logprobs), with_reference ? tokens(a.ref_logprobs) : nullptr, p.reference, mask, n);
+    const LaneSums r = sum_lanes(tokens(a.logprobs), with_reference ? tokens(a.ref_logprobs) : nullptr, p.reference, mask, n);
     sum[kSumPolicy] = sum[kSumSft] = r.x;
     sum[kSumRatio] = r.difference;
     sum[kSumLength] = sum[kSumSftLength] = double(r.count);
-    if (a.kl) sum[kSumKl] = lane_sums(tokens(a.kl), nullptr, 0.0, mask, n).x;
+    if (a.kl) sum[kSumKl] = sum_lanes(tokens(a.kl), nullptr, 0.0, mask, n).x;
   }
 
   void sum_side(int64_t pair, int side) const {

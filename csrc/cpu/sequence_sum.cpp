@@ -1,7 +1,5 @@
 // Sums over packed sequences. A sequence is summed by one thread, in a fixed order, in double: the result does not depend on the thread count.
-#include "common.h"
-#include "cpu/lane_sums.h"
-#include "ops.h"
+#include "cpu/tokens.h"
 
 namespace fastalign {
 namespace cpu {
@@ -10,11 +8,12 @@ namespace {
 template <class T> void forward(const SequenceSumArgs& a) {
   const T *x = static_cast<const T*>(a.x), *weights = static_cast<const T*>(a.weights);
   T *sums = static_cast<T*>(a.sums), *counts = static_cast<T*>(a.counts);
+  const auto sum_lanes = token_kernels<T>().sum_lanes;
 #pragma omp parallel for schedule(guided) if (a.tokens > (weights ? kSerialTokens : kSerialUniform))
   for (int64_t s = 0; s < a.sequences; ++s) {
     if (!weights) {
       const int64_t start = a.cu_seqlens[s];
-      const LaneSums r = lane_sums(x + start, nullptr, 0.0, a.mask ? a.mask + start : nullptr, a.cu_seqlens[s + 1] - start);
+      const LaneSums r = sum_lanes(x + start, nullptr, 0.0, a.mask ? a.mask + start : nullptr, a.cu_seqlens[s + 1] - start);
       sums[s] = T(r.x);
       counts[s] = T(r.count);
       continue;

@@ -1,10 +1,12 @@
-#include "cpu/lane_sums.h"
+// The sums of lane_sums.h, eight tokens at a time in two chains. Part of tokens_impl.h.
+#pragma once
 #include <cstring>
-#include "cpu/clones.h"
+#include "cpu/tokens.h"
 
 namespace fastalign {
 namespace cpu {
 namespace {
+namespace lanes {
 
 // Eight tokens: their values, the integers of the same size, and the doubles that they are summed in.
 template <class T> struct Eight;
@@ -22,19 +24,19 @@ typedef uint8_t Mask __attribute__((vector_size(8)));
 constexpr int kWidth = 8, kChains = 2, kStep = kWidth * kChains;
 constexpr uint8_t kAllKept[kStep] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, kNoneKept[kStep] = {};
 
-template <class V, class T> FA_BODY V load(const T* p) {
+template <class V, class T> FA_HD V load(const T* p) {
   V v;
   memcpy(&v, p, sizeof v);
   return v;
 }
 
 // x, or +0 where the mask is zero: on the bits, so that it does not matter what x holds.
-template <class T> FA_BODY Sum widen(typename Eight<T>::Value x, typename Eight<T>::Bits kept) {
+template <class T> FA_HD Sum widen(typename Eight<T>::Value x, typename Eight<T>::Bits kept) {
   return __builtin_convertvector(typename Eight<T>::Value(typename Eight<T>::Bits(x) & kept), Sum);
 }
 
 template <bool kMask, bool kPair, class T>
-FA_BODY LaneSums body(const T* x, const T* y, double y_scale, const uint8_t* mask, int64_t n) {
+FA_HD LaneSums body(const T* x, const T* y, double y_scale, const uint8_t* mask, int64_t n) {
   using Value = typename Eight<T>::Value;
   using Bits = typename Eight<T>::Bits;
   Sum sum[kChains] = {}, difference[kChains] = {};
@@ -79,21 +81,14 @@ FA_BODY LaneSums body(const T* x, const T* y, double y_scale, const uint8_t* mas
   return total;
 }
 
-template <class T> FA_BODY LaneSums dispatch(const T* x, const T* y, double y_scale, const uint8_t* mask, int64_t n) {
+template <class T> LaneSums sum_lanes(const T* x, const T* y, double y_scale, const uint8_t* mask, int64_t n) {
   if (y) return mask ? body<true, true>(x, y, y_scale, mask, n) : body<false, true>(x, y, y_scale, mask, n);
   LaneSums s = mask ? body<true, false>(x, y, y_scale, mask, n) : body<false, false>(x, y, y_scale, mask, n);
   s.difference = s.x;
   return s;
 }
 
+}  // namespace lanes
 }  // namespace
-
-FA_CLONES LaneSums lane_sums(const float* x, const float* y, double y_scale, const uint8_t* mask, int64_t n) {
-  return dispatch(x, y, y_scale, mask, n);
-}
-FA_CLONES LaneSums lane_sums(const double* x, const double* y, double y_scale, const uint8_t* mask, int64_t n) {
-  return dispatch(x, y, y_scale, mask, n);
-}
-
 }  // namespace cpu
 }  // namespace fastalign

@@ -1,5 +1,8 @@
-// The inner loops of the policy and value losses and of the KL estimators, which the policy loss has a term of: one table of functions per instruction set, filled from policy_impl.h.
+// The inner loops over per-token scalars: one table of functions per instruction set, filled from tokens_impl.h.
 #pragma once
+#include "cpu/lane_sums.h"
+#include "math/affine.h"
+#include "math/moments.h"
 #include "math/policy.h"
 #include "ops.h"
 
@@ -15,23 +18,25 @@ struct Span {
 };
 
 // measure_...: adds a span's scored tokens, and the sum of their log-ratio terms. run_...: writes a span's slopes and adds its sums to stats.
-// scale: out = grad * slopes / items.
-template <class T> struct PolicyKernels {
+// scale: out = grad * slopes / items. walk: GAE of sequence s. sum_lanes: see lane_sums.h.
+template <class T> struct TokenKernels {
   void (*measure_policy)(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* length, double* total);
   void (*run_policy)(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* stats);
   void (*measure_value)(const ValueArgs& a, const Span& s, double* length);
   void (*run_value)(const ValueArgs& a, const Span& s, double* stats);
   void (*scale)(const T* slopes, T grad, T items, int64_t n, T* out);
   void (*estimate_kl)(int kind, const T* logprobs, const T* ref_logprobs, int64_t n, T* value, T* slope);
+  Moments<double> (*walk)(const GaeArgs& a, const GaeStep<double>& step, int64_t s);
+  LaneSums (*sum_lanes)(const T* x, const T* y, double y_scale, const uint8_t* mask, int64_t n);
 };
 
-extern const PolicyKernels<float> generic_policy, avx2_policy, avx512_policy;
-extern const PolicyKernels<double> generic_policy64;
+extern const TokenKernels<float> generic_tokens, avx2_tokens, avx512_tokens;
+extern const TokenKernels<double> generic_tokens64;
 
 // The table in force (isa.h); fp64 has one.
-template <class T> const PolicyKernels<T>& policy_kernels();
-template <> const PolicyKernels<float>& policy_kernels<float>();
-template <> const PolicyKernels<double>& policy_kernels<double>();
+template <class T> const TokenKernels<T>& token_kernels();
+template <> const TokenKernels<float>& token_kernels<float>();
+template <> const TokenKernels<double>& token_kernels<double>();
 
 }  // namespace cpu
 }  // namespace fastalign
