@@ -2,8 +2,8 @@
 //
 // Every CUDA thread is a fiber; all fibers of a launch run on the calling OS thread under one scheduler (a cluster's blocks too: one
 // scheduler makes every interleaving reproducible from its seed and every deadlock certain). A fiber runs until it reaches a barrier, a
-// warp operation or an atomic; which one runs next is drawn at random. Several clusters of the grid are under way at a time, in random
-// order.
+// warp operation or an atomic; which one runs next is drawn at random: under an odd seed evenly, under an even one so that some warps are far
+// ahead of others. Several clusters of the grid are under way at a time, in random order.
 //
 // What it finds: shared memory used before it was written (it starts as NaN) or outside its size; barriers and warp operations that not
 // all threads reach, or reach at different places; deadlocks, across the blocks of a cluster too; a block that exits while others may
@@ -61,6 +61,7 @@ struct Thread {
   Block* block = nullptr;
   dim3 index;
   unsigned linear = 0;
+  uint64_t place = 0;  // of its warp among those that hurry (even seeds)
   bool done = false;
   uint64_t given = 0, taken = 0;  // what this lane puts into a warp operation and gets out of it
   unsigned source = 0;  // the lane it reads
@@ -293,6 +294,7 @@ class Machine {
       for (unsigned i = 0; i < threads; ++i) {
         Thread& t = b.threads[i];
         t.block = &b, t.linear = i, t.stack = stacks_.take();
+        t.place = i % 32 ? b.threads[i - 1].place : draw();
         t.index = dim3(i % block_dim.x, i / block_dim.x % block_dim.y, i / block_dim.x / block_dim.y);
         t.context.prepare(t.stack, StackPool::kSize, &Machine::entry);
         b.lanes_alive[i / 32] |= 1u << i % 32;
@@ -327,7 +329,7 @@ class Machine {
         error_ = std::make_exception_ptr(std::runtime_error(text("deadlock: " + waiters(running))));
         break;
       }
-      std::swap(ready_[draw() % ready_.size()], ready_.back());
+      std::swap(ready_[pick()], ready_.back());
       current = ready_.back();
       ready_.pop_back();
       switch_context(scheduler_, current->context);
@@ -358,6 +360,16 @@ class Machine {
     return out;
   }
 
+  // Evenly drawn threads meet a barrier at about the same time, so that its absence may not show; the best placed of many drawn threads do not.
+  size_t pick() {
+    constexpr int kDrawn = 16;
+    size_t best = draw() % ready_.size();
+    for (int i = 1; seed % 2 == 0 && i < kDrawn; ++i) {
+      const size_t other = draw() % ready_.size();
+      if (ready_[other]->place < ready_[best]->place) best = other;
+    }
+    return best;
+  }
   uint64_t draw() {  // xorshift64*
     random_ ^= random_ >> 12, random_ ^= random_ << 25, random_ ^= random_ >> 27;
     return (random_ * 0x2545f4914f6cdd1dull) >> 33;

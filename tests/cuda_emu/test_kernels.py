@@ -9,6 +9,7 @@ import test_contract as contract
 import test_contract_gae as gae
 import test_contract_listwise as listwise
 import test_contract_packed as packed
+import test_contract_policy as policy
 import torch
 from cuda_emu import build, plugin
 
@@ -216,6 +217,21 @@ MISSING = {
             "    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }",
         ),
         lambda: packed.test_pair_kernel(*WHERE, "preset dpo"),
+        0,
+    ),
+    "the barrier before the warps' sums are added": (
+        "sequence.cuh",
+        (
+            "    for (int i = 0; i < N; ++i) partial[warp * N + i] = x[i];\n  __syncthreads();",
+            "    for (int i = 0; i < N; ++i) partial[warp * N + i] = x[i];",
+        ),
+        lambda: policy.compare(policy.make("cpu", lengths=(700, 300)), loss="gspo"),
+        0,
+    ),
+    "the barrier before the room for the warps' sums is used again": (
+        "sequence.cuh",
+        ("  __syncthreads();   // the caller may use `partial` again", "  // the caller may use `partial` again"),
+        lambda: policy.compare(policy.make("cpu", lengths=(700, 300)), loss="gspo"),
         0,
     ),
     "the barrier before the warps' maps are composed": (

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import test_contract_kl as contract
+import test_contract_kl_loss as kl_loss
 import torch
 from test_kernels import WHERE, assert_noticed, cluster  # noqa: F401
 
@@ -77,7 +78,7 @@ def test_automatic_cluster_of_a_long_row(emulated):
     """Long enough that the choice by row length is a cluster, for a single row; the loss reads it once."""
     x, ref = contract.make_pair(1, 40_003, dtype=torch.bfloat16)
     contract.check(x, ref, make_labels(1, 40_003), KLS)
-    contract.test_kl_loss(*WHERE, 40_003, torch.bfloat16, "policy_ref")
+    kl_loss.test_kl_loss(*WHERE, 40_003, torch.bfloat16, "policy_ref")
 
 
 @pytest.mark.parametrize("vocab,dtype,size", [(32000, torch.bfloat16, 2), (128256, torch.bfloat16, 8), (151936, torch.bfloat16, 8)])
@@ -205,4 +206,4 @@ MISSING = {
 
 @pytest.mark.parametrize("what", MISSING)
 def test_a_missing_barrier_is_noticed(emulated, what):
-    assert_noticed(what, "token_stats_fused.cu", MISSING[what], lambda: contract.test_kl_loss(*WHERE, 1037, torch.float32, "policy_ref"), 2)
+    assert_noticed(what, "token_stats_fused.cu", MISSING[what], lambda: kl_loss.test_kl_loss(*WHERE, 1037, torch.float32, "policy_ref"), 2)
