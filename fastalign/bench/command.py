@@ -175,7 +175,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(
         len(cases), 1, figsize=(9, sum(heights) + 0.5), squeeze=False, layout="constrained", height_ratios=heights
     )
-    colours = {"ours": "tab:red", "read": "tab:grey", "floor": "lightgrey", "eager": "tab:blue", "compiled": "tab:cyan", "peer": "tab:green"}
+    colours = {
+        "ours": "tab:red",
+        "read": "tab:grey",
+        "floor": "lightgrey",
+        "eager": "tab:blue",
+        "compiled": "tab:cyan",
+        "peer": "tab:green",
+    }
     for axis, case in zip(axes[:, 0], cases):
         timed = [r for r in case["results"] if r["ms"] is not None][::-1]
         bars = axis.barh([r["name"] for r in timed], [r["ms"] for r in timed], color=[colours[r["kind"]] for r in timed])

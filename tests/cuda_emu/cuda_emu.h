@@ -2,8 +2,8 @@
 //
 // Every CUDA thread is a fiber; all fibers of a launch run on the calling OS thread under one scheduler (a cluster's blocks too: one
 // scheduler makes every interleaving reproducible from its seed and every deadlock certain). A fiber runs until it reaches a barrier, a
-// warp operation or an atomic; which one runs next is drawn at random: under an odd seed evenly, under an even one so that some warps are far
-// ahead of others. Several clusters of the grid are under way at a time, in random order.
+// warp operation or an atomic; which one runs next is drawn at random: under an odd seed evenly, under an even one warps have ranks, and a
+// warp runs while those above it wait. Several clusters of the grid are under way at a time, in random order.
 //
 // What it finds: shared memory used before it was written (it starts as NaN) or outside its size; barriers and warp operations that not
 // all threads reach, or reach at different places; deadlocks, across the blocks of a cluster too; a block that exits while others may
@@ -61,7 +61,7 @@ struct Thread {
   Block* block = nullptr;
   dim3 index;
   unsigned linear = 0;
-  uint64_t place = 0;  // of its warp among those that hurry (even seeds)
+  uint64_t rank = 0, ticket = 0;  // even seeds: of its warp; drawn again each time it becomes ready
   bool done = false;
   uint64_t given = 0, taken = 0;  // what this lane puts into a warp operation and gets out of it
   unsigned source = 0;  // the lane it reads
@@ -133,7 +133,7 @@ class Machine {
 
   // ---- called from fibers ----
   void yield() {
-    ready_.push_back(current);
+    wake(current);
     leave();
   }
   void meet_block(Site site) {
@@ -229,7 +229,7 @@ class Machine {
     barrier.waiting.push_back(current);
   }
   void release(Barrier& barrier) {
-    ready_.insert(ready_.end(), barrier.waiting.begin(), barrier.waiting.end());
+    for (Thread* t : barrier.waiting) wake(t);
     barrier.waiting.clear();
   }
   void release_if(Barrier& barrier, unsigned expected) {
@@ -294,11 +294,11 @@ class Machine {
       for (unsigned i = 0; i < threads; ++i) {
         Thread& t = b.threads[i];
         t.block = &b, t.linear = i, t.stack = stacks_.take();
-        t.place = i % 32 ? b.threads[i - 1].place : draw();
+        t.rank = i % 32 ? b.threads[i - 1].rank : draw();
         t.index = dim3(i % block_dim.x, i / block_dim.x % block_dim.y, i / block_dim.x / block_dim.y);
         t.context.prepare(t.stack, StackPool::kSize, &Machine::entry);
         b.lanes_alive[i / 32] |= 1u << i % 32;
-        ready_.push_back(&t);
+        wake(&t);
       }
       c->alive += threads;
     }
@@ -329,9 +329,7 @@ class Machine {
         error_ = std::make_exception_ptr(std::runtime_error(text("deadlock: " + waiters(running))));
         break;
       }
-      std::swap(ready_[pick()], ready_.back());
-      current = ready_.back();
-      ready_.pop_back();
+      current = next();
       switch_context(scheduler_, current->context);
       Cluster& c = *current->block->cluster;
       if (c.alive) continue;
@@ -360,15 +358,20 @@ class Machine {
     return out;
   }
 
-  // Evenly drawn threads meet a barrier at about the same time, so that its absence may not show; the best placed of many drawn threads do not.
-  size_t pick() {
-    constexpr int kDrawn = 16;
-    size_t best = draw() % ready_.size();
-    for (int i = 1; seed % 2 == 0 && i < kDrawn; ++i) {
-      const size_t other = draw() % ready_.size();
-      if (ready_[other]->place < ready_[best]->place) best = other;
-    }
-    return best;
+  // Evenly drawn threads come to a barrier at about the same time, so that its absence may not show; warps in the order of their ranks do not.
+  bool ranked() const { return seed % 2 == 0; }
+  static bool later(const Thread* a, const Thread* b) { return a->rank != b->rank ? a->rank > b->rank : a->ticket > b->ticket; }
+  void wake(Thread* t) {
+    t->ticket = draw();
+    ready_.push_back(t);
+    if (ranked()) std::push_heap(ready_.begin(), ready_.end(), later);
+  }
+  Thread* next() {
+    if (ranked()) std::pop_heap(ready_.begin(), ready_.end(), later);
+    else std::swap(ready_[draw() % ready_.size()], ready_.back());
+    Thread* t = ready_.back();
+    ready_.pop_back();
+    return t;
   }
   uint64_t draw() {  // xorshift64*
     random_ ^= random_ >> 12, random_ ^= random_ << 25, random_ ^= random_ >> 27;
