@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -43,6 +44,29 @@ def check_number(
         raise ValueError(f"{name}={value!r} is out of range; legal: finite {' and '.join(b for b in bounds if b)}".rstrip())
 
 
+def check_integer(name: str, value: Any) -> None:
+    """A Python integer that int64 holds."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{name}={value!r} is out of range; legal: integers of 64 bits")
+
+
+def check_integers(name: str, tensor: Any) -> None:
+    """A tensor of integers: token ids, labels."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(tensor).__name__}")
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+
+
+def check_floating(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
 def check_choice(name: str, value: Any, legal: Any) -> None:
     if value not in legal:
         raise ValueError(f"{name}={value!r} is unknown; legal: {', '.join(str(v) for v in legal)}")
@@ -74,17 +98,32 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, tokens: int, *, name: str = "cu_
         raise ValueError(f"{name} decreases at position {where + 1}; it must be non-decreasing")
 
 
+def check_pairs_values(pairs: Tensor, sequences: int) -> None:
+    """Sequence numbers inside [0, sequences)."""
+    if pairs.numel():
+        low, high = (int(x) for x in pairs.aminmax())
+        if low < 0 or high >= sequences:
+            raise IndexError(f"pairs holds sequence numbers from {low} to {high}; legal: 0 to {sequences - 1}")
+
+
 def global_count(name: str, value: Any, like: Tensor) -> Tensor | None:
     """num_items and its kin, a number or a tensor of one element, as a 0-dim tensor of `like`'s dtype and device; a constant. None stays None."""
     if value is None:
         return None
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-        check_same_device(name, value, "the log-probs", like)
-        return value.detach().reshape(()).to(like.dtype)
+        return one_element(name, value, like)
+    if not isinstance(value, (int, float)) and hasattr(value, "__index__"):
+        value = operator.index(value)  # counts are often NumPy's integers
     check_number(name, value, low=0)
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
+
+
+def one_element(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """A tensor of one element that stands for a number, as a 0-dim constant of `like`'s dtype and device."""
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+    check_same_device(name, value, "the per-token tensor", like)
+    return value.detach().reshape(()).to(like.dtype)
 
 
 def per_token(name: str, tensor: Any, like: Tensor | None = None) -> Tensor:
@@ -99,8 +138,7 @@ def per_token(name: str, tensor: Any, like: Tensor | None = None) -> Tensor:
         and tensor.is_contiguous()
     ):
         return tensor  # the usual case, without a dispatch
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    check_floating(name, tensor)
     if like is None:
         if tensor.dim() != 1:
             raise ValueError(f"{name} must be 1-D [T] (packed tokens), got shape {tuple(tensor.shape)}")

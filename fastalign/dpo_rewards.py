@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.checks import check_cu_seqlens, check_cu_seqlens_values, check_number, per_token, row_mask
-from fastalign.rl import shape_rewards
+from fastalign.rl import returns_to_go, shape_rewards
 
 
 class TokenRewards(NamedTuple):
@@ -44,11 +44,9 @@ def token_rewards(
         check_cu_seqlens_values(cu_seqlens, tokens)
     scored = logprobs != ref_logprobs if mask is None else mask & (logprobs != ref_logprobs)
     rewards = torch.where(scored, beta * (logprobs - ref_logprobs), 0.0)
-    # Sums over the whole batch, in fp64 so that the difference keeps what fp32 can hold.
-    total = torch.cat([rewards.new_zeros(1, dtype=torch.float64), rewards.cumsum(0, dtype=torch.float64)])
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(tokens, dtype=torch.int32, device=logprobs.device), right=True)
-    before = total[cu_seqlens.long()[sequence]]
-    return TokenRewards(rewards, (total[1:] - before).to(rewards.dtype))
+    # A sum over a prefix is a return to go on the reversed batch. A difference of sums over the whole batch would carry one sequence's inf or NaN
+    # into the next, and lose digits.
+    return TokenRewards(rewards, returns_to_go(rewards.flip(0), tokens - cu_seqlens.flip(0)).flip(0))
 
 
 def rto_rewards(

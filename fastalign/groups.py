@@ -65,7 +65,9 @@ def group_advantages(
     check_same_device("groups", groups, "rewards", rewards)
     if groups.dtype.is_floating_point or groups.dtype == torch.bool:
         raise TypeError(f"groups must be integers, got {groups.dtype}")
-    if (kind == "remax") != (greedy_rewards is not None):
+    if kind == "remax" and greedy_rewards is None:
+        raise ValueError("kind='remax' needs greedy_rewards [S], the reward of the greedy answer to each sequence's prompt; got None")
+    if kind != "remax" and greedy_rewards is not None:
         raise ValueError(f"greedy_rewards belongs to kind='remax' and to no other; got kind={kind!r}")
     every, ids, start = rewards.double(), groups.long(), 0
     if group is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastalign.checks import check_cu_seqlens, check_cu_seqlens_values, check_same_device, check_shape
+from fastalign.checks import check_cu_seqlens, check_cu_seqlens_values, check_integer, check_integers, check_same_device, check_shape
 
 IGNORE_INDEX = -100
 
@@ -51,12 +51,16 @@ def pack(
         PackedBatch.
 
     Raises:
-        ValueError: masks that do not match the sequences.
+        ValueError, TypeError: sequences or masks of more than one dimension, token ids that are no integers, masks that do not match the sequences.
     """
-    rows = [torch.as_tensor(s, dtype=torch.int64).reshape(-1) for s in sequences]
+    rows = [_row("sequences", i, s) for i, s in enumerate(sequences)]
+    for i, r in enumerate(rows):
+        if r.numel():  # an empty list has no type
+            check_integers(f"sequences[{i}]", r)
+    rows = [r.to(torch.int64) for r in rows]
     lengths = [len(r) for r in rows]
     if masks is not None:
-        marks = [torch.as_tensor(m).reshape(-1).to(torch.bool) for m in masks]
+        marks = [_row("masks", i, m).to(torch.bool) for i, m in enumerate(masks)]
         if [len(m) for m in marks] != lengths:
             raise ValueError(f"masks has lengths {[len(m) for m in marks]}; legal: those of sequences, {lengths}")
     input_ids = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
@@ -70,6 +74,13 @@ def pack(
     return batch if device is None else batch.to(device)
 
 
+def _row(name: str, i: int, values: Any) -> Tensor:
+    row = torch.as_tensor(values)
+    if row.dim() != 1:
+        raise ValueError(f"{name}[{i}] has shape {tuple(row.shape)}; legal: 1-D, a sequence's tokens")
+    return row
+
+
 def shift_labels(input_ids: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Labels for the rows that predict them: labels[t] = input_ids[t + 1] within a sequence, `ignore_index` at each sequence's last row.
 
@@ -80,9 +91,14 @@ def shift_labels(input_ids: Tensor, cu_seqlens: Tensor, mask: Tensor | None = No
 
     Returns:
         [T] int64. Nothing crosses a boundary of cu_seqlens.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, malformed cu_seqlens (values on the CPU).
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 1:
         raise ValueError("input_ids must be a 1-D tensor [T] (packed tokens)")
+    check_integers("input_ids", input_ids)
+    check_integer("ignore_index", ignore_index)
     cu_seqlens = check_cu_seqlens(cu_seqlens, input_ids)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_cu_seqlens_values(cu_seqlens, input_ids.numel())

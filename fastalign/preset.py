@@ -217,9 +217,30 @@ _EFFECT: dict[str, tuple[Callable[[Preset], bool], str]] = {
     "point_beta_power": (lambda p: p.point_link is not None, "point_link"),
     "point_target": (lambda p: p.point_link in TARGET_LINKS, f"point_link in {TARGET_LINKS}"),
     "anchor": (lambda p: p.point_link is not None, "point_link"),
+    "point_link": (lambda p: p.point_link is None or any((*p.point_chosen, *p.point_rejected)), "point_chosen or point_rejected"),
     "sft_norm": (lambda p: p.sft_weight != 0, "sft_weight"),
     "sft_include_prompt": (lambda p: not p.sft_include_prompt or p.sft_weight != 0, "sft_weight"),
 }  # fmt: skip
+
+
+# The same of whatever only the comparison of a pair reads, and of what only terms on log-ratios read.
+_PAIR_FIELDS = (
+    "link",
+    "labels",
+    "beta_rejected",
+    "gamma",
+    "gamma_beta_ratio",
+    "gamma_ext",
+    "len_coef",
+    "pos_penalty",
+    "kl_chosen",
+    "kl_rejected",
+)
+_EFFECT |= {name: (lambda p: p.pair_weight != 0, "pair_weight") for name in _PAIR_FIELDS}
+_EFFECT |= {
+    name: (lambda p: p.pair_weight != 0 or p.point_link is not None, "pair_weight or point_link")
+    for name in ("transform", "length_norm", "omega")
+}
 
 
 def _validate(p: Preset) -> None:
@@ -235,7 +256,10 @@ def _validate(p: Preset) -> None:
     ):
         check_choice(name, getattr(p, name), legal)
     if p.point_link is not None:
-        check_choice("point_link", p.point_link, LINKS)
+        check_choice("point_link", p.point_link, [link for link in LINKS if link != "exo"])  # exo compares two responses
+    for name in ("point_chosen", "point_rejected"):
+        if not _are_two_numbers(getattr(p, name)):
+            raise ValueError(f"{name}={getattr(p, name)!r} must be two numbers, the weights of psi(u) and psi(-u)")
     if p.point_target != "soft":
         check_number("point_target", p.point_target)
     inverse_beta = p.point_link is not None and p.point_beta_power < 0
@@ -268,13 +292,15 @@ def _validate(p: Preset) -> None:
         check_number("transform_alpha", p.transform_alpha, above=0.0)
     if p.labels in ("smooth", "robust"):
         check_number("label_smoothing", p.label_smoothing, low=0.0, below=0.5)
-    if "exo" in (p.link, p.point_link) and p.labels != "soft":
+    if p.link == "exo" and p.labels != "soft":
         check_number("label_smoothing", p.label_smoothing, above=0.0, below=1.0)
     if p.link == "exo" and p.labels in ("smooth", "robust"):
         raise ValueError('link="exo" takes the label as its target distribution: labels must be "hard" (with label_smoothing) or "soft"')
+    if p.link == "exo" and p.label_entropy:
+        raise ValueError('link="exo" is a KL divergence already: label_entropy=True would subtract the labels\' entropy twice')
     if p.transform == "logodds" and (p.reference or p.length_norm != 1.0):
         raise ValueError('transform="logodds" needs log(p) < 0 per token: reference=False and length_norm=1')
-    if p.token_clamp is not None and not (len(p.token_clamp) == 2 and p.token_clamp[0] < p.token_clamp[1]):
+    if p.token_clamp is not None and not (_are_two_numbers(p.token_clamp) and p.token_clamp[0] < p.token_clamp[1]):
         raise ValueError(f"token_clamp={p.token_clamp!r} must be (low, high) with low < high")
     for name in p.requires:
         check_choice("requires", name, TENSOR_ONLY + TENSOR_FIELDS)
@@ -298,6 +324,10 @@ def _validate(p: Preset) -> None:
         raise ValueError('order="unpaired" has no pair partner whose length ld_alpha could use')
     if p.point_link is None and p.pair_weight == 0 and p.sft_weight == 0:
         raise ValueError("this loss has no term: pair_weight, point_link and sft_weight are all off")
+
+
+def _are_two_numbers(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
 
 
 # Options that are not fields: how a method's own parameter becomes fields. Values may be tensors where the field may.

@@ -11,10 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.checks import check_cu_seqlens, check_cu_seqlens_values, check_number, check_same_device, check_shape, per_token, row_mask
+from fastalign.checks import (
+    check_choice,
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_number,
+    check_same_device,
+    check_shape,
+    one_element,
+    per_token,
+    row_mask,
+)  # fmt: skip
 from fastalign.distributed import moments_over_group
 from fastalign.ops.gae.api import gae
-from fastalign.ops.kl_estimate.api import kl_estimate
+from fastalign.ops.kl_estimate.api import KINDS, kl_estimate
 from fastalign.ops.sequence_sum.api import sequence_sum
 
 
@@ -27,7 +37,7 @@ def shape_rewards(
     ref_logprobs: Tensor | None = None,
     kl: Tensor | None = None,
     kl_coef: float | Tensor = 0.0,
-    kl_kind: str = "k1",
+    kl_kind: str | None = None,
     score_clip: float | None = None,
     finished: Tensor | None = None,
     missing_eos_penalty: float | None = None,
@@ -43,9 +53,9 @@ def shape_rewards(
         scores: [S], the reward model's. cu_seqlens: [S + 1] int32, from 0 to T.
         mask: [T] bool, row-aligned: the response's rows. Others get exactly 0, whatever the other tensors hold there.
         logprobs, ref_logprobs: [T], of the sampled tokens under the policy that sampled them and under the reference, both divided by the sampling
-            temperature. kl_kind: k1, k2, k3 or abs, see `kl_estimate`. Only k1 in the reward has the gradient of KL(policy || ref).
+            temperature. kl_kind: k1 (None), k2, k3 or abs, see `kl_estimate`. Only k1 in the reward has the gradient of KL(policy || ref).
         kl: [T], a penalty to use in their place, such as `token_stats`' exact KL.
-        kl_coef: a number or a 0-dim tensor (`AdaptiveKLController.value`). 0: no penalty, and none of the three is needed.
+        kl_coef: a number or a tensor of one element (`AdaptiveKLController.value`). The number 0: no penalty, and none of the three is needed.
         score_clip: > 0, or None: not clipped.
         finished: [S] bool, whether the response ended by itself; needed with missing_eos_penalty (>= 0, subtracted from the score).
 
@@ -75,12 +85,18 @@ def shape_rewards(
         check_shape("finished", finished, tuple(scores.shape))
         check_same_device("finished", finished, "scores", scores)
         scores = torch.where(finished.to(torch.bool), scores, scores - missing_eos_penalty)
+    if kl_kind is not None:
+        check_choice("kl_kind", kl_kind, KINDS)
+        if kl is not None:
+            raise ValueError(f"kl_kind={kl_kind!r} has no effect: kl is given, and used as it is")
     rewards = _at_last_scored_row(scores, cu_seqlens, mask)
-    if not isinstance(kl_coef, Tensor):
+    if isinstance(kl_coef, Tensor):
+        kl_coef = one_element("kl_coef", kl_coef, rewards)
+    else:
         check_number("kl_coef", kl_coef, low=0.0)
         if kl_coef == 0:
             return rewards
-    penalty = _penalty(logprobs, ref_logprobs, kl, kl_kind, rewards)
+    penalty = _penalty(logprobs, ref_logprobs, kl, kl_kind or "k1", rewards)
     return torch.where(mask, rewards - kl_coef * penalty, 0.0)
 
 
@@ -125,7 +141,8 @@ def whiten(
 ) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) over the scored entries, var unbiased (divided by count - 1); shift_mean=False adds the mean again.
 
-    Whiten once per rollout, over all of it, never per micro-batch. With fewer than two entries or var = 0 the result is x - mean (that is 0).
+    Whiten once per rollout, over all of it, never per micro-batch. With fewer than two entries or var = 0 nothing is divided: the
+    result is x - mean (that is 0), with shift_mean=False x itself.
 
     Args:
         x: any shape, floating. mask: the same shape, bool; False entries are 0 in the result, whatever they hold.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.checks import check_cu_seqlens, check_number, per_token, row_mask
+from fastalign.checks import check_cu_seqlens, check_number, check_pairs_values, per_token, row_mask
 from fastalign.ops.sequence_sum.api import sequence_sum
 
 
@@ -85,12 +85,14 @@ class BatchRule:
 
 
 class PairValues:
-    """What a rule sees of the batch, all [P] and detached: log-ratio sums D, policy sums A, lengths L of both sides, validity, beta."""
+    """What a rule sees of the batch, all [P] and detached: log-ratio sums D, policy sums A, lengths L of both sides, validity, beta. `usable`: valid
+    and finite; what is not does not enter a memory, which it would spoil for good."""
 
     def __init__(self, sums: Tensor, valid: Tensor, beta: Tensor | float):
         sums = sums.detach()
         self.policy, self.ratio, self.length = sums[:, :, 0], sums[:, :, 1], sums[:, :, 2].clamp(min=1.0)
         self.valid, self.beta = valid, beta
+        self.usable = valid & torch.isfinite(self.ratio).all(-1) & torch.isfinite(self.policy).all(-1)
 
 
 class BetaDPO(BatchRule):
@@ -116,7 +118,7 @@ class BetaDPO(BatchRule):
         self.memory = {"mean": None, "std": None, "steps": 0}
 
     def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
-        margin, valid = values.ratio[:, 0] - values.ratio[:, 1], values.valid
+        margin, valid = values.ratio[:, 0] - values.ratio[:, 1], values.usable
         count, mean, std = self._moments(margin, valid)
         if self.training:
             self._move_average(self.momentum, mean, std)
@@ -124,7 +126,8 @@ class BetaDPO(BatchRule):
         keep = self._draw(margin.double(), valid, mean, std) if self.training and self.filter else valid
         kept, total = self._sum(keep.sum(dtype=torch.float64), torch.where(keep, margin.double(), 0.0).sum())
         shift = torch.where(count > 1, self.alpha * (total / kept.clamp(min=1.0) - mean), 0.0)
-        return {"beta": (values.beta * (1.0 + shift)).clamp(min=1e-3).to(margin.dtype), "valid": keep}
+        # What is not finite stays in the loss, where `nonfinite` says what becomes of it.
+        return {"beta": (values.beta * (1.0 + shift)).clamp(min=1e-3).to(margin.dtype), "valid": keep | (values.valid & ~valid)}
 
     def _draw(self, margin: Tensor, valid: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         everywhere = [(margin, valid)]
@@ -165,7 +168,7 @@ class AlphaDPO(BatchRule):
     def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
         means = values.ratio / values.length
         gap = means[:, 0] - means[:, 1]
-        _, mean, std = self._moments(gap, values.valid)
+        _, mean, std = self._moments(gap, values.usable)
         if self.training:
             self._move_average(self.momentum, mean, std)
         mean, std = self._averages(self.momentum, mean, std)
@@ -191,7 +194,7 @@ class BCODelta(BatchRule):
         rewards = (
             values.beta if not isinstance(values.beta, Tensor) or values.beta.dim() == 0 else values.beta.unsqueeze(-1)
         ) * values.ratio
-        valid = values.valid.unsqueeze(-1).expand_as(rewards)
+        valid = values.usable.unsqueeze(-1).expand_as(rewards)
         total, count = self._sum(torch.where(valid, rewards, 0.0).double().sum(), valid.sum(dtype=torch.float64))
         zero = torch.zeros_like(total)
         mean, seen = (zero if self.memory[k] is None else self.memory[k].to(total.device) for k in ("mean", "count"))
@@ -228,6 +231,11 @@ def wpo_weights(
     cu_seqlens = check_cu_seqlens(cu_seqlens, logprobs)
     v = logprobs - per_token("log_sum_sq_probs", log_sum_sq_probs, logprobs).detach()
     v = sequence_sum(v, cu_seqlens, mask=row_mask(mask, logprobs), mean=True)
+    sequences = v.shape[0]
+    if pairs is None and sequences % 2:
+        raise ValueError(f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences")
+    if pairs is not None and v.device.type == "cpu":
+        check_pairs_values(pairs, sequences)
     both = v.view(-1, 2).sum(-1) if pairs is None else v[pairs.long()].sum(-1)
     omega = both.exp()
     return omega if clamp is None else omega.clamp(max=clamp)

@@ -117,8 +117,9 @@ def kl_estimate(KIND: tl.constexpr, logprob, ref_logprob):
         value, slope = tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
     else:
         series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720)))))
-        m = expm1(tl.where(-d > 20.0, 20.0, -d))
-        value, slope = tl.where(tl.abs(d) < 0.05, series, m + d), -m
+        x = tl.where(-d > 20.0, 20.0, -d)
+        m = expm1(x)
+        value, slope = tl.where(tl.abs(d) < 0.05, series, m - x), -m
     return value, slope
 
 

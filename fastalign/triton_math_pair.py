@@ -36,7 +36,7 @@ def transform(KIND: tl.constexpr, a, alpha):
 def link(KIND: tl.constexpr, h, t, tau, prob):
     """f(h), f'(h): logistic, hinge, squared, exp, truncquad, savage, sigmoid, linear, exo, discopop."""
     if KIND == 1:
-        value, slope = relu(t - h), tl.where(h < t, -1.0, h - h)
+        value, slope = relu(t - h), tl.where(h < t, -1.0, tl.where(h == h, 0.0, h))
     elif KIND == 2:
         value, slope = (h - t) * (h - t), 2.0 * (h - t)
     elif KIND == 3:

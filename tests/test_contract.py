@@ -305,6 +305,24 @@ def test_top1_is_argmax(backend, device):
         assert torch.equal(got, (x.float().cpu().argmax(-1).to(device) == labels).float())
 
 
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_top1_is_argmax_where_the_cap_makes_equals(backend, device, with_ref):  # row 15
+    x = torch.full((6, 700), 3.0)
+    x[0, :3] = torch.tensor([300.0, 400.0, 3.0])
+    x[1, 20], x[1, 690] = 300.0, 400.0  # far apart: by different threads, in different tiles
+    x[2, 20], x[2, 690] = 400.0, 300.0
+    x[3, 600], x[3, 650] = 400.0, 400.0  # a tie: the first
+    x[4] = -math.inf
+    x[5, 1:] = -math.inf
+    x, places = x.to(device), x.argmax(-1).to(device)
+    assert places.tolist() == [1, 690, 20, 600, 0, 0]
+    for labels in (places, places + 1):
+        stats = fa.token_stats(x, labels, ref_logits=x if with_ref else None, softcap=30.0,
+                               outputs=("is_top1", "logprob", *(("kl_policy_ref",) if with_ref else ())))  # fmt: skip
+        assert torch.equal(stats.is_top1, (labels == places).float())
+        assert bool(torch.isfinite(stats.logprob).all())  # -inf is an ordinary logit behind the cap
+
+
 # --- layouts ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +392,20 @@ def test_topk_index(backend, device):  # A9
         assert bool(torch.isfinite(fa.selective_log_softmax(x, torch.full((5,), -100, device=device))).all())
 
 
+def test_one_label_given_as_a_list_of_one_keeps_its_dim(backend, device):
+    x, ref = make_logits(6, 30, device=device).view(2, 3, 30), make_logits(6, 30, device=device, seed=1).view(2, 3, 30)
+    labels = make_labels(6, 30, device=device).view(2, 3, 1)
+    stats = fa.token_stats(x, labels, ref_logits=ref, outputs=("logprob", "ref_logprob", "entropy", "is_top1"))
+    assert stats.logprob.shape == stats.ref_logprob.shape == (2, 3, 1) and stats.entropy.shape == stats.is_top1.shape == (2, 3)
+    flat = fa.token_stats(x, labels[..., 0], ref_logits=ref, outputs=("logprob", "ref_logprob"))
+    assert flat.logprob.shape == (2, 3)
+    assert torch.equal(stats.logprob[..., 0], flat.logprob) and torch.equal(stats.ref_logprob[..., 0], flat.ref_logprob)
+    one, row = x[0, 0], labels[0, 0]
+    for index in (row, row[0]):
+        got = fa.selective_log_softmax(one, index)
+        assert got.shape == index.shape and torch.equal(got.flatten(), stats.logprob[0, 0])
+
+
 def test_topk_with_ignored_entries(backend, device):
     x = make_logits(3, 20, device=device).requires_grad_()
     labels = torch.tensor([[1, -100], [2, 3], [-100, -100]], device=device)
@@ -440,6 +472,11 @@ def test_errors_name_the_argument(backend, device):
         (ValueError, "labels is required", lambda: fa.token_stats(x, outputs=("logprob",))),
         (ValueError, "labels has shape", lambda: fa.token_logprobs(x, labels[:2])),
         (TypeError, "labels must be integers", lambda: fa.token_logprobs(x, labels.float())),
+        (TypeError, "labels must be a tensor of integers, got list", lambda: fa.token_stats(x, [1, 2, 3])),
+        (ValueError, r"labels has shape \(3, 0\).*K >= 1", lambda: fa.token_stats(x, labels.new_empty(3, 0), outputs=("entropy",))),
+        (TypeError, "ignore_index must be an integer, got None", lambda: fa.token_stats(x, labels, ignore_index=None)),
+        (TypeError, "ignore_index must be an integer, got 1.0", lambda: fa.token_logprobs(x, labels, ignore_index=1.0)),
+        (ValueError, "ignore_index=.* is out of range", lambda: fa.token_logprobs(x, labels, ignore_index=1 << 64)),
         (TypeError, "logits must be floating", lambda: fa.token_logprobs(x.long(), labels)),
         (ValueError, "mask has shape", lambda: fa.token_stats(x, labels, mask=labels[:2] > 0)),
         (ValueError, "temperature", lambda: fa.token_logprobs(x, labels, temperature=0.0)),

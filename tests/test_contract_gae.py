@@ -212,3 +212,17 @@ def test_errors(backend, device, change, error, words):
     arguments = {"rewards": torch.ones(5), "values": torch.ones(5), "cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32)}
     with pytest.raises(error, match=words):
         fa.gae(**{**arguments, **change})
+
+
+def test_prefix_sums_stay_in_their_sequence(backend, device):  # of token_rewards: a return to go, read backwards
+    lp = torch.tensor([-1.0, -math.inf, -1.0, -2.0, math.nan, 0.0, -1.0, -1.0], device=device)
+    ref = torch.tensor([-2.0, -1.0, -3.0, -2.5, -1.0, -1.0, -1.0, -1.5], device=device)
+    cu = torch.tensor([0, 2, 4, 4, 6, 8], dtype=torch.int32, device=device)
+    got = fa.token_rewards(lp, ref, cu, beta=0.1).prefix_sums
+    want = torch.tensor([0.1, -math.inf, 0.2, 0.25, math.nan, math.nan, 0.0, 0.05], dtype=torch.float64)
+    assert_close(got, want)
+    # A large sum before a sequence takes no digits from it.
+    lp = torch.cat([torch.full((50,), 2.0**40), torch.full((50,), 2.0**-10)]).to(device)
+    cu = torch.tensor([0, 50, 100], dtype=torch.int32, device=device)
+    got = fa.token_rewards(lp, torch.zeros_like(lp), cu, beta=1.0).prefix_sums[50:]
+    assert got.tolist() == [2.0**-10 * n for n in range(1, 51)]

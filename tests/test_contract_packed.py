@@ -76,7 +76,7 @@ def test_cu_seqlens_are_checked(backend, device, cu, words):
 KL = {
     "k1": lambda d: (d, torch.ones_like(d)),
     "k2": lambda d: (d * d / 2, d),
-    "k3": lambda d: (torch.expm1(torch.clamp(-d, max=20.0)) + d, -torch.expm1(torch.clamp(-d, max=20.0))),
+    "k3": lambda d: (torch.expm1(torch.clamp(-d, max=20.0)) - torch.clamp(-d, max=20.0), -torch.expm1(torch.clamp(-d, max=20.0))),
     "abs": lambda d: (d.abs(), d.sign()),
 }
 
@@ -263,6 +263,9 @@ def test_no_tokens_at_all(backend, device):
     x = torch.empty(0, device=device, requires_grad=True)
     out = fa.preference_loss(x, x.detach(), torch.zeros(3, dtype=torch.int32, device=device))
     assert float(out.loss.detach()) == 0.0 and gradient(out.loss, x).shape == (0,)
+    mask = torch.empty(0, dtype=torch.bool, device=device)
+    out = fa.preference_loss(x, x.detach(), torch.zeros(3, dtype=torch.int32, device=device), loss="ld_dpo", mask=mask)
+    assert float(out.loss.detach()) == 0.0 and gradient(out.loss, x).shape == (0,)
 
 
 def test_step_zero_is_ln2(backend, device):  # E23
@@ -284,6 +287,32 @@ def test_huge_margins(backend, device, link, sign):  # rows 28, 30
         assert bool(torch.isfinite(gradient(out.loss, chosen)).all()), (link, h)
     if link == "logistic":
         assert float(out.loss.detach()) == (0.0 if sign > 0 else 1e4)
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n != "ld_dpo"])
+def test_from_sums_where_policy_and_reference_are_equal(backend, device, name):
+    """The first step of every run: log-ratios are 0, their gradients are not."""
+    chosen, rejected = (torch.tensor(x, device=device).requires_grad_() for x in ([-10.0, -20.0], [-11.0, -21.0]))
+    lengths = torch.ones(2, device=device)
+
+    def call(ref_chosen, ref_rejected):
+        out = fa.preference_loss_from_sums(
+            chosen, rejected, ref_chosen, ref_rejected, loss=name, chosen_lengths=lengths, rejected_lengths=lengths
+        )
+        return torch.cat(torch.autograd.grad(out.loss, (chosen, rejected)))
+
+    got, near = call(chosen, rejected), call(chosen.detach() - 1e-4, rejected.detach() - 1e-4)
+    assert bool((got != 0).any()) == bool((near != 0).any())
+    assert_close(got, near.double(), scale=1e3 * max(1.0, float(near.abs().max())))
+
+
+def test_hinge_of_infinite_margins(backend, device):
+    lp = torch.tensor([-1.0, -math.inf], device=device).requires_grad_()
+    for name in ("rrhf_pair", "hinge_norm", "slic_hf"):
+        out = fa.preference_loss(lp, torch.full_like(lp, -1.0), torch.arange(3, dtype=torch.int32, device=device), loss=name,
+                                 mask=torch.ones(2, dtype=torch.bool, device=device))  # fmt: skip
+        slope = gradient(out.loss, lp)
+        assert bool(torch.isfinite(out.loss)) and bool(torch.isfinite(slope).all()) and float(slope[1]) == 0, name
 
 
 def test_infinite_logprobs(backend, device):

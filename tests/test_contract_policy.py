@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -263,6 +264,42 @@ def test_policy_coefficients_as_tensors(backend, device):
         assert torch.equal(x, y)
 
 
+# --- the KL term ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [-20.0, -25.0, -1e4, -6e8, -1e30, -math.inf])
+def test_k3_far_below_stays_at_its_clamp(backend, device, d):  # row 24
+    lp = torch.tensor([d, 0.0, -30.0], device=device).requires_grad_()
+    ref = torch.zeros(3, device=device)
+    value = fa.kl_estimate(lp, ref, "k3")
+    (slope,) = torch.autograd.grad(value.sum(), lp)
+    want = torch.tensor([math.expm1(20.0) - 20.0, 0.0], dtype=torch.float64)
+    assert_close(value[:2], want, scale=want.clamp(min=1.0))
+    assert_close(slope[:2], -torch.tensor([math.expm1(20.0), 0.0], dtype=torch.float64), scale=want.clamp(min=1.0))
+    assert value[0] == value[2] and slope[0] == slope[2] < 0  # flat, and the slope is kept
+    out = fa.policy_loss(lp, lp.detach(), torch.zeros(3, device=device), mask=ref == 0, ref_logprobs=ref, kl_coef=1.0, loss="reinforce",
+                         aggregation="token_sum")  # fmt: skip
+    if math.isfinite(d):  # an advantage of 0 times an infinite log-prob is NaN
+        assert float(out.loss) == float(value.sum())
+    out = fa.policy_loss(
+        lp, lp.detach(), torch.ones(3, device=device), mask=ref == 0, ref_logprobs=ref, kl_coef=1.0, aggregation="token_sum"
+    )
+    (slope,) = torch.autograd.grad(out.loss, lp)
+    assert 9e8 < float(out.loss) < 1e9 and bool(torch.isfinite(slope).all())
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "abs"])
+def test_kl_estimate_without_upstream_gradient_gives_none(backend, device, kind):
+    lp = torch.tensor([-math.inf, -1.0, math.nan, math.inf, -2.0], device=device).requires_grad_()
+    ref = torch.tensor([-1.0, -math.inf, -1.0, -1.0, -1.5], device=device).requires_grad_()
+    value = fa.kl_estimate(lp, ref, kind)
+    chosen = torch.tensor([False, False, False, False, True], device=device)
+    got = torch.autograd.grad(torch.where(chosen, value, 0.0).sum(), (lp, ref))
+    alone = torch.autograd.grad(fa.kl_estimate(lp[4:], ref[4:], kind).sum(), (lp, ref))
+    for x, y in zip(got, alone):
+        assert x[:4].tolist() == [0.0] * 4 and x[4] == y[4] != 0
+
+
 # --- value_loss -------------------------------------------------------------------------------------------------------------------------
 
 VALUES = {
@@ -293,3 +330,71 @@ def test_value_loss_of_extreme_values(backend, device):  # row 37
     assert float(out.metrics()["nonfinite_tokens"].sum) == 2 and float(out.loss) == math.inf
     (g,) = torch.autograd.grad(out.loss, v)
     assert g.tolist() == [0.0, 0.0, 1.0]
+
+
+# --- bad arguments ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_options_without_effect_are_refused(backend, device):
+    x, mask = torch.zeros(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
+    for words, options in (
+        ("kl_bias_correction=True has no effect without kl_coef", {"kl_bias_correction": True}),
+        ("kl_bias_correction=True has no effect without kl_coef", {"kl_bias_correction": True, "ref_logprobs": x}),
+        ("kl_kind='k2' has no effect without ref_logprobs", {"kl_kind": "k2"}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fa.policy_loss(x, x, x, mask=mask, **options)
+    # A coefficient that is 0 for now, or a tensor, is one; the metric has a kind, too.
+    fa.policy_loss(x, x, x, mask=mask, ref_logprobs=x, kl_bias_correction=True, kl_coef=0.0)
+    fa.policy_loss(x, x, x, mask=mask, ref_logprobs=x, kl_bias_correction=True, kl_coef=torch.tensor(0.1, device=device))
+    fa.policy_loss(x, x, x, mask=mask, ref_logprobs=x, kl_kind="k2")
+
+
+@pytest.mark.parametrize("cu,words", [([1, 4], "start at 0"), ([0, 3], "end at the number"), ([0, 3, 2, 4], "decreases at position 2")])
+def test_boundaries_are_checked_also_where_they_are_not_needed(backend, device, cu, words):
+    x, mask = torch.zeros(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
+    cu = torch.tensor(cu, dtype=torch.int32, device=device)
+    for call in (
+        lambda: fa.policy_loss(x, x, x, mask=mask, cu_seqlens=cu),
+        lambda: fa.policy_loss(x, x, x, mask=mask, cu_seqlens=cu, loss="grpo"),
+        lambda: fa.value_loss(x, x, x, mask=mask, cu_seqlens=cu),
+        lambda: fa.value_loss(x, x, x, mask=mask, cu_seqlens=cu, aggregation="seq_mean_token_sum"),
+    ):
+        if device == "cpu":
+            with pytest.raises(ValueError, match=words):
+                call()
+    with pytest.raises(TypeError, match="cu_seqlens must be int32"):
+        fa.value_loss(x, x, x, mask=mask, cu_seqlens=cu.float())
+
+
+def test_mask_may_be_left_out_where_nothing_is_counted(backend, device):
+    x = torch.randn(4, device=device)
+    cu = torch.tensor([0, 1, 4], dtype=torch.int32, device=device)
+    for options, legal in (
+        ({"aggregation": "token_sum"}, True), ({"aggregation": "token_mean"}, False), ({"aggregation": "token_mean", "num_items": 4}, True),
+        ({"aggregation": "seq_mean_token_sum", "num_items": 2}, True), ({"aggregation": "seq_mean_token_mean", "num_items": 2}, False),
+        ({"aggregation": "seq_mean_token_sum_norm", "norm_length": 5.0, "num_items": 2}, True),
+        ({"aggregation": "token_sum", "ratio": "seq_mean_token"}, False), ({"aggregation": "token_sum", "loss": "reinforce"}, True),
+    ):  # fmt: skip
+        calls = [lambda mask, o=options: fa.policy_loss(x, x, x, cu_seqlens=cu, mask=mask, **o)]
+        if not {"ratio", "loss"} & set(options):
+            calls.append(lambda mask, o=options: fa.value_loss(x, x, x, cu_seqlens=cu, mask=mask, **o))
+        for call in calls:
+            if legal:
+                assert torch.equal(call(None).loss, call(torch.ones_like(x, dtype=torch.bool)).loss)
+            else:
+                with pytest.raises(ValueError, match="mask is required"):
+                    call(None)
+
+
+def test_num_items_of_numpy(backend, device):
+    x, mask = torch.randn(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
+    for loss in (
+        lambda n: fa.policy_loss(x, x, x, mask=mask, num_items=n).loss,
+        lambda n: fa.value_loss(x, x, x, mask=mask, num_items=n).loss,
+    ):
+        for n in (numpy.int64(7), numpy.uint8(7), numpy.float64(7.0)):
+            assert torch.equal(loss(n), loss(7))
+        for wrong in (True, numpy.bool_(True), "7"):
+            with pytest.raises(TypeError, match="num_items must be a number"):
+                loss(wrong)

@@ -73,3 +73,15 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(error, match=words):
             call()
+
+
+def test_kl_estimate_takes_floating_tensors():
+    x = torch.zeros(2)
+    for words, call in (
+        ("logprobs must be a tensor, got list", lambda: fa.kl_estimate([0.0, 1.0], x)),
+        ("ref_logprobs must be a tensor, got list", lambda: fa.kl_estimate(x, [0.0, 1.0])),
+        ("logprobs must be floating point, got torch.int64", lambda: fa.kl_estimate(x.long(), x)),
+        ("ref_logprobs must be floating point, got torch.int64", lambda: fa.kl_estimate(x, x.long())),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()

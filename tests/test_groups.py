@@ -108,7 +108,7 @@ def test_errors_name_themselves():
         (TypeError, "groups must be integers", lambda: group_advantages(r, r)),
         (TypeError, "rewards must be a floating tensor", lambda: group_advantages(g, g)),
         (ValueError, "greedy_rewards belongs to kind='remax'", lambda: group_advantages(r, g, greedy_rewards=r)),
-        (ValueError, "greedy_rewards belongs to kind='remax'", lambda: group_advantages(r, g, kind="remax")),
+        (ValueError, "kind='remax' needs greedy_rewards", lambda: group_advantages(r, g, kind="remax")),
         (ValueError, "eps", lambda: group_advantages(r, g, eps=-1.0)),
     ):
         with pytest.raises(error, match=words):

@@ -57,3 +57,21 @@ def test_errors():
         fa.shift_labels(torch.arange(4), torch.tensor([0, 3]))
     with pytest.raises(TypeError, match="cu_seqlens must be int32"):
         fa.shift_labels(torch.arange(4), torch.tensor([0.0, 4.0]))
+
+
+def test_token_ids_are_integers_in_one_dimension():
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    for error, words, call in (
+        (TypeError, r"sequences\[1\] must be integers, got torch.float32", lambda: fa.pack([[1, 2], [1.7, 2.2]])),
+        (TypeError, r"sequences\[0\] must be integers, got torch.float64", lambda: fa.pack([torch.ones(2, dtype=torch.float64)])),
+        (TypeError, r"sequences\[0\] must be integers, got torch.bool", lambda: fa.pack([[True, False]])),
+        (ValueError, r"sequences\[0\] has shape \(2, 2\); legal: 1-D", lambda: fa.pack([torch.ones(2, 2, dtype=torch.long)])),
+        (ValueError, r"sequences\[0\] has shape \(\); legal: 1-D", lambda: fa.pack([3])),
+        (ValueError, r"masks\[0\] has shape \(1, 2\); legal: 1-D", lambda: fa.pack([[1, 2]], [torch.ones(1, 2)])),
+        (TypeError, "input_ids must be integers, got torch.float32", lambda: fa.shift_labels(torch.tensor([1.5, 2.5]), cu)),
+        (TypeError, "ignore_index must be an integer, got None", lambda: fa.shift_labels(torch.tensor([1, 2]), cu, ignore_index=None)),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+    small = fa.pack([torch.tensor([1, 2], dtype=torch.int16), [], torch.tensor([3], dtype=torch.uint8)])
+    assert small.input_ids.tolist() == [1, 2, 3] and small.input_ids.dtype == torch.int64

@@ -67,7 +67,14 @@ def test_rewards_by_formula(kind):
         ({"kl_coef": -1.0}, ValueError, "kl_coef=-1.0 is out of range"),
         ({"kl_coef": 0.1}, ValueError, "logprobs and ref_logprobs are needed, or kl"),
         ({"kl_coef": 0.1, "kl": torch.ones(5), "logprobs": torch.ones(5)}, ValueError, "one or the other"),
-        ({"kl_coef": 0.1, "logprobs": torch.ones(5), "ref_logprobs": torch.ones(5), "kl_kind": "k9"}, ValueError, "kind='k9'"),
+        ({"kl_coef": 0.1, "logprobs": torch.ones(5), "ref_logprobs": torch.ones(5), "kl_kind": "k9"}, ValueError, "kl_kind='k9'"),
+        ({"kl_kind": "k9"}, ValueError, "kl_kind='k9' is unknown; legal: k1, k2, k3, abs"),
+        ({"kl_coef": 0.1, "kl": torch.ones(5), "kl_kind": "k1"}, ValueError, "kl_kind='k1' has no effect: kl is given"),
+        (
+            {"kl_coef": torch.ones(2), "kl": torch.ones(5)},
+            ValueError,
+            r"kl_coef must be a number or a tensor of one element, got shape \(2,\)",
+        ),
         ({"score_clip": 0.0}, ValueError, "score_clip=0.0 is out of range"),
         ({"missing_eos_penalty": 1.0}, ValueError, "finished and missing_eos_penalty go together"),
         ({"finished": torch.ones(3), "missing_eos_penalty": 1.0}, ValueError, r"finished has shape \(3,\)"),
@@ -78,6 +85,19 @@ def test_shape_rewards_errors(change, error, words):
     arguments = {"scores": torch.ones(2), "cu_seqlens": torch.tensor([0, 2, 5]), "mask": torch.ones(5, dtype=torch.bool)}
     with pytest.raises(error, match=words):
         fa.shape_rewards(**{**arguments, **change})
+
+
+def test_a_coefficient_that_is_a_tensor_is_a_constant():
+    cu_seqlens, mask, _ = sequences()
+    scores, kl = torch.arange(5.0), torch.rand(13)
+    want = fa.shape_rewards(scores, cu_seqlens, mask=mask, kl=kl, kl_coef=0.25)
+    for coef in (
+        torch.tensor(0.25, requires_grad=True),
+        torch.tensor([0.25], dtype=torch.float64),
+        torch.tensor(0.25, dtype=torch.bfloat16),
+    ):
+        got = fa.shape_rewards(scores, cu_seqlens, mask=mask, kl=kl, kl_coef=coef)
+        assert torch.equal(got, want) and got.dtype == torch.float32 and not got.requires_grad
 
 
 # --- returns_to_go ----------------------------------------------------------------------------------------------------------------------
@@ -123,6 +143,7 @@ def test_whiten_degenerate():  # row 35
     assert fa.whiten(torch.tensor([math.nan, 2.0]), torch.tensor([False, False])).tolist() == [0.0, 0.0]
     assert fa.whiten(torch.tensor([math.nan, 2.0]), torch.tensor([False, True])).tolist() == [0.0, 0.0]
     assert fa.whiten(torch.tensor([7.0]), shift_mean=False).tolist() == [7.0]
+    assert fa.whiten(torch.tensor([7.0, 7.0]), shift_mean=False).tolist() == [7.0, 7.0]
     assert fa.whiten(torch.full((9,), 0.1)).abs().max() < 1e-9
     two = fa.whiten(torch.tensor([1.0, 3.0]))
     assert_close(two, torch.tensor([-1.0, 1.0], dtype=torch.float64) / math.sqrt(2.0 + 1e-8))

@@ -125,6 +125,19 @@ def test_bco_running_delta(momentum):
         assert abs(float(got - want)) < 1e-10
 
 
+@pytest.mark.parametrize("name,rule", [("beta_dpo", fa.BetaDPO), ("alpha_dpo", fa.AlphaDPO), ("bco", fa.BCODelta)])
+@pytest.mark.parametrize("spoiled", [math.nan, -math.inf])
+def test_memory_takes_only_finite_pairs(name, rule, spoiled):
+    good, state = batches(1)[0], rule()
+    lp = good.logprobs.clone()
+    lp[: int(good.packed.cu_seqlens[1])] = spoiled
+    dropped = call(good, lp, loss=name, state=state, nonfinite="drop")
+    assert math.isfinite(float(dropped.loss)) and float(dropped.loss) != 0
+    assert all(math.isfinite(float(v)) for v in state.state_dict().values())
+    assert math.isfinite(float(call(good, loss=name, state=state).loss))
+    assert not math.isfinite(float(call(good, lp, loss=name, state=rule()).loss))  # propagated
+
+
 def test_state_is_required_and_checked():
     batch = make_batch(3)
     for words, options in (
@@ -174,6 +187,20 @@ def test_aot_ties_invalid_pairs_and_one_pair():
         got = call(batch, loss=name, valid=keep)
         subset = torch.tensor([[2 * i, 2 * i + 1] for i in few])
         assert abs(float(got.loss - call(batch, loss=name, pairs=subset).loss)) < 1e-12
+        rewards = fa.preference_loss(
+            batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=name, valid=keep
+        )
+        assert torch.equal(rewards.valid, keep) and float(rewards.metrics()["rewards/margins"].count) == 3
+        for option in ("omega", "gamma_ext", "beta"):
+            with pytest.raises(ValueError, match=f"compares ranks.*{option} must be a single number"):
+                call(batch, loss=name, **{option: torch.ones(5)})
+        # A NaN among the valid pairs is seen, and does not bring an excluded pair in.
+        bad = batch.logprobs.clone()
+        bad[: int(batch.packed.cu_seqlens[1])] = math.nan
+        lp = bad.requires_grad_()
+        out = call(batch, lp, loss=name, valid=keep)
+        excluded = slice(int(batch.packed.cu_seqlens[2]), int(batch.packed.cu_seqlens[4]))
+        assert math.isnan(float(out.loss)) and not bool(gradient(out.loss, lp)[excluded].any())
     with pytest.raises(ValueError, match="no pair partner"):
         call(batch, loss="aot_unpaired", ld_alpha=0.5)
     with pytest.raises(ValueError, match="order sorts"):

@@ -273,7 +273,8 @@ def test_every_option_compiles():
         preference("dpo", reduction="none", sft_weight=0.5, sft_norm="seq_mean", sft_include_prompt=True, nonfinite="drop")
         for kind in LINKS:
             smoothing = 0.01 if kind == "exo" else 0.0
-            preference(Preset(link=kind, label_smoothing=smoothing, point_link=kind, point_chosen=(1.0, 0.5)), "table")
+            points = {} if kind == "exo" else {"point_link": kind, "point_chosen": (1.0, 0.5)}
+            preference(Preset(link=kind, label_smoothing=smoothing, **points), "table")
         for kind in TRANSFORMS:
             preference(Preset(transform=kind, **({"reference": False, "length_norm": 1.0} if kind == "logodds" else {})), "table")
         for kind in ("smooth", "robust", "soft"):

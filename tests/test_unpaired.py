@@ -128,6 +128,16 @@ def test_bco_state_keeps_the_running_mean():
         assert abs(float(got - call(batch, loss="bco", baseline=float(torch.cat(seen).mean())).loss)) < 1e-10
 
 
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired", "bco"])
+def test_beta_as_a_tensor(loss):
+    batch = make_batch(3)
+    given = {} if loss == "apo_zero_unpaired" else {"baseline": 0.3}
+    want, got = (call(batch, loss=loss, beta=beta, **given) for beta in (0.25, torch.tensor(0.25)))
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.rewards, want.rewards) and torch.equal(got.anchor, want.anchor)
+    with pytest.raises(ValueError, match="beta must be a number or a tensor of one element"):
+        call(batch, loss=loss, beta=torch.ones(2), **given)
+
+
 def test_dro_gradients_of_policy_and_value():
     batch = make_batch(3, dtype=torch.float64)
     grads = {}
@@ -157,3 +167,5 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=words):
             call(batch, **options)
+    with pytest.raises(TypeError, match="desirable must be bool, got torch.int64"):
+        call(batch, desirable=DESIRABLE.long(), baseline=0.0)

@@ -16,17 +16,21 @@ __device__ __forceinline__ void push(State<kSums>& state, const uint4 (&v)[kRows
   const auto lanes = [&](int k) { return i + k * int(kWarp) < limit ? vocab - (i + k * int(kWarp)) * L : 0; };
   float largest_u[R];
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    largest_u[r] = largest(v[r], T{});
-    if (kCap) largest_u[r] = tanhf(largest_u[r] * f.cap_scale);  // tanh keeps the order
-  }
-  // Bundles come in rising order: only a strictly larger maximum moves the first place where it was seen.
-  const bool moves = largest_u[0] > s.umax || s.top < 0;
+  for (int r = 0; r < R; ++r) largest_u[r] = largest(v[r], T{});
+  // Bundles come in rising order: only a strictly larger maximum moves the first place where it was seen. While a row is streamed and merged, umax
+  // is the raw logit: large ones are equal after tanh.
+  const float largest_x = largest_u[0];
+  const bool moves = largest_x > s.umax || s.top < 0;
   int top = vocab;
+  s.umax = fmaxf(s.umax, largest_x);
+  if (kCap) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) largest_u[r] = tanhf(largest_u[r] * f.cap_scale);  // tanh keeps the order
+  }
 
   // Everything so far moves to the new reference points. They may still be -inf (a masked stretch of the vocabulary): count from 0 then.
-  s.umax = fmaxf(s.umax, largest_u[0]);
-  const float m = reference_point(s.umax, f), origin = m == -INFINITY ? 0.0f : m, by = s.m - origin, scale = fast_exp2(by);
+  const float m = fmaxf(s.m, reference_point(largest_u[0], f)), origin = m == -INFINITY ? 0.0f : m, by = s.m - origin,
+              scale = fast_exp2(by);
   float ref_origin = 0, ref_scale = 0;
   if constexpr ((kSums & kRefRow) != 0) {
     RefState<float>& r = state.r;
@@ -49,12 +53,12 @@ __device__ __forceinline__ void push(State<kSums>& state, const uint4 (&v)[kRows
     for (int r = 0; r < R; ++r) unpack(v[r][k], u[r], T{});
 #pragma unroll
     for (int l = 0; l < L; ++l) {
+      if ((kSums & kTop) && u[0][l] >= largest_x) top = min(top, (i + k * int(kWarp)) * L + l);
       if (kCap) {
 #pragma unroll
         for (int r = 0; r < R; ++r) u[r][l] = l < lanes(k) ? tanhf(u[r][l] * f.cap_scale) : -INFINITY;
       }
       if (kSums & kSumZ) s.sz += l < lanes(k) ? u[0][l] : 0.0f;
-      if ((kSums & kTop) && u[0][l] >= largest_u[0]) top = min(top, (i + k * int(kWarp)) * L + l);
       const float d = f.bits(u[0][l], origin), e = fast_exp2(d);
       if (kSums & kSum1) s.s1 = fmaf(e, fmaxf(d, -200.0f), s.s1);  // e is 0 down there, and 0 * -inf would be NaN
       if (kSums & kSum2) s.s2 = fmaf(e, e, s.s2);

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocksPerSm<kSums>)
   s = merge_row<kSums>(s, partial, cluster);
 
   if (!finisher) return;
+  if (kCap) p.umax = f.u(p.umax);  // from here on what row_state.h says
   if (thread == 0 && a.state_in)
     s = keep<kSums>(merge(load_row_state<kSums>(static_cast<const float*>(a.state_in) + row * kStateWidth), s));
   if (labels.bad) spoil(s);

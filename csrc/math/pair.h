@@ -84,7 +84,7 @@ template <class T> FA_HD ValueSlope<T> transform(int kind, T a, T alpha) {
 // f(h) and f'(h). t: target of hinge, squared, truncquad. tau: discopop. prob: exo's target probability.
 template <class T> FA_HD ValueSlope<T> link(int kind, T h, T t, T tau, T prob) {
   switch (kind) {
-    case kHinge: return {relu(t - h), h < t ? T(-1) : h - h};   // h - h: 0, and NaN for NaN
+    case kHinge: return {relu(t - h), h < t ? T(-1) : (h == h ? T(0) : h)};
     case kSquared: return {(h - t) * (h - t), T(2) * (h - t)};
     case kExp: { T e = exp80(-h); return {e, -e}; }
     case kTruncquad: { T r = relu(t - h); return {r * r, T(-2) * r}; }

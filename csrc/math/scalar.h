@@ -59,8 +59,8 @@ template <class T> struct ValueSlope { T value, slope; };
 
 // KL estimators per token on d = logprob - ref_logprob (http://joschu.net/blog/kl-approx.html): value and d value / d logprob.
 //   k1 = d    k2 = d^2/2    k3 = e^-d - 1 + d    abs = |d|
-// k3 cancels near 0 (a series is used for |d| < 0.05), and its exponent is clamped at 20 before exp, so that value and slope stay
-// finite for any d; beyond the clamp the slope keeps its clamped value. d = inf - inf counts as 0.
+// k3 cancels near 0 (a series is used for |d| < 0.05). In its value -d is clamped at 20, in the exponent and outside of it, so that the value is
+// never negative and finite down to d = -inf; beyond the clamp the slope keeps the value it has there. d = inf - inf counts as 0.
 enum KlKind : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
 template <class T, class M = StdMath> FA_HD ValueSlope<T> kl_estimate(int kind, T logprob, T ref_logprob) {
   using S = scalar_t<T>;
@@ -71,7 +71,7 @@ template <class T, class M = StdMath> FA_HD ValueSlope<T> kl_estimate(int kind, 
     case kAbs: return {d < T{} ? -d : d, d > T{} ? splat<T>(1) : (d < T{} ? splat<T>(-1) : d)};
     default: {
       const T series = d * d * (S(1) / 2 - d * (S(1) / 6 - d * (S(1) / 24 - d * (S(1) / 120 - d * (S(1) / 720)))));
-      const T x = -d > S(20) ? splat<T>(20) : -d, e = M::expm1(x), far = e + d;
+      const T x = -d > S(20) ? splat<T>(20) : -d, e = M::expm1(x), far = e - x;
       return {(d < S(0.05)) & (d > S(-0.05)) ? series : far, -e};
     }
   }

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastalign.train.config import FREE_ON_RESUME, RunConfig, flag_of
+from fastalign.train.config import FREE_ON_RESUME, MODEL_DIRECTORIES, RunConfig, flag_of
 from fastalign.train.errors import UserError
 
 # What a run leaves in its output directory besides the model; --overwrite removes these.
@@ -46,8 +46,15 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 def check_output(config: RunConfig) -> Path:
     """The output directory, if it is a place to write without destroying anything that --resume or --overwrite does not name."""
     output = config.output_dir()
-    if config.model is not None and output == Path(config.model).expanduser().resolve():
-        raise UserError("--output is the directory of --model: the model that training starts from would be replaced")
+    for name in MODEL_DIRECTORIES:
+        if (directory := getattr(config, name, None)) is None:
+            continue
+        path, flag = Path(directory).expanduser().resolve(), flag_of(name, type(config))
+        if path == output:
+            raise UserError(f"--output is the directory of {flag}: the model there would be replaced by the trained one")
+        for part in (*RUN_DIRECTORIES, "model.tmp"):
+            if path.is_relative_to(output / part):
+                raise UserError(f"{flag} lies in '{part}' of --output, where a run removes files: copy the model to a place of its own")
     existing = next(path for path in (output, *output.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"cannot write into the output directory {output}" + ("" if existing == output else f": {existing} is in the way"))

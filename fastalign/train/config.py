@@ -9,12 +9,15 @@ import argparse
 import ast
 import dataclasses
 import math
+import os
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastalign.train.errors import UserError
+
+MAX_SEED = 2**32 - 1  # what every generator takes, NumPy's among them; the order of an epoch multiplies it by 10^6
 
 
 def setting(default: Any, doc: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None, metavar: str | None = None) -> Any:
@@ -87,8 +90,15 @@ class RunConfig:
     progress: bool = setting(True, "show a progress bar on a terminal")
 
     def __post_init__(self) -> None:
+        self._check_types()
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"--seed is {self.seed}: it must lie in [0, {MAX_SEED}]")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and abs(value) >= 1 << 63:  # no float need hold it, so nothing below could look at it
+                raise UserError(f"{flag_of(field.name, type(self))} is {value}: its magnitude must be below 2^63")
         positive = ("batch_size", "tokens_per_batch", "epochs", "max_steps", "max_length", "log_every", "keep_checkpoints", "learning_rate")
-        not_negative = ("weight_decay", "max_grad_norm", "eval_every", "save_every", "seed")
+        not_negative = ("weight_decay", "max_grad_norm", "eval_every", "save_every")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -109,11 +119,33 @@ class RunConfig:
             if choices and getattr(self, field.name) not in (*choices, field.default):
                 raise UserError(f"{flag_of(field.name, type(self))} is '{getattr(self, field.name)}'; legal: {', '.join(choices)}")
 
+    def _check_types(self) -> None:
+        """Refuse a value of another type than its setting's; a path object becomes its text. The command line has converted its texts before."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), typing.get_args(hint) or (hint,)
+            if isinstance(value, os.PathLike) and str in kinds:
+                value = os.fspath(value)
+                object.__setattr__(self, name, value)
+            if value is None and type(None) in kinds:
+                continue
+            kind = dict if typing.get_origin(hint) is dict else next(k for k in kinds if k is not type(None))
+            legal, noun = _TYPES[kind]
+            if not isinstance(value, legal) or isinstance(value, bool) and kind is not bool:
+                raise UserError(f"{name} must be {noun}{' or None' * (type(None) in kinds)}, got {value!r}")
+            if value == "":
+                raise UserError(f"{flag_of(name, type(self))} is empty")
+
     def output_dir(self) -> Path:
         """The output directory as an absolute path, symbolic links resolved."""
         if not self.output:
             raise UserError("--output is missing: it names the directory for the model, metrics and checkpoints")
         return Path(self.output).expanduser().resolve()
+
+
+# The type of a setting -> what its value may be, and what that is called.
+_TYPES: dict[type, tuple[Any, str]] = {
+    bool: (bool, "True or False"), int: (int, "an integer"), float: ((int, float), "a number"), str: (str, "a text"), dict: (dict, "a dict"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +162,9 @@ class TrainConfig(RunConfig):
     )
     token_metrics: bool = setting(True, "also log entropy, mean logits and token accuracy; they come out of the same pass over the logits")
 
+
+# Settings that name a directory with a model: no run may write over one.
+MODEL_DIRECTORIES = ("model", "ref_model", "reward_model", "dpo_model")
 
 # Settings that may differ between a run and its continuation: none of them changes a number that training produces.
 FREE_ON_RESUME = frozenset(
@@ -155,6 +190,25 @@ def check_settings(config: RunConfig, names: Collection[str], method: str) -> No
         if field.name not in (*common_settings(), *names) and getattr(config, field.name) != default:
             own = ", ".join(flag_of(name, type(config)) for name in names) or "none"
             raise UserError(f"{method} has no setting {flag_of(field.name, type(config))}; beside the common ones it has: {own}")
+
+
+def check_kind(function: str, method: str, config: Any, kind: type[RunConfig], elsewhere: tuple[str, str, Collection[str]]) -> None:
+    """Refuse a method or a configuration that belongs to the other function for training. `elsewhere`: that function, its class of
+    configuration and its methods."""
+    other, others_kind, methods = elsewhere
+    if method in methods:
+        raise UserError(f"{function} has no method {method!r}: call {other}({method!r}, {others_kind}(...))")
+    if not isinstance(config, kind):
+        found = type(config).__name__
+        hint = f", which belongs to {other}" if found == others_kind else ""
+        raise UserError(f"{function}({method!r}, config): config must be an instance of {kind.__name__}, got {found}{hint}")
+
+
+def check_booleans(options: Mapping[str, Any], preset: Any) -> None:
+    """Refuse an option of --set that is not true or false although the preset's field of its name is."""
+    for name, value in options.items():
+        if isinstance(getattr(preset, name, None), bool) and not isinstance(value, bool):
+            raise UserError(f"--set {name} must be true or false, got {value!r}")
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: type[RunConfig], names: Collection[str]) -> None:
@@ -188,11 +242,15 @@ def from_arguments(arguments: argparse.Namespace, kind: type[RunConfig]) -> RunC
 
 
 def _parse_option(flag: str, text: str) -> tuple[str, Any]:
-    """`beta=0.1` -> ("beta", 0.1). A value that is no Python literal is a word: `sft_norm=seq_mean`."""
+    """`beta=0.1` -> ("beta", 0.1), `reference=false` -> ("reference", False) in any case. A value that is no Python literal is a word:
+    `sft_norm=seq_mean`."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UserError(f"{flag} {text}: expected OPTION=VALUE")
+    name, value = name.strip(), value.strip()
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
     try:
-        return name.strip(), ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
-        return name.strip(), value.strip()
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return name, value

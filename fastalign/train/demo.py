@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from fastalign.console import Parser, integer
+from fastalign.train.config import MAX_SEED
 from fastalign.train.errors import TrainingError, UserError
 
 # Name -> (what it shows, its default number of optimizer steps). Each is a module of fastalign.train.demos with run(seed, steps, output).
@@ -25,7 +26,9 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="fastalign demo", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
     shown = "; ".join(f"{name}: {what} ({steps} steps)" for name, (what, steps) in DEMOS.items())
     parser.add_argument("method", nargs="?", choices=DEMOS, default="dpo", metavar="METHOD", help=f"what to show (default: dpo). {shown}")
-    parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="seed of data, weights, sampling and training (default: 0)")
+    parser.add_argument(
+        "--seed", type=integer(0, MAX_SEED // 1000 - 1), default=0, help="seed of data, weights, sampling and training (default: 0)"
+    )
     parser.add_argument("--steps", type=integer(1), default=None, help="optimizer steps of the method instead of its default")
     parser.add_argument(
         "--output",

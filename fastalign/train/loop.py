@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import fastalign
 from fastalign.train import checkpoint
 from fastalign.train import model as models
 from fastalign.train.config import RunConfig
+from fastalign.train.errors import UserError
 from fastalign.train.metrics import RunLog
 from fastalign.train.optimise import Optimizer
 
@@ -113,7 +115,10 @@ class Run:
         checkpoint.check_same_run(state, self.config, self.task.method, self.task.data)
         self.lm.load_weights(str(path), trust_remote_code=self.config.trust_remote_code)
         for name, module in self.task.modules().items():
-            module.load_state_dict(load_file(path / f"{name}.safetensors"))
+            try:
+                module.load_state_dict(load_file(path / f"{name}.safetensors"))
+            except (SafetensorError, OSError, RuntimeError) as error:
+                raise UserError(f"--resume: {path / name}.safetensors cannot be read: {str(error).splitlines()[0]}") from error
         optimizer.load_state_dict(state["optimizer"])
         self.task.load_state_dict(state["task"])
         checkpoint.restore_random_state(state["random"])

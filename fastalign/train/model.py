@@ -22,6 +22,7 @@ _OLDEST = (4, 56)
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
     raise UserError(f"transformers {transformers.__version__} is too old: fastalign.train needs {_OLDEST[0]}.{_OLDEST[1]} or newer")
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _IMPLEMENTATION = {"packed": packed.NAME, "sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash_attention_2"}
 
 
@@ -51,7 +52,40 @@ def load_model(directory: str, *, trust_remote_code: bool = False) -> torch.nn.M
 
 def max_positions(config: Any) -> int | None:
     """How many positions a model of this configuration has; None where it sets no bound."""
-    return getattr(config, "max_position_embeddings", None)
+    parts = [config, *(getattr(config, name, None) for name in ("text_config", "llm_config"))]  # of a model that sees, too
+    found = [getattr(part, name, None) for part in parts for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
+
+
+def check_positions(what: str, config: Any, longest: int) -> None:
+    """Refuse a model beside the policy that has fewer positions than a sequence may have tokens: it would read beyond them, or fail."""
+    positions = max_positions(config)
+    if positions is not None and positions < longest:
+        raise UserError(f"{what}: it has {positions} positions, and a sequence may have {longest} tokens; lower --max-length")
+
+
+def has_tokenizer(directory: str) -> bool:
+    """Whether a tokenizer was saved in a model directory."""
+    return any(any(Path(directory).expanduser().glob(name)) for name in _TOKENIZER_FILES)
+
+
+def check_tokenizer(what: str, theirs: Any, ours: Any) -> None:
+    """A model beside the policy reads the policy's token ids, so a token must mean the same to both."""
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    for token, number in a.items():
+        if token in b and b[token] != number:
+            raise UserError(f"{what}: its tokenizer differs from the policy's: {token!r} is {b[token]} there and {number} here")
+    missing = [token for token in a if token not in b]
+    if missing:
+        raise UserError(f"{what}: its tokenizer differs from the policy's: it lacks {len(missing)} tokens, {missing[0]!r} first")
+
+
+def check_companion(flag: str, directory: str, tokenizer: Any, longest: int, *, trust_remote_code: bool = False) -> None:
+    """Refuse the directory of a model beside the policy whose tokenizer (where it has one) or positions do not fit; no weight is read."""
+    what = f"{flag} {directory}"
+    check_positions(what, load_config(directory, trust_remote_code=trust_remote_code), longest)
+    if has_tokenizer(directory):
+        check_tokenizer(what, load_tokenizer(directory, trust_remote_code=trust_remote_code), tokenizer)
 
 
 def load_config(directory: str, *, trust_remote_code: bool = False) -> Any:
@@ -62,14 +96,18 @@ def load_config(directory: str, *, trust_remote_code: bool = False) -> Any:
 def from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
     """What a function of transformers loads from a directory; every way in which that fails is a `UserError`."""
     path = Path(directory).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"the model directory {directory} is a file; give the directory that holds config.json, weights and tokenizer")
     if not path.is_dir():
         raise UserError(f"the model directory {directory} does not exist (fetch a model from the hub first)")
     if not (path / "config.json").is_file():
         raise UserError(f"the model directory {directory} has no config.json")
     try:
         return load(str(path), local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise UserError(f"cannot load the {what} in {directory}: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # files that are cut off or not what their names say fail in many ways
+        reason = " ".join(str(error).split())[:300]
+        named = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and reason
+        raise UserError(f"cannot load the {what} in {directory}: {reason if named else f'{type(error).__name__}: {reason}'}") from error
 
 
 class PackedModel:
@@ -171,7 +209,7 @@ class PackedModel:
             if self.model.config._attn_implementation != _IMPLEMENTATION[name]:
                 return "the architecture does not let its attention be chosen"
             return self._leak()
-        except (ValueError, ImportError, TypeError, RuntimeError) as error:
+        except (ValueError, ImportError, TypeError, RuntimeError, IndexError) as error:
             return " ".join(str(error).split())[:200]
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 
 from fastalign.train import checkpoint
 from fastalign.train import model as models
-from fastalign.train.config import TrainConfig
+from fastalign.train.config import TrainConfig, check_kind
 from fastalign.train.data import Schedule, fingerprint, load_examples
 from fastalign.train.errors import UserError
 from fastalign.train.loop import Run, TrainResult
@@ -20,6 +20,7 @@ from fastalign.train.methods import make_method
 from fastalign.train.methods.base import LogprobFn, Method, Split, join
 from fastalign.train.methods.dpo import PreferenceMethod
 from fastalign.train.metrics import MetricSums
+from fastalign.train.online import METHODS as ONLINE
 from fastalign.train.optimise import Optimizer
 from fastalign.train.reference import LiveReference, precompute, weights_fingerprint
 from fastalign.train.tokenise import TokenExample
@@ -51,7 +52,9 @@ def train(
         UserError: anything wrong with settings, paths or data; before the first step.
         TrainingError: a gradient that is not finite.
     """
-    method = make_method(method, config) if isinstance(method, str) else method
+    name = method.name if isinstance(method, Method) else method
+    check_kind("train", name, config, TrainConfig, ("train_online", "OnlineConfig", ONLINE))
+    method = method if isinstance(method, Method) else make_method(method, config)
     config = method.config
     check_one_process()
     if model is None and config.model is None:
@@ -67,14 +70,17 @@ def train(
     train_examples, eval_examples = load_examples(config, method.format, tokenizer, positions, examples, eval_examples)
     method.read(train_examples, eval_examples)
     method.max_length = config.max_length or positions
+    if config.ref_model is not None:
+        models.check_companion("--ref-model", config.ref_model, tokenizer, method.longest(train_examples, eval_examples), **trust)
     lm, tokenizer = method.make_lm(model if model is not None else method.load_model(config.model, **trust), tokenizer)
     try:
         check_vocabulary(train_examples + eval_examples, lm, "model")
         method.start(lm)
-        checkpoint.create_output(output, overwrite=config.overwrite)
         splits = Split(train_examples), Split(eval_examples)
-        if method.needs_reference:
-            _attach_reference(method, output, lm, splits)
+        reference = _reference(method, lm, splits) if method.needs_reference else None
+        checkpoint.create_output(output, overwrite=config.overwrite)
+        if reference is not None:
+            _attach_reference(method, output, reference, splits)
         return Run(config, output, lm, tokenizer, OfflineTask(method, lm, *splits), callback).fit()
     finally:
         lm.restore()
@@ -182,20 +188,23 @@ def check_vocabulary(examples: Sequence[TokenExample], lm: models.PackedModel, w
         raise UserError(f"the tokenizer gives token id {largest}, but the {what}'s vocabulary has {lm.vocabulary()} entries")
 
 
-def _attach_reference(method: Method, output: Path, lm: models.PackedCausalLM, splits: Sequence[Split]) -> None:
+def _reference(method: Method, lm: models.PackedCausalLM, splits: Sequence[Split]) -> models.PackedCausalLM:
+    """The reference model: that of --ref-model, or the policy as it is now."""
+    config = method.config
+    if config.ref_model is None:
+        return lm if config.precompute_ref else lm.frozen_copy()
+    loaded = models.load_model(config.ref_model, trust_remote_code=config.trust_remote_code)
+    reference = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device)
+    check_vocabulary([example for split in splits for example in split.examples], reference, "reference model")
+    if reference.vocabulary() != lm.vocabulary() and (method.exact_kl or not models.has_tokenizer(config.ref_model)):
+        reason = "their distributions cannot be compared" if method.exact_kl else "without a tokenizer of its own it must have the same one"
+        raise UserError(f"the reference model's vocabulary has {reference.vocabulary()} entries, the model's {lm.vocabulary()}: {reason}")
+    return reference
+
+
+def _attach_reference(method: Method, output: Path, reference: models.PackedCausalLM, splits: Sequence[Split]) -> None:
     """Give the splits their reference log-probs: from a model that stays in memory, or computed once now, before any weight has changed."""
     config = method.config
-    if config.ref_model is not None:
-        loaded = models.load_model(config.ref_model, trust_remote_code=config.trust_remote_code)
-        reference = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device)
-        check_vocabulary([example for split in splits for example in split.examples], reference, "reference model")
-        if method.exact_kl and reference.vocabulary() != lm.vocabulary():
-            raise UserError(
-                f"the reference model's vocabulary has {reference.vocabulary()} entries, the model's {lm.vocabulary()}: "
-                "their distributions cannot be compared"
-            )
-    else:
-        reference = lm if config.precompute_ref else lm.frozen_copy()
     live = LiveReference(reference, method.token_stats)
     if not config.precompute_ref:
         for split in splits:

@@ -12,7 +12,7 @@ from tiny import make_lists, make_responses, make_rows, write_jsonl
 
 from fastalign import cli
 from fastalign.train import TrainConfig
-from fastalign.train.config import flag_of
+from fastalign.train.config import _parse_option, flag_of
 from fastalign.train.methods import METHODS
 
 
@@ -130,6 +130,13 @@ FLAGS = [
     (("--batch-size", "1.5"), ("--batch-size", "invalid int value")),
     (("--warmup-ratio", "2"), ("--warmup-ratio is 2.0", "[0, 1]")),
     (("--seed", "-1"), ("--seed is -1",)),
+    (("--seed", str(2**64)), (f"--seed is {2**64}", "[0, 4294967295]")),
+    (("--seed", str(2**32)), ("[0, 4294967295]",)),
+    (("--batch-size", "9" * 400), ("--batch-size is 999", "below 2^63")),
+    (("--loss", ""), ("--loss is empty",)),
+    (("--loss", "sigmoid=-1"), ("--loss sigmoid=-1", "must be positive, got -1")),
+    (("--set", "reference=yes"), ("--set reference must be true or false, got 'yes'",)),
+    (("--set", "beta=true"), ("beta must be a number, got True",)),
     (("--dtype", "float64"), ("--dtype", "float32", "bfloat16")),
     (("--attention", "magic"), ("--attention", "packed", "eager")),
     (("--no-such-flag",), ("--no-such-flag",)),
@@ -173,6 +180,7 @@ def test_missing_flags(command, capsys, missing):
         (json.dumps(make_rows()[0]).encode() + b"\n{broken\n", ("line 2", "not JSON")),
         (b'\n{"prompt": "a", "chosen": "b", "rejected": null}\n', ("line 2", "field 'rejected'", "null")),
         (b"\xff\xfe", ("line 1", "not UTF-8")),
+        ('{"prompt": "caf\u00e9", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"), ("line 1", "not UTF-8 (byte 15)")),
     ],
 )
 def test_wrong_data(command, capsys, tmp_path, content, words):
@@ -182,11 +190,23 @@ def test_wrong_data(command, capsys, tmp_path, content, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_model_directories(command, capsys, tmp_path, tokenizer, model_dir):
+def test_a_byte_order_mark_is_no_part_of_the_data(command, data_file, tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + data_file.read_bytes())
+    assert cli.main(command("--seed", str(2**32 - 1), data=path)) == 0
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("False", False), ("FALSE", False), (" true ", True), ("truest", "truest")])
+def test_booleans_of_set(text, value):
+    assert _parse_option("--set", f"reference={text}") == ("reference", value)
+
+
+def test_wrong_model_directories(command, capsys, tmp_path, tokenizer, model_dir, data_file):
     fails(capsys, command(model=tmp_path / "nothing"), "nothing does not exist")
     empty = tmp_path / "empty"
     empty.mkdir()
     fails(capsys, command(model=empty), "has no config.json")
+    fails(capsys, command(model=data_file), f"{data_file} is a file", "the directory that holds config.json")
     (empty / "config.json").write_text("{}")
     fails(capsys, command(model=empty), f"in {empty}")
     transformers.BertForMaskedLM(

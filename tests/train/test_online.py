@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +234,20 @@ def test_what_a_reward_function_is_given(online):
         online("ppo", reward=lambda *texts: [], out="other")
 
 
+def test_every_metric_is_documented(online):
+    runs = [
+        online("ppo", kl_target=1.0, ptx_coef=0.5, texts=TEXTS, out="ppo"),
+        online("grpo", kl_coef=0.1, samples_per_prompt=2, drop_equal_groups=True, out="grpo"),
+        online("online_dpo", out="online_dpo"),
+    ]
+    page = (Path(__file__).parents[2] / "docs" / "training_online.md").read_text(encoding="utf-8")
+    of_dpo = {name for name in runs[2].history[0] if name.startswith(("rewards/", "logps/", "logits/"))}
+    of_all = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "entropy", "mean_token_accuracy"}
+    suffixes = {"policy/clipfrac_low", "policy/clipfrac_high", "policy/clipfrac_lower"}
+    known = of_dpo | of_all | suffixes | {"n_empty", "nonfinite_pairs"}
+    assert [name for run in runs for name in run.history[0] if name not in known and f"`{name}`" not in page] == []
+
+
 def test_target_kl_stops_the_updates(online):
     far = online("ppo", rollout_epochs=4, minibatches=2, learning_rate=0.05, max_steps=1, target_kl=1e-4)
     assert steps(far)[0]["policy/updates"] < 8
@@ -254,7 +269,7 @@ def test_token_rewards_of_a_dpo_model(online, tmp_path):
     result = online("ppo", dpo_model=str(tmp_path / "dpo"), preset="rto", dpo_clip=1e-3, dpo_coef=100.0)
     extra = steps(result)[0]["objective/non_score_reward"]  # the KL is 0 in the first step
     assert 0 < abs(extra) <= 6 * 1e-3 * 1.0001
-    same = online("ppo", dpo_model=str(save(make_model(), tmp_path / "same")), preset="rto", out="same")
+    same = online("ppo", dpo_model=str(save(make_model(), tmp_path / "same")), preset="rto", out="second")
     assert steps(same)[0]["objective/non_score_reward"] == 0.0
 
 

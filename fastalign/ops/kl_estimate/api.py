@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.checks import check_choice, check_same_device, check_shape
+from fastalign.checks import check_choice, check_floating, check_same_device, check_shape
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 
 KINDS = ("k1", "k2", "k3", "abs")  # the position is the code in csrc/math/scalar.h (KlKind)
@@ -30,9 +30,9 @@ class KlEstimateFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        # 0 * inf cannot arise: the slope is finite for every finite or infinite d, and NaN only for NaN.
         (slope,) = ctx.saved_tensors
-        g = grad * slope
+        # Selected where nothing comes from above: the slope of k2 is infinite for an infinite d, and all slopes are NaN for NaN.
+        g = (grad * slope).masked_fill(grad == 0, 0.0)
         return g, -g if ctx.needs_input_grad[1] else None, None
 
 
@@ -40,16 +40,22 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Ten
     """Per-token estimate of KL(policy || reference) from samples of the policy, with d = logprobs - ref_logprobs.
 
     k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d (never negative), abs = |d|  (Schulman, "Approximating KL divergence", 2020).
-    d/d logprobs: 1, d, 1 - e^-d, sign(d). Near d = 0, k3 uses its series; its exponent is clamped at 20 before exp and the slope keeps its
-    clamped value, so value and gradient are finite for any finite d. Equal infinities count as d = 0. NaN stays NaN.
+    d/d logprobs: 1, d, 1 - e^-d, sign(d). Near d = 0, k3 uses its series. Below d = -20 its value stays that of d = -20, and so does the slope
+    (it does not become 0: the token is still pulled back). Equal infinities count as d = 0. NaN stays NaN; where the upstream gradient is 0, so is
+    the gradient, whatever the inputs hold.
 
     Args:
         logprobs, ref_logprobs: same shape and device, floating. kind: k1, k2, k3 or abs.
 
     Returns:
         The same shape, fp32 (fp64 if either input is), differentiable in both.
+
+    Raises:
+        ValueError, TypeError: unknown kind, shapes, dtypes, devices.
     """
     check_choice("kind", kind, KINDS)
+    check_floating("logprobs", logprobs)
+    check_floating("ref_logprobs", ref_logprobs)
     check_shape("ref_logprobs", ref_logprobs, tuple(logprobs.shape))
     check_same_device("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     dtype = torch.float64 if torch.float64 in (logprobs.dtype, ref_logprobs.dtype) else torch.float32

@@ -21,4 +21,4 @@ def value_and_slope(logprobs, ref_logprobs, kind):
     small = d.abs() < 0.05
     x = torch.clamp(-d, max=20.0)
     series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720)))))
-    return torch.where(small, series, torch.expm1(x) + d), -torch.expm1(x)
+    return torch.where(small, series, torch.expm1(x) - x), -torch.expm1(x)

@@ -12,7 +12,8 @@ from fastalign.checks import (
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_number,
-    check_same_device,
+    global_count,
+    one_element,
     per_token,
     row_mask,
 )  # fmt: skip
@@ -127,14 +128,16 @@ def policy_loss(
             where S == T they read it as [S] and all others as [T].
         loss: a name (ppo, reinforce, grpo, dr_grpo, dapo, gspo, gspo_token, cispo, rloo, luspo, sapo, gmpo, vespo) or a PolicyPreset.
         cu_seqlens: [S + 1] int32, from 0 to T; needed by losses and aggregations that look at sequences.
-        mask: [T] bool, row-aligned: the response tokens. Required wherever tokens or sequences are counted: always, except for
-            aggregation="token_sum" and for token_mean with num_items, with a ratio per token. All others get gradient 0, whatever they hold.
+        mask: [T] bool, row-aligned: the response tokens. All others get gradient 0, whatever they hold. None, every token is one, is legal only
+            where none are counted here: with aggregation="token_sum", or num_items and any other aggregation but seq_mean_token_mean, and with
+            ratio="token" or loss="reinforce".
         ref_logprobs: [T] reference log-probs for the KL term and its metric. entropy: [T] entropy of the policy, differentiable.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high] (gmpo: the log-ratio to [-clip_low, clip_high]).
         ratio_min, ratio_max: the same bounds as ratios; each replaces the preset's bound on that side.
         dual_clip: c > 1: where A < 0 the term is at most -A c.
         kl_coef: weight of the KL term (number or 0-dim tensor); kl_kind: k1, k2, k3, abs (gradient: the estimator's own, 1, d, 1 - e^-d, sign d
-            with d = logprobs - ref_logprobs) or k3+ (value of k3, gradient of k2). kl_bias_correction (bool): the term times rho.
+            with d = logprobs - ref_logprobs) or k3+ (value of k3, gradient of k2); needs ref_logprobs. kl_bias_correction (bool): the
+            term times rho; needs kl_coef.
         entropy_coef: weight of the entropy bonus (number or 0-dim tensor).
         aggregation: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm (needs norm_length) or token_sum.
             A sequence without scored tokens does not count.
@@ -148,7 +151,7 @@ def policy_loss(
 
     Raises:
         ValueError, TypeError: unknown loss, option or aggregation, an option without effect, shapes, dtypes, devices, missing cu_seqlens, mask,
-            ref_logprobs or entropy.
+            ref_logprobs or entropy, cu_seqlens not running monotonically from 0 to T (values of tensors are checked on the CPU).
     """
     for name, option in (("clip_low", clip_low), ("clip_high", clip_high), ("ratio_min", ratio_min), ("ratio_max", ratio_max),
                          ("dual_clip", dual_clip), ("kl_coef", kl_coef), ("kl_kind", kl_kind), ("entropy_coef", entropy_coef),
@@ -169,13 +172,17 @@ def policy_loss(
         raise ValueError(f"{_described(preset)} counts response tokens: mask is required (row-aligned, True at response tokens)")
     if ref_logprobs is None and ("kl_coef" in coefficients or preset.kl_coef != 0):
         raise ValueError("kl_coef needs ref_logprobs")
+    if ref_logprobs is None and kl_kind is not None:
+        raise ValueError(f"kl_kind={kl_kind!r} has no effect without ref_logprobs")
+    if options.get("kl_bias_correction") and "kl_coef" not in options and preset.kl_coef == 0:
+        raise ValueError("kl_bias_correction=True has no effect without kl_coef")
     if entropy is None and ("entropy_coef" in coefficients or preset.entropy_coef != 0):
         raise ValueError("entropy_coef needs entropy, the policy's entropy per token")
     if is_weight is None and preset.is_mode is not None:
         raise ValueError("is_mode needs is_weight")
     if is_weight is not None and preset.surrogate == "vespo":
         raise ValueError("vespo weighs by its own ratio: give the sampler's log-probs as old_logprobs instead of is_weight")
-    cu_seqlens = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, logprobs)
+    cu_seqlens = _boundaries(cu_seqlens, logprobs)
     advantages, per_sequence = _per_token_or_sequence("advantages", advantages, logprobs, cu_seqlens, preset)
     given = {n for n, t in (("ref_logprobs", ref_logprobs), ("entropy", entropy), ("is_weight", is_weight)) if t is not None}
     is_per_sequence = False
@@ -189,7 +196,8 @@ def policy_loss(
     boundaries = cu_seqlens if preset.needs_sequences or per_sequence or is_per_sequence else None
     tensors = (
         old_logprobs, advantages, boundaries, row_mask(mask, logprobs), ref_logprobs, is_weight,
-        *(_scalar(n, coefficients.get(n), logprobs) for n in ("kl_coef", "entropy_coef")), _num_items(num_items, preset.aggregation, logprobs),
+        *(one_element(n, coefficients[n], logprobs) if n in coefficients else None for n in ("kl_coef", "entropy_coef")),
+        _num_items(num_items, preset.aggregation, logprobs),
     )  # fmt: skip
     value, stats = PolicyFunction.apply(logprobs, entropy, tensors, preset.params(per_sequence, is_per_sequence))
     return PolicyOutput(value, stats, preset, frozenset(given))
@@ -214,14 +222,16 @@ def value_loss(
     Args:
         values: [T], differentiable, any floating type. returns: [T]. old_values: [T], the values at rollout; not needed with clip=None.
         clip: half the width of the range that a value may move in, >= 0; None: the plain squared error.
-        mask: [T] bool, row-aligned: the response tokens. Required wherever tokens or sequences are counted (see `policy_loss`).
+        mask: [T] bool, row-aligned: the response tokens. None, every token is one, is legal only with aggregation="token_sum", or num_items and any
+            other aggregation but seq_mean_token_mean.
         cu_seqlens: [S + 1] int32, for the seq_... aggregations. aggregation, norm_length, num_items: as in `policy_loss`.
 
     Returns:
         ValueOutput: loss (scalar), explained_variance (0-dim), metrics() as (sum, count) on the device.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, unknown aggregation, missing mask, cu_seqlens, old_values or norm_length.
+        ValueError, TypeError: shapes, dtypes, devices, unknown aggregation, missing mask, cu_seqlens, old_values or norm_length, malformed cu_seqlens
+            (as in `policy_loss`).
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
     values = per_token("values", values)
@@ -241,8 +251,9 @@ def value_loss(
         check_number("norm_length", norm_length, above=0.0)
     if mask is None and (aggregation == "seq_mean_token_mean" or (aggregation != "token_sum" and num_items is None)):
         raise ValueError(f"aggregation={aggregation!r} counts tokens: mask is required (row-aligned, True at response tokens)")
-    if cu_seqlens is not None:
-        cu_seqlens = check_cu_seqlens(cu_seqlens, values) if aggregation.startswith("seq_") else None
+    cu_seqlens = _boundaries(cu_seqlens, values)
+    if not aggregation.startswith("seq_"):
+        cu_seqlens = None
     value, stats = ValueFunction.apply(
         values, old_values, returns, cu_seqlens, row_mask(mask, values), _num_items(num_items, aggregation, values),
         0.0 if clip is None else float(clip), AGGREGATIONS.index(aggregation), 1.0 if norm_length is None else float(norm_length),
@@ -273,22 +284,17 @@ def _per_token_or_sequence(name: str, tensor: Any, like: Tensor, cu_seqlens: Ten
     return per_token(name, tensor, like).detach(), is_per_sequence
 
 
-def _scalar(name: str, value: Any, like: Tensor) -> Tensor | None:
-    """A 0-dim tensor of the log-probs' type, or None."""
-    if value is None:
+def _boundaries(cu_seqlens: Any, like: Tensor) -> Tensor | None:
+    """cu_seqlens, with its values checked here: the op sees it only where the loss needs it."""
+    if cu_seqlens is None:
         return None
-    if value.numel() != 1:
-        raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-    check_same_device(name, value, "the per-token tensor", like)
-    return value.detach().reshape(()).to(like.dtype)
+    cu_seqlens = check_cu_seqlens(cu_seqlens, like)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_cu_seqlens_values(cu_seqlens, like.shape[0])
+    return cu_seqlens
 
 
 def _num_items(value: Any, aggregation: str, like: Tensor) -> Tensor | None:
-    if value is None:
-        return None
-    if aggregation == "token_sum":
+    if value is not None and aggregation == "token_sum":
         raise ValueError('num_items has no effect with aggregation="token_sum", which divides by nothing')
-    if isinstance(value, Tensor):
-        return _scalar("num_items", value, like)
-    check_number("num_items", value, low=0)
-    return torch.full((), float(value), dtype=like.dtype, device=like.device)
+    return global_count("num_items", value, like)

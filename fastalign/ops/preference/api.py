@@ -12,6 +12,7 @@ from fastalign.checks import (
     check_choice,
     check_cu_seqlens,
     check_cu_seqlens_values,
+    check_pairs_values,
     check_same_device,
     check_shape,
     global_count,
@@ -44,16 +45,17 @@ def _fwd_fake(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums
     return tuple(like.new_empty(s) for s in (*shapes, (count, 2, SUM_WIDTH)))
 
 
-def _check_values(logprobs, ref_logprobs, kl, cu_seqlens, pairs, *rest):
-    """cu_seqlens monotone, pairs inside [0, S)."""
+def _check_values(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, beta, omega, soft_labels, *rest):
+    """cu_seqlens monotone, pairs inside [0, S), beta not negative, soft labels probabilities."""
+    if soft_labels is not None and bool(((soft_labels < 0) | (soft_labels > 1)).any()):
+        raise ValueError("soft_labels are probabilities that the chosen response wins; legal: 0 to 1")
+    if beta is not None and bool((beta < 0).any()):
+        raise ValueError("beta must not be negative")
     if cu_seqlens is None:
         return
     check_cu_seqlens_values(cu_seqlens, logprobs.shape[0])
-    sequences = cu_seqlens.shape[0] - 1
-    if pairs is not None and pairs.numel():
-        low, high = (int(x) for x in pairs.aminmax())
-        if low < 0 or high >= sequences:
-            raise IndexError(f"pairs holds sequence numbers from {low} to {high}; legal: 0 to {sequences - 1}")
+    if pairs is not None:
+        check_pairs_values(pairs, cu_seqlens.shape[0] - 1)
 
 
 preference_fwd = Op(
@@ -236,7 +238,7 @@ def _from_sums(
         value, table = PreferenceFromSumsFunction.apply(own, extra, preset.params(reduction))
         total = weight * value if total is None else total + weight * value
         if first is None:
-            first = preset, compose.own_rewards(preset, table, sums, given), sums.detach()
+            first = preset, compose.own_rewards(preset, table, sums, tensors), sums.detach()
     return PreferenceOutput(total, *first, any(p.sft_weight for p, _ in components))
 
 
@@ -292,9 +294,9 @@ def preference_loss_from_sums(
         for name, policy, ref in (("ref_chosen", chosen, ref_chosen), ("ref_rejected", rejected, ref_rejected)):
             check_shape(name, ref, tuple(chosen.shape))
             check_same_device(name, ref, "chosen", chosen)
-            # Subtract in the wider type, then round once.
-            difference = torch.where(policy == ref, torch.zeros_like(policy), (policy - ref.detach()).to(policy.dtype))
-            ratios.append(difference)
+            # Subtract in the wider type, then round once. Equal infinities differ by 0; equal numbers do too, but pass the gradient on.
+            difference = (policy - ref.detach()).to(policy.dtype)
+            ratios.append(torch.where((policy == ref) & torch.isinf(policy), torch.zeros_like(policy), difference))
     else:
         ratios = [chosen, rejected]
 

@@ -72,9 +72,13 @@ def prepare(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sums as this preset's table needs them, and its tensors per pair, the rule's included."""
     tensors = dict(tensors)
-    valid = (sums.detach()[:, :, 2] > 0).any(-1)
-    if "valid" in tensors:
-        valid = valid & tensors["valid"].to(torch.bool)
+    valid = is_valid(sums, tensors)
+    if preset.order is not None:
+        own = [name for name, t in tensors.items() if name != "valid" and t.numel() > 1]
+        if own:
+            raise ValueError(
+                f"loss {preset.name!r} compares ranks, not pairs, and takes no value per pair: {own[0]} must be a single number"
+            )
     if rule is not None:
         beta = tensors["beta"].detach() if "beta" in tensors else preset.beta
         for name, value in rule(preset, PairValues(sums, valid, beta)).items():
@@ -91,6 +95,12 @@ def prepare(
     return sums, tensors
 
 
+def is_valid(sums: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """[P]: the pairs that have tokens and are not excluded by the caller."""
+    valid = (sums.detach()[:, :, 2] > 0).any(-1)
+    return valid & tensors["valid"].to(torch.bool) if "valid" in tensors else valid
+
+
 def _sorted(sums: Tensor, order: str, valid: Tensor) -> Tensor:
     """AOT: row i compares the i-th smallest values across the valid pairs; the gradient goes back through the permutation. Stable."""
     policy, ratio = sums[:, :, 0], sums[:, :, 1]
@@ -102,7 +112,8 @@ def _sorted(sums: Tensor, order: str, valid: Tensor) -> Tensor:
     sides = []
     count = valid.sum()
     for side, values in ((0, left), (1, right)):
-        permutation = torch.where(valid, values.detach(), torch.inf).sort(stable=True).indices
+        permutation = values.detach().sort(stable=True).indices  # by value (NaN last), then the valid ones first
+        permutation = permutation[(~valid)[permutation].sort(stable=True).indices]
         row = sums[permutation, side]
         filled = (torch.arange(len(values), device=sums.device) < count).to(sums.dtype)
         zero = torch.zeros_like(filled)
@@ -118,5 +129,5 @@ def own_rewards(preset: Preset, table: Tensor, sums: Tensor, tensors: dict[str, 
     beta = tensors.get("beta", torch.as_tensor(preset.beta, dtype=table.dtype, device=table.device)).detach().reshape(-1, 1)
     table = table.detach().clone()
     table[:, 5:7] = beta * sums.detach()[:, :, 1]
-    table[:, 8] = (sums.detach()[:, :, 2] > 0).any(-1).to(table.dtype)
+    table[:, 8] = is_valid(sums, tensors).to(table.dtype)
     return table

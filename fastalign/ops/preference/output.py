@@ -38,7 +38,8 @@ class PreferenceOutput(NamedTuple):
 
     @property
     def chosen_logprobs(self) -> Tensor:
-        """[P]: sums of the policy's log-probs over the scored tokens (means for the reference-free methods that average, as TRL logs them)."""
+        """[P]: sums of the policy's log-probs over the scored tokens, each times its weight where tokens have weights (`weights`, ld_alpha); means
+        for the reference-free methods that average, as TRL logs them."""
         return self._logprobs(0)
 
     @property

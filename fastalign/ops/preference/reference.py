@@ -44,7 +44,7 @@ def transform(kind, a, alpha):
 def link(kind, h, t, tau, prob):
     """f(h), f'(h)."""
     if kind == 1:
-        return torch.relu(t - h), torch.where(h < t, -torch.ones_like(h), h - h)
+        return torch.relu(t - h), torch.where(h < t, -torch.ones_like(h), torch.where(h == h, torch.zeros_like(h), h))
     if kind == 2:
         return (h - t) ** 2, 2 * (h - t)
     if kind == 3:
@@ -83,7 +83,7 @@ def _pairs(pairs, count, device):
 def _ranks(mask, cu_seqlens, index):
     """0-based position of each token among the scored tokens of its sequence."""
     before = torch.cumsum(mask, 0) - mask.long()
-    return before - before[cu_seqlens[:-1].long().clamp(max=max(mask.numel() - 1, 0))][index]
+    return before - before[cu_seqlens[:-1].long().clamp(max=mask.numel() - 1)][index] if mask.numel() else before
 
 
 def _tail_weights(p, before):

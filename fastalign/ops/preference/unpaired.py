@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign import remember
-from fastalign.checks import check_choice, check_cu_seqlens, check_number, check_same_device, check_shape, per_token, row_mask
+from fastalign.checks import check_choice, check_cu_seqlens, check_number, check_same_device, check_shape, global_count, per_token, row_mask
 from fastalign.distributed import sum_over_group
 from fastalign.metric import Metric
 from fastalign.ops.preference.api import PairSumsFunction, PreferenceFromSumsFunction, PreferenceFunction, pair_extra
@@ -105,9 +105,9 @@ def unpaired_loss(
         desirable: [S] bool.
         baseline: kto: z0, required (`kto_baseline`); bco: delta, required without `state`. A number or 0-dim tensor, a constant of the loss.
         reduction: "mean" over all non-empty responses of both classes, "sum", "none". num_items: their global number, for "mean".
-        options: beta (default 0.1; bco 0.01), desirable_weight, undesirable_weight (default 1); bco: omega [S], weights of undesirable
-            responses; dro: tau (default 1), rewards [S], values [S] (differentiable), rescale (default True: the policy's gradient divided
-            by tau, as in the paper's algorithm 1; the value's is not).
+        options: beta (default 0.1; bco 0.01; a number or 0-dim tensor), desirable_weight, undesirable_weight (default 1); bco: omega [S], weights
+            of undesirable responses; dro: tau (default 1), rewards [S], values [S] (differentiable), rescale (default True: the policy's
+            gradient divided by tau, as in the paper's algorithm 1; the value's is not).
 
     Returns:
         UnpairedOutput. An empty response counts nowhere.
@@ -126,7 +126,8 @@ def unpaired_loss(
     count = cu_seqlens.shape[0] - 1
     check_shape("desirable", desirable, (count,))
     check_same_device("desirable", desirable, "logprobs", logprobs)
-    desirable = desirable.to(torch.bool)
+    if desirable.dtype != torch.bool:
+        raise TypeError(f"desirable must be bool, got {desirable.dtype} (labels of +1 and -1 would both count as True)")
     if baseline is not None and loss not in ("kto", "bco"):
         raise ValueError(f"loss {loss!r} has no baseline")
     if state is not None and (loss != "bco" or not isinstance(state, BCODelta)):
@@ -145,11 +146,15 @@ def unpaired_loss(
     if loss == "kto" and baseline is None:
         raise ValueError("loss 'kto' needs baseline=, the z0 of mismatched pairs (fastalign.kto_baseline); 'apo_zero_unpaired' has z0 = 0")
     beta = options.get("beta", UNPAIRED[loss].beta)
-    check_number("beta", beta, above=0.0)
-    preset, _ = _with_beta(loss, {"beta": beta})
     tensors = _weights(desirable, options, logprobs)
+    if isinstance(beta, Tensor):
+        preset, beta = UNPAIRED[loss], _constant("beta", beta, logprobs)
+        tensors["beta"] = beta
+    else:
+        check_number("beta", beta, above=0.0)
+        preset, _ = _with_beta(loss, {"beta": beta})
     if state is None:
-        anchor = _baseline(baseline, logprobs) * (beta if loss == "kto" else 1.0)
+        anchor = _constant("baseline", baseline, logprobs) * (beta if loss == "kto" else 1.0)
         tensors["gamma_ext"] = torch.where(desirable, anchor, -anchor)
         extra = pair_extra(preset, tensors, count, num_items, None, logprobs)
         value, table, sums = PreferenceFunction.apply(*tokens, extra, preset.params(reduction), count)
@@ -184,24 +189,26 @@ def _weights(desirable: Tensor, options: dict[str, Any], like: Tensor) -> dict[s
     return {"omega": torch.where(desirable, like.new_full((), float(good)), bad_weights)}
 
 
-def _baseline(baseline: Any, like: Tensor) -> Tensor:
-    """z0 or delta as a 0-dim constant; None: 0."""
-    if isinstance(baseline, Tensor):
-        if baseline.numel() != 1:
-            raise ValueError(f"baseline must be a number or a tensor of one element, got shape {tuple(baseline.shape)}")
-        check_same_device("baseline", baseline, "logprobs", like)
-        return baseline.detach().reshape(()).to(like.dtype)
-    if baseline is not None:
-        check_number("baseline", baseline)
-    return torch.full((), float(baseline or 0.0), dtype=like.dtype, device=like.device)
+def _constant(name: str, value: Any, like: Tensor) -> Tensor:
+    """A 0-dim constant of the loss; None: 0."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+        check_same_device(name, value, "logprobs", like)
+        return value.detach().reshape(()).to(like.dtype)
+    if value is not None:
+        check_number(name, value)
+    return torch.full((), float(value or 0.0), dtype=like.dtype, device=like.device)
 
 
 def _dro(sums: Tensor, desirable: Tensor, num_items: Any, reduction: str, *, rewards: Tensor | None = None, values: Tensor | None = None,
          tau: float = 1.0, rescale: bool = True) -> UnpairedOutput:  # fmt: skip
     """A squared residual of three numbers per response: plain PyTorch over the sums, which carry the gradient to the tokens."""
     valid = sums.detach()[:, 0, 2] > 0
-    items = valid.sum(dtype=sums.dtype) if num_items is None else num_items
+    items = valid.sum(dtype=sums.dtype).clamp(min=1.0) if num_items is None else global_count("num_items", num_items, sums)
     check_number("tau", tau, above=0.0)
+    if not isinstance(rescale, bool):
+        raise TypeError(f"rescale must be True or False, got {rescale!r}")
     if rewards is None or values is None:
         raise ValueError("loss 'dro' needs rewards= and values=, tensors [S]")
     for name, t in (("rewards", rewards), ("values", values)):
@@ -212,6 +219,6 @@ def _dro(sums: Tensor, desirable: Tensor, num_items: Any, reduction: str, *, rew
         d = d.detach() + (d - d.detach()) / tau
     residual = torch.where(valid, rewards.detach().to(d.dtype) - values.to(d.dtype) - tau * d, 0.0)
     each = 0.5 * residual * residual
-    value = each if reduction == "none" else each.sum() if reduction == "sum" else each.sum() / torch.as_tensor(items).clamp(min=1.0)
+    value = each if reduction == "none" else each.sum() if reduction == "sum" else each.sum() / items
     detached = sums.detach()
     return UnpairedOutput(value, tau * detached[:, 0, 1], detached[:, 0, 0], desirable, valid, detached.new_zeros(()))

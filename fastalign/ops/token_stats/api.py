@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign import ffi
-from fastalign.checks import check_device, check_number, check_same_device, check_shape
+from fastalign.checks import check_device, check_floating, check_integer, check_integers, check_number, check_same_device, check_shape
 from fastalign.registry import Op, row_dtypes, standard_kernels
 
 # Bits of the op's `outputs` argument, in the order of its results; the same numbers stand in csrc/math/row_state.h (RowOutput).
@@ -191,8 +191,8 @@ def token_stats(
 
     Args:
         logits: (..., V), fp32, bf16 or fp16 (fp64 on the reference and CPU backends); last dim contiguous, any leading dims and strides.
-        labels: (...) or, for the log-probs of K tokens per row, (..., K); integers. Row t is scored against labels[t]. Needed by logprob and is_top1.
-            A label equal to `ignore_index` masks its row (with K labels: that entry; the row when all are ignored).
+        labels: (...) or, for the log-probs of K >= 1 tokens per row, (..., K); integers. Row t is scored against labels[t]. Needed by logprob,
+            ref_logprob and is_top1. A label equal to `ignore_index` masks its row (with K labels: that entry; the row when all are ignored).
         ref_logits: logits of the reference model, of the shape, dtype and device of `logits`, strides of its own. A constant: no gradient
             flows into it. Needed by ref_logprob, kl_policy_ref and kl_ref_policy; not read for the others.
         outputs: names from the lists above.
@@ -205,9 +205,11 @@ def token_stats(
             torch.compile the compiler decides about buffers and this has no effect.
 
     Returns:
-        TokenStats; each output (...) (logprob: the shape of labels), fp32, or fp64 for fp64 logits. NaN or +inf logits, and rows that are
-        -inf throughout, give NaN in their own row only; single -inf logits have probability 0 and gradient 0. A KL is +inf where its first
-        distribution has mass on a token that the second one gives none; the gradient of an infinite kl_policy_ref is NaN in that row.
+        TokenStats; each output (...) (logprob and ref_logprob: the shape of labels), fp32, or fp64 for fp64 logits. NaN or +inf logits, and rows
+        that are -inf throughout, give NaN in their own row only; single -inf logits have probability 0 and gradient 0. A softcap makes ordinary
+        logits of infinite ones, softcap and -softcap in front of the temperature, with probabilities above 0; only NaN then gives NaN. A KL is
+        +inf where its first distribution has mass on a token that the second one gives none; the gradient of an infinite kl_policy_ref is NaN
+        in that row.
 
     Raises:
         ValueError, TypeError: on shapes, dtypes, devices, unknown outputs, non-positive temperature, scale or cap.
@@ -223,8 +225,8 @@ def token_stats(
     if ref_logits is None and (need := [name for name in outputs if name in NEED_REF]):
         raise ValueError(f"ref_logits is required for outputs {', '.join(need)}")
     ref_logits = None if ref_logits is None else check_ref(ref_logits, logits)
-    rows_shape, logits, labels, mask = check_rows(logits, labels, mask)
-    if "is_top1" in outputs and labels.dim() == 2 and labels.shape[1] != 1:
+    rows_shape, logits, flat_labels, mask = check_rows(logits, labels, mask)
+    if "is_top1" in outputs and flat_labels.shape[1] != 1:
         raise ValueError("is_top1 needs one label per row; labels has a trailing dim of several")
     options, temperature_tensor = row_options(logits, temperature, logit_scale, softcap, ignore_index)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
@@ -235,16 +237,11 @@ def token_stats(
         bits |= OUTPUT_BITS[name]
     if not any(name in NEED_REF for name in outputs):
         ref_logits = None
-    results = TokenStatsFunction.apply(logits, ref_logits, labels, mask, temperature_tensor, options, bits, inplace_backward)
-    label_shape = rows_shape if labels is None or labels.shape[-1] == 1 and labels.numel() == math.prod(rows_shape) else None
+    results = TokenStatsFunction.apply(logits, ref_logits, flat_labels, mask, temperature_tensor, options, bits, inplace_backward)
     named: dict[str, Any] = {}
     for name, value in zip(OUTPUT_BITS, results):
-        if name not in outputs:
-            continue
-        shape = rows_shape
-        if name in PER_LABEL and label_shape is None:
-            shape = (*rows_shape, labels.shape[-1])
-        named[name] = value.view(shape)
+        if name in outputs:
+            named[name] = value.view(labels.shape if name in PER_LABEL else rows_shape)
     return TokenStats(**named)
 
 
@@ -287,8 +284,7 @@ def check_rows(logits, labels, mask):
     """Validate and bring into the op's shapes: logits with a collapsible layout, labels [rows, K] int64, mask [rows] bool."""
     if not isinstance(logits, Tensor) or logits.dim() < 1:
         raise TypeError("logits must be a tensor of shape (..., V)")
-    if not logits.dtype.is_floating_point:
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    check_floating("logits", logits)
     vocab = logits.shape[-1]
     if not 1 <= vocab < MAX_VOCAB:
         raise ValueError(f"logits has a vocabulary of {vocab}; legal: 1 to {MAX_VOCAB - 1}")
@@ -296,15 +292,16 @@ def check_rows(logits, labels, mask):
     rows_shape = tuple(logits.shape[:-1])
     rows = math.prod(rows_shape)
     if labels is not None:
-        if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        check_integers("labels", labels)
         check_same_device("labels", labels, "logits", logits)
         if tuple(labels.shape) == rows_shape:
             labels = labels.reshape(rows, 1)
-        elif labels.dim() == len(rows_shape) + 1 and tuple(labels.shape[:-1]) == rows_shape:
+        elif labels.dim() == len(rows_shape) + 1 and tuple(labels.shape[:-1]) == rows_shape and labels.shape[-1]:
             labels = labels.reshape(rows, labels.shape[-1])
         else:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; legal for these logits: {rows_shape} or {(*rows_shape, 'K')}")
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}; legal for these logits: {rows_shape} or {(*rows_shape, 'K')}, K >= 1"
+            )
         labels = labels.to(torch.int64).contiguous()
     if mask is not None:
         check_shape("mask", mask, rows_shape)
@@ -327,6 +324,7 @@ def check_ref(ref_logits, logits):
 
 def row_options(logits, temperature, logit_scale, softcap, ignore_index):
     """(RowOptions, temperature as a 0-dim tensor or None)."""
+    check_integer("ignore_index", ignore_index)
     check_number("logit_scale", logit_scale, above=0.0)
     if softcap is not None:
         check_number("softcap", softcap, above=0.0)

@@ -78,9 +78,9 @@ def merge_states(a, b):
     return torch.stack(columns, -1)
 
 
-def _row_states(u, c, scored, vocab_start):
-    umax, top = u.max(-1) if u.shape[0] else (u.new_empty(0), torch.empty(0, dtype=torch.int64, device=u.device))
-    # max() reports NaN as the maximum; the kernels' running max skips it and lets the sums carry the NaN. The state's sums are NaN either way.
+def _row_states(u, c, scored, vocab_start, raw):
+    umax, top = u.amax(-1), raw.reshape(u.shape).argmax(-1)  # of the raw logits: large ones are equal after tanh
+    # amax reports NaN as the maximum; the kernels' running max skips it and lets the sums carry the NaN. The state's sums are NaN either way.
     d = _bits(u, umax, c)
     e = torch.exp2(d)
     s0 = e.sum(-1)
@@ -100,7 +100,7 @@ def _row_states(u, c, scored, vocab_start):
 
 def _add_reference(state, u, ref_u, c, scored):
     """Fills the last four columns: the reference row's m and s0, and the sums over both rows."""
-    m, r0 = _row_states(ref_u, c, scored, 0).unbind(-1)[:2]
+    m, r0 = _row_states(ref_u, c, scored, 0, ref_u).unbind(-1)[:2]
     d, dr = _cross_bits(u, state[:, 0], c), _cross_bits(ref_u, m, c)
     sums = [torch.where(e == 0, torch.zeros_like(e), e * (d - dr)).sum(-1) for e in (torch.exp2(d), torch.exp2(dr))]
     return torch.cat([state[:, :8], torch.stack([m, r0, *sums], -1)], -1)
@@ -130,7 +130,7 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
     c = _scale(u, factor, temperature, temperature_tensor)
     rows = u.shape[0]
     scored = _scored_rows(rows, labels, mask, ignore_index, u.device)
-    state = _row_states(u, c, scored, vocab_start)
+    state = _row_states(u, c, scored, vocab_start, logits)
     if ref_u is not None:
         state = _add_reference(state, u, ref_u, c, scored)
     if state_in is not None:

@@ -27,6 +27,7 @@ from fastalign.ops.token_stats.triton_rows import (
     EVERYTHING_BITS,
     FWD_REGISTERS,
     PAIR_BWD_REGISTERS,
+    PAIR_EVERYTHING_REGISTERS,
     PAIR_FWD_REGISTERS,
     SIZES,
     SMALL,
@@ -37,6 +38,7 @@ from fastalign.ops.token_stats.triton_rows import (
     element,
     finish_labels,
     finish_row,
+    first_place,
     fold,
     row_coefficients,
     row_offset,
@@ -63,6 +65,7 @@ def token_stats_fwd_kernel(
     place = tl.arange(0, DEPTH)[:, None] * SPAN + column
 
     m, umax, top = float("-inf"), float("-inf"), -1
+    best = float("-inf")
     s0, s1 = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     s2, sz = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     TILE: tl.constexpr = DEPTH * SPAN
@@ -75,6 +78,8 @@ def token_stats_fwd_kernel(
         if shift != 0:
             beyond = tl.load(window + q + SPAN, mask=(q + SPAN < limit) & (column < LANES), other=float("-inf"))
             x = tl.where(column < shift, beyond, x)
+        if SUMS == EVERYTHING:
+            top, best = first_place(top, best, x, q, column, shift, vocab, SPAN)
         u = capped(x, cap_scale, CAPPED)
         counted = u
         if start + TILE > vocab:  # the row ends in this tile
@@ -83,8 +88,6 @@ def token_stats_fwd_kernel(
             counted = tl.where(inside, u, 0.0)
         tile_max = tl.max(tl.max(u, 0), 0)
         if SUMS == EVERYTHING:
-            if tile_max > umax:
-                top = tl.min(tl.min(tl.where(u == tile_max, element(q, column, shift, SPAN), vocab), 0), 0)
             sz += tl.sum(counted, 0)
 
         # Move the sums to the new reference point, add the tile. Where all is -inf so far there is no reference point: count from 0.
@@ -211,10 +214,11 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
                 ref, ref_base, _ = ffi.aligned(ref_logits)
                 found = (None, None) if target_in is None else target_in
                 both = (target, target) if labels is None else target
+                registers = PAIR_EVERYTHING_REGISTERS if sums == 2 and cap_scale else PAIR_FWD_REGISTERS
                 triton_pair.token_stats_pair_fwd_kernel[(rows,)](
                     view, ref, labels, mask, temperature_tensor, state_in, *found, *results, state, *both, *layout, ref_base,
                     *ffi.row_layout(ref_logits)[1:], *numbers, TOGETHER=_share_alignment(logits, ref_logits, lanes), **options,
-                    **ffi.launch_options(THREADS, device, PAIR_FWD_REGISTERS),
+                    **ffi.launch_options(THREADS, device, registers),
                 )  # fmt: skip
     return (*results, state, target)
 

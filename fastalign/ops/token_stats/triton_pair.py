@@ -18,6 +18,7 @@ from fastalign.ops.token_stats.triton_rows import (
     element,
     finish_labels,
     finish_row,
+    first_place,
     fold,
     row_coefficients,
     row_offset,
@@ -85,6 +86,7 @@ def token_stats_pair_fwd_kernel(
     WITH_TR: tl.constexpr = OUTPUTS & 256 != 0
 
     m, umax, top, rm, ref_umax = float("-inf"), float("-inf"), -1, float("-inf"), float("-inf")
+    best = float("-inf")
     s0, s1, r0 = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     s2, sz = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     t, tr = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
@@ -99,6 +101,8 @@ def token_stats_pair_fwd_kernel(
         x = _rotate(x, window, q, column, shift, limit, SPAN, LANES)
         if TOGETHER:
             y = _rotate(y, ref_window, q, column, shift, limit, SPAN, LANES)
+        if SUMS == EVERYTHING:
+            top, best = first_place(top, best, x, q, column, shift, vocab, SPAN)
         u, v = capped(x, cap_scale, CAPPED), capped(y, cap_scale, CAPPED)
         counted = u
         if start + TILE > vocab:  # the row ends in this tile
@@ -107,8 +111,6 @@ def token_stats_pair_fwd_kernel(
             counted = tl.where(inside, u, 0.0)
         tile_max = tl.max(tl.max(u, 0), 0)
         if SUMS == EVERYTHING:
-            if tile_max > umax:
-                top = tl.min(tl.min(tl.where(u == tile_max, element(q, column, shift, SPAN), vocab), 0), 0)
             sz += tl.sum(counted, 0)
         umax = tl.maximum(umax, tile_max)
         ref_umax = tl.maximum(ref_umax, tl.max(tl.max(v, 0), 0))

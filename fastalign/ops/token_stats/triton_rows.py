@@ -8,6 +8,7 @@ from fastalign.triton_math import LN2, div, fma, row_entropy, row_log_sum_sq, ro
 
 THREADS = 128
 FWD_REGISTERS, PAIR_FWD_REGISTERS = 168, 168  # at least three programs per multiprocessor; see ffi.launch_options
+PAIR_EVERYTHING_REGISTERS = 232  # two: with a softcap and every output, a row is alive both raw and capped
 BWD_REGISTERS, PAIR_BWD_REGISTERS = 72, 80  # seven and six
 LABELS = tl.constexpr(32)  # labels of a row that are handled at once
 COLUMNS = tl.constexpr(STATE_WIDTH)
@@ -59,6 +60,16 @@ def bits_per_unit(factor, temperature, temperature_ptr):
 def element(q, column, shift, SPAN: tl.constexpr):
     """The element of the row that a place of a tile holds. Not kept over the loop: registers are what limits the programs in flight."""
     return q - shift + tl.where(column < shift, SPAN, 0)
+
+
+@triton.jit
+def first_place(top, best, x, q, column, shift, vocab, SPAN: tl.constexpr):
+    """Index and value of the row's first maximum, after one more tile. Of the raw logits: large ones are equal after tanh."""
+    x = tl.where(element(q, column, shift, SPAN) < vocab, x.to(tl.float32), float("-inf"))
+    largest = tl.max(tl.max(x, 0), 0)
+    if (largest > best) | (top < 0):  # the first of a row of -inf is a maximum, too
+        top = tl.min(tl.min(tl.where(x == largest, element(q, column, shift, SPAN), vocab), 0), 0)
+    return top, tl.maximum(best, largest)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 
 import fastalign
 from fastalign.train import model as models
-from fastalign.train.config import TrainConfig, check_settings
+from fastalign.train.config import TrainConfig, check_kind, check_settings
 from fastalign.train.data import Batch, pack_examples
 from fastalign.train.errors import UserError
 from fastalign.train.formats import Format
@@ -77,6 +77,7 @@ class Method:
     max_length: int | None = None  # longest sequence, in tokens; set when the model is known
 
     def __init__(self, config: TrainConfig, *, logprob_fn: LogprobFn | None = None):
+        check_kind("train", self.name, config, TrainConfig, ("train_online", "OnlineConfig", ()))
         check_settings(config, METHODS[self.name].settings, f"fastalign train {self.name}")
         self.config = dataclasses.replace(config, loss=config.loss or self.default_loss)
         self.outputs = ("logprob", *(TOKEN_METRICS if config.token_metrics else ()))
@@ -94,6 +95,10 @@ class Method:
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
         """Look at the data before anything is loaded: refuse it, or take its statistics."""
+
+    def longest(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> int:
+        """The most tokens of a sequence that the reference is given."""
+        return max(example.longest() for example in (*train, *evaluation))
 
     def load_model(self, directory: str, *, trust_remote_code: bool) -> torch.nn.Module:
         return models.load_model(directory, trust_remote_code=trust_remote_code)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 import fastalign
-from fastalign.train.config import TrainConfig
+from fastalign.train.config import TrainConfig, check_booleans
 from fastalign.train.errors import UserError
 from fastalign.train.formats import PREFERENCE
 from fastalign.train.methods.base import LogprobFn, Method, Scored, Split, token_metrics
@@ -167,6 +168,7 @@ def resolve_loss(config: TrainConfig, *, exact_kl: bool = False) -> tuple[list[t
                 rules[preset.rule] = _make_rule(preset.rule, own, config.seed)
             if "omega" in preset.requires and "clamp" in own:
                 clamp = own.pop("clamp")
+            check_booleans(own, preset)
             preset = preset.replace(**own)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
@@ -188,6 +190,8 @@ def _mixture(text: str) -> dict[str, float]:
             weights[name] = float(weight) if equals else 1.0
         except ValueError:
             raise UserError(f"--loss {text}: the weight of {name!r} must be a number, got {weight!r}") from None
+        if not (weights[name] > 0 and math.isfinite(weights[name])):
+            raise UserError(f"--loss {text}: the weight of {name!r} must be positive, got {weight}; leave out a loss that should not count")
     return weights
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import fastalign
-from fastalign.train.config import TrainConfig
+from fastalign.train.config import TrainConfig, check_booleans
 from fastalign.train.data import Batch
 from fastalign.train.errors import UserError
 from fastalign.train.formats import UNPAIRED
@@ -24,7 +25,7 @@ class DRO(UnpairedMethod):
     """DRO-V (Richemond et al. 2024, arXiv 2405.19107): (r - V(x) - tau D)^2 / 2.
 
     The reward r is the column `score`, or the label as 1 or 0, standardised to mean 0 and variance 1 over the training data (--set
-    standardise=False: as it stands). V is a linear head on the policy's hidden state at the last token of the prompt, trained by the same
+    standardise=false: as it stands). V is a linear head on the policy's hidden state at the last token of the prompt, trained by the same
     optimizer and saved as value_head.safetensors; the paper has a value network of its own."""
 
     name, default_loss, losses = "dro", "dro", ("dro",)
@@ -32,9 +33,8 @@ class DRO(UnpairedMethod):
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
+        check_booleans(self.options, SimpleNamespace(standardise=True, rescale=True))
         self.standardise = self.options.pop("standardise", True)
-        if not isinstance(self.standardise, bool):
-            raise UserError(f"--set standardise={self.standardise}: True or False")
         for name in ("rewards", "values"):
             if name in self.options:
                 raise UserError(f"--set {name}: rewards are the data's column 'score', values come from the value head")

@@ -83,6 +83,19 @@ class KTO(UnpairedMethod):
         if self.mismatched and 1 in (len(train), len(evaluation)):
             raise UserError("KTO's baseline pairs each prompt with the completion of another example: one response alone has none")
 
+    def longest(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> int:
+        longest = super().longest(train, evaluation)
+        if not self.mismatched:
+            return longest
+        examples = (*train, *evaluation)
+        prompt, completion = max(len(e.prompt) for e in examples), max(len(e.completions[0]) for e in examples)
+        return max(longest, min(prompt + completion, self._limit()))
+
+    def _limit(self) -> int:
+        """The most tokens of a mismatched sequence."""
+        budget = self.config.tokens_per_batch
+        return min(self.max_length or budget, budget)
+
     def constants(self, lm: Any, split: Split, indices: Sequence[int]) -> dict[str, Any]:
         known: dict[str, Any] = {"num_items": len(indices)}
         if self.mismatched:
@@ -92,8 +105,7 @@ class KTO(UnpairedMethod):
     @torch.no_grad()
     def _baseline(self, lm: Any, split: Split, indices: list[int]) -> torch.Tensor:
         before = [indices[-1], *indices[:-1]] if len(indices) > 1 else [indices[0] - 1]  # one left over at the end of an epoch
-        budget = self.config.tokens_per_batch
-        limit = min(self.max_length or budget, budget)
+        budget, limit = self.config.tokens_per_batch, self._limit()
         mismatched = []
         for i, j in zip(indices, before):
             prompt = split.examples[i].prompt

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import fastalign
-from fastalign.train.config import TrainConfig
+from fastalign.train.config import TrainConfig, check_booleans
 from fastalign.train.errors import UserError
 from fastalign.train.formats import LISTWISE
 from fastalign.train.methods.base import Method, Scored, Split
@@ -24,7 +24,9 @@ class Listwise(Method):
     def __init__(self, config: TrainConfig):
         super().__init__(config)
         try:
-            self.preset = fastalign.losses.get_listwise(self.config.loss).replace(**config.loss_options)
+            preset = fastalign.losses.get_listwise(self.config.loss)
+            check_booleans(config.loss_options, preset)
+            self.preset = preset.replace(**config.loss_options)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
         if self.preset.name == "kwise_rm":

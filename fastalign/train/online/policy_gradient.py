@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastalign
+from fastalign.train.config import check_booleans
 from fastalign.train.data import Batch, fingerprint, pack_examples
 from fastalign.train.errors import UserError
 from fastalign.train.methods.base import Scored
@@ -33,6 +34,7 @@ def resolve_loss(method: str, config: OnlineConfig) -> fastalign.PolicyPreset:
             raise UserError(f"--set {name} is given by {flag} here")
     options = {"entropy_coef": config.entropy_coef} | ({"kl_kind": config.kl_kind} if config.kl_in == "loss" else {})
     try:
+        check_booleans(config.loss_options, fastalign.policy_losses.PolicyPreset)
         preset, _ = fastalign.policy_losses.resolve(config.loss, {**config.loss_options, **options})
         if preset.aggregation == "seq_mean_token_sum_norm" and preset.norm_length is None:
             preset = preset.replace(norm_length=config.max_new_tokens)

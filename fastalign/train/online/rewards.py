@@ -97,7 +97,9 @@ def make_reward(config: OnlineConfig, tokenizer: Any, limit: int, device: str, f
     if config.reward is not None:
         return FunctionReward(_import(config.reward), config.reward)
     directory, trust = config.reward_model, {"trust_remote_code": config.trust_remote_code}
-    _check_tokenizer(directory, models.load_tokenizer(directory, **trust), tokenizer)
+    what = f"--reward-model {directory}"
+    models.check_tokenizer(what, models.load_tokenizer(directory, **trust), tokenizer)
+    models.check_positions(what, models.load_config(directory, **trust), limit)
     scorer = PackedScorer(
         load_scorer(directory, **trust).requires_grad_(False), attention=config.attention, dtype=config.dtype, device=device
     )
@@ -105,11 +107,6 @@ def make_reward(config: OnlineConfig, tokenizer: Any, limit: int, device: str, f
         raise UserError(
             f"--reward-model {directory}: its vocabulary has {scorer.vocabulary()} entries, fewer than the policy's tokenizer "
             f"({len(tokenizer)})"
-        )
-    positions = models.max_positions(scorer.model.config)
-    if positions is not None and positions < limit:
-        raise UserError(
-            f"--reward-model {directory}: it has {positions} positions, and a sequence may have {limit} tokens; lower --max-length"
         )
     return ModelReward(scorer, config.tokens_per_batch)
 
@@ -129,18 +126,3 @@ def _import(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"--reward {name}: not a function")
     return found
-
-
-def _check_tokenizer(directory: str, theirs: Any, ours: Any) -> None:
-    """The reward model reads the policy's token ids, so a token must mean the same to both."""
-    a, b = ours.get_vocab(), theirs.get_vocab()
-    for token, number in a.items():
-        if token in b and b[token] != number:
-            raise UserError(
-                f"--reward-model {directory}: its tokenizer differs from the policy's: {token!r} is {b[token]} there and {number} here"
-            )
-    missing = [token for token in a if token not in b]
-    if missing:
-        raise UserError(
-            f"--reward-model {directory}: its tokenizer differs from the policy's: it lacks {len(missing)} tokens, {missing[0]!r} first"
-        )

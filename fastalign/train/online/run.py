@@ -9,9 +9,11 @@ import torch
 
 from fastalign.train import checkpoint
 from fastalign.train import model as models
+from fastalign.train.config import check_kind
 from fastalign.train.errors import UserError
 from fastalign.train.heads import ValueHead
 from fastalign.train.loop import Run, TrainResult
+from fastalign.train.methods import METHODS as OFFLINE
 from fastalign.train.offline import check_one_process, check_vocabulary
 from fastalign.train.online.actor import Actor
 from fastalign.train.online.config import OnlineConfig, resolve
@@ -53,6 +55,7 @@ def train_online(
         UserError: anything wrong with settings, paths or data; before the first step.
         TrainingError: a gradient that is not finite; a reward function that fails, or returns what is no score.
     """
+    check_kind("train_online", method, config, OnlineConfig, ("train", "TrainConfig", OFFLINE))
     config = resolve(method, config, texts is not None)
     check_one_process()
     (make_learner(config) if method == "online_dpo" else resolve_loss(method, config))  # refuses a wrong --loss before anything is loaded
@@ -66,7 +69,11 @@ def train_online(
     positions = models.max_positions(model_config)
     splits = load_prompts(config, tokenizer, positions, prompts, eval_prompts)
     mixed_in = load_texts(config, tokenizer, positions, texts) if config.ptx_coef else []
-    score = make_reward(config, tokenizer, sequence_limit(config, positions), config.device, reward)
+    limit = sequence_limit(config, positions)
+    for flag, directory in (("--ref-model", config.ref_model), ("--dpo-model", config.dpo_model)):
+        if directory is not None:
+            models.check_companion(flag, directory, tokenizer, limit, **trust)
+    score = make_reward(config, tokenizer, limit, config.device, reward)
     score.check([*splits[0], *splits[1]])
     options = {"attention": config.attention, "dtype": config.dtype, "device": config.device}
     lm = models.PackedCausalLM(model if model is not None else models.load_model(config.model, **trust), **options)
