@@ -255,11 +255,12 @@ template <class T> struct Backward {
   void run_all() const {
     const int64_t rows = a.logits.rows, vocab = a.logits.vocab;
     const int64_t length = rows < omp_get_max_threads() ? std::min(kChunk, vocab) : vocab, parts = (vocab + length - 1) / length;
+    const int64_t pieces = rows * parts;
 #pragma omp parallel if (rows * vocab > kSerialElements)
     {
       std::vector<A> kept(static_cast<size_t>(a.targets));
-#pragma omp for schedule(dynamic, at_a_time(rows* parts, length))
-      for (int64_t i = 0; i < rows * parts; ++i) {
+#pragma omp for schedule(dynamic, at_a_time(pieces, length))
+      for (int64_t i = 0; i < pieces; ++i) {
         const int64_t begin = i % parts * length;
         run(i / parts, begin, std::min(begin + length, vocab), kept);
       }

@@ -182,7 +182,7 @@ def policy_loss(
         raise ValueError("is_mode needs is_weight")
     if is_weight is not None and preset.surrogate == "vespo":
         raise ValueError("vespo weighs by its own ratio: give the sampler's log-probs as old_logprobs instead of is_weight")
-    cu_seqlens = _boundaries(cu_seqlens, logprobs)
+    cu_seqlens = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, logprobs)
     advantages, per_sequence = _per_token_or_sequence("advantages", advantages, logprobs, cu_seqlens, preset)
     given = {n for n, t in (("ref_logprobs", ref_logprobs), ("entropy", entropy), ("is_weight", is_weight)) if t is not None}
     is_per_sequence = False
@@ -193,7 +193,7 @@ def policy_loss(
     if entropy is not None:
         entropy = per_token("entropy", entropy, logprobs)
     # Without anything per sequence the kernels cut the tokens as they like.
-    boundaries = cu_seqlens if preset.needs_sequences or per_sequence or is_per_sequence else None
+    boundaries = cu_seqlens if preset.needs_sequences or per_sequence or is_per_sequence else _unused(cu_seqlens, logprobs)
     tensors = (
         old_logprobs, advantages, boundaries, row_mask(mask, logprobs), ref_logprobs, is_weight,
         *(one_element(n, coefficients[n], logprobs) if n in coefficients else None for n in ("kl_coef", "entropy_coef")),
@@ -251,9 +251,9 @@ def value_loss(
         check_number("norm_length", norm_length, above=0.0)
     if mask is None and (aggregation == "seq_mean_token_mean" or (aggregation != "token_sum" and num_items is None)):
         raise ValueError(f"aggregation={aggregation!r} counts tokens: mask is required (row-aligned, True at response tokens)")
-    cu_seqlens = _boundaries(cu_seqlens, values)
-    if not aggregation.startswith("seq_"):
-        cu_seqlens = None
+    if cu_seqlens is not None:
+        cu_seqlens = check_cu_seqlens(cu_seqlens, values)
+        cu_seqlens = cu_seqlens if aggregation.startswith("seq_") else _unused(cu_seqlens, values)
     value, stats = ValueFunction.apply(
         values, old_values, returns, cu_seqlens, row_mask(mask, values), _num_items(num_items, aggregation, values),
         0.0 if clip is None else float(clip), AGGREGATIONS.index(aggregation), 1.0 if norm_length is None else float(norm_length),
@@ -284,14 +284,10 @@ def _per_token_or_sequence(name: str, tensor: Any, like: Tensor, cu_seqlens: Ten
     return per_token(name, tensor, like).detach(), is_per_sequence
 
 
-def _boundaries(cu_seqlens: Any, like: Tensor) -> Tensor | None:
-    """cu_seqlens, with its values checked here: the op sees it only where the loss needs it."""
-    if cu_seqlens is None:
-        return None
-    cu_seqlens = check_cu_seqlens(cu_seqlens, like)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+def _unused(cu_seqlens: Tensor | None, like: Tensor) -> None:
+    """Boundaries that the loss does not need: their values are checked here, for the op, which checks the others, does not see them."""
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_cu_seqlens_values(cu_seqlens, like.shape[0])
-    return cu_seqlens
 
 
 def _num_items(value: Any, aggregation: str, like: Tensor) -> Tensor | None:

@@ -10,7 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign import remember
-from fastalign.checks import check_choice, check_cu_seqlens, check_number, check_same_device, check_shape, global_count, per_token, row_mask
+from fastalign.checks import (
+    check_choice,
+    check_cu_seqlens,
+    check_number,
+    check_same_device,
+    check_shape,
+    global_count,
+    one_element,
+    per_token,
+    row_mask,
+)
 from fastalign.distributed import sum_over_group
 from fastalign.metric import Metric
 from fastalign.ops.preference.api import PairSumsFunction, PreferenceFromSumsFunction, PreferenceFunction, pair_extra
@@ -192,10 +202,7 @@ def _weights(desirable: Tensor, options: dict[str, Any], like: Tensor) -> dict[s
 def _constant(name: str, value: Any, like: Tensor) -> Tensor:
     """A 0-dim constant of the loss; None: 0."""
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-        check_same_device(name, value, "logprobs", like)
-        return value.detach().reshape(()).to(like.dtype)
+        return one_element(name, value, like)
     if value is not None:
         check_number(name, value)
     return torch.full((), float(value or 0.0), dtype=like.dtype, device=like.device)
