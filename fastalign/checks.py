@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastalign import ffi
+
+_LARGEST = sys.float_info.max
+
+
+def shown(value: Any) -> str:
+    """repr, shortened: a message is one line also about an integer of thousands of digits, which Python refuses to print."""
+    if isinstance(value, int) and abs(value) >> 200:
+        return f"an integer of {value.bit_length()} bits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
@@ -34,22 +45,23 @@ def check_number(
 ) -> None:
     """A finite number in (above, below) and [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    # Comparisons only: torch.compile traces through here, and math.isfinite would break the graph. NaN fails every one of them.
-    if not (-math.inf < value < math.inf and above < value < below and low <= value <= high):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    # Comparisons only: torch.compile traces through here, and math.isfinite would break the graph. NaN fails every one of them, and an
+    # integer that no float holds the first.
+    if not (-_LARGEST <= value <= _LARGEST and above < value < below and low <= value <= high):
         bounds = [
             f"> {above:g}" * (above > -math.inf), f"< {below:g}" * (below < math.inf),
             f">= {low:g}" * (low > -math.inf), f"<= {high:g}" * (high < math.inf),
         ]  # fmt: skip
-        raise ValueError(f"{name}={value!r} is out of range; legal: finite {' and '.join(b for b in bounds if b)}".rstrip())
+        raise ValueError(f"{name}={shown(value)} is out of range; legal: finite {' and '.join(b for b in bounds if b)}".rstrip())
 
 
 def check_integer(name: str, value: Any) -> None:
     """A Python integer that int64 holds."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if not -(1 << 63) <= value < 1 << 63:
-        raise ValueError(f"{name}={value!r} is out of range; legal: integers of 64 bits")
+        raise ValueError(f"{name}={shown(value)} is out of range; legal: integers of 64 bits")
 
 
 def check_integers(name: str, tensor: Any) -> None:
@@ -69,7 +81,7 @@ def check_floating(name: str, tensor: Any) -> None:
 
 def check_choice(name: str, value: Any, legal: Any) -> None:
     if value not in legal:
-        raise ValueError(f"{name}={value!r} is unknown; legal: {', '.join(str(v) for v in legal)}")
+        raise ValueError(f"{name}={shown(value)} is unknown; legal: {', '.join(str(v) for v in legal)}")
 
 
 def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor, *, name: str = "cu_seqlens", total: str = "tokens") -> Tensor:

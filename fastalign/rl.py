@@ -5,6 +5,9 @@ detached, results carry no gradient. Nothing synchronises with the device."""
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from fastalign.checks import (
     one_element,
     per_token,
     row_mask,
+    shown,
 )  # fmt: skip
 from fastalign.distributed import moments_over_group
 from fastalign.ops.gae.api import gae
@@ -202,6 +206,8 @@ class AdaptiveKLController:
     value <- value (1 + clip(current_kl / target - 1, -0.2, 0.2) n_steps / horizon),
 
     with current_kl the mean KL of the rollout's sequences and n_steps their number, over all ranks: `controller.update(*mean_sequence_kl(...))`.
+    An update at most halves or doubles the value, whatever n_steps / horizon is (the formula alone goes below 0 beyond 5): it is finite and never
+    negative. A measurement that is NaN changes nothing.
     `value` starts as a number and becomes a 0-dim tensor with the first update by tensors, so nothing waits for the device."""
 
     def __init__(self, init_kl_coef: float = 0.2, target: float = 6.0, horizon: float = 10000):
@@ -209,17 +215,43 @@ class AdaptiveKLController:
         check_number("target", target, above=0.0)
         check_number("horizon", horizon, above=0.0)
         self.value: float | Tensor = float(init_kl_coef)
-        self.target, self.horizon = target, horizon
+        self.target, self.horizon = float(target), float(horizon)
 
     def update(self, current_kl: float | Tensor, n_steps: float | Tensor) -> None:
-        error = current_kl / self.target - 1.0
-        error = error.clamp(-0.2, 0.2) if isinstance(error, Tensor) else min(max(error, -0.2), 0.2)
-        self.value = self.value * (1.0 + error * n_steps / self.horizon)
+        """current_kl, n_steps: numbers or tensors of one element; n_steps >= 0."""
+        current_kl, n_steps = _measured("current_kl", current_kl), _measured("n_steps", n_steps)
+        if not isinstance(n_steps, Tensor) and n_steps < 0:
+            raise ValueError(f"n_steps={n_steps!r} is out of range; legal: >= 0")
+        error = _clip(current_kl / self.target - 1.0, -0.2, 0.2)
+        value = self.value * _clip(1.0 + error * n_steps / self.horizon, 0.5, 2.0)
+        if isinstance(value, Tensor):
+            self.value = torch.where(value.isfinite(), value, self.value)
+        elif math.isfinite(value):
+            self.value = value
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value.clone() if isinstance(self.value, Tensor) else self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if set(state) != {"value"}:
-            raise ValueError(f"state has entries {sorted(state)}; legal: value")
-        self.value = state["value"].clone() if isinstance(state["value"], Tensor) else float(state["value"])
+        if not isinstance(state, Mapping) or set(state) != {"value"}:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else shown(state)
+            raise ValueError(f"state has entries {found}; legal: value")
+        value = _measured("value", state["value"])
+        check_number("value", float(value), low=0.0)
+        self.value = value.clone() if isinstance(value, Tensor) else value
+
+
+def _measured(name: str, value: Any) -> float | Tensor:
+    """A number, NumPy's included, as a float; a tensor of one element, detached, with no dimensions."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+        return value.detach().reshape(())
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {shown(value)}")
+    return float(value)
+
+
+def _clip(x: float | Tensor, low: float, high: float) -> float | Tensor:
+    """x in [low, high]; NaN stays NaN."""
+    return x.clamp(low, high) if isinstance(x, Tensor) else min(max(x, low), high)

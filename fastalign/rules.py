@@ -7,13 +7,14 @@ are those of all ranks, the same on each. Everything a rule returns is a constan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.checks import check_cu_seqlens, check_number, check_pairs_values, per_token, row_mask
+from fastalign.checks import check_cu_seqlens, check_integer, check_number, check_pairs_values, per_token, row_mask, shown
 from fastalign.ops.sequence_sum.api import sequence_sum
 
 
@@ -40,8 +41,14 @@ class BatchRule:
         return {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.memory.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if set(state) != set(self.memory):
-            raise ValueError(f"state has entries {sorted(state)}; legal: {sorted(self.memory)}")
+        if not isinstance(state, Mapping) or set(state) != set(self.memory):
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else shown(state)
+            raise ValueError(f"state has entries {found}; legal: {sorted(self.memory)}")
+        if "steps" in state:
+            check_integer("steps", state["steps"])
+            check_number("steps", state["steps"], low=0)
+        for name in state.keys() - {"steps"}:
+            _check_memory(name, state[name], needed=state.get("steps", 0) > 0)
         self.memory = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
     def __call__(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
@@ -61,19 +68,21 @@ class BatchRule:
         return list(total.unbind())
 
     def _moments(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(count, mean, unbiased standard deviation) of the valid entries over all ranks; 0 where undefined. fp64."""
+        """(count, mean, unbiased standard deviation) of the valid and finite entries over all ranks; 0 where undefined. fp64."""
+        valid = valid & x.isfinite()
         x = torch.where(valid, x, 0.0).double()
         count, total = self._sum(valid.sum(dtype=torch.float64), x.sum())
         mean = total / count.clamp(min=1.0)
         (square,) = self._sum(torch.where(valid, (x - mean) ** 2, 0.0).sum())
         return count, mean, torch.sqrt(square / (count - 1.0).clamp(min=1.0))
 
-    def _move_average(self, momentum: float, mean: Tensor, std: Tensor) -> None:
-        """Exponential averages of mean and std, updated before use."""
-        for name, value in (("mean", mean), ("std", std)):
+    def _move_average(self, momentum: float, count: Tensor, mean: Tensor, std: Tensor) -> None:
+        """Exponential averages of mean and std, updated before use. A batch in which nothing counts repeats what they were."""
+        known = self._averages(momentum, mean, std)
+        for name, value, was in zip(("mean", "std"), (mean, std), known):
             old = self.memory[name]
             old = torch.zeros_like(value) if old is None else old.to(value.device)
-            self.memory[name] = momentum * old + (1.0 - momentum) * value
+            self.memory[name] = momentum * old + (1.0 - momentum) * torch.where(count > 0, value, was)
         self.memory["steps"] += 1
 
     def _averages(self, momentum: float, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,6 +91,15 @@ class BatchRule:
             return mean, std
         correction = 1.0 - momentum ** self.memory["steps"]
         return self.memory["mean"].to(mean.device) / correction, self.memory["std"].to(std.device) / correction
+
+
+def _check_memory(name: str, value: Any, needed: bool) -> None:
+    """What a rule may remember: nothing yet, or a finite number (a tensor of no dimensions); only a mean may be negative."""
+    if value is None and not needed:
+        return
+    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+        raise TypeError(f"{name} in the state must be a floating-point tensor of no dimensions, got {shown(value)}")
+    check_number(name, float(value), **({} if name == "mean" else {"low": 0.0}))
 
 
 class PairValues:
@@ -114,20 +132,25 @@ class BetaDPO(BatchRule):
         check_number("alpha", alpha)
         check_number("filter", filter, low=0.0, below=1.0)
         check_number("momentum", momentum, low=0.0, below=1.0)
+        check_integer("seed", seed)
         self.alpha, self.filter, self.momentum, self.seed = alpha, filter, momentum, seed
         self.memory = {"mean": None, "std": None, "steps": 0}
 
     def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
-        margin, valid = values.ratio[:, 0] - values.ratio[:, 1], values.usable
+        margin = values.ratio[:, 0] - values.ratio[:, 1]
+        valid = values.usable & margin.isfinite()
         count, mean, std = self._moments(margin, valid)
         if self.training:
-            self._move_average(self.momentum, mean, std)
+            self._move_average(self.momentum, count, mean, std)
         mean, std = self._averages(self.momentum, mean, std)
         keep = self._draw(margin.double(), valid, mean, std) if self.training and self.filter else valid
         kept, total = self._sum(keep.sum(dtype=torch.float64), torch.where(keep, margin.double(), 0.0).sum())
         shift = torch.where(count > 1, self.alpha * (total / kept.clamp(min=1.0) - mean), 0.0)
         # What is not finite stays in the loss, where `nonfinite` says what becomes of it.
-        return {"beta": (values.beta * (1.0 + shift)).clamp(min=1e-3).to(margin.dtype), "valid": keep | (values.valid & ~valid)}
+        return {
+            "beta": (values.beta * (1.0 + shift)).clamp(1e-3, torch.finfo(margin.dtype).max).to(margin.dtype),
+            "valid": keep | (values.valid & ~valid),
+        }
 
     def _draw(self, margin: Tensor, valid: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         everywhere = [(margin, valid)]
@@ -168,9 +191,9 @@ class AlphaDPO(BatchRule):
     def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
         means = values.ratio / values.length
         gap = means[:, 0] - means[:, 1]
-        _, mean, std = self._moments(gap, values.usable)
+        count, mean, std = self._moments(gap, values.usable)
         if self.training:
-            self._move_average(self.momentum, mean, std)
+            self._move_average(self.momentum, count, mean, std)
         mean, std = self._averages(self.momentum, mean, std)
         z = torch.where(std < 1e-6, 0.0, (gap.double() - mean) / std.clamp(min=1e-6))
         return {"gamma_ext": (values.beta * self.alpha * z).to(gap.dtype)}
@@ -194,7 +217,7 @@ class BCODelta(BatchRule):
         rewards = (
             values.beta if not isinstance(values.beta, Tensor) or values.beta.dim() == 0 else values.beta.unsqueeze(-1)
         ) * values.ratio
-        valid = values.usable.unsqueeze(-1).expand_as(rewards)
+        valid = values.usable.unsqueeze(-1) & rewards.isfinite()
         total, count = self._sum(torch.where(valid, rewards, 0.0).double().sum(), valid.sum(dtype=torch.float64))
         zero = torch.zeros_like(total)
         mean, seen = (zero if self.memory[k] is None else self.memory[k].to(total.device) for k in ("mean", "count"))

@@ -219,6 +219,46 @@ def test_adaptive_kl_controller():
         fa.AdaptiveKLController(target=0)
 
 
+@pytest.mark.parametrize("wrap", [float, torch.tensor], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("horizon", [1e-300, 4.0, 100.0, 1e4])
+def test_the_kl_coefficient_stays_in_its_range(wrap, horizon):
+    """n_steps / horizon beyond 5 would make the formula negative: an update at most halves or doubles."""
+    for kl, factor in ((0.0, 0.5), (1e30, 2.0), (math.inf, 2.0), (-math.inf, 0.5)):
+        controller = fa.AdaptiveKLController(0.2, 6.0, horizon)
+        controller.update(wrap(kl), wrap(1000.0))
+        want = 0.2 * (factor if horizon < 200 else 1.0 + (0.2 if factor > 1 else -0.2) * 1000 / horizon)
+        assert float(controller.value) == pytest.approx(want, rel=1e-6)
+    controller = fa.AdaptiveKLController(0.2, 6.0, horizon)
+    for _ in range(3000):  # neither 0 / 0 nor infinity at the ends of the range
+        controller.update(wrap(1e9), wrap(1000.0))
+    assert 0.2 < float(controller.value) < math.inf
+    before = float(controller.value)
+    for kl, n in ((math.nan, 10.0), (1.0, math.nan)):
+        controller.update(wrap(kl), wrap(n))
+        assert float(controller.value) == before
+    controller.update(wrap(0.0), wrap(1000.0))
+    assert 0.0 < float(controller.value) < before
+
+
+def test_what_the_controller_refuses():
+    for name in ("init_kl_coef", "target", "horizon"):
+        for bad in (-1.0, math.nan, math.inf, 10**400, 10**5000, True, "1", None):
+            with pytest.raises((ValueError, TypeError), match=f"^{name}[ =]") as caught:
+                fa.AdaptiveKLController(**{name: bad})
+            assert len(str(caught.value)) < 200
+    controller = fa.AdaptiveKLController()
+    for bad in ((True, 1), ("1", 1), (None, 1), (1.0, -1), (torch.ones(2), 1), (1.0, torch.ones(2))):
+        with pytest.raises((ValueError, TypeError), match="current_kl|n_steps"):
+            controller.update(*bad)
+    for bad in (-1.0, math.nan, math.inf, "x", None, torch.tensor(-1.0), torch.ones(2)):
+        with pytest.raises((ValueError, TypeError), match="value"):
+            controller.load_state_dict({"value": bad})
+    for bad in (None, [], {}, {"value": 1.0, "more": 1}):
+        with pytest.raises(ValueError, match="legal: value"):
+            controller.load_state_dict(bad)
+    assert controller.value == 0.2
+
+
 # --- across ranks -----------------------------------------------------------------------------------------------------------------------
 
 

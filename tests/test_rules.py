@@ -138,6 +138,47 @@ def test_memory_takes_only_finite_pairs(name, rule, spoiled):
     assert not math.isfinite(float(call(good, lp, loss=name, state=rule()).loss))  # propagated
 
 
+@pytest.mark.parametrize("name,rule", [("beta_dpo", fa.BetaDPO), ("alpha_dpo", fa.AlphaDPO), ("bco", fa.BCODelta)])
+def test_a_batch_without_usable_pairs_leaves_the_averages_alone(name, rule):
+    good, state = batches(1)[0], rule()
+    call(good, loss=name, state=state)
+    before, used = state.state_dict(), state.used
+    call(good, torch.full_like(good.logprobs, math.nan), loss=name, state=state, nonfinite="drop")
+    for key in ("mean", "std"):
+        if key in before:
+            correct = [float(memory[key]) / (1 - 0.9 ** memory.get("steps", math.inf)) for memory in (before, state.state_dict())]
+            assert correct[0] == pytest.approx(correct[1], rel=1e-12)
+    assert all(math.isfinite(float(v.double().sum())) for v in used.values())
+
+
+def test_memory_takes_only_finite_differences():
+    """Both log-ratios are finite and their difference, or the reward, is not."""
+    for name, rule, options in (("beta_dpo", fa.BetaDPO(), {}), ("bco", fa.BCODelta(), {"beta": 4.0})):
+        sums = torch.zeros(3, 2, 3)
+        sums[..., 2] = 1.0
+        sums[0, 0, :2], sums[0, 1, :2] = 3e38, -3e38
+        values = fa.rules.PairValues(sums, torch.ones(3, dtype=torch.bool), options.get("beta", 0.1))
+        rule(None, values)
+        assert all(math.isfinite(float(v)) for v in rule.state_dict().values()), name
+
+
+def test_damaged_memory_is_refused():
+    for rule in (fa.BetaDPO(), fa.AlphaDPO(), fa.BCODelta()):
+        call(make_batch(3), loss=rule.rule, state=rule)
+        whole = rule.state_dict()
+        for key in whole:
+            for bad in (torch.tensor(math.nan), torch.tensor(math.inf), torch.ones(2), torch.tensor(1), "x", 1.5, -1):
+                with pytest.raises((ValueError, TypeError), match=key):
+                    rule.load_state_dict({**whole, key: bad})
+        for bad in (None, [], {}, {**whole, "more": 1}):
+            with pytest.raises(ValueError, match="legal: "):
+                rule.load_state_dict(bad)
+        rule.load_state_dict(whole)
+    for bad in (2**64, 1.5, True, "x"):
+        with pytest.raises((ValueError, TypeError), match="seed"):
+            fa.BetaDPO(seed=bad)
+
+
 def test_state_is_required_and_checked():
     batch = make_batch(3)
     for words, options in (

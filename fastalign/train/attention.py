@@ -7,9 +7,16 @@ of the sum, with no mask in memory, on any device.
 
 Like FlashAttention it sees no mask, so it serves the architectures that FlashAttention serves (those that pass a sliding window and
 the like by keyword); what it cannot do it refuses.
+
+Rotary embeddings that choose their frequencies by the largest position of the whole batch (LongRoPE, dynamic NTK) are called once per
+sequence (`rotary_per_sequence`), so that a sequence gets those that it has alone.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,3 +67,50 @@ def packed_attention(
 
 
 AttentionInterface.register(NAME, packed_attention)
+
+
+def length_scaled(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The rotary embeddings of a model that look at the largest position of what they are given."""
+    return [module for module in model.modules() if _scaled_types(module)]
+
+
+def _scaled_types(module: torch.nn.Module) -> list[str | None]:
+    """The kinds of layers (None: all of them) for which a rotary embedding does so."""
+    kind = getattr(module, "rope_type", None)
+    named = kind if isinstance(kind, dict) else {None: kind}
+    return [name for name, each in named.items() if isinstance(each, str) and (each == "longrope" or "dynamic" in each)]
+
+
+def scaled_beyond(module: torch.nn.Module) -> int:
+    """Up to how many tokens a sequence has the frequencies that every shorter one has."""
+    parameters = getattr(module.config, "rope_parameters", None) or getattr(module.config, "rope_scaling", None) or {}
+    limits = [module.original_max_seq_len]
+    for name in _scaled_types(module):
+        own = parameters if name is None else parameters.get(name, {})
+        limits.append(own.get("original_max_position_embeddings") or limits[0])
+    return min(limits)
+
+
+@contextlib.contextmanager
+def rotary_per_sequence(modules: Sequence[torch.nn.Module], lengths: Sequence[int]) -> Iterator[None]:
+    """Within: these rotary embeddings take the positions of a pack sequence by sequence."""
+
+    def apart(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            parts = []
+            for positions in position_ids.split(lengths, dim=-1):
+                whole(x, torch.zeros_like(positions[..., :1]), *args, **kwargs)  # dynamic NTK remembers the longest sequence: forget it
+                parts.append(whole(x, positions, *args, **kwargs))
+            if isinstance(parts[0], torch.Tensor):
+                return torch.cat(parts, dim=-2)
+            return tuple(torch.cat(part, dim=-2) for part in zip(*parts))
+
+        return forward
+
+    for module in modules:
+        module.forward = apart(module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

@@ -85,7 +85,11 @@ class RunConfig:
     save_every: int = setting(0, "steps between checkpoints; 0: none")
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept")
     resume: bool = setting(False, "go on from the newest checkpoint in the output directory")
-    overwrite: bool = setting(False, "start afresh in an output directory that holds an earlier run, whose files are removed")
+    overwrite: bool = setting(
+        False,
+        "start afresh in an output directory that holds an earlier run, whose files are removed, or another model, which is replaced at the "
+        "end; nothing else there is touched",
+    )
     tensorboard: bool = setting(True, "write TensorBoard events where tensorboard is installed")
     progress: bool = setting(True, "show a progress bar on a terminal")
 
@@ -166,9 +170,11 @@ class TrainConfig(RunConfig):
 # Settings that name a directory with a model: no run may write over one.
 MODEL_DIRECTORIES = ("model", "ref_model", "reward_model", "dpo_model")
 
-# Settings that may differ between a run and its continuation: none of them changes a number that training produces.
+# Settings that may differ between a run and its continuation: none of them changes a number that training produces. What the paths among them
+# lead to is compared by its contents.
 FREE_ON_RESUME = frozenset(
     {"resume", "overwrite", "output", "log_every", "save_every", "keep_checkpoints", "tensorboard", "progress", "trust_remote_code"}
+    | {*MODEL_DIRECTORIES, "data", "eval_data", "ptx_data"}
 )
 
 

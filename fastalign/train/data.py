@@ -118,12 +118,14 @@ def _pack(examples: list[TokenExample]) -> fastalign.PackedBatch:
     return fastalign.pack([torch.cat(parts) for parts in sequences], masks=masks)
 
 
-def fingerprint(examples: Iterable[TokenExample]) -> str:
-    """Hash of token ids, boundaries and numbers: any change of data, tokenizer, template or truncation changes it."""
+def fingerprint(*splits: Iterable[TokenExample]) -> str:
+    """Hash of token ids, boundaries and numbers: any change of data, tokenizer, template, truncation or of the split changes it."""
     digest = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        for part in (example.prompt, *example.completions):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part.numpy().tobytes())
-        digest.update(repr(sorted(example.values.items())).encode())
+    for i, examples in enumerate(splits):
+        digest.update(b"split" * (i > 0))
+        for example in examples:
+            for part in (example.prompt, *example.completions):
+                digest.update(len(part).to_bytes(8, "little"))
+                digest.update(part.numpy().tobytes())
+            digest.update(repr(sorted(example.values.items())).encode())
     return digest.hexdigest()

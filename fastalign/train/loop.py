@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import fastalign
-from fastalign.train import checkpoint
+from fastalign.train import checkpoint, files
 from fastalign.train import model as models
 from fastalign.train.config import RunConfig
-from fastalign.train.errors import UserError
+from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.metrics import RunLog
 from fastalign.train.optimise import Optimizer
 
@@ -62,7 +58,8 @@ class TrainResult:
 
 @dataclass
 class Run:
-    """Everything that one run is made of. `callback` gets every record."""
+    """Everything that one run is made of. `callback` gets every record. `weights`: setting -> hash of the weights that the model of this setting
+    started from, needed where the run is resumed or may be (`weights_of`)."""
 
     config: RunConfig
     output: Path
@@ -70,6 +67,7 @@ class Run:
     tokenizer: Any
     task: Task
     callback: Callable[[dict[str, Any]], None] | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def fit(self) -> TrainResult:
         """Train in place, log, evaluate, checkpoint, resume, and save the result in the output directory."""
@@ -104,31 +102,56 @@ class Run:
                     self._save_checkpoint(optimizer, done, tokens)
         finally:
             log.close()
+        self._check_weights(task.steps)
         checkpoint.save_final(self.output, self._save_model)
         print(f"model saved in {self.output}")
         return result(log.history, self.output)
 
     def _resume(self, optimizer: Optimizer) -> tuple[int, int]:
         """Bring model, optimizer, task and random state to the newest checkpoint; (steps done, tokens seen)."""
-        path = checkpoint.newest(self.output)
+        path, task = checkpoint.newest(self.output), self.task
         state = checkpoint.load_state(path)
-        checkpoint.check_same_run(state, self.config, self.task.method, self.task.data)
-        self.lm.load_weights(str(path), trust_remote_code=self.config.trust_remote_code)
-        for name, module in self.task.modules().items():
+        checkpoint.check_same_run(state, self.config, task.method, task.data, self.weights, task.steps)
+
+        def restore(what: str, load: Callable[[], None]) -> None:
             try:
-                module.load_state_dict(load_file(path / f"{name}.safetensors"))
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise UserError(f"--resume: {path / name}.safetensors cannot be read: {str(error).splitlines()[0]}") from error
-        optimizer.load_state_dict(state["optimizer"])
-        self.task.load_state_dict(state["task"])
-        checkpoint.restore_random_state(state["random"])
+                load()
+            except UserError:
+                raise
+            except Exception as error:  # contents that have the form of a checkpoint and are not this run's fail in many ways
+                raise UserError(f"--resume: the checkpoint {path} is damaged: its {what} cannot be read: {files.reason(error)}") from error
+
+        restore("model", lambda: self.lm.load_weights(str(path), trust_remote_code=self.config.trust_remote_code))
+        for name, module in task.modules().items():
+            file = f"{name}.safetensors"
+            restore(file, lambda module=module, file=file: module.load_state_dict(load_file(path / file)))
+        restore("optimizer state", lambda: optimizer.load_state_dict(state["optimizer"]))
+        restore("state of the method", lambda: task.load_state_dict(state["task"]))
+        restore("random state", lambda: checkpoint.restore_random_state(state["random"]))
         print(f"resumed from {path}")
+        if task.steps > state["steps"]:
+            print(f"goes on to step {task.steps}, not {state['steps']}: from here on the learning rate is that of a run of this length")
         return state["step"], state["tokens"]
 
+    def _check_weights(self, step: int) -> None:
+        """Keep weights that an update has spoiled from being saved as a model."""
+        for module in (self.lm.model, *self.task.modules().values()):
+            for name, weight in module.named_parameters():
+                if not weight.isfinite().all():
+                    raise TrainingError(
+                        f"step {step}: the weights of {name} are not finite any more (a lower --learning-rate?); they are not saved"
+                    )
+
     def _save_checkpoint(self, optimizer: Optimizer, step: int, tokens: int) -> None:
+        self._check_weights(step)
         state = {"step": step, "tokens": tokens, "optimizer": optimizer.state_dict(), "random": checkpoint.random_state()}
-        state |= {"method": self.task.method, "data": self.task.data, "settings": checkpoint.settings(self.config)}
-        state["task"] = self.task.state_dict()
+        state |= {
+            "method": self.task.method,
+            "data": self.task.data,
+            "settings": checkpoint.settings(self.config),
+            "models": dict(self.weights),
+        }
+        state |= {"format": checkpoint.FORMAT, "steps": self.task.steps, "task": self.task.state_dict()}
         checkpoint.save_checkpoint(self.output, step, state, self._save_model, self.config.keep_checkpoints)
 
     def _save_model(self, folder: Path) -> None:
@@ -141,15 +164,14 @@ class Run:
         """Print what is about to happen, and keep the settings and versions beside the result."""
         size = sum(p.numel() for p in self.lm.model.parameters())
         passed_over = "".join(f"; not {name}: {reason}" for name, reason in self.lm.refused.items())
+        router = f"router: {self.lm.router_note}\n" if self.lm.router_note else ""
         print(
             f"model: {type(self.lm.model).__name__}, {size / 1e6:.3g} M parameters, on {self.lm.device}, forward in {self.config.dtype}\n"
             f"attention: {self.lm.attention}{passed_over}\n"
-            f"training: {self.task.method}, {self.task.steps - first} steps, {self.task.describe()}, output {self.output}"
+            f"{router}training: {self.task.method}, {self.task.steps - first} steps, {self.task.describe()}, output {self.output}"
         )
-        versions = {module.__name__: module.__version__ for module in (fastalign, torch, transformers)}
-        record = {"method": self.task.method, "config": asdict(self.config), "versions": versions}
-        text = json.dumps(record, indent=2) + "\n"
-        checkpoint.replace_file(checkpoint.inside(self.output, "train_config.json"), lambda path: path.write_text(text, encoding="utf-8"))
+        with files.writing(f"{checkpoint.RECORD} in {self.output}"):
+            checkpoint.write_record(self.output, self.config, self.task.method)
 
 
 def result(history: list[dict[str, Any]], output: Path) -> TrainResult:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastalign.train.checkpoint import inside, replace_file
 from fastalign.train.config import RunConfig
+from fastalign.train.files import inside, replace_file, writing
 
 # name -> (sum, count), tensors on the device; or (value, "total"), (value, "min"), (value, "max") of what is no mean
 Metrics = Mapping[str, tuple[Any, Any]]
@@ -58,21 +58,24 @@ class RunLog:
 
     def __init__(self, output: Path, config: RunConfig, *, first_step: int, total_steps: int):
         self.path, self.log_every = inside(output, "metrics.jsonl"), config.log_every
-        self.history = self._keep_until(first_step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = self._open_board(inside(output, "tensorboard"), first_step) if config.tensorboard else None
+        with writing(str(self.path)):
+            self.history = self._keep_until(first_step)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.board = self._open_board(inside(output, "tensorboard"), first_step) if config.tensorboard else None
         self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit=" steps", disable=None if config.progress else True)
 
     def write(self, record: dict[str, Any]) -> None:
         """A record of training (`record["step"]` counts from 1) or, under eval_ names, of an evaluation."""
         self.history.append(record)
         strict = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
-        self.file.write(json.dumps(strict) + "\n")
-        self.file.flush()
+        with writing(str(self.path)):
+            self.file.write(json.dumps(strict) + "\n")
+            self.file.flush()
         if self.board is not None:
-            for name, value in record.items():
-                group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
-                self.board.add_scalar(f"{group}/{short}", value, record["step"])
+            with writing("TensorBoard events (--no-tensorboard writes none)"):
+                for name, value in record.items():
+                    group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                    self.board.add_scalar(f"{group}/{short}", value, record["step"])
         if "eval_loss" in record:
             self._print(record, "eval_")
             return
@@ -83,9 +86,11 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with writing(str(self.path)):
+            self.file.close()
         if self.board is not None:
-            self.board.close()
+            with writing("TensorBoard events (--no-tensorboard writes none)"):
+                self.board.close()
 
     def _print(self, record: dict[str, Any], prefix: str) -> None:
         shown = [f"{name} {record[prefix + name]:.4g}" for name in _CONSOLE if prefix + name in record]
@@ -93,16 +98,21 @@ class RunLog:
             print(f"{'eval' if prefix else 'step'} {record['step']}/{self.bar.total}: " + ", ".join(shown), flush=True)
 
     def _keep_until(self, step: int) -> list[dict[str, Any]]:
-        """On resume, drop the records after the checkpoint (they will be produced again), and a line that was cut off."""
-        history = []
+        """On resume, drop the records after the checkpoint (they will be produced again), and what follows a line that is cut off or damaged."""
+        history, last = [], 0
         if step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_bytes().split(b"\n"):
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:
+                    last = int(record["step"])
+                except (ValueError, RecursionError, TypeError, KeyError):
                     break
-                if record["step"] <= step:
+                if last <= step:
                     history.append(record)
+            if last < step:
+                print(
+                    f"warning: {self.path} is damaged or incomplete: it keeps the records up to step {last}, and the run goes on after step {step}"
+                )
         lines = "".join(json.dumps(record) + "\n" for record in history)
         replace_file(self.path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
         return history

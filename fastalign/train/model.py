@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import fastalign
 from fastalign.train import attention as packed
 from fastalign.train.errors import UserError
+from fastalign.train.router import find_router
 
 # 4.56 brought the calls used here; masks from position_ids are a little older. What a model really does is measured, see `_leak`.
 _OLDEST = (4, 56)
@@ -110,6 +111,20 @@ def from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
         raise UserError(f"cannot load the {what} in {directory}: {reason if named else f'{type(error).__name__}: {reason}'}") from error
 
 
+_SHORT = 8  # tokens of a sequence on which every model is tried
+
+
+class Lengths(NamedTuple):
+    """What a run will have at most: tokens of a sequence, tokens of a pack."""
+
+    longest: int
+    pack: int
+
+
+def _softcapped(model: torch.nn.Module) -> bool:
+    return bool(getattr(model.config, "attn_logit_softcapping", None))
+
+
 class PackedModel:
     """A model that reads packed sequences. `rows(batch)` is what it makes of a `fastalign.PackedBatch` of T tokens, [T, *].
 
@@ -117,7 +132,18 @@ class PackedModel:
     dtype="bfloat16" the forward pass runs under autocast; weights stay in float32.
     """
 
-    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", dtype: str = "float32", device: str = "auto"):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        attention: str = "auto",
+        dtype: str = "float32",
+        device: str = "auto",
+        lengths: Lengths | None = None,
+    ):
+        """lengths: what training will use, and the model is tried at; None: short sequences only."""
+        self.lengths = lengths or Lengths(_SHORT, 3 * _SHORT)
+        self._exact = False  # in float32 throughout, while the model is tried
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -128,11 +154,16 @@ class PackedModel:
         if any(p.dtype is not torch.float32 for p in model.parameters()):
             raise UserError("the model's weights must be float32; --dtype bfloat16 chooses the precision of the forward pass")
         self.dtype = getattr(torch, dtype)
+        self.router, self.router_note = find_router(model)
+        self._scaled = packed.length_scaled(model)
         self._original = model.config._attn_implementation
         self.attention, self.refused = None, {}
         for name in self._candidates() if attention == "auto" else (attention,):
             reason = self._try(name)
             if reason is None:
+                if self.router is not None and not self.router.seen():
+                    self.router = None
+                    self.router_note = f"its load-balancing loss is left out: {type(model).__name__} does not compute it"
                 return
             self.refused[name] = reason
         raise UserError(
@@ -149,30 +180,47 @@ class PackedModel:
 
     def forward(self, module: torch.nn.Module, batch: Any) -> Any:
         """The output of the model, or of a part of it, on the packed batch, with what keeps its sequences apart."""
-        options: dict[str, Any] = {}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids[None], "use_cache": False}
+        lengths: tuple[int, ...] = ()
+        if self.attention == "packed" or self._scaled:
+            lengths = tuple(batch.cu_seqlens.diff().tolist())
+        if self.attention is not None:  # None: a lone sequence, as transformers itself runs it
+            # sdpa and eager build a block-diagonal mask where position_ids start again; it needs attention_mask=None and no cache.
+            inputs |= {"position_ids": batch.position_ids[None], "attention_mask": None}
         if self.attention == "packed":
-            options["packed_lengths"] = tuple(batch.cu_seqlens.diff().tolist())
+            inputs["packed_lengths"] = lengths
         elif self.attention == "flash_attention_2":
-            options.update(
-                cu_seq_lens_q=batch.cu_seqlens,
-                cu_seq_lens_k=batch.cu_seqlens,
-                max_length_q=int(batch.max_seqlen),
-                max_length_k=int(batch.max_seqlen),
-            )
-        # sdpa and eager build a block-diagonal mask where position_ids start again; it needs attention_mask=None and no cache.
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            return module(
-                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], attention_mask=None, use_cache=False, **options
-            )
+            inputs |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+            inputs |= {"max_length_q": int(batch.max_seqlen), "max_length_k": int(batch.max_seqlen)}
+        apart = packed.rotary_per_sequence(self._scaled, lengths) if self._scaled else contextlib.nullcontext()
+        with apart, self._autocast():
+            output = module(**inputs)
+        if self.router is not None:
+            self.router.see(output)
+        return output
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16 and not self._exact)
 
     def frozen_copy(self) -> PackedModel:
         """An independent copy that takes no gradient: the reference."""
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model).requires_grad_(False)
+        twin.router, twin._scaled = None, packed.length_scaled(twin.model)
         return twin
 
     def vocabulary(self) -> int:
         return self.model.get_input_embeddings().weight.shape[0]
+
+    def check_generation(self, longest: int) -> None:
+        """Refuse to sample sequences of this many tokens where those generated beside one another would change each other's positions: the samples
+        would not be drawn from what is scored."""
+        limit = min((packed.scaled_beyond(module) for module in self._scaled), default=longest)
+        if longest > limit:
+            raise UserError(
+                f"a sequence may have {longest} tokens, and beyond {limit} this model's rotary frequencies depend on the longest sequence that is "
+                f"generated beside it, so samples would not be drawn as they are scored; keep prompt and --max-new-tokens within {limit} tokens"
+            )
 
     @contextlib.contextmanager
     def generating(self, settings: transformers.GenerationConfig) -> Iterator[torch.nn.Module]:
@@ -181,7 +229,7 @@ class PackedModel:
         own, self.model.generation_config = self.model.generation_config, settings
         self.restore()
         try:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            with self._autocast():
                 yield self.model
         finally:
             self.model.generation_config = own
@@ -201,7 +249,7 @@ class PackedModel:
             return "the model takes no position_ids"
         if name == "packed" and not getattr(self.model, "_supports_flash_attn", False):
             return "the architecture does not hand what FlashAttention would need to its attention layers"
-        if name == "sdpa" and getattr(self.model.config, "attn_logit_softcapping", None):
+        if name == "sdpa" and _softcapped(self.model):
             return "it would leave out the softcap of the attention logits"
         self.attention = name
         try:
@@ -214,22 +262,58 @@ class PackedModel:
 
     @torch.no_grad()
     def _leak(self) -> str | None:
-        """Change both neighbours of a sequence in a pack: its outputs must not move. None if they do not."""
+        """Why packed sequences are not what they are alone; None if they are. First three short ones, whose neighbours change; then a pack as
+        full and with sequences as long as training will have: some models look further than a few tokens (scaled positions, chunks)."""
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.vocabulary(), (5, 8), generator=generator)
+        tokens = torch.randint(self.vocabulary(), (5, _SHORT), generator=generator)
         a, middle, b, other_a, other_b = tokens
-        first, second, alone = (
-            self.rows(self.to_device(fastalign.pack(rows))).float() for rows in ([a, middle, b], [other_a, middle, other_b], [middle])
-        )
-        scale = first.abs().max()
-        exact = self.dtype is torch.float32
-        if not torch.isfinite(scale):
-            return "its outputs are not finite"
-        if (first[8:16] - second[8:16]).abs().max() > (1e-5 if exact else 1e-2) * scale:
-            return "a packed sequence sees its neighbours"
-        if (first[8:16] - alone).abs().max() > (1e-3 if exact else 5e-2) * scale:
-            return "a packed sequence differs from the same sequence alone"
+        self._exact = self.attention != "flash_attention_2"  # in float32 it is the sequences that make a difference, not the rounding
+        try:
+            first, second = (self._rows_of(pack, 1) for pack in ([a, middle, b], [other_a, middle, other_b]))
+            if not torch.isfinite(first).all():
+                return "its outputs are not finite"
+            if (first - second).abs().max() > (1e-5 if self._exact else 1e-2) * first.abs().max():
+                return "a packed sequence sees its neighbours"
+            alone = self._alone(middle)
+            if self._differ(first, alone):
+                return "a packed sequence differs from the same sequence alone"
+            longest, total = self.lengths
+            if longest <= _SHORT:
+                return None
+            long = torch.randint(self.vocabulary(), (longest,), generator=generator)
+            pack = [long] * max(1, (total - _SHORT) // longest) + [middle]
+            last, beside = self._rows_of(pack, len(pack) - 2), self._rows_of(pack, len(pack) - 1)
+            if self._differ(last, self._alone(long)) or self._differ(beside, alone):
+                return (
+                    f"in a pack of {sum(map(len, pack))} tokens a sequence (the longest has {longest}) differs from the same sequence alone"
+                )
+        finally:
+            self._exact = False
         return None
+
+    def _differ(self, packed_rows: torch.Tensor, alone: torch.Tensor) -> bool:
+        return bool((packed_rows - alone).abs().max() > (1e-3 if self._exact else 5e-2) * alone.abs().max())
+
+    def _rows_of(self, sequences: Sequence[torch.Tensor], which: int) -> torch.Tensor:
+        """A few rows of one sequence of a pack, its first and its last among them."""
+        start, length = sum(map(len, sequences[:which])), len(sequences[which])
+        few = torch.linspace(start, start + length - 1, min(length, 4 * _SHORT), device=self.device).round().long()
+        return self.rows(self.to_device(fastalign.pack(list(sequences))))[few].float()
+
+    def _alone(self, sequence: torch.Tensor) -> torch.Tensor:
+        """The same rows of a sequence that the model is given as transformers gives it: no pack, its own positions and masks."""
+        attention = self.attention
+        masks = ("sdpa", "eager") if len(sequence) > 1024 and not _softcapped(self.model) else ("eager", "sdpa")
+        try:
+            for name in masks:
+                with contextlib.suppress(ValueError, ImportError):
+                    self.model.set_attn_implementation(name)
+                    break
+            self.attention = None
+            return self._rows_of([sequence], 0)
+        finally:
+            self.attention = attention
+            self.model.set_attn_implementation(_IMPLEMENTATION[attention])
 
     def to_device(self, batch: Any) -> Any:
         """The batch on the model's device."""

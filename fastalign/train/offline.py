@@ -15,6 +15,7 @@ from fastalign.train import model as models
 from fastalign.train.config import TrainConfig, check_kind
 from fastalign.train.data import Schedule, fingerprint, load_examples
 from fastalign.train.errors import UserError
+from fastalign.train.files import inside
 from fastalign.train.loop import Run, TrainResult
 from fastalign.train.methods import make_method
 from fastalign.train.methods.base import LogprobFn, Method, Split, join
@@ -22,7 +23,7 @@ from fastalign.train.methods.dpo import PreferenceMethod
 from fastalign.train.metrics import MetricSums
 from fastalign.train.online import METHODS as ONLINE
 from fastalign.train.optimise import Optimizer
-from fastalign.train.reference import LiveReference, precompute, weights_fingerprint
+from fastalign.train.reference import LiveReference, precompute, weights_fingerprint, weights_of
 from fastalign.train.tokenise import TokenExample
 
 
@@ -72,16 +73,22 @@ def train(
     method.max_length = config.max_length or positions
     if config.ref_model is not None:
         models.check_companion("--ref-model", config.ref_model, tokenizer, method.longest(train_examples, eval_examples), **trust)
+    longest = method.longest(train_examples, eval_examples)
+    method.lengths = models.Lengths(
+        longest, min(config.tokens_per_batch, sum(example.tokens() for example in train_examples + eval_examples))
+    )
     lm, tokenizer = method.make_lm(model if model is not None else method.load_model(config.model, **trust), tokenizer)
     try:
         check_vocabulary(train_examples + eval_examples, lm, "model")
         method.start(lm)
         splits = Split(train_examples), Split(eval_examples)
         reference = _reference(method, lm, splits) if method.needs_reference else None
-        checkpoint.create_output(output, overwrite=config.overwrite)
-        if reference is not None:
-            _attach_reference(method, output, reference, splits)
-        return Run(config, output, lm, tokenizer, OfflineTask(method, lm, *splits), callback).fit()
+        frozen = {"ref_model": reference.model} if config.ref_model is not None and reference is not None else {}
+        weights = weights_of(config, {"model": lm.model, **frozen})
+        with checkpoint.opened(output, config, method.name):
+            if reference is not None:
+                _attach_reference(method, output, reference, splits)
+            return Run(config, output, lm, tokenizer, OfflineTask(method, lm, *splits), callback, weights).fit()
     finally:
         lm.restore()
 
@@ -107,7 +114,7 @@ class OfflineTask:
         self.schedule = Schedule(len(self.train.examples), config)
         self.method, self.evaluates = self.learner.name, bool(self.evaluation.examples)
         self.steps, self.steps_per_epoch = self.schedule.steps, self.schedule.steps_per_epoch
-        self.data = fingerprint([*self.train.examples, *self.evaluation.examples])
+        self.data = fingerprint(self.train.examples, self.evaluation.examples)
 
     def describe(self) -> str:
         config = self.learner.config
@@ -140,41 +147,48 @@ def accumulate(
     gradient to the parameters, and lets the method update what it remembers."""
     batches = method.batches(split, indices)
     known = method.constants(lm, split, indices)
-    sums = MetricSums()
+    sums, tokens = MetricSums(), sum(batch.packed.input_ids.numel() for batch in batches)
     if method.joint and len(batches) > 1:
-        loss, metrics = _jointly(lm, method, split, batches, known, backward)
-        sums.add(metrics)
-        total = loss.detach()
+        total = _jointly(lm, method, split, batches, known, backward, sums)
     else:
         total = 0.0
         for batch in batches:
             loss, metrics = method.loss(method.score(lm, split, batch), training=backward, **known)
+            if lm.router is not None:
+                loss = loss + lm.router.part(batch.packed.input_ids.numel(), tokens, sums)
             if backward:
                 loss.backward()
             sums.add(metrics)
             total = total + loss.detach()
     sums.add({"loss": (total, "total")})
-    return sums, sum(batch.packed.input_ids.numel() for batch in batches)
+    return sums, tokens
 
 
 def _jointly(
-    lm: models.PackedModel, method: Method, split: Split, batches: Sequence[Any], known: dict[str, Any], backward: bool
-) -> tuple[torch.Tensor, Any]:
+    lm: models.PackedModel, method: Method, split: Split, batches: Sequence[Any], known: dict[str, Any], backward: bool, sums: MetricSums
+) -> torch.Tensor:
     """A loss that must see every example of the step at once, over several packs. It is made of a few numbers per token, which a first
     pass without gradient gathers; the slopes of the loss in them then meet a second pass, pack by pack."""
+    sizes, scored, router = [batch.packed.input_ids.numel() for batch in batches], [], 0.0
     with torch.no_grad():
-        whole = join([method.score(lm, split, batch) for batch in batches])
+        for batch, size in zip(batches, sizes):
+            scored.append(method.score(lm, split, batch))
+            router += lm.router.part(size, sum(sizes), sums) if lm.router is not None else 0.0
+        whole = join(scored)
     leaves = {name: value.requires_grad_(backward) for name, value in whole.policy.items()}
     with torch.set_grad_enabled(backward):
         loss, metrics = method.loss(whole, training=backward, **known)
     if backward:
         loss.backward()
-        sizes = [batch.packed.input_ids.numel() for batch in batches]
         slopes = {name: leaf.grad.split(sizes) for name, leaf in leaves.items() if leaf.grad is not None}
         for i, batch in enumerate(batches):
             again = method.score(lm, split, batch, policy_only=True).policy
-            torch.autograd.backward([again[name] for name in slopes], [slopes[name][i] for name in slopes])
-    return loss, metrics
+            roots, gradients = [again[name] for name in slopes], [slopes[name][i] for name in slopes]
+            if lm.router is not None:
+                roots, gradients = [*roots, lm.router.part(sizes[i], sum(sizes))], [*gradients, None]
+            torch.autograd.backward(roots, gradients)
+    sums.add(metrics)
+    return loss.detach() + router
 
 
 def check_one_process() -> None:
@@ -194,7 +208,7 @@ def _reference(method: Method, lm: models.PackedCausalLM, splits: Sequence[Split
     if config.ref_model is None:
         return lm if config.precompute_ref else lm.frozen_copy()
     loaded = models.load_model(config.ref_model, trust_remote_code=config.trust_remote_code)
-    reference = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device)
+    reference = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device, lengths=method.lengths)
     check_vocabulary([example for split in splits for example in split.examples], reference, "reference model")
     if reference.vocabulary() != lm.vocabulary() and (method.exact_kl or not models.has_tokenizer(config.ref_model)):
         reason = "their distributions cannot be compared" if method.exact_kl else "without a tokenizer of its own it must have the same one"
@@ -213,6 +227,6 @@ def _attach_reference(method: Method, output: Path, reference: models.PackedCaus
     weights = weights_fingerprint(reference.model)
     for split, name in zip(splits, ("ref_logprobs.safetensors", "ref_logprobs_eval.safetensors")):
         if split.examples:
-            path = checkpoint.inside(output, name)
+            path = inside(output, name)
             budget, progress = config.tokens_per_batch, config.progress
             split.reference = precompute(live, split.examples, path, weights=weights, budget=budget, progress=progress)

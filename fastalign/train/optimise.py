@@ -27,8 +27,9 @@ class Optimizer:
         return clip_gradients(self.parameters, self.config.max_grad_norm)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> float:
-        """Update the weights at the rate of step 0, 1, ..., which is returned. `metrics["grad_norm"]`, a number on the host, must be finite."""
-        if not math.isfinite(metrics["grad_norm"]):
+        """Update the weights at the rate of step 0, 1, ..., which is returned. `metrics`: "loss" and "grad_norm", numbers on the host, must be
+        finite."""
+        if not (math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics.get("loss", 0.0))):
             raise TrainingError(f"step {step + 1}: loss {metrics.get('loss')}, gradient norm {metrics['grad_norm']}; no update was made")
         rate = learning_rate(step, self.steps, self.config)
         for group in self.adamw.param_groups:
@@ -45,7 +46,19 @@ class Optimizer:
         return self.adamw.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adamw.load_state_dict(state)
+        """Take over the moments. The rest, rates and groups, follows from the run's settings. Raises `ValueError` for those of other weights."""
+        groups, found = self.adamw.state_dict()["param_groups"], state["param_groups"]
+        if [group["params"] for group in found] != [group["params"] for group in groups]:
+            raise ValueError("it belongs to other weights")
+        numbered = [p for group in self.adamw.param_groups for p in group["params"]]
+        for number, moments in state["state"].items():
+            shape = numbered[number].shape
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != shape or not moments[name].isfinite().all():
+                    raise ValueError(f"{name} of a weight of shape {tuple(shape)} has shape {tuple(moments[name].shape)}, or is not finite")
+            if not 0 < float(moments["step"]) < math.inf:
+                raise ValueError(f"a number of updates is {float(moments['step'])}")
+        self.adamw.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def learning_rate(step: int, total: int, config: RunConfig) -> float:

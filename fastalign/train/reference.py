@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from fastalign.train.checkpoint import replace_file
+from fastalign.train.config import RunConfig
 from fastalign.train.data import Batch, fingerprint, pack_examples
+from fastalign.train.files import replace_file, writing
 from fastalign.train.model import PackedCausalLM
 from fastalign.train.tokenise import TokenExample
 
@@ -58,7 +59,8 @@ def precompute(
             for i, part in zip(batch.members, scored.split([examples[i].tokens() for i in batch.members])):
                 parts[i] = part.clone()
         logprobs = torch.cat(parts)
-        replace_file(path, lambda temporary: save_file({"logprobs": logprobs}, temporary, metadata={"key": key}))
+        with writing(f"the reference cache {path}"):
+            replace_file(path, lambda temporary: save_file({"logprobs": logprobs}, temporary, metadata={"key": key}))
         print(f"reference log-probs of {len(examples)} examples computed and cached in {path}")
     return CachedReference(examples, logprobs)
 
@@ -77,6 +79,11 @@ def _read(path: Path, key: str, tokens: int) -> torch.Tensor | None:
         return None
     print(f"reference log-probs read from {path}")
     return logprobs
+
+
+def weights_of(config: RunConfig, models: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+    """Setting -> hash of its model's weights, for a run that is resumed or may be: the same model under another path is the same."""
+    return {name: weights_fingerprint(model) for name, model in models.items()} if config.resume or config.save_every else {}
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_a_checkpoint_is_a_model_directory(config):
     [
         ({"learning_rate": 2e-3}, "--learning-rate was 0.001, is 0.002"),
         ({"loss_options": {"beta": 0.2}}, "--set was {}, is {'beta': 0.2}"),
-        ({"max_steps": 9}, "--max-steps was 7, is 9"),
+        ({"max_steps": 6}, "--max-steps was 7, is 6"),
     ],
 )
 def test_other_settings_are_refused(config, change, words):
@@ -152,18 +153,40 @@ def test_other_settings_are_refused(config, change, words):
         train_dpo(config(**{**SETTINGS, **change, "resume": True}))
 
 
+def test_more_steps_go_on(config, capsys):
+    interrupted(config, 5)
+    longer = train_dpo(config(**{**SETTINGS, "max_steps": 9, "resume": True}))
+    assert [record["step"] for record in longer.history if "loss" in record] == list(range(1, 10))
+    assert "goes on to step 9, not 7" in capsys.readouterr().out
+    assert longer.history[-2]["learning_rate"] < longer.history[-4]["learning_rate"] < longer.history[-6]["learning_rate"]
+    again = train_dpo(config(**{**SETTINGS, "max_steps": 11, "resume": True}))  # of a run that was finished
+    assert again.history[-1]["step"] == 11
+
+
+def test_paths_are_compared_by_what_they_lead_to(config, uninterrupted, model_dir, data_file, tmp_path, monkeypatch):
+    """Another spelling, a copy, a link: the same run. Other weights under the same path: another."""
+    interrupted(config, 5)
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(data_file)
+    monkeypatch.chdir(tmp_path)
+    settings = {**SETTINGS, "model": "copy/../copy", "data": "link", "output": "out", "resume": True}
+    other = make_model(seed=5)
+    with monkeypatch.context() as changed:
+        changed.setattr("fastalign.train.model.load_model", lambda *args, **options: other)
+        with pytest.raises(UserError, match="the weights of --model are not those that the run was started with"):
+            train_dpo(config(**settings))
+    reference = tmp_path / "reference"
+    make_model(seed=3).save_pretrained(reference)
+    with pytest.raises(UserError, match="the weights of --ref-model are not those"):
+        train_dpo(config(**settings, ref_model=str(reference)))
+    assert copy.is_dir()
+    same(train_dpo(config(**settings)), uninterrupted)
+
+
 def test_other_data_is_refused(config, data_file):
     interrupted(config, 5)
     write_jsonl(data_file, make_rows()[::-1])
     with pytest.raises(UserError, match="data or its tokenisation has changed"):
-        train_dpo(config(**SETTINGS, resume=True))
-
-
-def test_a_damaged_checkpoint_is_refused(config):
-    interrupted(config, 5)
-    state = checkpoint.newest(config().output_dir()) / "trainer.pt"
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(UserError, match="cannot be read"):
         train_dpo(config(**SETTINGS, resume=True))
 
 
@@ -206,5 +229,5 @@ def test_stale_weights_do_not_survive_in_the_output_directory(config):
     output.mkdir()
     make_model(seed=9).save_pretrained(output, max_shard_size="20KB")
     assert len(list(output.glob("model-*"))) > 1
-    train_dpo(config(max_steps=1))
+    train_dpo(config(max_steps=1, overwrite=True))
     assert [path.name for path in output.glob("model*.safetensors*")] == ["model.safetensors"]

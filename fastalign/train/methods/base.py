@@ -74,6 +74,7 @@ class Method:
     needs_reference = True
     exact_kl = False  # the loss compares whole distributions: the reference model must have the policy's vocabulary
     joint = False
+    lengths: models.Lengths | None = None  # of sequences and packs; set when the data is known
     max_length: int | None = None  # longest sequence, in tokens; set when the model is known
 
     def __init__(self, config: TrainConfig, *, logprob_fn: LogprobFn | None = None):
@@ -106,7 +107,8 @@ class Method:
     def make_lm(self, model: torch.nn.Module, tokenizer: Any) -> tuple[models.PackedModel, Any]:
         """(the model on packed sequences, the tokenizer that is saved with it)."""
         config = self.config
-        return models.PackedCausalLM(model, attention=config.attention, dtype=config.dtype, device=config.device), tokenizer
+        options = {"attention": config.attention, "dtype": config.dtype, "device": config.device, "lengths": self.lengths}
+        return models.PackedCausalLM(model, **options), tokenizer
 
     def start(self, lm: models.PackedModel) -> None:
         """Make what is trained besides the model."""

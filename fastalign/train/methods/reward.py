@@ -64,7 +64,8 @@ class Reward(Method):
     def make_lm(self, model: torch.nn.Module, tokenizer: Any) -> tuple[models.PackedModel, Any]:
         config = self.config
         tokenizer = with_padding(model, tokenizer)
-        return PackedScorer(model, attention=config.attention, dtype=config.dtype, device=config.device), tokenizer
+        options = {"attention": config.attention, "dtype": config.dtype, "device": config.device, "lengths": self.lengths}
+        return PackedScorer(model, **options), tokenizer
 
     def constants(self, lm: Any, split: Split, indices: Sequence[int]) -> dict[str, Any]:
         return {"num_items": len(indices)}

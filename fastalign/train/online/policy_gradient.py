@@ -71,7 +71,7 @@ class PolicyGradientTask(OnlineTask):
     def __init__(self, method: str, config: OnlineConfig, *parts: Any, texts: Sequence[TokenExample] = ()):
         super().__init__(method, config, *parts)
         self.preset, self.texts, self.excludes_unscored = resolve_loss(method, config), texts, method in ("grpo", "rloo")
-        self.data = fingerprint([*self.train, *self.evaluation, *texts])
+        self.data = fingerprint(self.train, self.evaluation, texts)
         target = config.kl_target
         self.controller = None if target is None else fastalign.AdaptiveKLController(config.kl_coef, target, config.kl_horizon)
 
@@ -134,7 +134,8 @@ class PolicyGradientTask(OnlineTask):
     def _policy_losses(self, parts: list[Part], sums: MetricSums) -> Iterator[Tensor]:
         """The loss of each pack; together they are the minibatch's, whatever number of packs it needs."""
         config, counts_tokens = self.config, self.preset.aggregation == "token_mean"
-        tokens = sum(part.tokens for part in parts)
+        tokens, router = sum(part.tokens for part in parts), self.actor.lm.router
+        whole = sum(part.seen.packed.mask.numel() for part in parts)
         items = tokens if counts_tokens else sum(part.sequences for part in parts)
         in_loss = config.kl_in == "loss" and bool(config.kl_coef)
         for part in parts:
@@ -159,6 +160,8 @@ class PolicyGradientTask(OnlineTask):
                 )
                 sums.add(value.metrics())
                 loss = loss + config.vf_coef * value.loss
+            if router is not None:
+                loss = loss + router.part(packed.mask.numel(), whole, sums)
             yield loss
 
     def _text_losses(self, draw: random.Random, sums: MetricSums) -> Iterator[Tensor]:

@@ -22,6 +22,7 @@ from fastalign.train.online.policy_gradient import PolicyGradientTask, resolve_l
 from fastalign.train.online.prompts import load_prompts, load_texts, sequence_limit
 from fastalign.train.online.rewards import ModelReward, make_reward
 from fastalign.train.online.rollout import Sampler
+from fastalign.train.reference import weights_of
 from fastalign.train.scorer import score_head
 
 
@@ -75,7 +76,9 @@ def train_online(
             models.check_companion(flag, directory, tokenizer, limit, **trust)
     score = make_reward(config, tokenizer, limit, config.device, reward)
     score.check([*splits[0], *splits[1]])
-    options = {"attention": config.attention, "dtype": config.dtype, "device": config.device}
+    longest = min(limit, config.max_new_tokens + max(len(example.prompt) for split in splits for example in split))
+    lengths = models.Lengths(longest, min(config.tokens_per_batch, longest * config.batch_size * config.samples_per_prompt))
+    options = {"attention": config.attention, "dtype": config.dtype, "device": config.device, "lengths": lengths}
     lm = models.PackedCausalLM(model if model is not None else models.load_model(config.model, **trust), **options)
     try:
         check_vocabulary([*splits[0], *splits[1], *mixed_in], lm, "model")
@@ -85,10 +88,14 @@ def train_online(
         actor.reference = _reference(method, config, lm)
         if config.dpo_model is not None:
             actor.dpo = _frozen(config.dpo_model, "DPO", config, lm)
+        lm.check_generation(longest)
         parts = (method, config, actor, Sampler(lm, tokenizer, config), score, *splits)
         task = OnlineDPOTask(*parts) if method == "online_dpo" else PolicyGradientTask(*parts, texts=mixed_in)
-        checkpoint.create_output(output, overwrite=config.overwrite)
-        return Run(config, output, lm, tokenizer, task, callback).fit()
+        frozen = {"ref_model": actor.reference, "dpo_model": actor.dpo, "reward_model": getattr(score, "scorer", None)}
+        named = {name: other.model for name, other in frozen.items() if getattr(config, name) is not None}
+        weights = weights_of(config, {"model": lm.model, **named})
+        with checkpoint.opened(output, config, method):
+            return Run(config, output, lm, tokenizer, task, callback, weights).fit()
     finally:
         lm.restore()
 
@@ -105,7 +112,7 @@ def _reference(method: str, config: OnlineConfig, lm: models.PackedCausalLM) -> 
 
 def _frozen(directory: str, what: str, config: OnlineConfig, lm: models.PackedCausalLM) -> models.PackedCausalLM:
     loaded = models.load_model(directory, trust_remote_code=config.trust_remote_code).requires_grad_(False)
-    other = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device)
+    other = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device, lengths=lm.lengths)
     if other.vocabulary() != lm.vocabulary():
         raise UserError(f"the {what} model's vocabulary has {other.vocabulary()} entries, the policy's {lm.vocabulary()}")
     return other

@@ -44,7 +44,7 @@ class OnlineTask:
         self.train, self.evaluation, self.evaluates = train, evaluation, bool(evaluation)
         self.schedule = Schedule(len(train), config)
         self.steps, self.steps_per_epoch = self.schedule.steps, self.schedule.steps_per_epoch
-        self.data = fingerprint([*train, *evaluation])
+        self.data = fingerprint(train, evaluation)
         self.responses = 0  # sampled so far
 
     def describe(self) -> str:
@@ -60,7 +60,7 @@ class OnlineTask:
         return {"responses": self.responses, **moves}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.responses = state["responses"]
+        self.responses = int(state["responses"])
         if "reference" in state:
             self.actor.reference.model.load_state_dict(state["reference"])
 
