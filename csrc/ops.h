@@ -110,7 +110,7 @@ struct PreferenceArgs {
   int stages;                                // 1: sums only, 2: table from the given sums, 3: both
   void* sums;                                // [pairs, 2, kSumWidth]: output of stage 1, input of stage 2 alone
   void *loss, *pair_loss, *table;            // [], [pairs], [pairs, kTableWidth]: outputs of stage 2
-  uint32_t* counter;                         // device scratch: one zero, left zero (CUDA only)
+  uint32_t* counter;                         // device scratch: a zero of this launch's own (CUDA only)
 };
 
 struct PreferenceBackwardArgs {
@@ -159,7 +159,7 @@ struct ListwiseArgs {
   const double* scalars;                     // ListParams, host
   const int* switches;
   void *loss, *list_loss, *slopes, *rewards, *table;   // [], [lists], [sequences], [sequences], [lists, kListTableWidth]
-  uint32_t* counter;                         // device scratch: one zero, left zero (CUDA only)
+  uint32_t* counter;                         // device scratch: a zero of this launch's own (CUDA only)
 };
 
 // Tensors are [tokens] unless said otherwise. Without cu_seqlens the tokens are cut into tiles of kPolicyTile, and nothing of the loss may be per sequence.
@@ -175,7 +175,7 @@ struct PolicyArgs {
   const int* switches;
   void *loss, *slopes, *entropy_slopes, *stats;      // [], [tokens], [tokens] or null, [kPolicyStats]
   void* rows;                                        // device scratch: [sequences or tiles, kPolicyStats] (CUDA only)
-  uint32_t* counter;                                 // device scratch: one zero, left zero (CUDA only)
+  uint32_t* counter;                                 // device scratch: a zero of this launch's own (CUDA only)
 };
 
 struct ValueArgs {

@@ -140,15 +140,12 @@ def rows_view(logits: torch.Tensor | None) -> tuple[int, int, int, int, int, int
     return (ptr(logits), *layout, logits.shape[-1])
 
 
-_counters: dict[object, torch.Tensor] = {}
-
-
 def counter(tensor: torch.Tensor) -> torch.Tensor:
-    """One zero per device and stream, which the last block of a forward launch finds and leaves at zero; see csrc/ops.h."""
-    key = (tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream if tensor.device.type == "cuda" else 0)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=tensor.device)
-    return _counters[key]
+    """A zero for one launch, by which the block that arrives last is known (see csrc/ops.h); keep it referenced until the launch.
+
+    It is made, and filled, on the current stream in every call: what a graph captures includes the fill, no two graphs or streams share a word, and
+    no tensor outlives the call in the pool of whoever records it."""
+    return torch.zeros(1, dtype=torch.int32, device=tensor.device)
 
 
 def aligned(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:

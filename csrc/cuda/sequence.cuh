@@ -54,8 +54,8 @@ template <int N> __device__ void sum_block(float (&x)[N], float* partial) {
   __syncthreads();   // the caller may use `partial` again
 }
 
-// True in all threads of the block that arrives last; what the others wrote before is then visible to it. `counter` is 0 between launches,
-// `flag` a word of shared memory.
+// True in all threads of the block that arrives last; what the others wrote before is then visible to it. `counter` is a word of
+// this launch's own that was 0 before it, `flag` a word of shared memory.
 __device__ inline bool last_block(uint32_t* counter, unsigned* flag) {
   if (threadIdx.x == 0) {
     __threadfence();
@@ -64,7 +64,6 @@ __device__ inline bool last_block(uint32_t* counter, unsigned* flag) {
   __syncthreads();
   if (!*flag) return false;
   __threadfence();
-  if (threadIdx.x == 0) *counter = 0;  // for the next launch
   return true;
 }
 

@@ -76,4 +76,3 @@ def emulator(request, monkeypatch):
     emu.set_cluster_size(0)
     emu.set_gae_scheme(0)
     ffi.use_emulator(None)
-    ffi._counters.clear()  # a kernel that was stopped in the middle leaves its counter where it was

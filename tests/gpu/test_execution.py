@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from calls import NAMES, public_calls
@@ -53,20 +57,114 @@ def test_cuda_graph(backend, name):
             assert torch.equal(got, want)
 
 
-def test_second_graph_does_not_depend_on_the_first(backend):
-    """Two captures share the capture stream; the second must be right even if the first is never replayed, or gone."""
-    (_, first), (_, second) = public_calls("cuda")["preference_loss"], public_calls("cuda", pairs=9)["preference_loss"]
-    _warm_up(first)
-    _warm_up(second)
-    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
-    outputs = []
-    for graph, call in zip(graphs, (first, second)):
+# The ops that count their blocks to know the last one; tests/test_contract_counter.py holds on any machine what the tests below hold on a device.
+WITH_LAST_BLOCK = ("preference_loss", "listwise_loss", "gae", "policy_loss", "value_loss")
+
+
+def _two_graphs(name):
+    """Two captures of an op, of unequal sizes, none of them replayed yet: [(graph, its outputs, what they must be)]."""
+    calls = [public_calls("cuda", pairs=pairs)[name][1] for pairs in (5, 9)]
+    found = []
+    for call in calls:
+        _warm_up(call)
+    for call in calls:
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs.append(call())
-    graphs[1].replay()
-    graphs[1].replay()
-    for got, want in zip(outputs[1], second()):
-        assert torch.equal(got, want)
+            outputs = call()
+        found.append((graph, outputs, call()))
+    torch.cuda.synchronize()
+    return found
+
+
+@pytest.mark.parametrize("name", WITH_LAST_BLOCK)
+def test_second_graph_does_not_depend_on_the_first(backend, name):
+    """Two captures share the capture stream; the second must be right even if the first is never replayed, or gone. No other graph may have run before,
+    and memory that was never written must not be zero by chance: a process of its own, whose free memory is garbage."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+import fastalign as fa
+from test_execution import _two_graphs
+torch.full((1 << 28,), -1, dtype=torch.int32, device="cuda")
+torch.cuda.synchronize()
+torch.cuda.empty_cache()
+with fa.use_backend({backend!r}):
+    (first, _, _), (second, outputs, want) = _two_graphs({name!r})
+del first
+for _ in range(2):
+    for x in outputs:
+        x.fill_(-7)
+    second.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, want, strict=True))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", WITH_LAST_BLOCK)
+def test_two_graphs_on_two_streams(backend, name):
+    """Both in flight at the same time, over and over: neither counts the other's blocks."""
+    graphs = _two_graphs(name)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(200):
+        for (graph, _, _), stream in zip(graphs, streams):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for graph, outputs, want in graphs:
+        for got, expected in zip(outputs, want, strict=True):
+            assert torch.equal(got, expected)
+            got.fill_(-7)
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(outputs, want, strict=True))
+
+
+@pytest.mark.parametrize("name", WITH_LAST_BLOCK)
+def test_two_streams_at_once(backend, name):
+    """Plain calls, queued on two streams without waiting for each other."""
+    calls = [public_calls("cuda", pairs=pairs)[name][1] for pairs in (5, 9)]
+    wanted = [call() for call in calls]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream(), torch.cuda.Stream()], []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # so that both streams' work is queued before any of it runs
+    for _ in range(50):
+        for call, stream, want in zip(calls, streams, wanted):
+            with torch.cuda.stream(stream):
+                results.append((call(), want))
+    torch.cuda.synchronize()
+    for got, want in results:
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_compile_reduce_overhead(backend):
+    """CUDA graph trees record the ops, forward and backward, and refuse whatever of ours stays alive in their pool."""
+    batch = make_batch(4, device="cuda", vocab=200)
+    logits = make_logits(batch.packed.labels.numel(), 200, device="cuda")
+    cu_seqlens, mask, ref = batch.packed.cu_seqlens, batch.packed.mask, batch.ref_logprobs
+    offsets, scores = torch.tensor([0, 3, 8], device="cuda"), torch.arange(8, device="cuda")
+
+    def loss(logits):
+        logprobs = fa.token_logprobs(logits, batch.packed.labels)
+        advantages = fa.gae(ref, logprobs, cu_seqlens, mask=mask).advantages
+        out = fa.preference_loss(logprobs, ref, cu_seqlens, mask=mask).loss + fa.policy_loss(logprobs, ref, advantages, mask=mask).loss
+        return out + fa.listwise_loss(logprobs, ref, cu_seqlens, offsets, scores, mask=mask).loss
+
+    compiled, results = torch.compile(loss, fullgraph=True, mode="reduce-overhead"), []
+    for function in (loss, *[compiled] * 4):  # warm-up, recording, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        leaf = logits.clone().requires_grad_()
+        value = function(leaf)
+        (grad,) = torch.autograd.grad(value, leaf)
+        results.append((value.detach().clone(), grad.clone()))
+    for again in results[1:]:
+        for a, b in zip(results[0], again):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

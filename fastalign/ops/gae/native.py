@@ -16,9 +16,10 @@ def gae_fwd(backend, rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor,
     if sequences == 0:
         return advantages, returns, moments.zero_()
     workspace = ffi.empty((5 * (tokens // TILE + sequences),), torch.float64 if backend == "cpu" else dtype, device)
+    counter = None if backend == "cpu" else ffi.counter(rewards)
     ffi.launch(
         backend, "gae_fwd", rewards, ffi.ptr(rewards), ffi.ptr(values), ffi.ptr(cu_seqlens), tokens, sequences, ffi.DTYPE_CODES[dtype],
         ffi.ptr(mask), ffi.ptr(bootstrap), ffi.ptr(gamma_tensor), ffi.ptr(lam_tensor), gamma, lam, ffi.ptr(advantages), ffi.ptr(returns),
-        ffi.ptr(moments), ffi.ptr(workspace), 0 if backend == "cpu" else ffi.ptr(ffi.counter(rewards)),
+        ffi.ptr(moments), ffi.ptr(workspace), ffi.ptr(counter),
     )  # fmt: skip
     return advantages, returns, moments

@@ -87,7 +87,6 @@ def gae_fwd_kernel(
         tl.store(moments, all_count)
         tl.store(moments + 1, all_mean)
         tl.store(moments + 2, tl.sum(squares, 0))
-        tl.store(counter, 0)
 
 
 def gae_fwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam):

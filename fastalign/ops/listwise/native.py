@@ -12,9 +12,10 @@ def listwise_fwd(backend, sums, list_offsets, scores, beta, num_items, num_sft_t
     loss, list_loss, slopes, rewards, table = (ffi.empty(s, sums.dtype, sums.device) for s in shapes)
     if lists == 0:
         return loss.zero_(), list_loss, slopes.fill_(float("nan")), rewards.fill_(float("nan")), table
+    counter = None if backend == "cpu" else ffi.counter(sums)
     ffi.launch(
         backend, "listwise_fwd", sums, ffi.ptr(sums), sequences, ffi.ptr(list_offsets), lists, ffi.ptr(scores), ffi.DTYPE_CODES[sums.dtype],
         ffi.pair_ptr(beta), ffi.ptr(num_items), ffi.ptr(num_sft_tokens), scalars, switches, ffi.ptr(loss), ffi.ptr(list_loss), ffi.ptr(slopes),
-        ffi.ptr(rewards), ffi.ptr(table), 0 if backend == "cpu" else ffi.ptr(ffi.counter(sums)),
+        ffi.ptr(rewards), ffi.ptr(table), ffi.ptr(counter),
     )  # fmt: skip
     return loss, list_loss, slopes, rewards, table

@@ -94,7 +94,6 @@ def listwise_fwd_kernel(
     if last_one:
         _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, slopes, table, sequences, lists, sft_weight, sft_power, sft_norm,
                    reduction, BLOCK)  # fmt: skip
-        tl.store(counter, 0)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ def _scratch(backend, like, cu_seqlens, width):
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     segments = -(-like.shape[0] // TILE) if cu_seqlens is None else sequences
     if backend == "cpu":
-        return sequences, None, 0
-    return sequences, ffi.empty((segments, width), like.dtype, like.device), ffi.ptr(ffi.counter(like))
+        return sequences, None, None
+    return sequences, ffi.empty((segments, width), like.dtype, like.device), ffi.counter(like)
 
 
 def nothing(stats):
@@ -33,7 +33,7 @@ def policy_fwd(backend, logprobs, old_logprobs, advantages, cu_seqlens, mask, re
         backend, "policy_fwd", logprobs, ffi.ptr(logprobs), ffi.ptr(old_logprobs), ffi.ptr(advantages), ffi.ptr(cu_seqlens), tokens, sequences,
         ffi.ptr(mask), ffi.ptr(ref_logprobs), ffi.ptr(entropy), ffi.ptr(is_weight), ffi.DTYPE_CODES[dtype], ffi.ptr(kl_coef),
         ffi.ptr(entropy_coef), ffi.ptr(num_items), scalars, switches, ffi.ptr(loss), ffi.ptr(slopes), ffi.ptr(entropy_slopes), ffi.ptr(stats),
-        ffi.ptr(rows), counter,
+        ffi.ptr(rows), ffi.ptr(counter),
     )  # fmt: skip
     return loss, slopes, entropy_slopes, stats
 
@@ -47,7 +47,7 @@ def value_fwd(backend, values, old_values, returns, cu_seqlens, mask, num_items,
     ffi.launch(
         backend, "value_fwd", values, ffi.ptr(values), ffi.ptr(old_values), ffi.ptr(returns), ffi.ptr(cu_seqlens), tokens, sequences,
         ffi.ptr(mask), ffi.DTYPE_CODES[dtype], ffi.ptr(num_items), clip, aggregation, norm_length, ffi.ptr(loss), ffi.ptr(slopes),
-        ffi.ptr(stats), ffi.ptr(rows), counter,
+        ffi.ptr(stats), ffi.ptr(rows), ffi.ptr(counter),
     )  # fmt: skip
     return loss, slopes, stats
 

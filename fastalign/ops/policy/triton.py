@@ -75,7 +75,6 @@ def _reduce_rows(rows, stats, loss, num_items, counter, pieces, AGGREGATION: tl.
             items = at_least_one(tl.sum(tl.where(c == (TOKENS if AGGREGATION == 0 else SEQUENCES), total, 0.0), 0))
         tl.store(stats + c, tl.where(c == 0, items, total), mask=c < STATS)
         tl.store(loss, div(tl.sum(tl.where(c == 1, total, 0.0), 0), items))
-        tl.store(counter, 0)
 
 
 TENSORS = ["logprobs", "old_logprobs", "advantages", "cu_seqlens", "mask", "ref_logprobs", "entropy", "is_weights", "kl_coef_tensor",

@@ -17,12 +17,13 @@ def preference_fwd(backend, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask,
     if count == 0:
         return loss.zero_(), pair_loss, rows, out_sums
     tokens, sequences = (logprobs.shape[0], cu_seqlens.shape[0] - 1) if sums is None else (0, 0)
+    counter = ffi.counter(like) if stages == 3 and backend != "cpu" else None
     ffi.launch(
         backend, "preference_fwd", like, ffi.ptr(logprobs), ffi.ptr(ref_logprobs), ffi.ptr(kl), ffi.ptr(cu_seqlens), tokens, sequences, count,
         ffi.ptr(pairs), ffi.ptr(mask), ffi.ptr(weights), ffi.DTYPE_CODES[like.dtype],
         *(ffi.pair_ptr(t) for t in (beta, omega, soft_labels, gamma_ext, target, anchor)), ffi.ptr(valid), ffi.ptr(num_items),
         ffi.ptr(num_sft_tokens), scalars, switches, stages, ffi.ptr(out_sums), ffi.ptr(loss), ffi.ptr(pair_loss), ffi.ptr(rows),
-        0 if backend == "cpu" else ffi.ptr(ffi.counter(like)),
+        ffi.ptr(counter),
     )  # fmt: skip
     return loss, pair_loss, rows, out_sums
 

@@ -199,8 +199,6 @@ def preference_fwd_kernel(
             tl.store(pair_loss + i, value + nll, mask=live)
             total += tl.where(live, value + nll, 0.0)
         tl.store(loss, tl.sum(total, 0))
-        if WITH_SUMS:
-            tl.store(counter, 0)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
@@ -276,7 +274,7 @@ def preference_fwd(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights,
     with ffi.triton_device(device):
         preference_fwd_kernel[(2 * count if with_sums else 1,)](
             logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, out_sums, *per_pair, valid, num_items, num_sft_tokens, loss, pair_loss,
-            rows, ffi.counter(like), tokens, sequences, count, **PairParams(*scalars, *switches)._asdict(),
+            rows, ffi.counter(like) if with_sums and table else None, tokens, sequences, count, **PairParams(*scalars, *switches)._asdict(),
             WITH_SUMS=with_sums, WITH_TABLE=bool(table), TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
         )  # fmt: skip
     return loss, pair_loss, rows, out_sums

@@ -1,0 +1,107 @@
+"""The word by which a launch knows its last block belongs to that launch alone. CUDA graphs, several streams and recorders of memory pools depend on
+it (tests/gpu holds them on a device); what shows it on any machine is here, for every backend."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+
+import fastalign as fa
+from fastalign import ffi
+from fastalign.testing import make_batch
+
+
+def calls(device):
+    """One forward and backward of every op that has a last block, on inputs that stay; each returns its results."""
+    batch = make_batch(3, device=device)
+    lp, ref = batch.logprobs.clone().requires_grad_(), batch.ref_logprobs
+    cu, mask = batch.packed.cu_seqlens, batch.packed.mask
+    one, scores = torch.ones((), device=device), torch.arange(6, device=device)
+    offsets = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+
+    def with_gradient(out):
+        return out.loss.detach(), *torch.autograd.grad(out.loss, lp, one)
+
+    return {
+        "preference": lambda: with_gradient(fa.preference_loss(lp, ref, cu, mask=mask)),
+        "listwise": lambda: with_gradient(fa.listwise_loss(lp, ref, cu, offsets, scores, mask=mask)),
+        "policy": lambda: with_gradient(fa.policy_loss(lp, ref, ref, mask=mask)),
+        "value": lambda: with_gradient(fa.value_loss(lp, ref, ref, mask=mask)),
+        "gae": lambda: tuple(fa.gae(lp, ref, cu, mask=mask)),
+    }
+
+
+NAMES = ("preference", "listwise", "policy", "value", "gae")
+
+
+def watch(monkeypatch):
+    """The words that calls take from now on."""
+    words, counter = [], ffi.counter
+
+    def watched(tensor):
+        words.append(counter(tensor))
+        return words[-1]
+
+    monkeypatch.setattr(ffi, "counter", watched)
+    return words
+
+
+def same(results, wanted):
+    return all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stopped_in_the_middle_leaves_nothing_behind(backend, device, name, monkeypatch):
+    """A launch that does not come to its end (a capture that is never replayed, a graph on another stream at the same time) leaves its word at any
+    value. The next call must not find it there."""
+    call = calls(device)[name]
+    words = watch(monkeypatch)
+    wanted = call()
+    for word in words:
+        word.fill_(5)
+    assert same(call(), wanted)
+    if backend in ("triton", "cuda"):
+        assert len(words) == 2, "a forward call has one word"
+        assert words[0].data_ptr() != words[1].data_ptr()
+        assert int(words[0]) == 5, "the second call took the first one's word"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_calls_at_once(backend, device, name, monkeypatch):
+    """A call begins after another one has taken its word and before it is launched, as two streams or two captures do."""
+    outer, inner = (calls(device)[name] for _ in range(2))
+    wanted, nested, counter = outer(), [], ffi.counter
+
+    def interrupted(tensor):
+        word = counter(tensor)
+        if not nested:
+            nested.append(())
+            with torch.enable_grad():  # off inside of autograd's forward
+                nested[0] = inner()
+        return word
+
+    monkeypatch.setattr(ffi, "counter", interrupted)
+    assert same(outer(), wanted)
+    assert backend not in ("triton", "cuda") or same(nested[0], wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tensor_of_ours_outlives_a_call(backend, device, name, monkeypatch):
+    """Recorders of memory pools (CUDA graph trees under torch.compile's reduce-overhead) refuse tensors that stay alive in their pool."""
+    call = calls(device)[name]
+    # The tests' own allocator remembers what it gave out.
+    monkeypatch.setattr(ffi, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device))
+
+    def alive():
+        gc.collect()
+        return {id(x): x for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+
+    before = alive()
+    results = call()
+    assert not any(math.isnan(float(x.sum())) for x in results)
+    del results
+    left = [tuple(x.shape) for i, x in alive().items() if i not in before]
+    assert not left, f"tensors of shapes {left} are still alive"
