@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 from fastalign import ffi
 
 OUT = Path(__file__).parents[1].resolve() / "build" / "triton_aot"
+DRIVER = "_active" if hasattr(driver, "_active") else "active"  # where Triton keeps the driver in use; "active" before 3.5
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 
 
@@ -30,7 +31,7 @@ class _NoDevice:
 def compiling_for(target_name):
     """Yields a list that fills with the compiled kernels of the launches inside, in order."""
     assert not ffi.TRITON_INTERPRETED, "TRITON_INTERPRET is set: kernels would be interpreted, not compiled"
-    target, kernels, run, active, options = TARGETS[target_name], [], JITFunction.run, driver._active, ffi.launch_options
+    target, kernels, run, active, options = TARGETS[target_name], [], JITFunction.run, getattr(driver, DRIVER), ffi.launch_options
 
     def compile_instead(self, *args, grid, warmup, **options):
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
@@ -46,4 +47,4 @@ def compiling_for(target_name):
         yield kernels
     finally:
         JITFunction.run, ffi.launch_options = run, options
-        driver._active = active
+        setattr(driver, DRIVER, active)

@@ -2,8 +2,9 @@
 
 16-byte loads at any V and stride. A row starts at any element, so programs count in aligned coordinates: q = element + shift, where LANES
 elements are 16 bytes and shift < LANES is the row's distance from the boundary before it. Every address is then a known multiple of LANES plus
-q, and masks are rounded out to whole groups of LANES: the two facts that the compiler needs to emit wide loads. The rest of a 16-byte chunk
-that holds an element of the row is readable memory; what it holds is discarded. Stores are masked exactly.
+q, and masks are rounded out to whole groups of LANES: the two facts that the compiler needs to emit wide loads. In loops a mask compares q itself
+with a bound, `q < limit - C` and never `q + C < limit`: Triton 3.6 does not see that the sum, too, runs in whole groups, and loads element by
+element. The rest of a 16-byte chunk that holds an element of the row is readable memory; what it holds is discarded. Stores are masked exactly.
 
 The reduction tree depends on V and the dtype alone, not on shift. Tiles are cut at fixed elements of the row: DEPTH slices of SPAN elements. A
 slice lies rotated by shift in the SPAN columns of its tile: its last `shift` elements, which lie beyond the aligned window, go to the columns
@@ -64,19 +65,21 @@ def token_stats_fwd_kernel(
     column = tl.arange(0, SPAN)[None, :]
     place = tl.arange(0, DEPTH)[:, None] * SPAN + column
 
-    m, umax, top = float("-inf"), float("-inf"), -1
+    m = float("-inf")
+    umax = float("-inf")
     best = float("-inf")
+    top = -1
     s0, s1 = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     s2, sz = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     TILE: tl.constexpr = DEPTH * SPAN
     next_x = tl.load(window + place, mask=place < limit, other=float("-inf"))
-    later_x = tl.load(window + place + TILE, mask=place + TILE < limit, other=float("-inf"))
+    later_x = tl.load(window + place + TILE, mask=place < limit - TILE, other=float("-inf"))
     for start in range(0, vocab * scored, TILE):
         q = start + place
         x, next_x = next_x, later_x  # two tiles are under way while one is worked on
-        later_x = tl.load(window + q + 2 * TILE, mask=q + 2 * TILE < limit, other=float("-inf"))
+        later_x = tl.load(window + q + 2 * TILE, mask=q < limit - 2 * TILE, other=float("-inf"))
         if shift != 0:
-            beyond = tl.load(window + q + SPAN, mask=(q + SPAN < limit) & (column < LANES), other=float("-inf"))
+            beyond = tl.load(window + q + SPAN, mask=(q < limit - SPAN) & (column < LANES), other=float("-inf"))
             x = tl.where(column < shift, beyond, x)
         if SUMS == EVERYTHING:
             top, best = first_place(top, best, x, q, column, shift, vocab, SPAN)

@@ -43,12 +43,13 @@ from fastalign.triton_math import (
 
 
 @triton.jit
-def _load_tile(logits, window, q, column, shift, offset, limit, vocab, SPAN: tl.constexpr, WINDOWED: tl.constexpr):
-    """A tile: in 16-byte groups from the aligned window, the rotated part still missing; or, not WINDOWED, element by element, complete."""
+def _load_tile(logits, window, q, AHEAD: tl.constexpr, column, shift, offset, limit, vocab, SPAN: tl.constexpr, WINDOWED: tl.constexpr):
+    """The tile that lies AHEAD of the places q: in 16-byte groups from the aligned window, the rotated part still missing; or, not WINDOWED,
+    element by element, complete."""
     if WINDOWED:
-        return tl.load(window + q, mask=q < limit, other=float("-inf"))
+        return tl.load(window + q + AHEAD, mask=q < limit - AHEAD, other=float("-inf"))
     else:
-        e = element(q, column, shift, SPAN)
+        e = element(q + AHEAD, column, shift, SPAN)
         return tl.load(logits + offset + e, mask=e < tl.minimum(vocab, limit), other=float("-inf"))
 
 
@@ -56,7 +57,7 @@ def _load_tile(logits, window, q, column, shift, offset, limit, vocab, SPAN: tl.
 def _rotate(x, window, q, column, shift, limit, SPAN: tl.constexpr, LANES: tl.constexpr):
     """Fills the columns in front with the elements beyond the window."""
     if shift != 0:
-        beyond = tl.load(window + q + SPAN, mask=(q + SPAN < limit) & (column < LANES), other=float("-inf"))
+        beyond = tl.load(window + q + SPAN, mask=(q < limit - SPAN) & (column < LANES), other=float("-inf"))
         x = tl.where(column < shift, beyond, x)
     return x
 
@@ -85,19 +86,23 @@ def token_stats_pair_fwd_kernel(
     WITH_T: tl.constexpr = OUTPUTS & 128 != 0
     WITH_TR: tl.constexpr = OUTPUTS & 256 != 0
 
-    m, umax, top, rm, ref_umax = float("-inf"), float("-inf"), -1, float("-inf"), float("-inf")
+    m = float("-inf")
+    umax = float("-inf")
+    rm = float("-inf")
+    ref_umax = float("-inf")
     best = float("-inf")
+    top = -1
     s0, s1, r0 = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     s2, sz = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     t, tr = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     TILE: tl.constexpr = DEPTH * SPAN
-    next_x = _load_tile(logits, window, place, column, shift, offset, limit, vocab, SPAN, True)
-    next_y = _load_tile(ref, ref_window, place, column, shift, ref_offset, limit, vocab, SPAN, TOGETHER)
+    next_x = _load_tile(logits, window, place, 0, column, shift, offset, limit, vocab, SPAN, True)
+    next_y = _load_tile(ref, ref_window, place, 0, column, shift, ref_offset, limit, vocab, SPAN, TOGETHER)
     for start in range(0, vocab * scored, TILE):
         q = start + place
         x, y = next_x, next_y  # the next tiles are under way while these are worked on
-        next_x = _load_tile(logits, window, q + TILE, column, shift, offset, limit, vocab, SPAN, True)
-        next_y = _load_tile(ref, ref_window, q + TILE, column, shift, ref_offset, limit, vocab, SPAN, TOGETHER)
+        next_x = _load_tile(logits, window, q, TILE, column, shift, offset, limit, vocab, SPAN, True)
+        next_y = _load_tile(ref, ref_window, q, TILE, column, shift, ref_offset, limit, vocab, SPAN, TOGETHER)
         x = _rotate(x, window, q, column, shift, limit, SPAN, LANES)
         if TOGETHER:
             y = _rotate(y, ref_window, q, column, shift, limit, SPAN, LANES)
