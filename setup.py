@@ -14,11 +14,19 @@ from pathlib import Path
 
 import ninja
 import pybind11
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+MIN_SETUPTOOLS = (
+    64  # the first with editable installs by pyproject.toml; before 61 it passes over that file and installs a nameless package
+)
+if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+    raise SystemExit(
+        f"setuptools {setuptools.__version__} is too old: {MIN_SETUPTOOLS} or later builds fastalign (pip install -U setuptools)"
+    )
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastalign" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
 # -ffp-contract=off: a fused multiply-add is where the source says so and nowhere else, so variants of one kernel agree bit by bit.
@@ -125,4 +133,4 @@ class NinjaBuild(build_ext):
             raise SystemExit(f"building fastalign/_C failed; the compiler's message is above.{hint}")
 
 
-setup(version=VERSION, ext_modules=[Extension("fastalign._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(version=VERSION, license="Apache-2.0", ext_modules=[Extension("fastalign._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

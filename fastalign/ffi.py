@@ -22,12 +22,15 @@ except ImportError as error:
     _extension = None
     _extension_error = f"the compiled extension fastalign._C is not there ({error}); build it with `pip install .` from the sources"
 
+MIN_TRITON = (3, 3)  # the oldest that the kernels are compiled with in the tests; pyproject.toml names it too
+triton_version = ""  # of the module that is imported, which on ROCm is no package called triton; "" without one
 try:
-    import triton as _triton
+    from triton import __version__ as triton_version
 
     _triton_error = ""
+    if tuple(int(part) for part in triton_version.split(".")[:2]) < MIN_TRITON:
+        _triton_error = f"triton {triton_version} is older than {'.'.join(map(str, MIN_TRITON))}, the oldest that fastalign supports"
 except ImportError as error:
-    _triton = None
     _triton_error = f"triton is not importable ({error})"
 
 # Triton decides at its import whether kernels are interpreted; only then can they run on CPU tensors.
@@ -53,11 +56,11 @@ def why_not(backend: str, device_type: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        if _triton is None:
+        if _triton_error:
             return _triton_error
-        if device_type == "cpu" and not TRITON_INTERPRETED:
-            return "Triton runs on CPU tensors only under TRITON_INTERPRET=1"
-        return None if device_type in ("cuda", "cpu") else f"Triton is not used on {device_type} tensors"
+        if device_type == "cpu":
+            return None if TRITON_INTERPRETED else "Triton runs on CPU tensors only under TRITON_INTERPRET=1"
+        return _no_device() if device_type == "cuda" else f"Triton is not used on {device_type} tensors"
     if backend == "cuda" and _emulator is not None:
         return None if device_type == "cpu" else "the CUDA emulator serves CPU tensors only"
     if _extension is None:
@@ -68,7 +71,17 @@ def why_not(backend: str, device_type: str) -> str | None:
         return "the extension was built without CUDA (nvcc was not found, or FASTALIGN_CUDA=0)"
     if device_type != "cuda":
         return f"the CUDA kernels do not serve {device_type} tensors"
-    return "CUDA C++ kernels do not run on ROCm" if torch.version.hip else None
+    return "CUDA C++ kernels do not run on ROCm" if torch.version.hip else _no_device()
+
+
+def _no_device() -> str | None:
+    """Why torch has no GPU, if it has none. Asked anew each time: once per op, device type and dtype (the registry keeps its choice), and only for
+    CUDA tensors."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        return "no ROCm device is visible to torch"
+    return "no CUDA device is visible to torch" + ("" if torch.version.cuda else ", which is a build without CUDA")
 
 
 def missing_backends() -> list[str]:

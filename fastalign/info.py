@@ -33,12 +33,11 @@ def main(argv: list[str]) -> int:
 def versions() -> dict[str, str]:
     """name -> version, "not installed" for what is missing."""
     found = {"fastalign": fastalign.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    try:
+        transformers = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        transformers = "not installed"
+    return found | {"triton": ffi.triton_version or "not installed", "transformers": transformers}
 
 
 def extension() -> dict[str, Any]:
@@ -83,19 +82,20 @@ def availability() -> str:
     """The table op x backend on this machine: the devices whose tensors a backend serves, or the number of the reason below the table.
     `*` marks the backend that is chosen on its device for fp32."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    here = fastalign.backends()
     reasons: list[str] = []
     rows = []
     for name, op in OPS.items():
         row = [name]
         for backend in BACKENDS:
-            served, why = [], ""
+            served, why = [], "" if here[backend] == "available" else here[backend]
             for device in devices:
                 tensor = torch.empty(0, device=device)
                 declined = op.why_not(backend, tensor)
                 if declined is None:
                     served.append(device + "*" * (_chosen(name, tensor) == backend))
-                elif not why or device == backend:
-                    why = declined
+                else:
+                    why = why or declined
             if not served and why not in reasons:
                 reasons.append(why)
             row.append(", ".join(served) or f"no [{reasons.index(why) + 1}]")

@@ -196,7 +196,7 @@ def backends() -> dict[str, str]:
     """What each backend can do on this machine: name -> "available" or the reason why it is not."""
     status = {}
     for name in BACKENDS:
-        devices = {"cpu": ("cpu",), "cuda": ("cuda",)}.get(name, ("cuda", "cpu"))
+        devices = ("cpu",) if name == "cpu" else ("cuda", "cpu")
         whys = [ffi.why_not(name, d) for d in devices]
         status[name] = "available" if None in whys else whys[0]
     return status

@@ -102,6 +102,16 @@ def test_refused_settings(env, message, tmp_path):
     assert message in failure_of(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, **env)
 
 
+def test_setuptools_of_any_age():
+    """Those before 77 refuse a licence in [project]; those that are too old are named before anything is built."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert not re.search(r"^license(-files)?\b", project, re.MULTILINE)
+    assert set(re.findall(r"\bsetuptools>=(\d+)", project)) == {str(SETUP["MIN_SETUPTOOLS"])}
+    too_old = mock.patch("setuptools.__version__", f"{SETUP['MIN_SETUPTOOLS'] - 1}.9.1")
+    with mock.patch("setuptools.setup"), too_old, pytest.raises(SystemExit, match=r"setuptools 63\.9\.1 is too old: 64 or later"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
 @pytest.mark.parametrize("archs", ["", "8.0", "80,90", "sm_90", "80;"])
 def test_refused_archs(archs, tmp_path):
     """With an nvcc that only knows its version: the value is refused before anything is compiled."""

@@ -27,6 +27,22 @@ def test_extension_says_why_it_is_missing(monkeypatch):
     assert "[1] " in info.availability() and "not built here" in info.availability()
 
 
+def test_availability_says_what_the_machine_lacks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ffi, "_triton_error", "")
+    monkeypatch.setattr(ffi, "TRITON_INTERPRETED", False)
+    notes = [line for line in info.availability().splitlines() if line.startswith("[")]
+    assert any("no CUDA device is visible to torch" in note for note in notes) and not any("TRITON_INTERPRET" in note for note in notes)
+
+
+def test_versions_are_those_of_the_modules(monkeypatch):
+    """On ROCm the package that brings Triton has another name."""
+    monkeypatch.setattr(ffi, "triton_version", "3.5.1+rocm")
+    assert info.versions()["triton"] == "3.5.1+rocm"
+    monkeypatch.setattr(ffi, "triton_version", "")
+    assert info.versions()["triton"] == "not installed"
+
+
 def test_availability_agrees_with_the_registry():
     lines = info.availability().splitlines()
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == ["op", *BACKENDS]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastalign as fa
-from fastalign import policy_losses, registry
+from fastalign import ffi, policy_losses, registry
 from fastalign.list_preset import LIST_SCALAR_COUNT
 from fastalign.preset import SCALAR_COUNT
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_priority_and_explain():
@@ -26,6 +29,52 @@ def test_priority_and_explain():
         assert "reference" in fa.explain("sequence_sum", torch.ones(3)).splitlines()[0]
     with pytest.raises(ValueError, match="op='gea' is unknown; legal: .*token_stats_fwd"):
         fa.explain("gea", x)
+
+
+def test_what_is_available_is_what_can_run_here(monkeypatch):
+    """Kernels without a device are not available, whatever was built and installed."""
+    monkeypatch.setattr(ffi, "_extension_has_cuda", True)
+    monkeypatch.setattr(ffi, "_triton_error", "")
+    monkeypatch.setattr(ffi, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "triton"):
+        assert fa.backends()[name].startswith("no CUDA device is visible to torch")
+        assert ffi.why_not(name, "cuda") == fa.backends()[name]
+    monkeypatch.setattr(ffi, "TRITON_INTERPRETED", True)
+    assert fa.backends()["triton"] == "available"
+    monkeypatch.setattr(ffi, "_emulator", object())
+    assert fa.backends()["cuda"] == "available"
+    monkeypatch.setattr(ffi, "_emulator", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert fa.backends()["cuda"] == "available"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert fa.backends() == fa.backends() | {"cuda": "CUDA C++ kernels do not run on ROCm", "triton": "available"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ffi, "TRITON_INTERPRETED", False)
+    assert fa.backends()["triton"] == "no ROCm device is visible to torch"
+
+
+def test_cpu_calls_do_not_ask_for_a_device(monkeypatch):
+    def refuse():
+        raise AssertionError("torch.cuda.is_available was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", refuse)
+    monkeypatch.setattr(registry.OPS["sequence_sum_fwd"], "_chosen", {})
+    assert fa.sequence_sum(torch.ones(2), torch.tensor([0, 2], dtype=torch.int32)).tolist() == [2.0]
+
+
+@pytest.mark.parametrize("version,able", [("3.2.0", False), ("3.3.1", True), ("3.10.0+git1a2b", True), ("4.0.0", True), (None, False)])
+def test_the_oldest_triton(version, able, tmp_path):
+    """pyproject.toml names the version that the package insists on. (None: something else of that name.)"""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(f"__version__ = {version!r}" if version else "")
+    path = os.pathsep.join(filter(None, (str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH"))))
+    out = _python("import fastalign; print(fastalign.ffi.missing_backends(), fastalign.backends()['triton'])", PYTHONPATH=path)
+    assert out.returncode == 0, out.stderr
+    oldest = ".".join(map(str, ffi.MIN_TRITON))
+    refusal = f"triton {version} is older than {oldest}, the oldest that fastalign supports" if version else "triton is not importable"
+    assert (refusal in out.stdout) is not able and (refusal in out.stderr) is not able
+    assert f'"triton>={oldest}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_forced_backend_never_falls_back():
