@@ -10,6 +10,7 @@ from fastalign.distributed import global_denominator
 from fastalign.dpo_rewards import TokenRewards, rto_rewards, token_rewards
 from fastalign.groups import GroupAdvantages, dynamic_sampling_mask, group_advantages, overlong_penalty
 from fastalign.list_preset import ListPreset
+from fastalign.metric import merge_metrics
 from fastalign.ops.gae.api import GAE, gae
 from fastalign.ops.kl_estimate.api import kl_estimate
 from fastalign.ops.listwise.api import listwise_loss, listwise_loss_from_sums
@@ -39,7 +40,7 @@ __all__ = [
     "PackedBatch", "PolicyOutput", "PolicyPreset", "PreferenceOutput", "Preset", "TokenKLLoss", "TokenRewards", "TokenStats",
     "UnpairedOutput", "ValueOutput", "__version__", "backends", "dynamic_sampling_mask", "entropy_from_logits", "explain", "gae",
     "global_denominator", "group_advantages", "kl_estimate", "kto_baseline", "kwise_reward_loss", "listwise_loss",
-    "listwise_loss_from_sums", "losses", "mean_sequence_kl", "overlong_penalty", "pack", "policy_loss", "policy_losses",
+    "listwise_loss_from_sums", "losses", "mean_sequence_kl", "merge_metrics", "overlong_penalty", "pack", "policy_loss", "policy_losses",
     "preference_loss", "preference_loss_from_sums", "rejection_sample", "repad", "returns_to_go", "reward_loss", "rto_rewards",
     "selective_log_softmax", "sequence_sum", "shape_rewards", "shift_labels", "token_kl", "token_kl_loss", "token_logprobs",
     "token_rewards", "token_stats", "unpad", "unpaired_loss", "use_backend", "value_loss", "whiten", "wpo_weights",

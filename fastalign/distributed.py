@@ -35,13 +35,16 @@ def global_denominator(mask: Tensor, group: dist.ProcessGroup | None = None) -> 
 
 
 def moments_over_group(count: Tensor, mean: Tensor, m2: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """(count, mean, sum of (x - mean)^2) of the values of all ranks of `group`, 0-dim fp64, the same bits on every rank.
-
-    From those of each rank (Chan, Golub, LeVeque 1979): mean = sum n_i mean_i / sum n_i, m2 = sum m2_i + n_i (mean_i - mean)^2."""
+    """(count, mean, sum of (x - mean)^2) of the values of all ranks of `group`, 0-dim fp64, the same bits on every rank."""
     own = torch.stack([x.double() for x in (count, mean, m2)])
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)
-    counts, means, m2s = torch.stack(parts).unbind(1)
+    return merged_moments(*torch.stack(parts).unbind(1))
+
+
+def merged_moments(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(count, mean, m2) of all values, from those of their parts, one entry each (Chan, Golub, LeVeque 1979): mean = sum n_i mean_i / sum n_i,
+    m2 = sum m2_i + n_i (mean_i - mean)^2."""
     total = counts.sum()
     mean = (counts * means).sum() / total.clamp(min=1.0)
     return total, mean, (m2s + counts * (means - mean) ** 2).sum()

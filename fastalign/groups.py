@@ -34,6 +34,8 @@ def group_advantages(
     kind: str = "grpo",
     eps: float = 1e-4,
     greedy_rewards: Tensor | None = None,
+    lengths: Tensor | None = None,
+    whiten_over: str = "tokens",
     group: dist.ProcessGroup | None = None,
 ) -> GroupAdvantages:
     """One advantage per sequence, from the rewards r of its group of G samples:
@@ -41,7 +43,8 @@ def group_advantages(
     - grpo (arXiv 2402.03300): (r - mean) / (std + eps), std unbiased.
     - dr_grpo (arXiv 2503.20783): r - mean.
     - rloo (arXiv 2402.14740): r - mean of the others = G / (G - 1) (r - mean).
-    - reinforce_plus_plus (arXiv 2501.03262, its baseline variant): x = r - mean, then (x - mean(x)) / sqrt(var(x) + eps^2) over all valid sequences.
+    - reinforce_plus_plus (arXiv 2501.03262, its baseline variant): x = r - mean, then (x - mean(x)) / sqrt(var(x) + eps^2), where every token of a
+      valid sequence carries its x (verl, OpenRLHF, NeMo: long responses count more), or with whiten_over="sequences" every valid sequence once.
     - remax (arXiv 2310.10505): r - greedy_rewards, the reward of the greedy answer to the same prompt.
 
     A group whose valid rewards are all equal (max == min) gets exactly 0, a group of one 0 as well (except with remax, which needs no group). A
@@ -49,6 +52,8 @@ def group_advantages(
 
     Args:
         rewards: [S] floating. groups: [S] integers. eps: of grpo and reinforce_plus_plus. greedy_rewards: [S], for remax only.
+        lengths: [S] integers >= 0, the numbers of scored tokens; for reinforce_plus_plus over tokens, which needs them.
+        whiten_over: "tokens" or "sequences", of reinforce_plus_plus. Both are unbiased variances, over that many tokens or sequences.
         group: process group over which the samples of a prompt, and the batch of reinforce_plus_plus, are spread; ranks may hold different
             numbers of sequences.
 
@@ -56,7 +61,7 @@ def group_advantages(
         GroupAdvantages, detached; statistics in fp64. Only with `group` it waits for the device: ranks exchange their sizes.
 
     Raises:
-        ValueError, TypeError: unknown kind, shapes, types, greedy_rewards missing or superfluous.
+        ValueError, TypeError: unknown kind, shapes, types, greedy_rewards or lengths missing or superfluous.
     """
     check_choice("kind", kind, KINDS)
     check_number("eps", eps, low=0.0)
@@ -69,9 +74,10 @@ def group_advantages(
         raise ValueError("kind='remax' needs greedy_rewards [S], the reward of the greedy answer to each sequence's prompt; got None")
     if kind != "remax" and greedy_rewards is not None:
         raise ValueError(f"greedy_rewards belongs to kind='remax' and to no other; got kind={kind!r}")
+    weights = _weights(kind, lengths, whiten_over, rewards)
     every, ids, start = rewards.double(), groups.long(), 0
     if group is not None:
-        every, ids, start = _gather(every, ids, group)
+        every, ids, weights, start = _gather(every, ids, weights, group)
     valid, ids = ~torch.isnan(every), _renumbered(ids)
     count, mean, m2, low, high = _moments(every, ids, valid)
     differ = high > low
@@ -82,9 +88,10 @@ def group_advantages(
     elif kind == "rloo":
         out = centred * (count / (count - 1.0).clamp(min=1.0))[ids]
     elif kind == "reinforce_plus_plus":
-        n = valid.sum()
-        shifted = torch.where(valid, centred - centred.sum() / n.clamp(min=1), 0.0)
-        variance = (shifted * shifted).sum() / (n - 1).clamp(min=1)
+        weights = torch.where(valid, weights, 0.0)
+        n = weights.sum()
+        shifted = torch.where(valid, centred - (weights * centred).sum() / n.clamp(min=1.0), 0.0)
+        variance = (weights * shifted * shifted).sum() / (n - 1.0).clamp(min=1.0)
         out = torch.where(variance > 0, shifted / torch.sqrt(variance + eps * eps), 0.0)
     else:
         out = centred
@@ -150,8 +157,30 @@ def _moments(x: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Ten
     return count, mean, m2, low, high
 
 
-def _gather(x: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:
-    """Values and group numbers of all ranks, in rank order, and where this rank's begin. Ranks exchange their sizes first."""
+def _weights(kind: str, lengths: Tensor | None, whiten_over: str, rewards: Tensor) -> Tensor:
+    """How often each sequence counts in the mean and variance of reinforce_plus_plus, fp64."""
+    check_choice("whiten_over", whiten_over, ("tokens", "sequences"))
+    by_tokens = kind == "reinforce_plus_plus" and whiten_over == "tokens"
+    if by_tokens and lengths is None:
+        raise ValueError(
+            "kind='reinforce_plus_plus' whitens over tokens and needs lengths [S], their number in each sequence; got None "
+            "(whiten_over='sequences' counts every sequence once)"
+        )
+    if kind != "reinforce_plus_plus" and (lengths is not None or whiten_over != "tokens"):
+        raise ValueError(f"lengths and whiten_over belong to kind='reinforce_plus_plus' and to no other; got kind={kind!r}")
+    if not by_tokens:
+        if lengths is not None:
+            raise ValueError("lengths has no effect with whiten_over='sequences'")
+        return torch.ones_like(rewards, dtype=torch.float64)
+    check_shape("lengths", lengths, tuple(rewards.shape))
+    check_same_device("lengths", lengths, "rewards", rewards)
+    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    return lengths.double()
+
+
+def _gather(x: Tensor, ids: Tensor, weights: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Values, group numbers and weights of all ranks, in rank order, and where this rank's begin. Ranks exchange their sizes first."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     size = torch.tensor([x.shape[0]], device=x.device)
     sizes = [torch.zeros_like(size) for _ in range(world)]
@@ -159,10 +188,10 @@ def _gather(x: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, T
     counts = [int(s) for s in sizes]
     longest = max(counts)
     parts = []
-    for tensor in (x, ids):
+    for tensor in (x, ids, weights):
         padded = tensor.new_zeros(longest)
         padded[: tensor.shape[0]] = tensor
         gathered = [torch.empty_like(padded) for _ in range(world)]
         dist.all_gather(gathered, padded, group=group)
         parts.append(torch.cat([g[:c] for g, c in zip(gathered, counts)]))
-    return parts[0], parts[1], sum(counts[:rank])
+    return parts[0], parts[1], parts[2], sum(counts[:rank])

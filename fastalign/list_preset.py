@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastalign import remember
+from fastalign import peers, remember
 from fastalign.checks import check_choice, check_number
 from fastalign.preset import LINKS, NONFINITE, REDUCTIONS, SFT_NORMS, TARGET_LINKS
 
@@ -140,7 +140,8 @@ def with_list_options(preset: ListPreset, options: Mapping[str, Any]) -> tuple[L
         field = preset.options.get(name, name)
         if field not in LIST_FIELDS:
             legal = [*preset.options, *(f for f in LIST_FIELDS if f not in preset.options.values())]
-            raise ValueError(f"loss {preset.name!r} has no option {name!r}; legal: {', '.join(legal)}")
+            hint = peers.preference_hint(name, value)
+            raise ValueError(f"loss {preset.name!r} has no option {name!r}{hint}; legal: {', '.join(legal)}")
         if field in changes:
             raise ValueError(f"option {name!r} sets {field} a second time; give one")
         if isinstance(value, Tensor) and field != "beta":

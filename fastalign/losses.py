@@ -22,8 +22,8 @@ from fastalign import remember
 from fastalign.list_preset import ListPreset, with_list_options
 from fastalign.preset import Preset, with_options
 
-# How the option `name` of a method sets fields (see preset._OPTION_RULES).
-_SMOOTHING = {"label_smoothing": "labels = smooth"}
+# How the option `name` of a method sets fields (see preset._OPTION_RULES); "refused: x": that name means our option x to TRL.
+_SMOOTHING = {"label_smoothing": "labels = smooth"}  # of losses whose published trainers have it beside the hard label
 _GAMMA = {"gamma": "gamma_beta_ratio = 0"}
 _POINTS = {"pair_weight": 0.0}
 
@@ -41,7 +41,7 @@ def _rows() -> list[Preset]:
         Preset("rdpo_robust", "((1 - e) sp(-h) - e sp(h)) / (1 - 2e)", "Chowdhury et al. 2024, arXiv 2403.00409", "robust", labels="robust",
                label_smoothing=0.1),
         Preset("ipo", "(D_c / L_c - D_r / L_r - 1 / (2 tau))^2", "Azar et al. 2023, arXiv 2310.12036", "ipo", beta=1.0, length_norm=1.0,
-               link="squared", target=5.0, options={"tau": "target = 1 / (2 tau)"}),
+               link="squared", target=5.0, options={"tau": "target = 1 / (2 tau)", "beta": "refused: tau"}),
         Preset("hinge_norm", "relu(1 - h)", "Liu et al. 2023 (RSO), arXiv 2309.06657", "hinge", beta=0.05, link="hinge"),
         Preset("slic_hf", "relu(delta - A_c + A_r) - sft_weight A_c", "Zhao et al. 2023, arXiv 2305.10425", beta=1.0, reference=False,
                link="hinge", sft_weight=0.1, sft_norm="seq_sum", options={"delta": "target"}),
@@ -93,7 +93,8 @@ def _rows() -> list[Preset]:
         Preset("alphapo", "sp(-(beta (g_c - g_r) - gamma)), g = (1 - e^(-alpha A / L)) / alpha", "Gupta et al. 2025, arXiv 2501.03884", beta=2.5,
                reference=False, length_norm=1.0, transform="alpha", transform_alpha=0.25, gamma=0.1, options={"alpha": "transform_alpha"}),
         Preset("orpo", "pair_weight sp(-(o(A_c / L_c) - o(A_r / L_r))) + NLL_c, o(a) = log(e^a / (1 - e^a))", "Hong et al. 2024, arXiv 2403.07691",
-               beta=1.0, reference=False, length_norm=1.0, transform="logodds", pair_weight=0.1, sft_weight=1.0),
+               beta=1.0, reference=False, length_norm=1.0, transform="logodds", pair_weight=0.1, sft_weight=1.0,
+               options={"beta": "refused: pair_weight"}),
         Preset("rrhf_pair", "relu(A_r / L_r - A_c / L_c)", "Yuan et al. 2023, arXiv 2304.05302", beta=1.0, reference=False, length_norm=1.0,
                link="hinge", target=0.0),
         Preset("bt_rm", "sp(-(r_c - r_r - gamma_ext)) on reward-model scores r in place of A", "Ouyang et al. 2022, arXiv 2203.02155", beta=1.0,
@@ -118,6 +119,9 @@ def _rows() -> list[Preset]:
         Preset("sppo", "((D_c - (P - 1/2) / beta)^2 + (D_r - (1/2 - P) / beta)^2) / 2, P = soft_labels, else 1", "Wu et al. 2024, arXiv 2405.00675",
                beta=1e-3, point_link="squared", point_chosen=(0.5, 0.0), point_rejected=(0.5, 0.0), point_beta_power=-2.0, point_target="soft",
                **_POINTS),
+        Preset("sppo_hard", "(D_c - 1 / (2 beta))^2 + (D_r + 1 / (2 beta))^2: sppo with P = 1, times 2", "Wu et al. 2024, arXiv 2405.00675", "sppo_hard",
+               beta=1e-3, point_link="squared", point_chosen=(1.0, 0.0), point_rejected=(0.0, 1.0), point_beta_power=-2.0, point_target=0.5,
+               **_POINTS),
         Preset("npo", "(2 / beta) sp(u_r)", "Zhang et al. 2024, arXiv 2404.05868", point_link="logistic", point_rejected=(0.0, 2.0),
                point_beta_power=-1.0, **_POINTS),
         # --- DPO on other data or with other references (the trainer's schedules)
@@ -128,10 +132,27 @@ def _rows() -> list[Preset]:
     ]  # fmt: skip
 
 
+# How TRL 1.16 spells a loss that is no loss_type of its DPOTrainer under one name; each is held by tests/test_trl*.py. (CPO): the CPOTrainer.
+_SAME_PAIRS = "sigmoid"
+TRL_FORMS: Mapping[str, str] = MappingProxyType({
+    "gpo_logistic": "sigmoid", "gpo_hinge": "hinge",
+    "wpo": "sigmoid, use_weighting=True (clamp=None)",
+    "ld_dpo": "sigmoid, ld_alpha",
+    "f_dpo_js": "sigmoid, f_divergence_type=js_divergence",
+    "f_dpo_fkl": "sigmoid, f_divergence_type=forward_kl",
+    "f_dpo_alpha": "sigmoid, f_divergence_type=alpha_divergence with 1 - alpha",
+    "rpo": "sigmoid + alpha sft", "regularized_po": "sigmoid + sft_weight sft",
+    "simpo": "simpo (CPO), cpo_alpha=0, simpo_gamma=gamma", "cpo": "sigmoid (CPO)",
+    "cpo_simpo": "simpo (CPO), where sft_norm is token_mean_global", "alphapo": "alphapo (CPO), simpo_gamma=gamma",
+    "orpo": "ORPOTrainer, beta=pair_weight, where sft_include_prompt",
+    "bt_rm": "RewardTrainer",
+    **dict.fromkeys(("dno_prct", "online_dpo", "iterative_dpo", "sdpo", "self_rewarding"), _SAME_PAIRS),
+})  # fmt: skip
+
 PRESETS: Mapping[str, Preset] = MappingProxyType({p.name: p for p in _rows()})
 # TRL's names where the meaning is the same, and a method's second name.
 ALIASES: Mapping[str, str] = MappingProxyType(
-    {**{p.trl: p.name for p in PRESETS.values() if p.trl and p.trl not in PRESETS}, "rso": "hinge_norm", "sppo_hard": "sppo"}
+    {**{p.trl: p.name for p in PRESETS.values() if p.trl and p.trl not in PRESETS}, "rso": "hinge_norm"}
 )
 
 
@@ -213,7 +234,8 @@ class LossTable(tuple):
             "|---|---|---|---|---|---|---|---|",
         ]
         for p in self:
-            own = ", ".join([*p.options, *(f for f in ("label_smoothing",) if getattr(p, f) and f not in p.options)])
+            options = [name for name, rule in p.options.items() if not rule.startswith("refused")]
+            own = ", ".join([*options, *(f for f in ("label_smoothing",) if getattr(p, f) and f not in p.options)])
             cells = [
                 p.name,
                 f"`{p.formula}`",
@@ -221,7 +243,7 @@ class LossTable(tuple):
                 f"{p.beta:g}",
                 "yes" if p.needs_reference else "no",
                 own,
-                p.trl or "none",
+                p.trl or TRL_FORMS.get(p.name, "none"),
                 p.paper,
             ]
             lines.append("| " + " | ".join(cells) + " |")
@@ -246,7 +268,8 @@ class ListLossTable(tuple):
         """name, formula, reduction over tokens, what beta is, reference needed, options, paper."""
         lines = ["| loss | formula per list | over tokens | beta | reference | own options | paper |", "|---|---|---|---|---|---|---|"]
         for p in self:
-            own = ", ".join([*p.options, *(f for f in ("sft_weight",) if getattr(p, f))])
+            options = [name for name, rule in p.options.items() if not rule.startswith("refused")]
+            own = ", ".join([*options, *(f for f in ("sft_weight",) if getattr(p, f))])
             cells = [p.name, f"`{p.formula}`", _over_tokens(p), f"{p.beta:g}", "yes" if p.reference else "no", own, p.paper]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastalign import remember
+from fastalign import peers, remember
 from fastalign.checks import check_choice, check_number
 
 # The position of a name is its code in csrc/math/policy.h and fastalign/triton_math_policy.py.
@@ -33,6 +33,8 @@ RATIOS = ("token", "seq_mean", "seq_mean_token", "seq_sum")
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "token_sum")
 KL_KINDS = ("k1", "k2", "k3", "abs", "k3+")  # k3+: the value of k3 with the gradient of k2
 IS_MODES = (None, "truncate", "mask")
+# k3 as a loss grows as e^-d: unclamped, one token that the policy has lost 20 nats of has a slope of -4e8. The value is that of verl.
+K3_CLAMP = 10.0
 
 
 class PolicyParams(NamedTuple):
@@ -52,6 +54,7 @@ class PolicyParams(NamedTuple):
     is_min: float
     is_max: float
     norm_length: float
+    kl_clamp: float  # inf: none
     # switches
     surrogate: int
     ratio: int
@@ -93,6 +96,9 @@ class PolicyPreset:
     lam_neg: float = 2.0
     kl_coef: float = 0.0
     kl_kind: str = "k3"
+    kl_clamp: float | str | None = (
+        "auto"  # the loss adds the estimate clamped to +- this; None: as it is; "auto": 10 for k3, as it is for others
+    )
     kl_bias_correction: bool = False  # KL term times the token's ratio: its gradient is then that of the exact KL off-policy too
     entropy_coef: float = 0.0
     is_mode: str | None = None  # truncate: min(w, is_max); mask: 0 outside [is_min, is_max]; None: as given
@@ -131,6 +137,16 @@ class PolicyPreset:
         """Whether the sequences' boundaries enter the value."""
         return self.needs_lengths or self.aggregation.startswith("seq_")
 
+    @property
+    def clips_sequences(self) -> bool:
+        """Whether a sequence has one ratio, so that its clip counts once; gmpo clips tokens."""
+        return self.ratio in ("seq_mean", "seq_sum") and self.surrogate not in ("gmpo", "reinforce")
+
+    def _kl_bound(self) -> float:
+        if self.kl_clamp == "auto":
+            return K3_CLAMP if self.kl_kind == "k3" else math.inf
+        return math.inf if self.kl_clamp is None else self.kl_clamp
+
     @remember.on_instance
     def params(self, advantages_per_sequence: bool = False, is_per_sequence: bool = False) -> PolicyParams:
         """The numbers that the kernels take."""
@@ -139,7 +155,7 @@ class PolicyPreset:
             ratio_min=low, ratio_max=high, dual_clip=math.inf if self.dual_clip is None else self.dual_clip, tau_pos=self.tau_pos,
             tau_neg=self.tau_neg, k_pos=self.k_pos, lam_pos=self.lam_pos, k_neg=self.k_neg, lam_neg=self.lam_neg, kl_coef=self.kl_coef,
             entropy_coef=self.entropy_coef, is_min=self.is_min, is_max=math.inf if self.is_max is None else self.is_max,
-            norm_length=1.0 if self.norm_length is None else self.norm_length, surrogate=SURROGATES.index(self.surrogate),
+            norm_length=1.0 if self.norm_length is None else self.norm_length, kl_clamp=self._kl_bound(), surrogate=SURROGATES.index(self.surrogate),
             ratio=RATIOS.index(self.ratio), aggregation=AGGREGATIONS.index(self.aggregation), kl_kind=KL_KINDS.index(self.kl_kind),
             kl_bias_correction=int(self.kl_bias_correction), is_mode=IS_MODES.index(self.is_mode),
             advantages_per_sequence=int(advantages_per_sequence), is_per_sequence=int(is_per_sequence),
@@ -204,6 +220,12 @@ def _validate(p: PolicyPreset) -> None:
         check_number(name, getattr(p, name), low=0.0)
     for name in ("kl_coef", "entropy_coef"):
         check_number(name, getattr(p, name))
+    if p.kl_clamp == "auto" or p.kl_clamp is None:
+        pass
+    elif isinstance(p.kl_clamp, str):
+        raise ValueError(f"kl_clamp={p.kl_clamp!r}: it must be a positive number, None or 'auto'")
+    else:
+        check_number("kl_clamp", p.kl_clamp, above=0.0)
     check_number("is_min", p.is_min, low=0.0)
     if p.is_max is not None:
         check_number("is_max", p.is_max, above=p.is_min)
@@ -222,7 +244,8 @@ def with_options(preset: PolicyPreset, options: Mapping[str, Any]) -> tuple[Poli
     tensors = {name: v for name, v in options.items() if isinstance(v, Tensor)}
     for name in options:
         if name not in FIELDS:
-            raise ValueError(f"loss {preset.name!r} has no option {name!r}; legal: {', '.join(FIELDS)}")
+            hint = peers.policy_hint(name, options[name])
+            raise ValueError(f"loss {preset.name!r} has no option {name!r}{hint}; legal: {', '.join(FIELDS)}")
     for name in tensors:
         if name not in TENSOR_FIELDS:
             raise TypeError(f"option {name!r} must be a number; tensors are legal for {', '.join(TENSOR_FIELDS)}")
@@ -255,10 +278,10 @@ def _rows() -> list[PolicyPreset]:
         PolicyPreset("gspo", "max(-A s, -A clip(s)), s = e^(mean of lr)", gspo, ratio="seq_mean", aggregation=per_sequence, **tight),
         PolicyPreset("gspo_token", "max(-A s, -A clip(s)), s = stop[e^(mean of lr)] e^(lr - stop[lr])", gspo, ratio="seq_mean_token",
                      aggregation=per_sequence, **tight),
-        PolicyPreset("cispo", "-stop[clip(rho)] A lp", "MiniMax 2025, arXiv 2506.13585", surrogate="cispo", ratio_min=0.0, ratio_max=5.0),
+        PolicyPreset("cispo", "-stop[clip(rho)] A lp", "MiniMax 2025, arXiv 2506.13585", "cispo", surrogate="cispo", ratio_min=0.0, ratio_max=5.0),
         PolicyPreset("rloo", "max(-A s, -A clip(s)), s = e^(sum of lr)", "Ahmadian et al. 2024, arXiv 2402.14740", ratio="seq_sum",
                      aggregation=per_sequence, **clip),
-        PolicyPreset("luspo", "L max(-A s, -A clip(s)), s = e^(mean of lr)", "2026, arXiv 2602.05261", "luspo", ratio="seq_mean",
+        PolicyPreset("luspo", "L max(-A s, -A clip(s)), s = e^(mean of lr)", "2026, arXiv 2602.05261", ratio="seq_mean",
                      aggregation="seq_mean_token_sum", **tight),
         PolicyPreset("sapo", "-A (4 / tau) sg(tau (rho - 1))", "Gao et al. 2025, arXiv 2511.20347", "sapo", surrogate="sapo",
                      aggregation=per_sequence),
@@ -272,8 +295,18 @@ def _rows() -> list[PolicyPreset]:
 PRESETS: Mapping[str, PolicyPreset] = MappingProxyType({p.name: p for p in _rows()})
 
 
+# How TRL 1.16 spells a loss that is no loss_type of its GRPOTrainer alone.
+TRL_FORMS: Mapping[str, str] = MappingProxyType({
+    "gspo": "grpo, importance_sampling_level=sequence", "luspo": "luspo, importance_sampling_level=sequence", "rloo": "RLOOTrainer",
+})  # fmt: skip
+# TRL's loss_type where the meaning is the same.
+ALIASES: Mapping[str, str] = MappingProxyType({"bnpo": "ppo"})
+
+
 def get(name: str) -> PolicyPreset:
-    """The preset of this name; an unknown name raises and lists the legal ones."""
+    """The preset of this name (ours, or TRL's where the meaning is the same); an unknown name raises and lists the legal ones."""
+    if name in ALIASES:
+        return PRESETS[ALIASES[name]]
     check_choice("loss", name, PRESETS)
     return PRESETS[name]
 
@@ -296,5 +329,9 @@ def available() -> str:
             "none" if p.surrogate not in _CLIPPING else f"lr in [{low:g}, {high:g}]" if p.surrogate == "gmpo" else f"[{low:g}, {high:g}]"
         )
         ratio = "none" if p.surrogate == "reinforce" else p.ratio
-        lines.append("| " + " | ".join([p.name, f"`{p.formula}`", ratio, p.aggregation, bounds, p.trl or "none", p.paper]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([p.name, f"`{p.formula}`", ratio, p.aggregation, bounds, p.trl or TRL_FORMS.get(p.name, "none"), p.paper])
+            + " |"
+        )
     return "\n".join(lines)

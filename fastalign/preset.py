@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastalign import remember
+from fastalign import peers, remember
 from fastalign.checks import check_choice, check_number
 
 # The position of a name is its code in csrc/math/pair.h and fastalign/triton_math_pair.py.
@@ -151,6 +151,16 @@ class Preset:
         return preset
 
     @property
+    def compares(self) -> bool:
+        """Whether responses are compared, with each other or with an anchor; an SFT term alone does not."""
+        return self.pair_weight != 0.0 or self.point_link is not None
+
+    @property
+    def peer_factor(self) -> float:
+        """TRL's rewards are its beta times log-probs; its beta of the odds ratio (ORPO) is the weight of that term."""
+        return self.pair_weight if self.transform == "logodds" else 1.0
+
+    @property
     def needs_reference(self) -> bool:
         return self.reference or self.rule == "alpha_dpo"
 
@@ -239,7 +249,7 @@ _PAIR_FIELDS = (
 _EFFECT |= {name: (lambda p: p.pair_weight != 0, "pair_weight") for name in _PAIR_FIELDS}
 _EFFECT |= {
     name: (lambda p: p.pair_weight != 0 or p.point_link is not None, "pair_weight or point_link")
-    for name in ("transform", "length_norm", "omega")
+    for name in ("beta", "transform", "length_norm", "omega")
 }
 
 
@@ -351,13 +361,19 @@ def with_options(preset: Preset, options: Mapping[str, Any]) -> tuple[Preset, di
     changes: dict[str, Any] = {}
     setters: dict[str, str] = {}
     for name, value in options.items():
-        if name in preset.options:
-            new = _OPTION_RULES[preset.options[name]](value)
+        rule = preset.options.get(name, "")
+        if rule.startswith("refused: "):
+            shown = value if isinstance(value, (int, float, str)) else "..."
+            own = rule.removeprefix("refused: ")
+            raise ValueError(f"loss {preset.name!r} does not take {name!r}: TRL's {name} of it is {own} here: write {own}={shown}")
+        if rule:
+            new = _OPTION_RULES[rule](value)
         elif name in FIELDS or name in TENSOR_ONLY:
             new = {name: value}
         else:
             legal = [*preset.options, *(f for f in FIELDS if f not in preset.options), *TENSOR_ONLY]
-            raise ValueError(f"loss {preset.name!r} has no option {name!r}; legal: {', '.join(legal)}")
+            hint = peers.preference_hint(name, value)
+            raise ValueError(f"loss {preset.name!r} has no option {name!r}{hint}; legal: {', '.join(legal)}")
         for field, v in new.items():
             if field in changes and setters[field] != name and changes[field] is not v:
                 raise ValueError(f"options {setters[field]!r} and {name!r} both set {field}; give one")

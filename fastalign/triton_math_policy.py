@@ -52,7 +52,7 @@ def surrogate(
         s = sigmoid(x)
         value, slope = -a * div(4.0 + tl.zeros_like(tau), tau) * s, -4.0 * a * rho * s * sigmoid(-x)
     elif SURROGATE == 4:
-        low, high = (lr < ratio_min) & (positive == never), (lr > ratio_max) & positive
+        low, high = (lr < ratio_min) & negative, (lr > ratio_max) & positive
         value, slope = -a * rho, tl.where(low | high, 0.0, -a * rho)
     elif SURROGATE == 5:
         k, lam = tl.where(negative, k_neg, k_pos), tl.where(negative, lam_neg, lam_pos)
@@ -72,6 +72,15 @@ def kl_term(KIND: tl.constexpr, logprob, ref_logprob):
     if KIND == 4:
         slope = log_ratio(logprob, ref_logprob)
     return value, slope
+
+
+@triton.jit
+def clamp_kl(KIND: tl.constexpr, value, slope, bound):
+    """What the loss adds of an estimate: clamped to +-bound, without gradient where it is; k3+ keeps the slope of k2."""
+    held = clamp(value, -bound, bound)
+    if KIND != 4:
+        slope = tl.where((value > bound) | (value < -bound), 0.0, slope)
+    return held, slope
 
 
 @triton.jit

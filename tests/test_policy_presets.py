@@ -312,7 +312,7 @@ def test_every_field_reaches_the_kernel():
         "surrogate": "sapo", "ratio": "seq_mean", "clip_low": 0.1, "clip_high": 0.1, "ratio_min": 0.5, "ratio_max": 2.0, "dual_clip": 3.0,
         "tau_pos": 2.0, "tau_neg": 2.0, "k_pos": 1.0, "lam_pos": 1.0, "k_neg": 1.0, "lam_neg": 1.0, "kl_coef": 0.1, "kl_kind": "k2",
         "kl_bias_correction": True, "entropy_coef": 0.1, "is_mode": "truncate", "is_min": 0.1, "is_max": 3.0, "aggregation": "token_sum",
-        "norm_length": 5.0,
+        "norm_length": 5.0, "kl_clamp": 3.0,
     }  # fmt: skip
     assert set(other) == set(FIELDS)
     for field, value in other.items():

@@ -125,6 +125,7 @@ PAPERS = {
     "bco_pair": ({"delta": 0.02}, lambda s: sp(-(0.01 * s.dc - 0.02)) + sp(0.01 * s.dr - 0.02)),
     "apo_zero": ({}, lambda s: 1 - sg(0.1 * s.dc) + sg(0.1 * s.dr)),
     "apo_down": ({}, lambda s: sg(0.1 * s.dc) + 1 - sg(0.1 * s.delta)),
+    "sppo_hard": ({"beta": 0.01}, lambda s: (s.dc - 0.5 / 0.01) ** 2 + (s.dr + 0.5 / 0.01) ** 2),
     "sppo": ({"beta": 0.01, **SOFT}, lambda s: 0.5 * ((s.dc - (P - 0.5) / 0.01) ** 2 + (s.dr - (0.5 - P) / 0.01) ** 2)),
     "wpo": ({"omega": P}, lambda s: P * sp(-0.01 * s.delta)),
     "aot": ({"label_smoothing": 0.1}, lambda s: aot(torch.sort(s.c - s.r).values - torch.sort(s.rc - s.rr).values, 0.1)),

@@ -10,28 +10,30 @@ import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 
 import fastalign as fa
+from fastalign import losses
 from fastalign.testing import make_batch
 
-# TRL's name -> (our options, what TRL's loss is of ours). Differences and their reasons:
+# TRL's name -> our options. Differences and their reasons:
 #   sigmoid ignores label_smoothing in TRL (ours honours it); bco_pair has no running delta in TRL (ours: delta=0, or the loss "bco");
-#   sppo_hard omits the paper's factor 1/2; WPO's weight is not clamped in TRL; rewards are logged unnormalised by TRL.
+#   WPO's weight is not clamped in TRL.
 SAME = {
-    "sigmoid": ({"beta": 0.1}, 1.0),
-    "hinge": ({"beta": 0.1}, 1.0),
-    "ipo": ({"tau": 0.1}, 1.0),
-    "exo_pair": ({"beta": 0.1, "label_smoothing": 0.05}, 1.0),
-    "nca_pair": ({"beta": 0.1}, 1.0),
-    "robust": ({"beta": 0.1, "label_smoothing": 0.05}, 1.0),
-    "bco_pair": ({"beta": 0.1, "delta": 0.0}, 1.0),
-    "sppo_hard": ({"beta": 0.1}, 2.0),
-    "aot": ({"beta": 0.1, "label_smoothing": 0.05}, 1.0),
-    "aot_unpaired": ({"beta": 0.1, "label_smoothing": 0.05}, 1.0),
-    "apo_zero": ({"beta": 0.1}, 1.0),
-    "apo_down": ({"beta": 0.1}, 1.0),
-    "discopop": ({"beta": 0.1, "tau": 0.05}, 1.0),
-    "sft": ({}, 1.0),
-    "sigmoid_norm": ({"beta": 0.1}, 1.0),
+    "sigmoid": {"beta": 0.1},
+    "hinge": {"beta": 0.1},
+    "ipo": {"tau": 0.1},
+    "exo_pair": {"beta": 0.1, "label_smoothing": 0.05},
+    "nca_pair": {"beta": 0.1},
+    "robust": {"beta": 0.1, "label_smoothing": 0.05},
+    "bco_pair": {"beta": 0.1, "delta": 0.0},
+    "sppo_hard": {"beta": 0.1},
+    "aot": {"beta": 0.1, "label_smoothing": 0.05},
+    "aot_unpaired": {"beta": 0.1, "label_smoothing": 0.05},
+    "apo_zero": {"beta": 0.1},
+    "apo_down": {"beta": 0.1},
+    "discopop": {"beta": 0.1, "tau": 0.05},
+    "sft": {},
+    "sigmoid_norm": {"beta": 0.1},
 }
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 
 
 class Accelerator:
@@ -91,19 +93,26 @@ def both(batch, theirs, **ours):
     return (loss, torch.autograd.grad(loss, a)[0], metrics), (out, torch.autograd.grad(out.loss, b)[0])
 
 
-def same(theirs, ours, factor=1.0):
+def same(theirs, ours, keys=(*REWARDS, "logps/chosen", "logps/rejected")):
+    """Loss, gradient and metrics."""
     scale = max(1.0, float(theirs[0].detach().abs()))
-    assert abs(float(theirs[0] - factor * ours[0].loss)) < 2e-6 * scale
-    assert float((theirs[1] - factor * ours[1]).abs().max()) < 2e-6 * scale
+    assert abs(float((theirs[0] - ours[0].loss).detach())) < 2e-6 * scale
+    assert float((theirs[1] - ours[1]).abs().max()) < 2e-6 * scale
+    mine = {k: float(v) for k, v in ours[0].metrics().items()}
+    for key in keys:
+        assert mine[key] == pytest.approx(theirs[2][key][0], rel=1e-5, abs=1e-6), key
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_loss_and_gradient_equal_trl(name):
-    options, factor = SAME[name]
     for seed in range(2):
         batch = make_batch(5, seed=seed)
-        theirs, ours = both(batch, lambda lp, batch=batch: trl_loss([name], [1.0], batch, lp), loss=name, **options)
-        same(theirs, ours, factor)
+        theirs, ours = both(batch, lambda lp, batch=batch: trl_loss([name], [1.0], batch, lp), loss=name, **SAME[name])
+        if name == "sft":  # TRL's rewards are against a reference, which the loss does not have: none under that name here
+            assert not any(key.startswith("rewards/") for key in ours[0].metrics())
+            same(theirs, ours, keys=("logps/chosen", "logps/rejected"))
+        else:
+            same(theirs, ours)
 
 
 def test_every_trl_name_is_compared():
@@ -115,12 +124,22 @@ def test_every_trl_name_is_compared():
     assert all(fa.losses.get(name) for name in SAME)
 
 
-def test_metrics_equal_trl():
+def test_where_the_loss_compares_other_rewards_these_have_names_of_their_own():
     batch = make_batch(5)
-    (_, _, metrics), (out, _) = both(batch, lambda lp: trl_loss(["sigmoid"], [1.0], batch, lp), loss="sigmoid", beta=0.1)
-    mine = {k: float(v) for k, v in out.metrics().items()}
-    for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"):
-        assert mine[key] == pytest.approx(metrics[key][0], rel=1e-5, abs=1e-6), key
+
+    def metrics(loss, **options):
+        out = fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=loss, **options)
+        return out, {name: float(value) for name, value in out.metrics().items()}
+
+    for loss in ("ipo", "sigmoid_norm", "alphapo", "orpo"):
+        out, mine = metrics(loss)
+        assert mine["loss_rewards/chosen"] == pytest.approx(float(out.chosen_rewards.mean())), loss
+        assert mine["loss_rewards/margins"] == pytest.approx(float(out.margins.mean())), loss
+        assert mine["loss_rewards/accuracies"] == float((out.margins > 0).double().mean()), loss
+        assert mine["rewards/chosen"] != mine["loss_rewards/chosen"]
+    for loss in ("dpo", "simpo", "cpo", "sppo", "bco_pair"):
+        assert not any(name.startswith("loss_rewards/") for name in metrics(loss)[1]), loss
+    assert metrics("ipo", target=torch.tensor(4.0))[1] == metrics("ipo", tau=0.125)[1]
 
 
 @pytest.mark.parametrize(
@@ -143,3 +162,10 @@ def test_ld_dpo_wpo_and_mixtures_equal_trl():
     dpo, bco = fa.losses.get("sigmoid"), fa.losses.get("bco_pair").replace(beta=0.1)
     mix = [(dpo, 0.8), (bco, 0.2), ("sft", 1.0)]
     same(*both(batch, lambda lp: trl_loss(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], batch, lp), loss=mix))
+    for lead, preset in (
+        ("ipo", losses.get("ipo").replace(tau=0.1)),
+        ("sigmoid_norm", losses.get("ln_dpo").replace(beta=0.1)),
+        ("sft", "sft"),
+    ):
+        mix = [(preset, 0.7), (dpo, 0.4)]
+        same(*both(batch, lambda lp, lead=lead: trl_loss([lead, "sigmoid"], [0.7, 0.4], batch, lp), loss=mix))

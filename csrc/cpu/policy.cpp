@@ -11,10 +11,10 @@ constexpr int64_t kSerialTokens = 1 << 12;  // below this, waking threads costs 
 constexpr int kSpan = 512;  // tokens whose sums stay in fp32
 
 // All sequences or tiles, then the totals in their order. measure(span, length, total) is called first where `per_length`: something needs the
-// number of scored tokens, and log_rho(total, length) the sequence's log-ratio.
-template <int kStats, class T, class Args, class Measure, class LogRho, class Run>
+// number of scored tokens, and log_rho(total, length) the sequence's log-ratio. finish(row) has the last word on a row of sums.
+template <int kStats, class T, class Args, class Measure, class LogRho, class Run, class Finish>
 void reduce(const Args& a, int aggregation, int tokens_column, int sequences_column, bool per_length, Measure measure, LogRho log_rho,
-            Run run) {
+            Run run, Finish finish) {
   const int64_t pieces = a.cu_seqlens ? a.sequences : (a.tokens + kPolicyTile - 1) / kPolicyTile;
   std::vector<double> rows(size_t(pieces) * kStats, 0.0);
 #pragma omp parallel for schedule(guided) if (a.tokens > kSerialTokens)
@@ -37,6 +37,7 @@ void reduce(const Args& a, int aggregation, int tokens_column, int sequences_col
     }
     each_span(s, [&](const Span& span) { run(span, row); });
     row[sequences_column] = a.cu_seqlens && row[tokens_column] > 0 ? 1.0 : 0.0;
+    finish(row);
   }
   double total[kStats] = {};
   for (int64_t k = 0; k < pieces; ++k)
@@ -57,7 +58,11 @@ template <class T> void policy(const PolicyArgs& a) {
       a, p.aggregation, kPolicy_tokens, kPolicy_sequences, p.ratio != kRatioToken || p.aggregation == kSeqMeanTokenMean,
       [&](const Span& s, double* length, double* total) { kernels.measure_policy(a, p, s, length, total); },
       [&](double total, double length) { return sequence_log_ratio(wide, total, length); },
-      [&](const Span& s, double* stats) { kernels.run_policy(a, p, s, stats); });
+      [&](const Span& s, double* stats) { kernels.run_policy(a, p, s, stats); },
+      [&](double* row) {
+        if (clips_sequences(p))
+          for (int c = kPolicy_clip_low; c <= kPolicy_clip_dual; ++c) row[c] = row[c] > 0 ? 1.0 : 0.0;
+      });
 }
 
 template <class T> void value(const ValueArgs& a) {
@@ -65,7 +70,7 @@ template <class T> void value(const ValueArgs& a) {
   reduce<kValueStats, T>(
       a, a.aggregation, kValue_tokens, kValue_sequences, a.aggregation == kSeqMeanTokenMean,
       [&](const Span& s, double* length, double*) { kernels.measure_value(a, s, length); }, [](double, double) { return 0.0; },
-      [&](const Span& s, double* stats) { kernels.run_value(a, s, stats); });
+      [&](const Span& s, double* stats) { kernels.run_value(a, s, stats); }, [](double*) {});
 }
 
 template <class T> void backward(const PolicyBackwardArgs& a) {

@@ -207,12 +207,12 @@ template <class T> struct Policy {
       }
       V total = value;
       if (!kPlain && a.ref_logprobs) {
-        const ValueSlope<V> k = kl_term<LaneMath>(p.kl_kind, x.lp, load<T>(a.ref_logprobs, at, keep));
+        const ValueSlope<V> plain = kl_term<LaneMath>(p.kl_kind, x.lp, load<T>(a.ref_logprobs, at, keep)), k = clamp_kl(p, plain);
         if (p.kl_coef != T(0)) {
           total += p.kl_coef * (p.kl_bias_correction ? rho * k.value : k.value);
           slope += p.kl_coef * (p.kl_bias_correction ? rho * (k.value + k.slope) : k.slope);
         }
-        sums[kPolicy_kl] += select(keep, k.value);
+        sums[kPolicy_kl] += select(keep, plain.value);
       }
       if (!kPlain && a.entropy) {
         const V h = load<T>(a.entropy, at, keep);

@@ -55,13 +55,13 @@ __device__ float policy_token(const PolicyArgs& a, const PolicyParams<float>& p,
   }
   float total = value;
   if (a.ref_logprobs) {
-    const ValueSlope<float> k = kl_term<StdMath>(p.kl_kind, x.logprob, at(a.ref_logprobs, t));
+    const ValueSlope<float> plain = kl_term<StdMath>(p.kl_kind, x.logprob, at(a.ref_logprobs, t)), k = clamp_kl(p, plain);
     const float coef = a.kl_coef ? at(a.kl_coef, 0) : p.kl_coef;
     if (coef != 0) {
       total += coef * (p.kl_bias_correction ? rho * k.value : k.value);
       slope += coef * (p.kl_bias_correction ? rho * (k.value + k.slope) : k.slope);
     }
-    sums[kPolicy_kl] += k.value;
+    sums[kPolicy_kl] += plain.value;
   }
   if (a.entropy) {
     const float h = at(a.entropy, t), coef = a.entropy_coef ? at(a.entropy_coef, 0) : p.entropy_coef;
@@ -82,14 +82,15 @@ __device__ float policy_token(const PolicyArgs& a, const PolicyParams<float>& p,
 }
 
 // A block's row of sums; then, in the last block, the totals of all rows, the number of items and the loss.
-template <int kStats, class Args>
+template <int kStats, class Args, class Finish>
 __device__ void reduce_rows(const Args& a, int aggregation, int64_t pieces, bool ok, int tokens, int sequences, float (&sums)[kStats],
-                            float* shared) {
+                            float* shared, Finish finish) {
   float* rows = static_cast<float*>(a.rows);
   sum_block(sums, shared);
   if (threadIdx.x == 0) {
     sums[sequences] = a.cu_seqlens && sums[tokens] > 0 ? 1.0f : 0.0f;
     if (!ok) sums[1] = NAN;  // the loss
+    finish(sums);
 #pragma unroll
     for (int c = 0; c < kStats; ++c) rows[blockIdx.x * int64_t(kStats) + c] = sums[c];
   }
@@ -135,7 +136,10 @@ __global__ void __launch_bounds__(kSequenceThreads, 4) policy_fwd_kernel(PolicyA
       static_cast<float*>(a.entropy_slopes)[t] = inside ? (scored ? -coef / divisor : 0.0f) : NAN;
     }
   }
-  reduce_rows(a, p.aggregation, pieces, piece.own.ok, kPolicy_tokens, kPolicy_sequences, sums, shared);
+  reduce_rows(a, p.aggregation, pieces, piece.own.ok, kPolicy_tokens, kPolicy_sequences, sums, shared, [&](float (&row)[kPolicyStats]) {
+    if (clips_sequences(p))
+      for (int c = kPolicy_clip_low; c <= kPolicy_clip_dual; ++c) row[c] = row[c] > 0 ? 1.0f : 0.0f;
+  });
 }
 
 __global__ void __launch_bounds__(kSequenceThreads) value_fwd_kernel(ValueArgs a, int64_t pieces) {
@@ -169,7 +173,7 @@ __global__ void __launch_bounds__(kSequenceThreads) value_fwd_kernel(ValueArgs a
     }
     static_cast<float*>(a.slopes)[t] = inside ? slope : NAN;
   }
-  reduce_rows(a, a.aggregation, pieces, piece.own.ok, kValue_tokens, kValue_sequences, sums, shared);
+  reduce_rows(a, a.aggregation, pieces, piece.own.ok, kValue_tokens, kValue_sequences, sums, shared, [](float (&)[kValueStats]) {});
 }
 
 __global__ void __launch_bounds__(kSequenceThreads) policy_bwd_kernel(PolicyBackwardArgs a) {

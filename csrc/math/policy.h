@@ -8,7 +8,7 @@ namespace fastalign {
 // Order of the scalars and switches that travel from fastalign/policy_losses.py (PolicyParams); a test checks it.
 #define FA_POLICY_SCALARS(X)                                                                                        \
   X(ratio_min) X(ratio_max) X(dual_clip) X(tau_pos) X(tau_neg) X(k_pos) X(lam_pos) X(k_neg) X(lam_neg) X(kl_coef)   \
-  X(entropy_coef) X(is_min) X(is_max) X(norm_length)
+  X(entropy_coef) X(is_min) X(is_max) X(norm_length) X(kl_clamp)
 #define FA_POLICY_SWITCHES(X)                                                                                       \
   X(surrogate) X(ratio) X(aggregation) X(kl_kind) X(kl_bias_correction) X(is_mode) X(advantages_per_sequence)       \
   X(is_per_sequence)
@@ -112,7 +112,7 @@ FA_HD Surrogate<T> surrogate(const PolicyParams<scalar_t<T>>& p, T logprob, T lr
       return {-a * (S(4) / tau) * s, S(4) * minus_a_rho * s * n, none, none, none};
     }
     case kGmpo: {
-      const flag_t<T> low = (lr < low_ratio) & (positive == none), high = (lr > high_ratio) & positive;
+      const flag_t<T> low = (lr < low_ratio) & negative, high = (lr > high_ratio) & positive;
       return {minus_a_rho, low | high ? T{} : minus_a_rho, low, high, none};
     }
     case kVespo: {
@@ -135,6 +135,19 @@ template <class M, class T> FA_HD ValueSlope<T> kl_term(int kind, T logprob, T r
   ValueSlope<T> r = kl_estimate<T, M>(kind == kK3Plus ? int(kK3) : kind, logprob, ref_logprob);
   if (kind == kK3Plus) r.slope = log_ratio(logprob, ref_logprob);
   return r;
+}
+
+// What the loss adds of an estimate: clamped to +-kl_clamp, without gradient where it is (k3+ keeps the slope of k2).
+template <class T> FA_HD ValueSlope<T> clamp_kl(const PolicyParams<scalar_t<T>>& p, ValueSlope<T> k) {
+  const T high = splat<T>(p.kl_clamp), low = splat<T>(-p.kl_clamp);
+  const flag_t<T> above = k.value > high, below = k.value < low;
+  const T value = above ? high : (below ? low : k.value);
+  return {value, p.kl_kind == kK3Plus ? k.slope : (above | below ? T{} : k.slope)};
+}
+
+// Whether a sequence has one ratio, so that a bound holds for all of it: it then counts once among the clipped. gmpo clips tokens.
+template <class T> FA_HD bool clips_sequences(const PolicyParams<T>& p) {
+  return (p.ratio == kRatioSeqMean || p.ratio == kRatioSeqSum) && p.surrogate != kGmpo;
 }
 
 // One token's importance weight: what the surrogate is multiplied by, and whether the bounds changed it.

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastalign.metric import AnyMetric, Total, merge_metrics
 from fastalign.train.config import RunConfig
 from fastalign.train.files import inside, replace_file, writing
 
-# name -> (sum, count), tensors on the device; or (value, "total"), (value, "min"), (value, "max") of what is no mean
-Metrics = Mapping[str, tuple[Any, Any]]
-_COMBINE = {"total": torch.add, "min": torch.minimum, "max": torch.maximum}
+# name -> a form of fastalign.metric, or a mean as a plain pair (sum, count); tensors on the device
+Metrics = Mapping[str, Any]
 
 # What the console shows of a record; the files have everything.
 _CONSOLE = (
@@ -28,29 +28,24 @@ _CONSOLE = (
 
 
 class MetricSums:
-    """Adds up (sum, count) pairs on the device; `means()` moves them to the host in one transfer and leaves out what has count 0."""
+    """Merges metrics of all packs on the device; `means()` moves them to the host in one transfer, gives each one's value, and leaves out
+    what nothing was seen of."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, AnyMetric] = {}
 
     def add(self, metrics: Metrics) -> None:
-        for name, (value, count) in metrics.items():
-            value, old = torch.as_tensor(value, dtype=torch.float64).detach(), self.sums.get(name)
-            if isinstance(count, str):
-                value = value if old is None else _COMBINE[count](old[0], value)
-                self.sums[name] = torch.stack([value, torch.ones_like(value)])
-            else:
-                pair = torch.stack([value, torch.as_tensor(count, dtype=torch.float64, device=value.device)])
-                self.sums[name] = pair if old is None else old + pair
+        self.sums = merge_metrics(self.sums, metrics)
 
     def merge(self, other: MetricSums) -> None:
-        self.add({name: tuple(pair.unbind()) for name, pair in other.sums.items()})
+        self.add(other.sums)
 
     def means(self) -> dict[str, float]:
         if not self.sums:
             return {}
-        values = torch.stack(list(self.sums.values())).tolist()
-        return {name: total / count for name, (total, count) in zip(self.sums, values) if count}
+        fields = iter(torch.stack([field for metric in self.sums.values() for field in metric]).tolist())
+        here = {name: type(metric)(*(next(fields) for _ in metric)) for name, metric in self.sums.items()}
+        return {name: float(metric) for name, metric in here.items() if metric.count or isinstance(metric, Total)}
 
 
 class RunLog:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastalign.metric import Total
 from fastalign.train import checkpoint
 from fastalign.train import model as models
 from fastalign.train.config import TrainConfig, check_kind
@@ -160,7 +161,7 @@ def accumulate(
                 loss.backward()
             sums.add(metrics)
             total = total + loss.detach()
-    sums.add({"loss": (total, "total")})
+    sums.add({"loss": Total(total, 1)})
     return sums, tokens
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.list_preset import ListPreset
-from fastalign.metric import Metric
+from fastalign.metric import AnyMetric, Metric, Total
 
 
 class ListwiseOutput(NamedTuple):
@@ -49,13 +49,14 @@ class ListwiseOutput(NamedTuple):
         number = self.list_offsets[:-1].long() + self.table[:, column].nan_to_num().long()
         return number.clamp(0, max(self.rewards.shape[0] - 1, 0))
 
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self) -> dict[str, AnyMetric]:
         """TRL's keys -> Metric (sum, count). For lists of two they are the metrics of the pair.
 
         Over the pairs of every valid list whose scores differ, the higher first: rewards/margins, rewards/accuracies (the reward is higher
         too, strictly). Over the valid lists: rewards/chosen and rewards/rejected, logps/chosen and logps/rejected, of the responses with the
         highest and the lowest score; rewards/top1_accuracies, over the lists with such a pair: the best response has a higher reward than
-        every response of a lower score; nll_loss (per token) with an SFT term. n_empty: responses without a token; nonfinite_lists."""
+        every response of a lower score; nll_loss (per token) with an SFT term. n_empty: the number of responses without a token;
+        nonfinite_lists: of lists whose values are not finite (a Total each)."""
         valid, zero = self.valid, torch.zeros_like(self.table[:, 0])
         count, pairs = valid.sum(dtype=zero.dtype), self.table[:, 3]
 
@@ -79,6 +80,6 @@ class ListwiseOutput(NamedTuple):
         if self.preset.sft_weight:
             out["nll_loss"] = over_lists(of(-self.sums[:, 0], best), over_lists(of(self.sums[:, 2], best)).sum)
         lists = torch.ones_like(zero).sum()
-        out["n_empty"] = Metric((self.sums[:, 2] == 0).sum(dtype=zero.dtype), lists)
-        out["nonfinite_lists"] = Metric((~torch.isfinite(self.table[:, 0] + self.table[:, 1])).sum(dtype=zero.dtype), lists)
+        out["n_empty"] = Total((self.sums[:, 2] == 0).sum(dtype=zero.dtype), lists)
+        out["nonfinite_lists"] = Total((~torch.isfinite(self.table[:, 0] + self.table[:, 1])).sum(dtype=zero.dtype), lists)
         return out

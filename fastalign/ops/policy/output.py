@@ -7,21 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.metric import Metric
+from fastalign.metric import AnyMetric, ExplainedVariance, Metric, Total, Variance
 from fastalign.ops.policy.reference import STATS, VALUE_STATS
 from fastalign.policy_losses import PolicyPreset
 
 
-def _variance(total: Tensor, squares: Tensor, count: Tensor) -> Metric:
-    """Sum of squared deviations from this call's mean, and the number of terms."""
-    return Metric((squares - total * total / count.clamp(min=1.0)).clamp(min=0.0), count)
+def _variance(total: Tensor, squares: Tensor, count: Tensor, shift: float = 0.0) -> Variance:
+    """From the sum and the sum of squares of `count` numbers, from each of which `shift` was taken off."""
+    mean = total / count.clamp(min=1.0)
+    return Variance(count, mean + shift, (squares - total * mean).clamp(min=0.0))
 
 
-def _items(stats: dict[str, Tensor], aggregation: str) -> Tensor:
-    """How many tokens or sequences of this call the mean is over."""
+def _aggregated(total: Tensor, stats: dict[str, Tensor], aggregation: str) -> AnyMetric:
+    """A loss's terms, added up: their mean over the tokens or sequences of this call, or the sum that the loss is."""
     if aggregation == "token_sum":
-        return torch.ones_like(stats["tokens"])
-    return stats["tokens"] if aggregation == "token_mean" else stats["sequences"]
+        return Total(total, stats["tokens"])
+    return Metric(total, stats["tokens"] if aggregation == "token_mean" else stats["sequences"])
 
 
 class PolicyOutput(NamedTuple):
@@ -33,29 +34,34 @@ class PolicyOutput(NamedTuple):
     preset: PolicyPreset
     given: frozenset[str]
 
-    def metrics(self) -> dict[str, Metric]:
-        """Metric (sum, count) on the loss's device, detached, over the scored tokens unless said otherwise:
+    def metrics(self) -> dict[str, AnyMetric]:
+        """Metrics on the loss's device, detached, over the scored tokens unless said otherwise (`fastalign.merge_metrics` merges those of
+        several calls):
 
-        loss/policy: the surrogate with its importance weights, aggregated as the loss is (count: tokens or sequences of this call), without KL
-        and entropy. policy/approxkl: mean of lr^2 / 2. policy/clipfrac_low, _high: the lower and the upper bound hold; policy/clipfrac_lower: the
-        dual clip holds; policy/clipfrac: any. val/ratio: mean of rho (a sequence's ratio counts once per token); val/ratio_var: its variance
-        within the call. nonfinite_tokens. With ref_logprobs policy/kl (kl_kind), with entropy policy/entropy, with is_weight is_weight/mean
-        (before truncation) and is_weight/clipped."""
+        loss/policy: the surrogate with its importance weights, aggregated as the loss is (over the tokens or sequences of this call), without
+        KL and entropy. policy/approxkl: mean of lr^2 / 2. policy/clipfrac_low, _high: the lower and the upper bound hold; policy/clipfrac_lower: the
+        dual clip holds; policy/clipfrac: any. Where a sequence has one ratio these are shares of the sequences, as in TRL. val/ratio: mean of rho
+        (a sequence's ratio counts once per token); val/ratio_var: its variance. nonfinite_tokens: the number of tokens whose terms are not
+        finite. With ref_logprobs policy/kl (the estimate kl_kind itself, without kl_clamp and bias correction), with entropy
+        policy/entropy, with is_weight is_weight/mean (before truncation) and is_weight/clipped."""
         s = dict(zip(STATS, self.stats))
         tokens = s["tokens"]
-        out = {"loss/policy": Metric(s["policy"], _items(s, self.preset.aggregation))}
-        clipped = s["clip_low"] + s["clip_high"] + s["clip_dual"]
-        named = {"policy/approxkl": s["approx_kl"], "policy/clipfrac": clipped, "policy/clipfrac_low": s["clip_low"],
-                 "policy/clipfrac_high": s["clip_high"], "policy/clipfrac_lower": s["clip_dual"], "val/ratio": s["ratio"] + tokens}  # fmt: skip
+        out = {"loss/policy": _aggregated(s["policy"], s, self.preset.aggregation)}
+        clips = {"policy/clipfrac": s["clip_low"] + s["clip_high"] + s["clip_dual"], "policy/clipfrac_low": s["clip_low"],
+                 "policy/clipfrac_high": s["clip_high"], "policy/clipfrac_lower": s["clip_dual"]}  # fmt: skip
+        clippable = s["sequences"] if self.preset.clips_sequences else tokens
+        out["policy/approxkl"] = Metric(s["approx_kl"], tokens)
+        out |= {name: Metric(total, clippable) for name, total in clips.items()}
+        named = {"val/ratio": s["ratio"] + tokens}
         if "ref_logprobs" in self.given:
             named["policy/kl"] = s["kl"]
         if "entropy" in self.given:
             named["policy/entropy"] = s["entropy"]
         if "is_weight" in self.given:
             named |= {"is_weight/mean": s["is_weight"], "is_weight/clipped": s["is_clipped"]}
-        named["nonfinite_tokens"] = s["nonfinite"]
         out |= {name: Metric(total, tokens) for name, total in named.items()}
-        out["val/ratio_var"] = _variance(s["ratio"], s["ratio_sq"], tokens)
+        out["nonfinite_tokens"] = Total(s["nonfinite"], tokens)
+        out["val/ratio_var"] = _variance(s["ratio"], s["ratio_sq"], tokens, shift=1.0)
         return out
 
 
@@ -71,21 +77,24 @@ class ValueOutput(NamedTuple):
         """1 - Var(returns - values) / Var(returns) over the scored tokens of this call, 0-dim; NaN without variance in the returns. Variances are
         differences of fp32 sums of squares: about 1e-7 (mean / standard deviation)^2 of them is rounding, all of it from a ratio of 3000 on."""
         s = dict(zip(VALUE_STATS, self.stats))
-        spread = _variance(s["returns"], s["returns_sq"], s["tokens"]).sum
-        return 1.0 - _variance(s["error"], s["error_sq"], s["tokens"]).sum / torch.where(spread > 0, spread, torch.nan)
+        spread = _variance(s["returns"], s["returns_sq"], s["tokens"]).m2
+        return 1.0 - _variance(s["error"], s["error_sq"], s["tokens"]).m2 / torch.where(spread > 0, spread, torch.nan)
 
-    def metrics(self) -> dict[str, Metric]:
-        """Metric (sum, count), detached: loss/value (aggregated as the loss is), val/clipfrac, val/mean, val/error (mean of (v - R)^2),
-        val/error_var, returns/mean, returns/var, nonfinite_tokens. 1 - val/error_var / returns/var is the explained variance."""
+    def metrics(self) -> dict[str, AnyMetric]:
+        """Metrics, detached, over the scored tokens (`fastalign.merge_metrics` merges those of several calls): loss/value (aggregated as the
+        loss is), val/clipfrac, val/mean, val/error (mean of (v - R)^2), val/error_var and returns/var (variances), returns/mean,
+        val/explained_variance (1 - val/error_var / returns/var), nonfinite_tokens (their number)."""
         s = dict(zip(VALUE_STATS, self.stats))
         tokens = s["tokens"]
+        errors, returns = (_variance(s[name], s[f"{name}_sq"], tokens) for name in ("error", "returns"))
         return {
-            "loss/value": Metric(s["loss"], _items(s, self.aggregation)),
+            "loss/value": _aggregated(s["loss"], s, self.aggregation),
             "val/clipfrac": Metric(s["clipped"], tokens),
             "val/mean": Metric(s["value"], tokens),
             "val/error": Metric(s["error_sq"], tokens),
-            "val/error_var": _variance(s["error"], s["error_sq"], tokens),
+            "val/error_var": errors,
             "returns/mean": Metric(s["returns"], tokens),
-            "returns/var": _variance(s["returns"], s["returns_sq"], tokens),
-            "nonfinite_tokens": Metric(s["nonfinite"], tokens),
+            "returns/var": returns,
+            "val/explained_variance": ExplainedVariance.of(returns, errors),
+            "nonfinite_tokens": Total(s["nonfinite"], tokens),
         }

@@ -50,6 +50,7 @@ def surrogate(p, logprobs, log_rho, advantages, high, low):
         s, n = torch.sigmoid(tau * (rho - 1.0)), torch.sigmoid(-tau * (rho - 1.0))
         return -a * (4.0 / tau) * s, -a * 4.0 * s * n * rho, none, none, none
     if p.surrogate == 4:
+        low = low & (a < 0)
         return -a * rho, torch.where(high | low, torch.zeros_like(rho), -a * rho), low, high, none
     if p.surrogate == 5:
         k, lam = choose(a >= 0, p.k_pos, p.k_neg, rho), choose(a >= 0, p.lam_pos, p.lam_neg, rho)
@@ -67,11 +68,22 @@ def kl_term(p, logprobs, ref_logprobs):
     return value, value_and_slope(logprobs, ref_logprobs, 1)[1] if p.kl_kind == 4 else slope
 
 
+def clamp_kl(p, value, slope):
+    """What the loss adds of an estimate: clamped to +-kl_clamp, without gradient where it is (k3+ keeps the slope of k2)."""
+    outside = value.abs() > p.kl_clamp
+    return torch.clamp(value, -p.kl_clamp, p.kl_clamp), slope if p.kl_kind == 4 else torch.where(outside, torch.zeros_like(slope), slope)
+
+
 def divisors(aggregation, norm_length, length):
     """What a token's term is divided by, before the number of items."""
     if aggregation == 1:
         return torch.clamp(length, min=1.0)
     return torch.full_like(length, norm_length if aggregation == 3 else 1.0)
+
+
+def clips_sequences(p):
+    """Whether a sequence has one ratio, so that a bound holds for all of it: it then counts once among the clipped. gmpo clips tokens."""
+    return p.ratio in (1, 3) and p.surrogate != 4
 
 
 def at_least_one(x):
@@ -149,9 +161,10 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
     kl = torch.zeros_like(lp)
     if ref is not None:
         kl, kl_slope = kl_term(p, lp, ref)
-        on, kl_value = torch.as_tensor(kl_coef, dtype=lp.dtype, device=lp.device) != 0, kl
+        on = torch.as_tensor(kl_coef, dtype=lp.dtype, device=lp.device) != 0
+        kl_value, kl_slope = clamp_kl(p, kl, kl_slope)
         if p.kl_bias_correction:
-            kl_value, kl_slope = rho * kl, rho * (kl + kl_slope)
+            kl_value, kl_slope = rho * kl_value, rho * (kl_value + kl_slope)
         total = torch.where(on, total + kl_coef * kl_value, total)
         slope = torch.where(on, slope + kl_coef * kl_slope, slope)
     if h is not None:
@@ -161,11 +174,12 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
     divisor = divisors(p.aggregation, p.norm_length, length)
     items = at.items(p.aggregation, num_items)
     loss, policy = at.total(total / divisor), at.total(value / divisor)
+    clips = [(at.sums(flag.to(lp.dtype)) > 0).to(lp.dtype).sum() if clips_sequences(p) else at.total(flag) for flag in (low, high, dual)]
     given_weight = torch.zeros_like(lp) if is_weight is None else weight
     stats = {
         "items": items, "loss": loss, "policy": policy, "tokens": at.lengths.sum(), "sequences": at.filled(), "ratio": at.total(rho - 1.0),
-        "ratio_sq": at.total((rho - 1.0) ** 2), "approx_kl": at.total(lr * lr / 2.0), "clip_low": at.total(low), "clip_high": at.total(high),
-        "clip_dual": at.total(dual), "kl": at.total(kl), "entropy": at.total(torch.zeros_like(lp) if h is None else h),
+        "ratio_sq": at.total((rho - 1.0) ** 2), "approx_kl": at.total(lr * lr / 2.0), "clip_low": clips[0], "clip_high": clips[1],
+        "clip_dual": clips[2], "kl": at.total(kl), "entropy": at.total(torch.zeros_like(lp) if h is None else h),
         "is_weight": at.total(given_weight), "is_clipped": at.total(outside), "nonfinite": at.total(~torch.isfinite(total)),
     }  # fmt: skip
     entropy_slopes = logprobs.new_empty(0)

@@ -10,7 +10,7 @@ from fastalign.ops.policy.native import nothing
 from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
 from fastalign.policy_losses import PolicyParams
 from fastalign.triton_math import at_least_one, div, exp, is_finite, sequence_bounds
-from fastalign.triton_math_policy import clamp_log_ratio, kl_term, log_ratio, sequence_term, surrogate, token_divisor, value_error
+from fastalign.triton_math_policy import clamp_kl, clamp_log_ratio, kl_term, log_ratio, sequence_term, surrogate, token_divisor, value_error
 
 BLOCK, ROWS = 512, 64  # tokens, and rows of sums, at a time
 WIDTH = tl.constexpr(16)  # of a row, padded
@@ -87,7 +87,7 @@ def policy_fwd_kernel(
     logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weights, kl_coef_tensor, entropy_coef_tensor, num_items,
     loss, slopes, entropy_slopes, stats, rows, counter, tokens: tl.int32, pieces: tl.int32,
     # PolicyParams, by name
-    ratio_min, ratio_max, dual_clip, tau_pos, tau_neg, k_pos, lam_pos, k_neg, lam_neg, kl_coef, entropy_coef, is_min, is_max, norm_length,
+    ratio_min, ratio_max, dual_clip, tau_pos, tau_neg, k_pos, lam_pos, k_neg, lam_neg, kl_coef, entropy_coef, is_min, is_max, norm_length, kl_clamp,
     surrogate_kind: tl.constexpr, ratio: tl.constexpr, aggregation: tl.constexpr, kl_kind: tl.constexpr, kl_bias_correction: tl.constexpr,
     is_mode: tl.constexpr, advantages_per_sequence: tl.constexpr, is_per_sequence: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -152,9 +152,9 @@ def policy_fwd_kernel(
         total = value
         if ref_logprobs is not None:
             kl, kl_slope = kl_term(kl_kind, lp, tl.load(ref_logprobs + t, mask=scored, other=0.0))
-            term, term_slope = kl, kl_slope
+            term, term_slope = clamp_kl(kl_kind, kl, kl_slope, kl_clamp)
             if kl_bias_correction:
-                term, term_slope = rho * kl, rho * (kl + kl_slope)
+                term, term_slope = rho * term, rho * (term + term_slope)
             total = tl.where(kl_coef != 0.0, total + kl_coef * term, total)
             slope = tl.where(kl_coef != 0.0, slope + kl_coef * term_slope, slope)
             s_kl += tl.where(scored, kl, 0.0)
@@ -186,9 +186,12 @@ def policy_fwd_kernel(
     tl.store(row + 5, tl.sum(s_ratio, 0))
     tl.store(row + 6, tl.sum(s_ratio_sq, 0))
     tl.store(row + 7, tl.sum(s_approx, 0))
-    tl.store(row + 8, tl.sum(s_low, 0))
-    tl.store(row + 9, tl.sum(s_high, 0))
-    tl.store(row + 10, tl.sum(s_dual, 0))
+    n_low, n_high, n_dual = tl.sum(s_low, 0), tl.sum(s_high, 0), tl.sum(s_dual, 0)
+    if (ratio == 1 or ratio == 3) and surrogate_kind != 4:  # one ratio per sequence, which counts once
+        n_low, n_high, n_dual = tl.minimum(n_low, 1.0), tl.minimum(n_high, 1.0), tl.minimum(n_dual, 1.0)
+    tl.store(row + 8, n_low)
+    tl.store(row + 9, n_high)
+    tl.store(row + 10, n_dual)
     tl.store(row + 11, tl.sum(s_kl, 0))
     tl.store(row + 12, tl.sum(s_entropy, 0))
     tl.store(row + 13, tl.sum(s_weight, 0))

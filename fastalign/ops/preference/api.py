@@ -164,7 +164,8 @@ def preference_loss(
         ref_logprobs: [T] reference log-probs, never differentiated; None where the loss needs none (it is accepted and not read then).
         cu_seqlens: [S + 1] int32, from 0 to T.
         loss: a name of `losses.available()`, a Preset, or a mixture [(name or Preset, weight), ...] whose losses share one pass and add up;
-            a mixture takes no further options (put them into Presets), and its rewards are those of its first loss.
+            a mixture takes no further options (put them into Presets), and its rewards are those of its first loss (in metrics(): of the first
+            that is not SFT).
         pairs: [P, 2] integers, (chosen, rejected) sequence numbers; default (0, 1), (2, 3), ... A sequence may be in several pairs.
         mask: [T] bool, row-aligned: the response tokens. Required by losses that use lengths.
         kl_ref_policy: [T] exact KL(ref || policy) per token, for losses with sequence KLs; differentiable.
@@ -214,7 +215,7 @@ def preference_loss(
     if compose.is_plain(components, state):
         extra = pair_extra(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
         value, table, sums = PreferenceFunction.apply(*tokens, extra, presets[0].params(reduction), count)
-        return PreferenceOutput(value, presets[0], table, sums, presets[0].sft_weight != 0)
+        return PreferenceOutput(value, presets[0], table, sums, presets[0].sft_weight != 0, (), tensors.get("target"))
     sums = PairSumsFunction.apply(*tokens, compose.shared_params(presets), count)
     return _from_sums(components, sums, tensors, state, reduction, num_items, num_sft_tokens)
 
@@ -239,7 +240,8 @@ def _from_sums(
         total = weight * value if total is None else total + weight * value
         if first is None:
             first = preset, compose.own_rewards(preset, table, sums, tensors), sums.detach()
-    return PreferenceOutput(total, *first, any(p.sft_weight for p, _ in components))
+    has_sft = any(p.sft_weight for p, _ in components)
+    return PreferenceOutput(total, *first, has_sft, tuple(p for p, _ in components), tensors.get("target"))
 
 
 def preference_loss_from_sums(

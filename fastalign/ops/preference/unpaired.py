@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign import remember
+from fastalign import peers, remember
 from fastalign.checks import (
     check_choice,
     check_cu_seqlens,
@@ -129,7 +129,8 @@ def unpaired_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     unknown = [name for name in options if name not in _OPTIONS[loss]]
     if unknown:
-        raise ValueError(f"loss {loss!r} has no option {unknown[0]!r}; legal: {', '.join(_OPTIONS[loss])}")
+        hint = peers.preference_hint(unknown[0], options[unknown[0]])
+        raise ValueError(f"loss {loss!r} has no option {unknown[0]!r}{hint}; legal: {', '.join(_OPTIONS[loss])}")
     logprobs = per_token("logprobs", logprobs)
     ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach()
     cu_seqlens = check_cu_seqlens(cu_seqlens, logprobs)

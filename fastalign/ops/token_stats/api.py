@@ -262,22 +262,55 @@ def token_logprobs(
     ).logprob  # fmt: skip
 
 
-def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-    """`log_softmax(logits, -1).gather(-1, index)` without the [N, V] temporary; the signature of TRL's helper.
+def selective_log_softmax(
+    logits: Tensor,
+    index: Tensor,
+    temperature: float | Tensor = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`log_softmax(logits / temperature, -1).gather(-1, index)` without the [N, V] temporary; the signature of TRL's helper.
 
     Args:
-        logits: (..., V). index: (...) or (..., K), integers in [0, V); no index is ignored.
+        logits: (..., V). index: (...) or (..., K), integers in [0, V); no index is ignored. temperature: > 0.
+        row_mask: the shape of `index`, bool or integers: where it is False (0) the result is exactly 0, without gradient, whatever logits and
+            index hold there.
+        dtype: of the result; None: fp32 (fp64 for fp64 logits), as TRL's kernel gives. Its eager fallback rounds to the logits' own dtype:
+            dtype=logits.dtype.
 
     Returns:
-        The shape of `index`, fp32 (fp64 for fp64 logits), unlike log_softmax in the logits' own dtype.
+        The shape of `index`.
     """
+    mask = None
+    if row_mask is not None:
+        check_integers("index", index)
+        check_shape("row_mask", row_mask, tuple(index.shape))
+        check_same_device("row_mask", row_mask, "logits", logits)
+        kept = row_mask != 0
+        index = index.masked_fill(~kept, 0)
+        mask = kept if index.dim() == logits.dim() - 1 else kept.any(-1)
     # An ignore_index that no label can have: every index is scored, and an index outside [0, V) is an error.
-    return token_stats(logits, index, ignore_index=-(1 << 62)).logprob
+    out = token_stats(logits, index, mask=mask, temperature=temperature, ignore_index=-(1 << 62)).logprob
+    if row_mask is not None and mask is not kept:
+        out = out.masked_fill(~kept, 0.0)
+    return out if dtype is None else out.to(dtype)
 
 
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) in nats, -sum p log p: (..., V) -> (...), fp32 (fp64 for fp64 logits), differentiable."""
-    return token_stats(logits, outputs=("entropy",)).entropy
+def entropy_from_logits(
+    logits: Tensor, chunk_size: int | None = None, *, temperature: float | Tensor = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Entropy of softmax(logits / temperature) in nats, -sum p log p: (..., V) -> (...), differentiable.
+
+    Args:
+        logits: (..., V). temperature: > 0.
+        chunk_size: accepted because TRL's helper has it, and without effect: there is no [N, V] temporary that chunks would make smaller.
+        dtype: as in `selective_log_softmax`.
+    """
+    if chunk_size is not None:
+        check_number("chunk_size", chunk_size, above=0)
+    out = token_stats(logits, outputs=("entropy",), temperature=temperature).entropy
+    return out if dtype is None else out.to(dtype)
 
 
 def check_rows(logits, labels, mask):

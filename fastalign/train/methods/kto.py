@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import fastalign
+from fastalign.metric import Total
 from fastalign.train.config import TrainConfig
 from fastalign.train.data import pack_examples
 from fastalign.train.errors import UserError
@@ -50,7 +51,7 @@ class UnpairedMethod(Method):
     def report(self, scored: Scored, output: fastalign.UnpairedOutput) -> Metrics:
         metrics = {name: metric for name, metric in output.metrics().items() if name != "anchor"}
         for side, where in (("chosen", output.desirable), ("rejected", ~output.desirable)):
-            metrics[f"count/{side}"] = ((output.valid & where).sum(), "total")
+            metrics[f"count/{side}"] = Total((output.valid & where).sum(), output.valid.sum())
         return {**metrics, **token_metrics(scored, output.desirable)}
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 import fastalign
+from fastalign.metric import extremes_of
+from fastalign.peers import preference_hint
 from fastalign.train import model as models
 from fastalign.train.config import TrainConfig
 from fastalign.train.data import Batch
@@ -39,7 +41,8 @@ class Reward(Method):
         self.options, own = dict(config.loss_options), legal[self.config.loss]
         unknown = [name for name in self.options if name not in own]
         if unknown:
-            raise UserError(f"loss {self.config.loss!r} has no option {unknown[0]!r}; legal: {', '.join(own) or 'none'}")
+            hint = preference_hint(unknown[0], self.options[unknown[0]])
+            raise UserError(f"loss {self.config.loss!r} has no option {unknown[0]!r}{hint}; legal: {', '.join(own) or 'none'}")
         self.pairs = self.config.loss == "bt_rm"
         self.format = PREFERENCE if self.pairs else LISTWISE
         if self.pairs:
@@ -83,5 +86,5 @@ class Reward(Method):
             output = fastalign.kwise_reward_loss(scores, *list_inputs(scored), **known)
         found, seen = output.metrics(), scores.detach()
         metrics = {name: found[key] for key, name in _PAIR_METRICS.items()}
-        extremes = {"min_reward": (seen.min(), "min"), "max_reward": (seen.max(), "max")}
-        return output.loss, {**metrics, "mean_reward": (seen.sum(), seen.numel()), **extremes}
+        low, high = extremes_of(seen)
+        return output.loss, {**metrics, "mean_reward": (seen.sum(), seen.numel()), "min_reward": low, "max_reward": high}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastalign
+from fastalign.metric import Deviation, Total, variance_of
 from fastalign.train.methods.base import Scored
 from fastalign.train.metrics import Metrics
 from fastalign.train.online.config import OnlineConfig
@@ -50,7 +51,7 @@ def estimate(method: str, config: OnlineConfig, step: Rewarded, kl_coef: float |
         means = scores - fastalign.group_advantages(scores, step.groups, kind="dr_grpo").advantages
         rewards = rewards - fastalign.shape_rewards(means, packed.cu_seqlens, mask=packed.mask)
     if config.whiten_rewards:
-        rewards = fastalign.whiten(rewards, packed.mask, shift_mean=False)
+        rewards = _over_deviation(rewards, packed.mask)
     if method == "reinforce_pp":
         returns = fastalign.returns_to_go(rewards, packed.cu_seqlens, mask=packed.mask, gamma=config.gamma)
         return Estimate(fastalign.whiten(returns, packed.mask), packed.mask, metrics)
@@ -59,8 +60,8 @@ def estimate(method: str, config: OnlineConfig, step: Rewarded, kl_coef: float |
     if config.bootstrap_truncated:
         bootstrap = torch.where(step.finished, 0.0, values[packed.cu_seqlens[1:].long() - 1])
     gae = fastalign.gae(rewards, values, packed.cu_seqlens, mask=packed.mask, bootstrap=bootstrap, gamma=config.gamma, lam=config.lam)
-    errors, returns = ((x[packed.mask] - x[packed.mask].mean()).double().square().sum() for x in (gae.returns - values, gae.returns))
-    metrics = {**metrics, "val/explained_variance": (1 - errors / returns, (returns > 0).double())}
+    returns, errors = (variance_of(x, packed.mask) for x in (gae.returns, gae.returns - values))
+    metrics = {**metrics, "val/explained_variance": (1.0 - errors.m2 / returns.m2, (returns.m2 > 0).double())}
     return Estimate(fastalign.whiten(gae.advantages, packed.mask, moments=gae[2:]), packed.mask, metrics, gae.returns)
 
 
@@ -83,16 +84,15 @@ def shaped_rewards(config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor
     known = ~scores.isnan()
     totals = torch.where(known, fastalign.sequence_sum(rewards, packed.cu_seqlens, mask=packed.mask), 0.0)
     clean, count = torch.where(known, scores, 0.0), known.sum()
-    deviations = torch.where(known, clean - clean.sum() / count.clamp(min=1), 0.0)
     metrics = {
         "objective/scores": (clean.sum(), count),
-        "objective/scores_std": ((deviations.square().sum() / (count - 1).clamp(min=1)).sqrt(), 1),
+        "objective/scores_std": Deviation(*variance_of(clean, known)),
         "objective/non_score_reward": ((totals - clean).sum(), count),
         "objective/rlhf_reward": (totals.sum(), count),
         "objective/entropy": (policy["entropy"].sum(), len(scores)),
         "objective/length": (step.lengths.sum(), len(scores)),
-        "num_eos": (step.finished.sum(), 1),
-        "num_unscored": ((~known).sum(), 1),
+        "num_eos": Total(step.finished.sum(), len(scores)),
+        "num_unscored": Total((~known).sum(), len(scores)),
     }
     if "ref_logprobs" in fixed:
         kl, sequences = fastalign.mean_sequence_kl(policy["logprob"], fixed["ref_logprobs"], packed.cu_seqlens, mask=packed.mask)
@@ -111,17 +111,27 @@ def final_scores(config: OnlineConfig, step: Rewarded) -> Tensor:
     return fastalign.sequence_sum(placed, cu_seqlens, mask=mask)
 
 
+def _over_deviation(rewards: Tensor, mask: Tensor) -> Tensor:
+    """The scored rewards divided by their standard deviation; their mean is not taken off, so that no reward stays none."""
+    variance = variance_of(rewards, mask)
+    scale = torch.where(variance.m2 > 0, torch.rsqrt(variance.m2 / (variance.count - 1.0).clamp(min=1.0)), 1.0)
+    return torch.where(mask, rewards * scale.to(rewards.dtype), 0.0)
+
+
 def _within_groups(method: str, config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics) -> Estimate:
-    """One advantage per response, relative to the other responses for the same prompt. One that cannot be scored gets 0."""
+    """One advantage per response, relative to the other responses for the same prompt. What cannot be scored is left out.
+
+    Which groups teach nothing is judged by the reward's own scores, as in DAPO: penalties for length or KL would make every group differ."""
     packed = step.seen.packed
     totals = fastalign.sequence_sum(rewards, packed.cu_seqlens, mask=packed.mask)
     kind = method if method == "rloo" else "grpo" if config.scale_rewards and config.loss != "dr_grpo" else "dr_grpo"
     group = fastalign.group_advantages(totals, step.groups, kind=kind)
-    keep = torch.ones_like(step.finished)
+    raw = fastalign.group_advantages(step.scores, step.groups, kind="dr_grpo")
+    keep = raw.valid.clone()
     if config.drop_equal_groups:
-        keep &= group.informative
+        keep &= raw.informative
     if config.mask_truncated:
         keep &= step.finished
     mask = packed.mask & torch.repeat_interleave(keep, packed.cu_seqlens.diff().long(), output_size=packed.mask.numel())
-    metrics = {**metrics, "frac_zero_std": (group.frac_zero_std, 1), "frac_kept": (keep.sum(), len(keep))}
+    metrics = {**metrics, "frac_zero_std": (raw.frac_zero_std, 1), "frac_kept": (keep.sum(), len(keep))}
     return Estimate(group.advantages, mask, metrics, per_token=False)

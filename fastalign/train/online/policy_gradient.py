@@ -158,7 +158,8 @@ class PolicyGradientTask(OnlineTask):
                 value = fastalign.value_loss(
                     now["value"], part.seen.policy["value"], part.returns, mask=part.mask, clip=config.value_clip or None, num_items=tokens
                 )
-                sums.add(value.metrics())
+                # The explained variance of a step is that before its first update, over all packs: see advantages.estimate.
+                sums.add({name: metric for name, metric in value.metrics().items() if name != "val/explained_variance"})
                 loss = loss + config.vf_coef * value.loss
             if router is not None:
                 loss = loss + router.part(packed.mask.numel(), whole, sums)
