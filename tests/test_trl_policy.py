@@ -90,8 +90,8 @@ def both(name, spread=0.3, theirs=(), ours=()):
     want_g = torch.autograd.grad(want, x)[0].flatten()
     y = logps.flatten().clone().requires_grad_()
     cu = torch.arange(0, B * T + 1, T, dtype=torch.int32)
-    out = fa.policy_loss(y, old.flatten(), advantages, loss=name, cu_seqlens=cu, mask=mask.bool().flatten(), ref_logprobs=ref.flatten(), entropy=entropy.flatten(), **options,
-                         **dict(ours))  # fmt: skip
+    out = fa.policy_loss(y, old.flatten(), advantages, loss=name, cu_seqlens=cu, mask=mask.bool().flatten(), ref_logprobs=ref.flatten(),
+                         entropy=entropy.flatten(), **options, **dict(ours))  # fmt: skip
     g = torch.autograd.grad(out.loss, y)[0]
     assert abs(float(out.loss.detach() - want.detach())) < 1e-12 * max(1.0, abs(float(want.detach())))
     assert float((g - want_g).abs().max()) < 1e-12
