@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +30,11 @@ def load_examples(
     positions: int | None,
     examples: Iterable[Any] | None = None,
     eval_examples: Iterable[Any] | None = None,
+    *,
+    stops: Collection[int] = (),
 ) -> tuple[list[TokenExample], list[TokenExample]]:
-    """(training examples, evaluation examples). `examples` and `eval_examples` stand in for the files; what was cut or dropped is printed."""
+    """(training examples, evaluation examples). `examples` and `eval_examples` stand in for the files; what was cut or dropped is printed.
+    `stops`: see `ExampleTokenizer`."""
     if positions is not None and (config.max_length or 0) > positions:
         raise UserError(f"--max-length {config.max_length} exceeds the model's {positions} positions")
 
@@ -50,6 +53,7 @@ def load_examples(
             max_length=config.max_length or positions,
             overlong=config.overlong,
             progress=config.progress,
+            stops=stops,
         )
         if not kept:
             raise UserError(
@@ -58,6 +62,8 @@ def load_examples(
                 else f"no {form.noun} to train on: all {report.dropped} in {source} are over-long"
             )
         print(f"{name} data: {report} ({source})")
+        for remark in report.remarks if name == "training" else ():
+            print(remark)
         return kept
 
     train = load("training", config.data, examples)

@@ -7,10 +7,11 @@
     listwise                      {"prompt": ..., "completions": [..., ...], "scores": [..., ...]}, each completion text or messages
     optional columns of a pair    "soft_label": P(chosen is better); "weight": of the pair; "margin": what chosen should win by; "target"
 
+A content is a text, or a list that holds one part of text, [{"type": "text", "text": "..."}]. A completion is one assistant turn.
 An implicit prompt is what both sides share: the longest common run of messages, or the longest common text, less the space that
 would end it. A conversational pair may carry its prompt as text as well (UltraFeedback does); the messages decide then. An optional
 column stands in every line or in none. Other columns are left alone, except those that would change the prompt (`tools`, `images`,
-...): they are refused.
+`system`, ...): they are refused, as are parts of a message that are not its content (`tool_calls`, `reasoning_content`, ...).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _ANY = (-math.inf, math.inf)
 _UNPAIRED_COLUMNS = {"score": _ANY, "weight": (0.0, math.inf)}
 MAX_LIST = 64  # what the list kernel takes
 _PAIR_COLUMNS = {"soft_label": (0.0, 1.0), "weight": (0.0, math.inf), "margin": _ANY, "target": _ANY}
-_UNSUPPORTED = ("tools", "images", "image", "videos", "audio", "chat_template_kwargs")
+_UNSUPPORTED = ("tools", "functions", "system", "system_prompt", "images", "image", "videos", "audio", "chat_template_kwargs")
+# What a message may say beside its content. A template that writes it puts words of its own around it, most write it in some turns only.
+_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "image", "videos", "audio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +215,12 @@ def _check_roles(texts: Texts) -> Texts:
                 "must hold assistant turns only after the prompt, since all of it is trained on; "
                 f"it has: {', '.join(sorted(roles)) or 'no message'}",
             )
+        if len(completion) > 1:
+            raise DataError(
+                texts.source,
+                field,
+                f"has {len(completion)} assistant turns; a completion is one: what stands between turns is nobody's words",
+            )
     return texts
 
 
@@ -239,16 +248,31 @@ def _messages(source: str, field: str, value: Any) -> Messages:
         raise DataError(source, field, f"expected a list of messages like the rest of the example, got {_kind(value)}")
     if not value:
         raise DataError(source, field, "has no message")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise DataError(source, f"{field}[{i}]", f"expected an object with role and content, got {_kind(message)}")
-        for key in ("role", "content"):
-            if key not in message:
-                raise DataError(source, f"{field}[{i}].{key}", "missing")
-            _text(source, f"{field}[{i}].{key}", message[key])
-        if message.get("tool_calls"):
-            raise DataError(source, f"{field}[{i}].tool_calls", "not supported")
-    return value
+    return [_message(source, f"{field}[{i}]", message) for i, message in enumerate(value)]
+
+
+def _message(source: str, field: str, message: Any) -> dict[str, Any]:
+    """A message with a text as its content."""
+    if not isinstance(message, dict):
+        raise DataError(source, field, f"expected an object with role and content, got {_kind(message)}")
+    for key in ("role", "content"):
+        if key not in message:
+            raise DataError(source, f"{field}.{key}", "missing")
+    for key in _BESIDE_CONTENT:
+        if message.get(key):
+            raise DataError(source, f"{field}.{key}", "not supported: what a message says must be in its content")
+    _text(source, f"{field}.role", message["role"])
+    content = message["content"]
+    if isinstance(content, list):
+        content = _one_part(source, f"{field}.content", content)
+    return {**message, "content": _text(source, f"{field}.content", content)}
+
+
+def _one_part(source: str, field: str, parts: list[Any]) -> Any:
+    """The text of [{"type": "text", "text": text}]."""
+    if len(parts) != 1 or not isinstance(parts[0], dict) or parts[0].get("type") != "text" or "text" not in parts[0]:
+        raise DataError(source, field, 'expected text, or a list of one part {"type": "text", "text": ...}; join several to one')
+    return parts[0]["text"]
 
 
 def common_prefix(a: Any, b: Any) -> int:

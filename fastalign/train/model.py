@@ -17,6 +17,7 @@ import fastalign
 from fastalign.train import attention as packed
 from fastalign.train.errors import UserError
 from fastalign.train.router import find_router
+from fastalign.train.specials import stops
 
 # 4.56 brought the calls used here; masks from position_ids are a little older. What a model really does is measured, see `_leak`.
 _OLDEST = (4, 56)
@@ -92,6 +93,15 @@ def check_companion(flag: str, directory: str, tokenizer: Any, longest: int, *, 
 def load_config(directory: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model directory."""
     return from_directory(AutoConfig.from_pretrained, directory, "configuration", trust_remote_code=trust_remote_code)
+
+
+def load_stops(directory: str | None, config: Any, model: torch.nn.Module | None = None) -> set[int]:
+    """The token ids at which the model's generation stops, by its configuration and its generation settings: those of the model in memory, or of
+    the directory."""
+    generation = getattr(model, "generation_config", None)
+    if model is None and directory is not None and (Path(directory).expanduser() / "generation_config.json").is_file():
+        generation = from_directory(transformers.GenerationConfig.from_pretrained, directory, "generation settings")
+    return stops(config, generation)
 
 
 def from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:

@@ -69,7 +69,8 @@ def train(
         models.load_config(config.ref_model, **trust)
     output = checkpoint.check_output(config)
     positions = models.max_positions(model_config)
-    train_examples, eval_examples = load_examples(config, method.format, tokenizer, positions, examples, eval_examples)
+    stops = models.load_stops(config.model, model_config, model)
+    train_examples, eval_examples = load_examples(config, method.format, tokenizer, positions, examples, eval_examples, stops=stops)
     method.read(train_examples, eval_examples)
     method.max_length = config.max_length or positions
     if config.ref_model is not None:

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastalign
+from fastalign.train.formats import Texts
 from fastalign.train.model import PackedCausalLM
-from fastalign.train.tokenise import TokenExample, token_pair
+from fastalign.train.tokenise import ExampleTokenizer, TokenExample, token_pair
 
 PRODUCTS = ("kettle", "lamp", "chair", "phone", "radio", "clock", "mug", "bag", "desk", "fan", "pen", "watch")
 PARTS = ("handle", "base", "cover", "finish", "button", "edge")
@@ -144,8 +145,10 @@ def train_sft(
 
 def _pack(tokenizer: Any, examples: Sequence[Example]) -> fastalign.PackedBatch:
     """Prompts and completions (each with its end-of-sequence token) end to end, completions scored."""
-    rows = [(tokenizer(e.prompt)["input_ids"], tokenizer(e.completion)["input_ids"] + [tokenizer.eos_token_id]) for e in examples]
-    return fastalign.pack([p + c for p, c in rows], [[False] * len(p) + [True] * len(c) for p, c in rows])
+    to_tokens = ExampleTokenizer(tokenizer)
+    texts = (Texts("SFT example", e.prompt, (e.completion,), ("completion",)) for e in examples)
+    rows = [(tokens.prompt, tokens.completions[0]) for tokens, _ in map(to_tokens, texts)]
+    return fastalign.pack([torch.cat(row) for row in rows], [[False] * len(p) + [True] * len(c) for p, c in rows])
 
 
 @torch.no_grad()
@@ -162,12 +165,12 @@ def generate(
     """One completion per prompt, sampled from the model's own distribution (temperature 1, whole vocabulary) unless `options` of
     transformers' `generate` say otherwise. The same seed, prompts and batch size give the same samples."""
     device = next(model.parameters()).device
-    samples = []
+    to_tokens, samples = ExampleTokenizer(tokenizer), []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
-            inputs = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True).to(device)
-            inputs.pop("token_type_ids", None)
+            ids = [to_tokens.prompt(Texts("prompt", prompt, (), ())) for prompt in prompts[start : start + batch_size]]
+            inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(device)
             options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, **options}
             rows = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
             width = inputs["input_ids"].shape[1]

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fastalign.train import model as models
 from fastalign.train.errors import UserError
+from fastalign.train.tokenise import ExampleTokenizer
 
 
 def load_scorer(directory: str, *, seed: int | None = None, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -69,13 +70,13 @@ class PackedScorer(models.PackedModel):
 def with_padding(model: torch.nn.Module, tokenizer: Any) -> Any:
     """A copy of the tokenizer with a padding token, which the model's configuration gets as well.
 
-    transformers reads the score of a padded sequence at its last token that is not padding. Were that token EOS, as is usual where a
-    tokenizer has none of its own, the EOS at the end, where the score is trained, would be passed over: another special token takes
+    transformers reads the score of a padded sequence at its last token that is not padding. Were that a token which ends a turn, as is usual
+    where a tokenizer has no padding of its own, the end, where the score is trained, would be passed over: another special token takes
     its place, and where there is none the tokenizer gets one."""
-    tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    tokenizer, ends = copy.deepcopy(tokenizer), ExampleTokenizer(tokenizer).special.ends
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         others = [token for token in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens) if token is not None]
-        usable = [token for token in others if tokenizer.convert_tokens_to_ids(token) != tokenizer.eos_token_id]
+        usable = [token for token in others if tokenizer.convert_tokens_to_ids(token) not in ends]
         if usable:
             tokenizer.pad_token = usable[0]
         else:

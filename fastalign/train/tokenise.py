@@ -5,8 +5,9 @@ tokens that the prompt alone and the prompt with each of its completions have in
 token straddles the boundary (" a" + "bc" may become " abc"), the boundary moves left until all completions continue from the very
 same tokens: what follows is scored in each, so the comparison stays fair. Examples whose boundary moved are counted.
 
-**EOS.** A completion ends with the EOS that the model must emit. A chat template that puts white space after it ("<|im_end|>\\n") has
-that cut off, since generation stops at EOS; a text without EOS gets one.
+**Special tokens** come from one place, `specials.py`: one BOS before a text (from the tokenizer, or from the text), one end of turn behind a
+completion, whether the data, the tokenizer or the template bring some along. What a chat template makes of messages is compared with them,
+`templates.py`.
 
 **Length.** The limit of a sequence is `max_length`, and an equal share of the token budget where an example's sequences together exceed it.
 """
@@ -14,15 +15,23 @@ that cut off, since generation stops at EOS; a text without EOS gets one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fastalign.train.errors import DataError, UserError
-from fastalign.train.formats import Format, Messages, Text, Texts, common_prefix
+from fastalign.train.errors import DataError
+from fastalign.train.formats import Format, Text, Texts, common_prefix
+from fastalign.train.specials import SpecialTokens
+from fastalign.train.templates import ChatTemplate, plain_template
+
+__all__ = ["DataReport", "ExampleTokenizer", "TokenExample", "fit", "plain_template", "token_pair", "tokenise"]
+
+UNKNOWN = "with characters that the tokenizer does not know"
+SPELLED = "with the name of a special token inside an answer, taken as letters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,74 +79,95 @@ class DataReport:
     boundary_moved: int = 0
     truncated: int = 0
     dropped: int = 0
+    notes: Counter[str] = dataclasses.field(default_factory=Counter)
+    remarks: Sequence[str] = ()  # on the chat template, whatever the data
 
     def __str__(self) -> str:
         notes = [f"{self.count} {self.noun}s, {self.tokens} tokens, longest sequence {self.longest}"]
         notes += [f"{self.truncated} truncated"] if self.truncated else []
         notes += [f"{self.dropped} dropped as over-long"] if self.dropped else []
         notes += [f"{self.boundary_moved} with a token across the prompt boundary"] if self.boundary_moved else []
+        notes += [f"{count} {note}" for note, count in sorted(self.notes.items())]
         return ", ".join(notes)
 
 
-def plain_template(messages: Messages, add_generation_prompt: bool) -> str:
-    """The chat format for tokenizers without a template of their own: `role: content`, turns separated by a blank line. The prompt
-    ends with "assistant:", so that a completion begins with a space, as words inside a text do."""
-    turns = [f"{message['role']}: {message['content']}" for message in messages]
-    return "\n\n".join(turns + (["assistant:"] if add_generation_prompt else []))
-
-
 class ExampleTokenizer:
-    """Turns texts into token ids with one tokenizer."""
+    """The one place where a prompt and its completions, texts or messages, become token ids: `__call__` (prompt and completions), `prompt` (alone,
+    to sample from), `text` (all of it predicted). `stops`: ids at which the model's generation stops beside the tokenizer's EOS.
 
-    def __init__(self, tokenizer: Any):
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token, so a completion cannot end")
-        self.tokenizer = tokenizer
-        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+    `notes` counts what happened to the examples, `remarks()` says what is worth knowing of the chat template once it has been used."""
+
+    def __init__(self, tokenizer: Any, stops: Collection[int] = ()):
+        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer)
+        # Configurations name ids that are letters of this tokenizer where nobody set them; those end nothing.
+        others = {i for i in stops if i in self.template.added}
+        self.special = SpecialTokens(tokenizer, turn_end=self.template.turn_end, others=others)
+        self.notes: Counter[str] = Counter()
+        self._rendered = False
 
     def __call__(self, texts: Texts) -> tuple[TokenExample, bool]:
         """The example's tokens, and whether its boundary moved."""
-        prompt = self.prompt(texts)
-        whole = [self._encode(texts, field, completion) for field, completion in zip(texts.fields, texts.completions)]
-        end = min(common_prefix(prompt, ids) for ids in whole)
-        if end == 0:
+        text, prompt = self._prompt(texts)
+        end = self.special.end_of(texts.conversational, prompt)
+        whole = [self._with_completion(texts, text, field, each, end) for field, each in zip(texts.fields, texts.completions)]
+        self._count([prompt, *whole])
+        boundary = min(common_prefix(prompt, ids) for ids in whole)
+        if boundary == 0:
             raise DataError(
                 texts.source,
                 "prompt",
                 "gives no token that a completion could be predicted from (it is empty and the tokenizer adds no BOS token)",
             )
-        completions = tuple(torch.tensor(self._end_with_eos(ids[end:]), dtype=torch.int32) for ids in whole)
-        return TokenExample(torch.tensor(prompt[:end], dtype=torch.int32), completions, texts.values), end < len(prompt)
+        for field, ids in zip(texts.fields, whole):
+            self.special.check_completion(texts.source, field, ids[boundary:-1])
+        completions = tuple(torch.tensor(ids[boundary:], dtype=torch.int32) for ids in whole)
+        return TokenExample(torch.tensor(prompt[:boundary], dtype=torch.int32), completions, texts.values), boundary < len(prompt)
 
     def prompt(self, texts: Texts) -> list[int]:
         """Ids of the prompt alone, ready for a completion."""
-        return self._encode(texts, "prompt", None)
+        ids = self._prompt(texts)[1]
+        self._count([ids])
+        return ids
 
-    def _encode(self, texts: Texts, field: str, completion: Text | Messages | None) -> list[int]:
-        """Ids of the prompt, or of the prompt with one completion."""
-        if texts.conversational:
-            text = self._render(texts.source, field, texts.prompt + (completion or []))
-        else:
-            text = texts.prompt + (completion or "")
+    def text(self, source: str, text: Text) -> list[int]:
+        """Ids of a text of its own, with BOS (if the tokenizer adds one) and EOS."""
+        ids = self.special.begun(source, "text", self.special.encode(self.special.without_ends(text)), bare=True)
+        return [*ids, self.special.eos]
+
+    def remarks(self) -> list[str]:
+        return self.template.remarks() if self._rendered else []
+
+    def _prompt(self, texts: Texts) -> tuple[str, list[int]]:
+        text = self.template.prompt(texts.source, texts.prompt) if texts.conversational else texts.prompt
+        self._rendered |= texts.conversational and self.template.own
+        return text, self._encode(texts, "prompt", text)
+
+    def _encode(self, texts: Texts, field: str, text: str) -> list[int]:
         # A chat template writes its special tokens itself.
-        special = not (texts.conversational and self.has_template)
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        bare = not (texts.conversational and self.template.own)
+        return self.special.begun(texts.source, field, self.special.encode(text), bare=bare)
 
-    def _render(self, source: str, field: str, messages: Messages) -> str:
-        if not self.has_template:
-            return plain_template(messages, add_generation_prompt=field == "prompt")
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=field == "prompt")
-        except Exception as error:  # templates are programs of their own: any error in one is about this example
-            raise DataError(source, field, f"the tokenizer's chat template refuses it: {error}") from None
+    def _with_completion(self, texts: Texts, prompt: str, field: str, completion: Any, end: int) -> list[int]:
+        """Ids of the prompt with one completion, which ends with the token `end`, and with no other end of turn before that."""
+        if not texts.conversational:
+            return [*self._encode(texts, field, prompt + self.special.without_ends(completion)), end]
+        message = {**completion[0], "content": self.special.without_ends(completion[0]["content"])}
+        text = self.special.without_ends(self.template.answer(texts.source, field, texts.prompt, prompt, message))
+        words = message["content"].strip()
+        if not self.special.spells_special(words):
+            return [*self._encode(texts, field, prompt + text), end]
+        # The content of a message is words: "</s>" in it is a text about tokens, or one that got there by mistake.
+        self.template.notes.add(SPELLED)
+        before, _, behind = text.partition(words)
+        ids = self._encode(texts, field, prompt + before)
+        return [*ids, *self.special.letters(words), *self.special.encode(behind), end]
 
-    def _end_with_eos(self, ids: list[int]) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        if eos in ids:
-            last = len(ids) - 1 - ids[::-1].index(eos)
-            if not self.tokenizer.decode(ids[last + 1 :], skip_special_tokens=False).strip():
-                return ids[: last + 1]
-        return ids + [eos]
+    def _count(self, sequences: list[list[int]]) -> None:
+        unknown = self.tokenizer.unk_token_id
+        if unknown not in (None, self.special.bos, self.special.eos) and any(unknown in ids for ids in sequences):
+            self.notes[UNKNOWN] += 1
+        self.notes.update(self.template.notes)
+        self.template.notes.clear()
 
 
 def tokenise(
@@ -149,9 +179,10 @@ def tokenise(
     max_length: int | None,
     overlong: str,
     progress: bool = False,
+    stops: Collection[int] = (),
 ) -> tuple[list[TokenExample], DataReport]:
-    """Check, tokenise and fit every example (a row in the format `form`, or a ready `TokenExample`)."""
-    to_tokens, kept, report = ExampleTokenizer(tokenizer), [], DataReport(form.noun)
+    """Check, tokenise and fit every example (a row in the format `form`, or a ready `TokenExample`). `stops`: see `ExampleTokenizer`."""
+    to_tokens, kept, report = ExampleTokenizer(tokenizer, stops), [], DataReport(form.noun)
     first: Mapping[str, Any] | None = None
     for source, row in tqdm(examples, desc="tokenising", unit=f" {form.noun}s", leave=False, disable=None if progress else True):
         example, moved = (row, False) if isinstance(row, TokenExample) else to_tokens(form.parse(source, row))
@@ -167,6 +198,7 @@ def tokenise(
         report.tokens += fitted.tokens()
         report.longest = max(report.longest, fitted.longest())
         kept.append(fitted)
+    report.notes, report.remarks = to_tokens.notes, to_tokens.remarks()
     return kept, report
 
 

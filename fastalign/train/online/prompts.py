@@ -7,7 +7,7 @@ conversational    {"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,9 @@ def load_prompts(
             raise UserError("--data is missing: it names the file with the prompts")
         kept, counts = [], {"truncated": 0, "dropped": 0}
         for source, row in read_jsonl(path) if rows is None else ((f"{name} prompt {i}", row) for i, row in enumerate(rows)):
-            ids = _prompt_ids(to_tokens, source, row)
+            ids = to_tokens.prompt(parse_prompt(source, row))
+            if not ids:
+                raise DataError(source, "prompt", "gives no token to sample from (it is empty and the tokenizer adds no BOS token)")
             fitted = _fit(ids, limit - config.max_new_tokens, config, tokenizer.bos_token_id, source)
             if fitted is not None:
                 kept.append(TokenExample(torch.tensor(fitted, dtype=torch.int32), (), dict(row)))
@@ -50,7 +52,11 @@ def load_prompts(
                 f"no prompt to sample from: {path or 'the list'} " + ("has over-long ones only" if counts["dropped"] else "is empty")
             )
         notes = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        notes += "".join(f", {count} {note}" for note, count in sorted(to_tokens.notes.items()))
+        to_tokens.notes.clear()
         print(f"{name} data: {len(kept)} prompts, longest {max(len(p.prompt) for p in kept)} tokens{notes} ({path or 'in memory'})")
+        for remark in to_tokens.remarks() if name == "training" else ():
+            print(remark)
         return kept
 
     train = load("training", config.data, rows)
@@ -59,13 +65,20 @@ def load_prompts(
     return hold_out(config, train, "prompt")
 
 
-def load_texts(config: OnlineConfig, tokenizer: Any, positions: int | None, texts: Iterable[str] | None = None) -> list[TokenExample]:
-    """The texts of --ptx-data, each with BOS (if the tokenizer adds one) and EOS, cut to the longest sequence there may be."""
-    limit, kept = sequence_limit(config, positions), []
+def load_texts(
+    config: OnlineConfig,
+    tokenizer: Any,
+    positions: int | None,
+    texts: Iterable[str] | None = None,
+    *,
+    stops: Collection[int] = (),
+) -> list[TokenExample]:
+    """The texts of --ptx-data, each with BOS (if the tokenizer adds one) and EOS, cut to the longest sequence there may be. `stops`: see
+    `ExampleTokenizer`."""
+    to_tokens, limit, kept = ExampleTokenizer(tokenizer, stops), sequence_limit(config, positions), []
     lines = read_jsonl(config.ptx_data) if texts is None else ((f"text {i}", {"text": text}) for i, text in enumerate(texts))
     for source, row in lines:
-        ids = tokenizer(parse_text(source, row), verbose=False)["input_ids"]
-        ids = ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        ids = to_tokens.text(source, parse_text(source, row))
         if len(ids) < 2:
             raise DataError(source, "text", "has no token that could be predicted")
         ids = torch.tensor(ids[:limit], dtype=torch.int32)
@@ -81,15 +94,6 @@ def sequence_limit(config: OnlineConfig, positions: int | None) -> int:
     if positions is not None and (config.max_length or 0) > positions:
         raise UserError(f"--max-length {config.max_length} exceeds the model's {positions} positions")
     return min(config.max_length or positions or config.tokens_per_batch, config.tokens_per_batch)
-
-
-def _prompt_ids(to_tokens: ExampleTokenizer, source: str, row: Any) -> list[int]:
-    ids = to_tokens.prompt(parse_prompt(source, row))
-    while ids and ids[-1] == to_tokens.tokenizer.eos_token_id and not isinstance(row["prompt"], list):
-        ids = ids[:-1]  # a tokenizer that ends every text with EOS must not end the prompt
-    if not ids:
-        raise DataError(source, "prompt", "gives no token to sample from (it is empty and the tokenizer adds no BOS token)")
-    return ids
 
 
 def _fit(ids: Sequence[int], limit: int, config: OnlineConfig, bos: int | None, source: str) -> Sequence[int] | None:

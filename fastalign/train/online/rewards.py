@@ -18,6 +18,8 @@ from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.online.config import OnlineConfig
 from fastalign.train.online.rollout import Rollout
 from fastalign.train.scorer import PackedScorer, load_scorer
+from fastalign.train.specials import SpecialTokens
+from fastalign.train.tokenise import ExampleTokenizer, TokenExample
 
 Reward = Callable[[Sequence[Rollout]], torch.Tensor]  # [responses] float32 on the CPU; NaN: this one cannot be scored
 
@@ -68,19 +70,28 @@ class FunctionReward:
 
 
 class ModelReward:
-    """A trained reward model; it reads the very tokens that were sampled."""
+    """A trained reward model. It reads the very tokens that were sampled, except for the last one of a response that came to an end: that is
+    the token which the trainer's data end with for such a prompt, since there the score was trained. A model may have several ways to stop."""
 
-    def __init__(self, scorer: PackedScorer, budget: int):
-        self.scorer, self.budget = scorer, budget
+    def __init__(self, scorer: PackedScorer, budget: int, special: SpecialTokens):
+        self.scorer, self.budget, self.special = scorer, budget, special
 
     def check(self, rows: Sequence[Any]) -> None: ...
 
     @torch.no_grad()
     def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         scores = torch.empty(len(rollouts))
-        for batch in pack_examples([rollout.example for rollout in rollouts], range(len(rollouts)), self.budget):
+        for batch in pack_examples([self._as_trained(rollout) for rollout in rollouts], range(len(rollouts)), self.budget):
             scores[batch.members] = self.scorer.scores(self.scorer.to_device(batch.packed)).float().cpu()
         return scores
+
+    def _as_trained(self, rollout: Rollout) -> TokenExample:
+        example = rollout.example
+        if not rollout.ended:
+            return example
+        completion = example.completions[0].clone()
+        completion[-1] = self.special.end_of(isinstance(example.values.get("prompt"), list), example.prompt.tolist())
+        return TokenExample(example.prompt, (completion,), example.values)
 
 
 def make_reward(config: OnlineConfig, tokenizer: Any, limit: int, device: str, function: Callable[..., Any] | None = None) -> Any:
@@ -98,7 +109,8 @@ def make_reward(config: OnlineConfig, tokenizer: Any, limit: int, device: str, f
         return FunctionReward(_import(config.reward), config.reward)
     directory, trust = config.reward_model, {"trust_remote_code": config.trust_remote_code}
     what = f"--reward-model {directory}"
-    models.check_tokenizer(what, models.load_tokenizer(directory, **trust), tokenizer)
+    theirs = models.load_tokenizer(directory, **trust)
+    models.check_tokenizer(what, theirs, tokenizer)
     models.check_positions(what, models.load_config(directory, **trust), limit)
     scorer = PackedScorer(
         load_scorer(directory, **trust).requires_grad_(False), attention=config.attention, dtype=config.dtype, device=device
@@ -108,7 +120,9 @@ def make_reward(config: OnlineConfig, tokenizer: Any, limit: int, device: str, f
             f"--reward-model {directory}: its vocabulary has {scorer.vocabulary()} entries, fewer than the policy's tokenizer "
             f"({len(tokenizer)})"
         )
-    return ModelReward(scorer, config.tokens_per_batch)
+    if theirs.chat_template != tokenizer.chat_template:
+        print(f"{what}: its chat template is not the policy's, whose prompts it will read")
+    return ModelReward(scorer, config.tokens_per_batch, ExampleTokenizer(tokenizer).special)
 
 
 def _import(name: str) -> Callable[..., Any]:

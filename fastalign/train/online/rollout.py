@@ -11,7 +11,8 @@ import transformers
 
 from fastalign.train.model import PackedCausalLM
 from fastalign.train.online.config import OnlineConfig
-from fastalign.train.tokenise import TokenExample
+from fastalign.train.specials import stops
+from fastalign.train.tokenise import ExampleTokenizer, TokenExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,12 @@ class Sampler:
     """Samples `samples_per_prompt` responses to every prompt, those of one prompt behind each other.
 
     Everything that the model's own generation settings would add (top-k, penalties, ...) is left out: the samples are drawn from the very
-    distribution that the trainer scores. Generation stops at the tokenizer's EOS and at those of the model's generation settings."""
+    distribution that the trainer scores. Generation stops at the tokenizer's EOS, where the chat template ends a turn, and at the EOS tokens
+    of the model's generation settings."""
 
     def __init__(self, lm: PackedCausalLM, tokenizer: Any, config: OnlineConfig):
         self.lm, self.tokenizer, self.batch = lm, tokenizer, config.sample_batch
-        own = lm.model.generation_config.eos_token_id
-        self.eos = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+        self.eos = sorted(ExampleTokenizer(tokenizer).special.ends | stops(lm.model.generation_config))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.settings = transformers.GenerationConfig(
             do_sample=True,
@@ -72,6 +73,6 @@ class Sampler:
 
     def _rollout(self, prompt: TokenExample, ids: list[int]) -> Rollout:
         end = next((i for i, token in enumerate(ids) if token in self.eos), None)
-        ids = ids if end is None else ids[: end + 1]  # what follows is padding
+        ids, words = (ids, ids) if end is None else (ids[: end + 1], ids[:end])  # what follows is padding
         example = TokenExample(prompt.prompt, (torch.tensor(ids, dtype=torch.int32),), prompt.values)
-        return Rollout(example, end is not None, self.tokenizer.decode(ids, skip_special_tokens=True))
+        return Rollout(example, end is not None, self.tokenizer.decode(words, skip_special_tokens=True))

@@ -69,7 +69,8 @@ def train_online(
     output = checkpoint.check_output(config)
     positions = models.max_positions(model_config)
     splits = load_prompts(config, tokenizer, positions, prompts, eval_prompts)
-    mixed_in = load_texts(config, tokenizer, positions, texts) if config.ptx_coef else []
+    stops = models.load_stops(config.model, model_config, model)
+    mixed_in = load_texts(config, tokenizer, positions, texts, stops=stops) if config.ptx_coef else []
     limit = sequence_limit(config, positions)
     for flag, directory in (("--ref-model", config.ref_model), ("--dpo-model", config.dpo_model)):
         if directory is not None:
