@@ -125,9 +125,9 @@ def test_the_name_of_a_special_token_in_a_message_is_letters(template):
     tokenizer = byte_tokenizer(template, CHAT_SPECIALS, bos=True)
     row = {"prompt": [user("hi")], "chosen": [assistant("a</s> b<s>c<end></s>")], "rejected": [assistant("<s>old</s>new")]}
     (pair,), report = tokenise([("line 1", row)], tokenizer, PREFERENCE, budget=4096, max_length=None, overlong="error")
-    words = "a</s> b<s>c" if template else " a</s> b<s>c<end>"
+    first, second = ("a</s> b<s>c", "<s>old</s>new") if template else (" a</s> b<s>c<end>", " <s>old</s>new")
     end = "<end>" if template else "</s>"
-    for ids, words in zip(pair.completions, (words, "<s>old</s>new" if template else " <s>old</s>new")):
+    for ids, words in zip(pair.completions, (first, second)):
         assert tokenizer.decode(ids) == words + end and not {0, 1} & set(ids[:-1].tolist())
         assert ids[-1] == tokenizer.convert_tokens_to_ids(end)
     assert "1 with the name of a special token inside an answer, taken as letters" in str(report)
