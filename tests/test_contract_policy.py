@@ -76,6 +76,8 @@ VARIANTS = {
     **{f"preset {n} with all": {"loss": n, **NORM.get(n, {}), **FULL} for n in PRESETS if n != "vespo"},
     **{f"aggregation {a}": {"aggregation": a, **({"norm_length": 11.0} if a.endswith("norm") else {})} for a in AGGREGATIONS},
     **{f"kl {k}": {"needs": ("ref_logprobs",), "kl_coef": 0.3, "kl_kind": k} for k in KL_KINDS},
+    **{f"kl clamped {k}": {"needs": ("ref_logprobs",), "kl_coef": 0.3, "kl_kind": k, "kl_clamp": 0.03, "kl_bias_correction": k == "abs"}
+       for k in KL_KINDS},
     "kl corrected": {"needs": ("ref_logprobs",), "kl_coef": 0.3, "kl_bias_correction": True},
     "kl of reinforce": {"loss": "reinforce", "needs": ("ref_logprobs",), "kl_coef": 0.3, "kl_bias_correction": True},
     "only metrics": {"needs": ("ref_logprobs", "entropy", "is_weight")},

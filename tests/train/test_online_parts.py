@@ -288,6 +288,8 @@ WRONG = [
     ("ppo", {"loss": "gspo"}, "gspo takes one advantage per response, and ppo has one per token; legal: ppo, reinforce"),
     ("ppo", {"loss": "pqo"}, "'pqo' is unknown; legal: ppo, reinforce"),
     ("ppo", {"loss_options": {"clip": 1}}, "no option 'clip'; legal"),
+    ("grpo", {"loss_options": {"epsilon": 0.1}}, "no option 'epsilon'; epsilon: write clip_low=0.1, clip_high=0.1"),
+    ("grpo", {"loss_options": {"num_iterations": 2}}, "a setting of the trainer, not of the loss: --rollout-epochs"),
     ("ppo", {"loss_options": {"kl_coef": 1}}, "--set kl_coef is given by --kl-coef here"),
     ("ppo", {"loss_options": {"is_mode": "mask", "is_max": 2.0}}, "this trainer samples from the policy itself"),
     ("ppo", {"drop_equal_groups": True}, "fastalign train ppo has no setting --drop-equal-groups"),

@@ -86,7 +86,7 @@ class OnlineConfig(RunConfig):
     bootstrap_truncated: bool = setting(
         False, "a response that was cut off is worth what the value head expects after its last token, not 0"
     )
-    whiten_rewards: bool = setting(False, "divide the rewards per token by their standard deviation over the step")
+    whiten_rewards: bool = setting(False, "divide the rewards per token by their standard deviation over the step (their mean stays)")
     dpo_model: str | None = setting(
         None, "directory of a DPO-trained model whose log-ratio to the reference is a reward per token (RTO)", metavar="DIR"
     )
@@ -96,7 +96,9 @@ class OnlineConfig(RunConfig):
     # Groups of samples for one prompt
     scale_rewards: bool = setting(True, "divide by the standard deviation of the group's rewards (--loss dr_grpo: never)")
     overlong_buffer: int = setting(0, "the last tokens of --max-new-tokens over which the reward falls linearly by 1 (DAPO); 0: none")
-    drop_equal_groups: bool = setting(False, "leave groups of equal rewards out of the loss and its denominators (DAPO)")
+    drop_equal_groups: bool = setting(
+        False, "leave groups whose scores are all equal, before any penalty, out of the loss and its denominators (DAPO)"
+    )
     mask_truncated: bool = setting(False, "leave responses that were cut off out of the loss and its denominators (DAPO)")
 
     def __post_init__(self) -> None:
