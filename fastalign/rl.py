@@ -64,8 +64,8 @@ def shape_rewards(
         finished: [S] bool, whether the response ended by itself; needed with missing_eos_penalty (>= 0, subtracted from the score).
 
     Returns:
-        [T] fp32 (fp64 if scores are fp64). A sequence without scored rows has no place for its score: it is dropped. To whiten the rewards:
-        `whiten(rewards, mask, shift_mean=False)`.
+        [T] fp32 (fp64 if scores are fp64). A sequence without scored rows has no place for its score: it is dropped. To scale the rewards,
+        divide them by their standard deviation; `whiten(rewards, mask, shift_mean=False)`, TRL's whiten_rewards, moves tokens without a reward.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, unknown kl_kind, numbers out of range, missing or contradictory arguments.

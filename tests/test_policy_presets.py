@@ -326,6 +326,8 @@ def test_every_field_reaches_the_kernel():
         ("ppo", {"eps": 0.1}, "no option 'eps'; legal: surrogate, ratio"),
         ("ppo", {"aggregation": "mean"}, "aggregation='mean' is unknown; legal: token_mean"),
         ("ppo", {"kl_kind": "k4"}, "kl_kind='k4' is unknown"),
+        ("ppo", {"kl_clamp": 0}, "kl_clamp"),
+        ("ppo", {"kl_clamp": 5.0}, "kl_clamp=5.0 has no effect without kl_coef"),
         ("ppo", {"clip_low": -0.1}, "clip_low"),
         ("ppo", {"clip_low": 1.5}, "clip_low"),
         ("ppo", {"clip_low": 0.1, "ratio_min": 0.9}, "same side"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trl import REWARDS, both, same, trl_loss
+from test_trl import REWARDS, Accelerator, both, same, trl_loss
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.rloo_config import RLOOConfig
 
 import fastalign as fa
@@ -167,6 +170,68 @@ def test_orpo_is_that_of_the_orpo_trainer():
     same(*both(batch, theirs, loss="orpo", pair_weight=0.1))
 
 
+def test_bt_rm_is_the_loss_of_the_reward_trainer():
+    """With a margin and with centering; and what `fastalign train reward` logs."""
+    draw = torch.Generator().manual_seed(0)
+    scores, margin = 3.0 * torch.randn(10, generator=draw), torch.rand(5, generator=draw)
+    for given, centering in (({}, None), ({"margin": margin}, None), ({}, 0.01)):
+        theirs, ours = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+        trainer = SimpleNamespace(model=SimpleNamespace(training=False), accelerator=Accelerator(), _total_train_tokens=0,
+                                  args=SimpleNamespace(center_rewards_coefficient=centering), _metrics={"eval": defaultdict(list)})  # fmt: skip
+        want = RewardTrainer.compute_loss(trainer, lambda theirs=theirs, **_: SimpleNamespace(logits=theirs.unsqueeze(-1)), dict(given))
+        out = fa.reward_loss(ours[:5], ours[5:], centering=centering or 0.0, **given)
+        assert torch.allclose(out.loss, want) and torch.allclose(
+            *(torch.autograd.grad(a, b)[0] for a, b in ((out.loss, ours), (want, theirs)))
+        )
+        mine, logged = out.metrics(), trainer._metrics["eval"]
+        assert float(mine["rewards/accuracies"]) == pytest.approx(logged["accuracy"][0])
+        assert float(mine["rewards/margins"]) == pytest.approx(logged["margin"][0])
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_unpaired_losses_are_those_of_the_kto_trainer(loss):
+    """Loss, gradient and metrics, on responses of which the last is paired with another prompt for the baseline."""
+    draw = torch.Generator().manual_seed(1)
+    lp, ref, kl_lp, kl_ref = -torch.rand(4, 6, 8, generator=draw)
+    labels = torch.tensor([True, False, False, True, True, False])
+    x, y = lp.clone().requires_grad_(), lp.clone().requires_grad_()
+
+    class Model:
+        training = False
+
+        def __init__(self, values, other):
+            self.values, self.other = values, other
+
+        def __call__(self, **_):
+            zeros = torch.zeros(6, 8)
+            return SimpleNamespace(log_probs=self.values, entropy=zeros, mean_logits=zeros, is_top1=zeros > 1)
+
+    policy, reference = Model(x, kl_lp), Model(ref, kl_ref)
+    trainer = SimpleNamespace(
+        model=policy, ref_model=reference, accelerator=Accelerator(), aux_loss_enabled=False, precompute_ref_logps=False, beta=0.3,
+        calculate_KL=loss == "kto", loss_type=loss, desirable_weight=1.2, undesirable_weight=0.7, _metrics={"eval": defaultdict(list)},
+        _compute_kl_logps=lambda model, batch: model.other.sum(-1), _total_train_tokens=0, _tp_size=1,
+        args=SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None),
+    )  # fmt: skip
+    policy.is_gradient_checkpointing = False
+    ids = torch.zeros(6, 9, dtype=torch.long)
+    mask = torch.cat([torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 8, dtype=torch.long)], 1)
+    want = KTOTrainer._compute_loss(
+        trainer, policy, {"input_ids": ids, "attention_mask": ids + 1, "completion_mask": mask, "label": labels}, False
+    )
+    cu = torch.arange(0, 49, 8, dtype=torch.int32)
+    baseline = {"baseline": fa.kto_baseline(kl_lp.flatten(), kl_ref.flatten(), cu)} if loss == "kto" else {}
+    out = fa.unpaired_loss(
+        y.flatten(), ref.flatten(), cu, labels, loss=loss, beta=0.3, desirable_weight=1.2, undesirable_weight=0.7, **baseline
+    )
+    assert torch.allclose(out.loss, want) and torch.allclose(
+        torch.autograd.grad(out.loss, y)[0], torch.autograd.grad(want, x)[0], atol=1e-7
+    )
+    mine = {name: float(value) for name, value in out.metrics().items()}
+    for key in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
+        assert mine[key] == pytest.approx(trainer._metrics["eval"][key][0], rel=1e-5), key
+
+
 def test_every_form_of_the_table_is_compared():
-    compared = {*DPO_FORMS, *(name for name, _, _ in CPO_FORMS.values()), "orpo", "wpo", "bt_rm"}
-    assert set(losses.TRL_FORMS) <= compared, "wpo: test_trl.py, bt_rm: test_reward.py"
+    compared = {*DPO_FORMS, *(name for name, _, _ in CPO_FORMS.values()), "orpo", "wpo", "bt_rm"}  # wpo: test_trl.py
+    assert set(losses.TRL_FORMS) <= compared

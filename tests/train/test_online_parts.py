@@ -288,6 +288,7 @@ WRONG = [
     ("ppo", {"loss": "gspo"}, "gspo takes one advantage per response, and ppo has one per token; legal: ppo, reinforce"),
     ("ppo", {"loss": "pqo"}, "'pqo' is unknown; legal: ppo, reinforce"),
     ("ppo", {"loss_options": {"clip": 1}}, "no option 'clip'; legal"),
+    ("ppo", {"loss_options": {"kl_clamp": 5}}, "--set kl_clamp has no effect: it is of the KL in the loss"),
     ("grpo", {"loss_options": {"epsilon": 0.1}}, "no option 'epsilon'; epsilon: write clip_low=0.1, clip_high=0.1"),
     ("grpo", {"loss_options": {"num_iterations": 2}}, "a setting of the trainer, not of the loss: --rollout-epochs"),
     ("ppo", {"loss_options": {"kl_coef": 1}}, "--set kl_coef is given by --kl-coef here"),

@@ -137,7 +137,8 @@ def policy_loss(
         dual_clip: c > 1: where A < 0 the term is at most -A c.
         kl_coef: weight of the KL term (number or 0-dim tensor); kl_kind: k1, k2, k3, abs (gradient: the estimator's own, 1, d, 1 - e^-d, sign d
             with d = logprobs - ref_logprobs) or k3+ (value of k3, gradient of k2); needs ref_logprobs. kl_bias_correction (bool): the
-            term times rho; needs kl_coef.
+            term times rho; needs kl_coef. kl_clamp: the term is clamped to +-kl_clamp, without gradient beyond; None: never; "auto" (default):
+            10 for k3, which grows as e^-d, never for the others.
         entropy_coef: weight of the entropy bonus (number or 0-dim tensor).
         aggregation: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm (needs norm_length) or token_sum.
             A sequence without scored tokens does not count.
@@ -176,6 +177,8 @@ def policy_loss(
         raise ValueError(f"kl_kind={kl_kind!r} has no effect without ref_logprobs")
     if options.get("kl_bias_correction") and "kl_coef" not in options and preset.kl_coef == 0:
         raise ValueError("kl_bias_correction=True has no effect without kl_coef")
+    if isinstance(options.get("kl_clamp"), (int, float)) and "kl_coef" not in options and preset.kl_coef == 0:
+        raise ValueError(f"kl_clamp={options['kl_clamp']!r} has no effect without kl_coef")
     if entropy is None and ("entropy_coef" in coefficients or preset.entropy_coef != 0):
         raise ValueError("entropy_coef needs entropy, the policy's entropy per token")
     if is_weight is None and preset.is_mode is not None:

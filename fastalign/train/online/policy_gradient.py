@@ -32,6 +32,9 @@ def resolve_loss(method: str, config: OnlineConfig) -> fastalign.PolicyPreset:
     for name, flag in _OWN_FLAGS.items():
         if name in config.loss_options:
             raise UserError(f"--set {name} is given by {flag} here")
+    for name in ("kl_clamp", "kl_bias_correction"):
+        if name in config.loss_options and not (config.kl_coef and config.kl_in == "loss"):
+            raise UserError(f"--set {name} has no effect: it is of the KL in the loss (--kl-in loss and --kl-coef above 0)")
     options = {"entropy_coef": config.entropy_coef} | ({"kl_kind": config.kl_kind} if config.kl_in == "loss" else {})
     try:
         check_booleans(config.loss_options, fastalign.policy_losses.PolicyPreset)
