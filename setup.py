@@ -81,11 +81,11 @@ def compile_rule(name, command):
     return [f"rule {name}", f"  command = {command} -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
 
 
-def ninja_file(output, nvcc, cuda_sources):
-    """The text of build.ninja."""
+def ninja_file(output, nvcc, cuda_sources, *, headers=None, cpu=True, cuda_flags=""):
+    """The text of build.ninja. benchmarks/gpu_prepare.py builds for another Python's `headers`, without the CPU kernels, with more flags."""
     include = f"-I{CSRC}"
-    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-    defines = f"-DFA_MODULE=_C -DFA_WITH_CPU {literal('FA_VERSION', VERSION)}"
+    python = f"-isystem {headers or sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+    defines = f"-DFA_MODULE=_C {'-DFA_WITH_CPU ' if cpu else ''}{literal('FA_VERSION', VERSION)}"
     link = "g++ -fopenmp"
     rules = compile_rule("cxx", f"g++ {CXX_FLAGS} $flags {include} -MMD -MF $out.d")
     if nvcc:
@@ -94,10 +94,10 @@ def ninja_file(output, nvcc, cuda_sources):
         targets += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
         defines += f" -DFA_WITH_CUDA {literal('FA_CUDA_ARCHS', ';'.join(archs))} {literal('FA_CUDA_COMPILER', cuda_compiler_version(nvcc))}"
         link = f"{nvcc} {NVCC_LINK_FLAGS}"
-        rules += compile_rule("cuda", f"{nvcc} {NVCC_FLAGS} {targets} {include} -MD -MF $out.d")
+        rules += compile_rule("cuda", f"{nvcc} {NVCC_FLAGS} {targets} {cuda_flags} {include} -MD -MF $out.d")
     rules += ["rule link", f"  command = {link} -shared $in -o $out"]
 
-    sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp")), *(cuda_sources if nvcc else [])]
+    sources = [CSRC / "bindings.cpp", *(sorted((CSRC / "cpu").glob("*.cpp")) if cpu else []), *(cuda_sources if nvcc else [])]
     objects = []
     for source in sources:
         objects.append(str(source.relative_to(CSRC)).replace("/", ".") + ".o")
@@ -114,23 +114,27 @@ def escape(path):
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+def run_ninja(directory, text, verbose=False):
+    """Build what `text` describes in `directory`, where the objects stay for the next, incremental build; whether it succeeded."""
+    directory.mkdir(parents=True, exist_ok=True)
+    build_file = directory / "build.ninja"
+    if not build_file.exists() or build_file.read_text() != text:
+        build_file.write_text(text)
+    return subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(directory), *(["-v"] if verbose else [])]).returncode == 0
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext):
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
         nvcc = find_nvcc(cuda_sources)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Not build_temp, which is a fresh directory on every editable install: objects stay for the next, incremental build.
+        # Not build_temp, which is a fresh directory on every editable install.
         directory = ROOT / "build" / f"{sysconfig.get_platform()}-{sysconfig.get_python_version()}-{'cuda' if nvcc else 'cpu'}"
-        directory.mkdir(parents=True, exist_ok=True)
-        build_file = directory / "build.ninja"
-        text = ninja_file(output, nvcc, cuda_sources)
-        if not build_file.exists() or build_file.read_text() != text:
-            build_file.write_text(text)
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(directory), *(["-v"] if self.verbose > 1 else [])]
-        if subprocess.run(command).returncode:
+        if not run_ninja(directory, ninja_file(output, nvcc, cuda_sources), self.verbose > 1):
             hint = " FASTALIGN_CUDA=0 builds without the CUDA kernels; FASTALIGN_ARCHS chooses what they are compiled for." if nvcc else ""
             raise SystemExit(f"building fastalign/_C failed; the compiler's message is above.{hint}")
 
 
-setup(version=VERSION, license="Apache-2.0", ext_modules=[Extension("fastalign._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    setup(version=VERSION, license="Apache-2.0", ext_modules=[Extension("fastalign._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

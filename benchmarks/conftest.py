@@ -12,7 +12,8 @@ import torch
 
 from fastalign.bench import SHAPES
 from fastalign.bench.cases import make_case
-from fastalign.bench.measure import Runner, Timer, cache_bytes, peak_extra_bytes, read_bandwidth
+from fastalign.bench.measure import Runner, cache_bytes, ceiling_bytes, peak_extra_bytes, read_bandwidth
+from fastalign.bench.timing import Timer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -48,7 +49,7 @@ def pytest_generate_tests(metafunc):
 @functools.cache
 def read_gbs():
     """The bandwidth at which this machine merely reads, GB/s."""
-    return max(read_bandwidth(DEVICE, 512 << 20).values())
+    return max(read_bandwidth(DEVICE, ceiling_bytes(DEVICE)).values())
 
 
 @pytest.fixture

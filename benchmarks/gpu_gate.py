@@ -1,211 +1,300 @@
-"""The GPU gate; start it by benchmarks/gpu_gate.sh. Each step is a process of its own with a time limit, and its outcome is one of
+"""The GPU gate; start it by benchmarks/gpu_gate.sh. Runs the plan of gpu_plan.py step by step; the outcome of each is one of
 
     passed   it ran and found nothing
     failed   a test failed, a result was wrong, a tool found an error, or the step ran out of time
     n/a      the step could not run here, with the tool's own message: a missing compiler or sanitizer, say
 
-The gate fails if any step failed, or if neither GPU backend could be tested. `--dry-run` walks through all steps on the CPU."""
+The gate fails if any step failed, or if neither GPU backend could be tested. A run that is killed leaves all files up to there. `--dry-run` shows
+the order, the time of each step and the files, and walks through everything on the CPU. benchmarks/gpu_report.py prints what the files say."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
 import re
-import shutil
+import selectors
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-CONTRACT = tuple(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_contract*.py")))
-FOUND = 86  # the exit code by which compute-sanitizer says that it found an error
+import gpu_plan
+from gpu_plan import ABOUT, FILES, PREPARED, ROOT, SECONDS, Command, Place, Step
+
+DRY_SECONDS = 1800  # a busy machine without a GPU has no hurry: each step may take this long
 TAIL = 4000  # characters of output kept in the JSON
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_libc = ctypes.CDLL(None)
+
+
+def _own_group() -> None:
+    """In the child: a process group of its own, which can be ended as a whole, and no life beyond the gate's."""
+    os.setpgrp()
+    _libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
+
+
+class Running:
+    """A process of a step, its output so far, and its end."""
+
+    def __init__(self, command: Command):
+        self.command, self.output, self.code = command, "", None
+        paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **command.env}
+        self.process = subprocess.Popen(command.argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, preexec_fn=_own_group)  # fmt: skip
+
+    def stop(self) -> None:
+        """The whole group: a tool's or pytest's children would disturb what follows."""
+        for number, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(patience)
+            except ProcessLookupError:
+                return
+            except subprocess.TimeoutExpired:
+                continue
 
 
 class Gate:
-    """Runs the steps against one deadline and keeps what they said."""
+    """Runs the steps of one stage against its deadline, and keeps what they said in the stage's JSON and log."""
 
-    def __init__(self, minutes: float, dry: bool):
-        self.deadline, self.dry = time.monotonic() + 60 * minutes, dry
-        self.device = "cpu" if dry else "cuda"
-        self.steps: list[dict[str, Any]] = []
+    def __init__(self, stage: int, folder: Path, facts: dict[str, Any], seconds: float | None = None):
+        self.stage, self.folder, self.started = stage, folder, time.monotonic()
+        self.deadline = self.started + (SECONDS[stage] if seconds is None else seconds)
+        self.report: dict[str, Any] = {"stage": stage, "finished": False, **facts, "failed": [], "steps": []}
+        self.running: list[Running] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = open(folder / f"stage{stage}.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115 open while the gate lives
+        self.save()
 
-    def run(self, name: str, command: list[str], limit: float, **env: str) -> tuple[int | None, str]:
-        """(exit code, output); the code is None when the time was up."""
-        limit = min(limit, self.deadline - time.monotonic())
-        print(f"== {name}: {' '.join(command)}", flush=True)
-        started = time.monotonic()
+    def save(self) -> None:
+        """All of the JSON or nothing of it, whenever the gate is killed."""
+        self.report["seconds"] = round(time.monotonic() - self.started, 1)
+        path = self.folder / f"stage{self.stage}.json"
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.log.write(text + "\n")
+
+    def run(self, step: Step) -> str:
+        """The step's outcome; the worst of its commands'."""
+        left = self.deadline - time.monotonic()
+        limit = min(step.seconds, left)
+        self.say(f"== {step.name} (at most {max(limit, 0):.0f} s)")
+        if step.absent:
+            return self.record(step.name, "n/a", 0.0, step.absent)
+        if limit < 2:
+            return self.record(step.name, "failed", 0.0, "no time was left for this step")
+        began = time.monotonic()
+        for command in step.commands:
+            self.log.write(f"+ {' '.join(command.argv)}\n")
+        self.running = [Running(command) for command in step.commands]
         try:
-            if limit <= 5:
-                raise subprocess.TimeoutExpired(command, limit, output=b"no time was left for this step")
-            done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, timeout=limit, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT)  # fmt: skip
-            code, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as error:
-            code, output = None, (error.output or b"").decode(errors="replace") + f"\nstopped after {max(limit, 0):.0f} s"
-        self.seconds = round(time.monotonic() - started, 1)
-        return code, output
+            self.follow(began + limit)
+        finally:
+            for running in self.running:
+                running.stop()
+        seconds, outcomes, outputs = round(time.monotonic() - began, 1), [], []
+        for running in self.running:
+            text = running.output + (f"\nstopped after {limit:.0f} s" if running.code is None else "")
+            outcomes.append(running.command.judge(running.code, text))
+            if outcomes[-1] != "passed":
+                outputs.append(f"[{running.command.name}]\n{text[-TAIL:]}")
+        self.running = []
+        worst = next(o for o in ("failed", "n/a", "passed") if o in outcomes)
+        each = {c.name: o for c, o in zip(step.commands, outcomes)} if len(outcomes) > 1 else None
+        return self.record(step.name, worst, seconds, "\n".join(outputs), each)
 
-    def record(self, name: str, outcome: str, output: str = "", **facts: Any) -> None:
-        output = "" if outcome == "passed" else output[-TAIL:]
-        print(f"   {outcome} ({self.seconds} s)" + (f"\n{output}" if output else ""), flush=True)
-        self.steps.append({"step": name, "outcome": outcome, "seconds": self.seconds, **facts} | ({"output": output} if output else {}))
+    def follow(self, until: float) -> None:
+        """Read what the processes print, into the log at once, until they have ended or the time is up."""
+        with selectors.DefaultSelector() as ready:
+            for running in self.running:
+                ready.register(running.process.stdout, selectors.EVENT_READ, running)
+            while ready.get_map() and (left := until - time.monotonic()) > 0:
+                for key, _ in ready.select(min(left, 1.0)):
+                    self.read(ready, key.fileobj, key.data)
+                for running in self.running:  # one may have ended while a child of it still holds the pipe
+                    ended = running.process.poll() is not None and running.process.stdout in ready.get_map()
+                    if ended and not ready.select(0.2):
+                        ready.unregister(running.process.stdout)
+        for running in self.running:
+            running.code = running.process.poll() if time.monotonic() >= until else running.process.wait(max(0.1, until - time.monotonic()))
 
-    def absent(self, name: str, message: str) -> None:
-        self.seconds = 0.0
-        print(f"== {name}", flush=True)
-        self.record(name, "n/a", message)
+    def read(self, ready: selectors.BaseSelector, pipe: Any, running: Running) -> None:
+        data = os.read(pipe.fileno(), 1 << 16)
+        if not data:
+            ready.unregister(pipe)
+            return
+        text = data.decode(errors="replace")
+        running.output += text
+        name = f"[{running.command.name}] " if len(self.running) > 1 else ""
+        self.log.write("".join(name + line + "\n" for line in text.splitlines()))
 
-    # --- the steps --------------------------------------------------------------------------------------------------------------------
+    def record(self, name: str, outcome: str, seconds: float, output: str = "", each: dict[str, str] | None = None) -> str:
+        self.report["steps"].append(
+            {"step": name, "outcome": outcome, "seconds": seconds}
+            | ({"commands": each} if each else {})
+            | ({"output": output} if output else {})
+        )
+        if outcome == "failed":
+            self.report["failed"].append(name)
+        print(f"   {outcome} ({seconds} s)" + (f"\n{output}" if output else ""), flush=True)
+        self.save()
+        return outcome
 
-    def build(self, capability: str) -> None:
-        """Build the extension in place for this GPU alone; without nvcc, use what is there."""
-        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-        if self.dry:
-            return self.absent("build", "dry run: nothing is built")
-        if not (shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")):
-            return self.absent("build", f"nvcc is neither on PATH nor in {home}/bin; the extension is used as it is")
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        code, output = self.run("build", command, 240, FASTALIGN_CUDA="1", FASTALIGN_ARCHS=capability)
-        self.record("build", "passed" if code == 0 else "failed", output)
+    def finish(self) -> int:
+        self.report["finished"] = True
+        self.save()
+        failed = self.report["failed"]
+        self.say(f"stage {self.stage}: " + (f"failed: {'; '.join(failed)}" if failed else "every step passed or n/a")
+                 + f", {self.report['seconds']:.0f} s; {self.folder}")  # fmt: skip
+        return int(bool(failed))
 
-    def pytest(self, name: str, backend: str, paths: tuple[str, ...], limit: float, *options: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-x" if self.dry else "--maxfail=50", *paths, "--device", self.device]
-            if paths == CONTRACT and importlib.util.find_spec("xdist"):  # most of the time goes into compiling Triton kernels
-                command += ["-n", str(min(8, os.cpu_count() or 1))]
-            code, output = self.run(name, [*command, "--backend", backend, f"--junitxml={report}", *options], limit)
-            facts = _read_junit(report)
-        self.record(name, "passed" if code == 0 else "failed", output, **facts)
-
-    def sanitize(self, backend: str) -> None:
-        """The program by itself (it must run), then under each tool of compute-sanitizer."""
-        program = [sys.executable, "tests/gpu/sanitize.py", backend, self.device]
-        name = f"every op on small shapes, {backend}"
-        code, output = self.run(name, program, 60)
-        self.record(name, "passed" if code == 0 else "failed", output)
-        sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-        for tool in ("memcheck", "racecheck"):
-            name = f"compute-sanitizer {tool}, {backend}"
-            if self.dry or sanitizer is None:
-                self.absent(name, "dry run" if self.dry else "compute-sanitizer is not installed")
-                continue
-            # Without torch's cache every tensor is an allocation of its own, whose ends memcheck knows.
-            command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *program]
-            code, output = self.run(name, command, 75, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-            self.record(name, _sanitizer_outcome(code, output, backend), output)
-
-    def bench(self, op: str) -> dict[str, Any] | None:
-        name = f"bench {op}"
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "bench.json"
-            command = [sys.executable, "-m", "fastalign", "bench", "--op", op, "--device", self.device, "--json", str(path)]
-            code, output = self.run(name, command + ["--quick"] * self.dry, 150)
-            report = json.loads(path.read_text()) if path.exists() else None
-        # Out of time is no wrong result, and no result either.
-        self.record(name, {0: "passed", None: "n/a"}.get(code, "failed"), output)
-        print(output, flush=True)
-        return report
+    def interrupted(self, number: int, frame: Any) -> None:
+        for running in self.running:
+            running.stop()
+        self.report["interrupted"] = signal.Signals(number).name
+        self.save()
+        sys.exit(128 + number)
 
 
-def _sanitizer_outcome(code: int | None, output: str, backend: str) -> str:
-    """Passed only if the tool printed a clean summary and the program came to its end; "n/a" if it found nothing but did not do its work
-    (it refused this device, or the time was up)."""
-    clean = re.search(r"(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)", output)
-    found = re.search(r"(ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: [1-9])", output)
-    ran = f"ran on backend {backend}" in output
-    if code == 0 and clean and ran:
-        return "passed"
-    return "failed" if found or (ran and code == FOUND) else "n/a"
+# --- the machine and the extension ----------------------------------------------------------------------------------------------------------
 
-
-def _read_junit(path: Path) -> dict[str, Any]:
-    """Counts, failed tests, reasons of skipped ones, and what tests recorded."""
-    if not path.exists():
-        return {"tests": 0}
-    facts: dict[str, Any] = {"tests": 0, "failures": [], "skipped": [], "recorded": {}}
-    for case in ElementTree.parse(path).iter("testcase"):
-        facts["tests"] += 1
-        name = f"{case.get('classname')}::{case.get('name')}"
-        for kind in ("failure", "error"):
-            facts["failures"] += [f"{name}: {node.get('message', '')[:300]}" for node in case.findall(kind)]
-        facts["skipped"] += [f"{name}: {node.get('message', '')}" for node in case.findall("skipped")]
-        facts["recorded"] |= {node.get("name"): node.get("value") for node in case.iter("property")}
-    return facts
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+DESCRIBE = """
+import json, sys, torch
+from fastalign.bench.command import describe
+device = torch.device(sys.argv[1])
+facts = describe(device)
+if device.type == "cuda":
+    facts["capability"] = "".join(map(str, torch.cuda.get_device_capability()))
+print(json.dumps(facts))
+"""
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Revision, device and versions, from a process of its own: the gate itself holds no memory on the device."""
-    code = "import json, torch; from fastalign.bench.command import describe; d = torch.device('{0}'); print(json.dumps(describe(d) | " \
-           "{{'capability': ''.join(map(str, torch.cuda.get_device_capability())) if d.type == 'cuda' else ''}}))"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code.format(device)], cwd=ROOT, capture_output=True, text=True)
+    """Device and versions, from a process of its own: the gate itself holds no memory on the device."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DESCRIBE, device],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DRY_SECONDS if device == "cpu" else 60,
+    )
     if done.returncode:
         sys.exit(f"gpu_gate: cannot describe device {device}:\n{done.stderr[-2000:]}")
-    status = _git("status", "--porcelain")
-    return {"revision": _git("rev-parse", "HEAD"), "changed_files": status if status == "unknown" else status.splitlines(),
-            **json.loads(done.stdout.splitlines()[-1])}  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def card() -> str:
+    """The card's clocks and temperature as they are; nothing is set."""
+    try:
+        question = ["nvidia-smi", "-q", "-d", "CLOCK,TEMPERATURE,PERFORMANCE"]
+        return subprocess.run(question, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi: {error}"
+
+
+def revision(given: str | None) -> str:
+    """A copied tree may have no .git: then it is what was said, or unknown."""
+    if given:
+        return given
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def sources() -> str:
+    """What csrc holds, as one number: gpu_prepare.py leaves it beside what it built."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def build_step(facts: dict[str, Any], seconds: float) -> Step:
+    """Build the extension for this GPU alone, unless one is there that was built for it from these sources; without nvcc, use what is there."""
+    name, capability = "build the extension, unless carried", facts["capability"]
+    built = str(facts["extension"].get("CUDA kernels", "no"))
+    mark = PREPARED / "csrc.sha256"
+    if re.search(rf"\b{capability}\b", built):
+        if mark.exists() and mark.read_text().strip() == sources():
+            return Step(name, seconds, absent=f"not needed: carried along, built from these sources ({built})")
+        why = "built from other sources" if mark.exists() else "nothing says from which sources it was built"
+    else:
+        why = f"the extension that is there has CUDA kernels: {built}"
+    if gpu_plan.tool("nvcc") is None:
+        return Step(name, seconds, absent=f"nvcc is not here; the extension is used as it is ({why})")
+    env = {"FASTALIGN_CUDA": "1", "FASTALIGN_ARCHS": capability}
+    return Step(name, seconds, (Command("build", (sys.executable, "setup.py", "build_ext", "--inplace"), env),))
+
+
+def show_plan(stage: int) -> None:
+    plan = gpu_plan.budget(stage)
+    print(f"stage {stage}: {SECONDS[stage]} s in all; a step may take")
+    print("\n".join(f"  {seconds:4.0f} s  {name}" for name, seconds in plan))
+    if sum(seconds for _, seconds in plan) > SECONDS[stage]:
+        print("  (where something must be built, the last steps have what is left)")
+    print("and leaves in its folder\n" + "\n".join(f"  {name:<12} {ABOUT[name]}" for name in FILES[stage]), flush=True)
+
+
+def run_stage(stage: int, arguments: argparse.Namespace) -> int:
+    dry = arguments.dry_run
+    started = datetime.datetime.now(datetime.timezone.utc)
+    machine = describe("cpu" if dry else "cuda")
+    device = re.sub(r"[^a-z0-9]+", "-", "dry-run" if dry else machine["device"].lower()).strip("-")
+    folder = (arguments.results / f"{started:%Y-%m-%d-%H%M%S}-{device}-stage{stage}").resolve()
+    facts = {"dry_run": dry, "started": started.isoformat(timespec="seconds"), "revision": revision(arguments.revision), "machine": machine,
+             "card": "" if dry else card(), "plan": gpu_plan.budget(stage), "files": FILES[stage]}  # fmt: skip
+    gate = Gate(stage, folder, facts, DRY_SECONDS if dry else None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, gate.interrupted)
+    if stage == 1:
+        build = Step("build the extension, unless carried", 150, absent="dry run: nothing is built") if dry else build_step(machine, 150)
+        gate.run(build)
+        if not build.absent:
+            machine = gate.report["machine"] = describe("cuda")
+    wanted = ("reference", "cpu") if dry else ("cuda", "triton")
+    backends = tuple(name for name in wanted if machine["backends"][name] == "available")
+    for name in set(wanted) - set(backends):
+        gate.record(f"backend {name}", "n/a", 0.0, machine["backends"][name])
+    if backends:
+        for step in gpu_plan.steps(stage, Place(folder, backends, dry)):
+            gate.run(replace(step, seconds=DRY_SECONDS) if dry else step)
+    else:
+        gate.record("backends", "failed", 0.0, "no GPU backend could be tested")
+    return gate.finish()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="walk through the steps on the CPU, to check the gate itself; proves nothing"
-    )
-    parser.add_argument("--minutes", type=float, default=9.5, help="time for everything (default: 9.5)")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and walk through it on the CPU; proves nothing about a GPU")
+    parser.add_argument("--stage", type=int, choices=(1, 2), action="append", help="only this stage; default: both")
+    home = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, default=home, help="folder of the results' folder (default: $OUT, else benchmarks/results)")
+    parser.add_argument("--revision", default=os.environ.get("FASTALIGN_REVISION"), help="where there is no .git (or FASTALIGN_REVISION)")
     arguments = parser.parse_args()
-    gate = Gate(arguments.minutes, arguments.dry_run)
-    started = datetime.datetime.now(datetime.timezone.utc)
-    if not gate.dry:
+    missing = [name for name in ("pytest", "xdist", "pytest_timeout") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"gpu_gate: {', '.join(missing)} cannot be imported; pip install pytest pytest-xdist pytest-timeout")
+    if not arguments.dry_run:
         import torch
 
         if not torch.cuda.is_available():
             sys.exit("gpu_gate: torch sees no CUDA device (--dry-run walks through the steps without one)")
-        gate.build("".join(map(str, torch.cuda.get_device_capability())))
-    else:
-        gate.build("")
-    facts = describe(gate.device)
-    wanted = ("cpu",) if gate.dry else ("cuda", "triton")
-    backends = [name for name in wanted if facts["backends"][name] == "available"]
-    for name in set(wanted) - set(backends):
-        gate.absent(f"backend {name}", facts["backends"][name])
-
-    for name in backends:
-        # A dry run shows that the commands work; the contract itself is tested on the CPU elsewhere.
-        gate.pytest(f"contract, {name}", name, CONTRACT, 200, *(["-k", "top1 or cu_seqlens"] if gate.dry else []))
-    for name in backends:
-        gate.sanitize(name)
-    if not gate.dry:
-        for name in backends:
-            gate.pytest(f"device, {name}", name, ("tests/gpu",), 150)
-    sys.path.insert(0, str(ROOT))
-    from fastalign.bench.shapes import OPS
-
-    benches = [gate.bench(op) for op in (("kl_estimate",) if gate.dry else OPS)]
-
-    failed = [step["step"] for step in gate.steps if step["outcome"] == "failed"] + ([] if backends else ["no GPU backend could be tested"])
-    report = {"started": started.isoformat(timespec="seconds"), "dry_run": gate.dry, "machine": facts, "failed": failed, "steps": gate.steps,
-              "bench": [b for b in benches if b is not None]}  # fmt: skip
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", ("dry-run " if gate.dry else "") + facts["device"].lower()).strip("-")
-    path = arguments.results / f"{started:%Y-%m-%d-%H%M%S}-{device}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{path}\n" + ("failed: " + "; ".join(failed) if failed else "all steps passed or n/a:"))
-    print("\n".join(f"  {step['outcome']:<7} {step['seconds']:6.1f} s  {step['step']}" for step in gate.steps))
-    return 1 if failed else 0
+    stages = arguments.stage or [1, 2]
+    for stage in stages:
+        show_plan(stage)
+    return max([run_stage(stage, arguments) for stage in stages])
 
 
 if __name__ == "__main__":

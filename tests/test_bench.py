@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,10 +12,10 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import registry
-from fastalign.bench import SHAPES, command, measure
-from fastalign.bench.cases import Contestant, make_case, own_backends
-from fastalign.bench.shapes import OPS, Rows
+from fastalign.bench import SHAPES, command, eager, measure, packed_cases
+from fastalign.bench.case import Contestant
+from fastalign.bench.cases import make_case, own_backends
+from fastalign.bench.shapes import OPS, Rows, Sequences
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -128,11 +127,12 @@ def test_command_writes_json_and_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "cpu-quick", SHAPES["tiny"])
     monkeypatch.setitem(command.EFFORT, "cpu-quick", command.EFFORT["tiny"])
     files = tmp_path / "bench.json", tmp_path / "bench.png"
-    arguments = ["--quick", "--device", "cpu", "--op", "sequence_sum", "--json", str(files[0]), "--plot", str(files[1])]
+    arguments = ["--quick", "--no-compile", "--device", "cpu", "--op", "sequence_sum", "--json", str(files[0]), "--plot", str(files[1])]
     assert command.main(arguments) == 0
     report = json.loads(files[0].read_text())
     (case,) = report["cases"]
     assert case["op"] == "sequence_sum" and report["machine"]["torch"] == torch.__version__ and report["failures"] == []
+    assert not [r for r in case["results"] if r["kind"] == "compiled"]
     (ours,) = [r for r in case["results"] if r["kind"] == "ours"]
     assert ours["gbs"] == pytest.approx(case["traffic_bytes"] / ours["ms"] / 1e6) and ours["share"] == pytest.approx(
         ours["gbs"] / case["read_gbs"]
@@ -176,87 +176,37 @@ def test_pytest_benchmarks_cover_every_op():
         assert f"[{op}-{SHAPES['tiny'][op][0]}-fastalign_cpu]".replace(" ", "_") in done.stdout, op
 
 
-# --- the GPU gate, as far as it runs without a GPU ---------------------------------------------------------------------------------------
+def test_json_is_there_after_every_case(tmp_path, monkeypatch):
+    """A run that ends in the middle has left the cases before."""
+    path, makers = tmp_path / "bench.json", command.make_case
+
+    def make(op, *arguments, **options):
+        if op == "policy_loss":
+            raise KeyboardInterrupt
+        return makers(op, *arguments, **options)
+
+    monkeypatch.setattr(command, "make_case", make)
+    with pytest.raises(KeyboardInterrupt):
+        command.run("tiny", CPU, ["kl_estimate", "policy_loss"], compile=False, save=path)
+    report = json.loads(path.read_text())
+    assert [case["op"] for case in report["cases"]] == ["kl_estimate"] and "seconds" not in report
+    assert [p.name for p in tmp_path.iterdir()] == ["bench.json"]
 
 
-@pytest.fixture(scope="module")
-def gate_module():
-    spec = importlib.util.spec_from_file_location("gpu_gate", ROOT / "benchmarks" / "gpu_gate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_gae_by_doubling_is_the_loop():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(3, 77, generator=generator, dtype=torch.float64) for _ in range(2))
+    for a, b in zip(eager.gae_doubling(rewards, values, 0.9, 0.97), eager.gae_loop(rewards, values, 0.9, 0.97)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_gate_shell_script_parses_and_refuses_without_a_gpu():
-    script = str(ROOT / "benchmarks" / "gpu_gate.sh")
-    assert subprocess.run(["bash", "-n", script]).returncode == 0
-    if not torch.cuda.is_available():
-        done = subprocess.run([script], env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}, capture_output=True, text=True)
-        assert done.returncode != 0 and "no CUDA device" in done.stderr
-
-
-def test_gate_steps_fail_and_run_out_of_time(gate_module):
-    gate = gate_module.Gate(minutes=1, dry=True)
-    assert gate.run("fails", [sys.executable, "-c", "print('words'); raise SystemExit(3)"], 60) == (3, "words\n")
-    late = gate_module.Gate(minutes=0, dry=True)
-    code, output = late.run("late", [sys.executable, "-c", ""], 60)
-    assert code is None and "no time was left" in output
-
-
-@pytest.mark.parametrize(
-    "code,output,outcome",
-    [
-        (0, "ran on backend cuda\n========= ERROR SUMMARY: 0 errors", "passed"),
-        (0, "ran on backend cuda\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
-        (86, "Invalid __global__ write\n========= ERROR SUMMARY: 2 errors", "failed"),
-        (86, "ran on backend cuda\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "failed"),
-        (1, "========= Error: process didn't terminate successfully\nDevice not supported", "n/a"),
-        (0, "ran on backend cuda", "n/a"),  # it printed no summary: it did not look
-        (None, "stopped after 75 s", "n/a"),
-    ],
-)
-def test_gate_reads_the_sanitizer(gate_module, code, output, outcome):
-    assert gate_module._sanitizer_outcome(code, output, "cuda") == outcome
-
-
-def test_gate_keeps_the_output_of_what_did_not_pass(gate_module, capsys):
-    gate = gate_module.Gate(minutes=1, dry=True)
-    gate.absent("tool", "it is not installed")
-    gate.record("tests", "passed", "words", tests=3)
-    assert gate.steps[0] == {"step": "tool", "outcome": "n/a", "seconds": 0.0, "output": "it is not installed"}
-    assert gate.steps[1] == {"step": "tests", "outcome": "passed", "seconds": 0.0, "tests": 3}
-    assert "it is not installed" in capsys.readouterr().out
-
-
-def test_gate_reads_test_reports(gate_module, tmp_path):
-    report = tmp_path / "report.xml"
-    report.write_text(
-        '<testsuites><testsuite><testcase classname="a" name="b"><properties><property name="k" value="1 of 3"/></properties></testcase>'
-        '<testcase classname="a" name="c"><failure message="boom"/></testcase><testcase classname="a" name="d"><skipped message="why"/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    facts = gate_module._read_junit(report)
-    assert facts == {"tests": 3, "failures": ["a::c: boom"], "skipped": ["a::d: why"], "recorded": {"k": "1 of 3"}}
-    assert gate_module._read_junit(tmp_path / "none.xml") == {"tests": 0}
-
-
-def test_gpu_tests_refuse_to_run_without_a_device():
-    if torch.cuda.is_available():
-        return
-    for options, words in ((["--device", "cuda"], "torch sees none"), ([], "--device cuda")):
-        command_line = [sys.executable, "-m", "pytest", "-q", "tests/gpu", *options]
-        done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode != 0 and words in done.stdout + done.stderr
-
-
-def test_calls_of_the_gpu_checks_reach_every_op(monkeypatch):
-    """Tests on a device and the sanitizer run what tests/gpu/calls.py lists: a new op must be among it."""
-    spec = importlib.util.spec_from_file_location("calls", ROOT / "tests" / "gpu" / "calls.py")
-    calls = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(calls)
-    reached, select = set(), registry.Op.select
-    monkeypatch.setattr(registry.Op, "select", lambda op, tensor: (reached.add(op.name), select(op, tensor))[1])
-    listed = calls.public_calls("cpu", rows=3, vocab=37, dtype=torch.float32, pairs=2)
-    for _, call in listed.values():
-        assert all(bool(torch.isfinite(x).all()) for x in call())
-    assert tuple(listed) == calls.NAMES and reached == set(registry.OPS)
+def test_long_sequences_have_no_loop_over_time(monkeypatch):
+    monkeypatch.setattr(eager, "gae_loop", lambda *arguments: pytest.fail("a loop over time"))
+    case = make_case("gae", Sequences(2, packed_cases.MOST_STEPS + 1), CPU, compile=False, backends=("reference",))
+    assert {"loop over time steps", "loop over time steps, masked"} <= set(case.missing) and "scan by doubling" in [
+        c.name for c in case.contestants
+    ]
+    # The reference is the loop itself: here only the truth counts, against the rival that scans.
+    case.contestants = [c for c in case.contestants if c.name == "scan by doubling"]
+    results = measure.measure(case, CPU, seconds=0, least=2, most=2, memory=False)
+    assert {r.name: r.status for r in results} == {"scan by doubling": "ok", **dict.fromkeys(case.missing, "n/a")}

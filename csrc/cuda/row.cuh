@@ -7,11 +7,21 @@
 namespace fastalign {
 namespace cuda {
 
-constexpr unsigned kRowThreads = 256;   // most threads of a block
-constexpr int kUnroll = 4;              // vectors a thread has in flight, of a row or of a policy and a reference row together
+// Two macros for tuning alone: benchmarks/gpu_prepare.sh builds variants with other values to measure.
+#ifndef FA_ROW_THREADS
+#define FA_ROW_THREADS 256
+#endif
+#ifndef FA_UNROLL
+#define FA_UNROLL 4
+#endif
+constexpr unsigned kRowThreads = FA_ROW_THREADS;  // most threads of a block
+constexpr int kUnroll = FA_UNROLL;      // vectors a thread has in flight, of a row or of a policy and a reference row together
 constexpr int64_t kShortRow = 4096;     // bytes; rows (with a reference: both together) up to here are served by one warp each
 
 inline unsigned forced_cluster = 0;     // by set_cluster_size
+
+// For __launch_bounds__: as many threads per multiprocessor as `blocks` blocks of 256 have, whatever a block's size.
+constexpr int blocks_per_sm(int blocks) { return blocks * 256 >= int(kRowThreads) ? blocks * 256 / int(kRowThreads) : 1; }
 
 // How many threads serve a row, by the number of bytes to read for it alone: results do not depend on what else is in the batch. Kernels
 // that form row states share this, hence the tree that the states are merged by.

@@ -68,7 +68,7 @@ __device__ inline RefState<float> reference(const PairState<float>& s) { return 
 template <int kSums> constexpr int kBlocksPerSm = (kSums & (kSum1 | kRefRow)) == (kSum1 | kRefRow) ? 2 : 3;
 
 template <class T, int kSums>
-__global__ void __launch_bounds__(kRowThreads, kBlocksPerSm<kSums>)
+__global__ void __launch_bounds__(kRowThreads, blocks_per_sm(kBlocksPerSm<kSums>))
     token_stats_fused_kernel(TokenStatsFusedArgs args, RowScale scale, unsigned cluster, int share) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   FA_DYNAMIC_SHARED(unsigned char, memory);

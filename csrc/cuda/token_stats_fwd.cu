@@ -20,7 +20,7 @@ template <int kSums> __device__ State<kSums> load_row_state(const float* in) {
 template <int kSums> constexpr int kBlocksPerSm = (kSums & kRefRow) && (kSums & kTop) ? 2 : kSums & (kTop | kRefRow) ? 3 : 4;
 
 template <class T, int kSums, bool kCap>
-__global__ void __launch_bounds__(kRowThreads, kBlocksPerSm<kSums>)
+__global__ void __launch_bounds__(kRowThreads, blocks_per_sm(kBlocksPerSm<kSums>))
     token_stats_fwd_kernel(TokenStatsArgs a, RowScale scale, unsigned cluster) {
   FA_DYNAMIC_SHARED(State<kSums>, partial);
   constexpr int R = kRows<kSums>, N = kUnroll / R;

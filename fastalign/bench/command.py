@@ -14,7 +14,7 @@ import torch
 
 from fastalign import ffi, registry
 from fastalign.bench.cases import make_case
-from fastalign.bench.measure import Result, add_bandwidth, cache_bytes, ceilings, measure, read_bandwidth
+from fastalign.bench.measure import Result, add_bandwidth, cache_bytes, ceiling_bytes, ceilings, measure, read_bandwidth
 from fastalign.bench.shapes import OPS, SHAPES
 from fastalign.console import Parser, table
 
@@ -23,7 +23,9 @@ EFFORT = {"cpu": (8.0, 5, 50), "cpu-quick": (1.5, 3, 20), "cuda": (5.0, 20, 100)
 HOW = (
     "ms: median of calls taken in turns with the other lines', on rotating inputs. GB/s: the op's least traffic (each input read once, each result "
     "written once) over that time; of read: of the bandwidth at which this machine merely reads the same bytes, in the same run. max error: "
-    "against fp64 on sampled rows; a line that is not right gets no time. extra MB: peak memory of one call beyond its inputs."
+    "against fp64 on sampled rows; a line that is not right gets no time. extra MB: peak memory of one call beyond its inputs. CPU samples that carry "
+    "page faults or system time which are not the op's (the system took memory away in between) are set aside. On a GPU ms is the device's time alone; "
+    "graph ms, where a call is launch-bound, that of a call in a replayed graph, and host ms the host's time to issue one."
 )
 
 
@@ -40,7 +42,8 @@ def main(argv: list[str]) -> int:
         help="only this backend of fastalign (repeatable); default: all that can serve the call, the reference only where it is alone",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile's lines, which take most of the time on a GPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, after every case")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times to FILE (.png, .svg, .pdf)")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -60,9 +63,9 @@ def main(argv: list[str]) -> int:
         device,
         arguments.op or OPS,
         backends=tuple(arguments.backend) if arguments.backend else None,
+        compile=not arguments.no_compile,
+        save=arguments.json,
     )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if arguments.plot is not None:
         plot(report, arguments.plot)
     return 1 if report["failures"] else 0
@@ -75,12 +78,14 @@ def run(
     *,
     backends: tuple[str, ...] | None = None,
     compile: bool = True,
+    save: Path | None = None,
     show: Any = print,
 ) -> dict[str, Any]:
-    """Measure `ops` at the shapes of `suite`, print every table as it is ready, and return what --json writes."""
+    """Measure `ops` at the shapes of `suite`, print every table as it is ready, and return what is written to `save` after every case (until the
+    last, without "seconds")."""
     started, load = time.perf_counter(), _load()
     seconds, least, most = EFFORT[suite]
-    size = 1 << 20 if suite == "tiny" else 512 << 20
+    size = 1 << 20 if suite == "tiny" else ceiling_bytes(device)
     speeds, limits = read_bandwidth(device, size), ceilings(device, size)
     machine_gbs = max(speeds.values())
     report: dict[str, Any] = {
@@ -112,17 +117,29 @@ def run(
                     "results": [result.as_dict() for result in results],
                 }
             )
-            report["failures"] += [f"{op} {shape}: {r.name}: {r.message}" for r in results if r.kind == "ours" and r.status != "ok"]
+            report["failures"] += [
+                f"{op} {shape}: {r.name}: {r.message}" for r in results if r.kind == "ours" and r.status in ("wrong", "n/a")
+            ]
             show(f"{op}, {shape}\n{render(results)}\n")
+            _save(report, save)
             del case
     report["seconds"] = time.perf_counter() - started
     report["load_average"] = {"start": load, "end": _load()}
+    _save(report, save)
     for failure in report["failures"]:
         print(f"fastalign bench: {failure}", file=sys.stderr)
     show(
         f"took {report['seconds']:.0f} s; load average {load} at the start, {report['load_average']['end']} at the end (own threads included)"
     )
     return report
+
+
+def _save(report: dict[str, Any], path: Path | None) -> None:
+    """All of it or nothing of it: a run that is killed leaves the cases before."""
+    if path is not None:
+        draft = path.with_name(path.name + ".part")
+        draft.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -142,12 +159,13 @@ def _load() -> float | None:
 
 
 def render(results: list[Result]) -> str:
-    """The table of one case; `x` is the time relative to the first line of ours."""
+    """The table of one case; `x` is the time relative to the first line of ours. Below it, the samples that were set aside."""
     own = next((r.ms for r in results if r.kind == "ours" and r.ms), None)
+    graphs = any(r.graph_ms is not None for r in results)
     rows = []
     for r in results:
         if r.ms is None:
-            rows.append([r.name, "wrong" if r.status == "wrong" else "n/a", "", "", "", "", r.message[:90]])
+            rows.append([r.name, r.status if r.status != "ok" else "n/a", "", "", "", "", r.message[:90]] + ["", ""] * graphs)
             continue
         rows.append(
             [
@@ -158,9 +176,15 @@ def render(results: list[Result]) -> str:
                 "" if r.share is None else f"{r.share:.0%}",
                 "" if r.error is None else f"{r.error:.1e}",
                 "" if r.extra_mb is None else f"{r.extra_mb:.1f}",
+                *[f"{ms:.4f}" if ms is not None else "" for ms in (r.graph_ms, r.host_ms) if graphs],
             ]
         )
-    return table(["", "ms", "x", "GB/s", "of read", "max error", "extra MB"], rows)
+    lines = [table(["", "ms", "x", "GB/s", "of read", "max error", "extra MB"] + ["graph ms", "host ms"] * graphs, rows)]
+    if aside := [f"{r.set_aside} of {r.set_aside + r.samples} of {r.name}" for r in results if r.set_aside]:
+        lines.append(f"set aside for page faults or system time of the machine: {', '.join(aside)}")
+    if (attempts := max((r.attempts for r in results), default=1)) > 1:
+        lines.append(f"most samples of a line were disturbed {attempts - 1} times: timing was begun {attempts} times, and the last counts")
+    return "\n".join(lines)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -80,6 +80,17 @@ def gae_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple
     return result, result + values
 
 
+def gae_doubling(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """`gae_loop` in log2(L) operations on whole tensors, for sequences on which a loop would not end: after n of them an advantage holds 2^n terms
+    of its sum."""
+    advantages, factor, shift = rewards - values, gamma * lam, 1
+    advantages[:, :-1] += gamma * values[:, 1:]
+    while shift < rewards.shape[1]:
+        advantages = torch.cat([advantages[:, :-shift] + factor * advantages[:, shift:], advantages[:, -shift:]], dim=1)
+        factor, shift = factor * factor, 2 * shift
+    return advantages, advantages + values
+
+
 def gae_masked_loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """The same where trainers allow for holes: `mask` [B, L], 1.0 at tokens and 0.0 at those to be passed over, is multiplied in at every step."""
     advantages, next_value, next_advantage = [], torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])

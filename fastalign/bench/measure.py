@@ -6,27 +6,39 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastalign.bench.timing import Sample, Timer, disturbed
+
 if TYPE_CHECKING:
-    from fastalign.bench.cases import Case, Contestant
+    from fastalign.bench.case import Case, Contestant
 
 # A sample of a short call repeats it until it takes about this long: the first call finds the caches full of other contestants' code and data, and
 # must not count for much.
 SAMPLE_SECONDS = 1e-2
+# Calls per sample at most: on a GPU as many as can be issued ahead.
+MOST_CALLS, MOST_CALLS_CUDA = 1000, 100
+# On a GPU a call that takes less is launch-bound: it is also timed as a graph of this many calls.
+LAUNCH_BOUND, GRAPH_CALLS = 2e-4, 20
+# Timing starts again where most samples are disturbed, so many times in all; a line with fewer undisturbed samples than this gets no time.
+ATTEMPTS, LEAST_SAMPLES = 3, 3
 
 
 @dataclass
 class Result:
-    """One line of the table. `status`: "ok", "wrong" (no number is given) or "n/a"; `message` says why. `error`: largest absolute error against
-    fp64 on the sampled rows. `gbs`: the op's least traffic over the time; `share`: of the read-only bandwidth. `extra_mb`: peak memory of a call
-    beyond what was there before it, results included."""
+    """One line of the table. `status`: "ok", "wrong" (no number is given), "disturbed" (too few samples are of the op) or "n/a"; `message` says
+    why. `error`: largest absolute error against fp64 on the sampled rows. `gbs`: the op's least traffic over the time; `share`: of the read-only
+    bandwidth. `extra_mb`: peak memory of a call beyond what was there before it, results included.
+
+    `ms`: the median of `samples` samples, without the `set_aside` ones that `timing.disturbed` names; `attempts`: how often timing was begun.
+    `each`: [ms, system time in ms, page faults, set aside] per call of every sample of the last attempt. CUDA: `host_ms` is what the host takes to
+    issue a call; `graph_ms` the time of a call that is replayed in a graph, for launch-bound ones."""
 
     name: str
     kind: str
@@ -38,6 +50,11 @@ class Result:
     share: float | None = None
     error: float | None = None
     extra_mb: float | None = None
+    set_aside: int = 0
+    attempts: int = 1
+    host_ms: float | None = None
+    graph_ms: float | None = None
+    each: list[list[float]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,6 +81,12 @@ def read(x: Tensor) -> Tensor:
     return READERS[_fastest_reader](x)
 
 
+def ceiling_bytes(device: torch.device) -> int:
+    """The buffer by which a machine's bandwidths are found: on a GPU so large that the gaps between launches do not count (4 GiB, less where the
+    memory is smaller), half a GiB on a CPU."""
+    return 512 << 20 if device.type == "cpu" else min(4 << 30, torch.cuda.mem_get_info(device)[0] // 4)
+
+
 def read_bandwidth(device: torch.device, size: int, *, rounds: int = 9) -> dict[str, float]:
     """Median GB/s of every reader over a buffer of `size` bytes, in turns; the fastest becomes `read`."""
     global _fastest_reader
@@ -78,46 +101,11 @@ def read_bandwidth(device: torch.device, size: int, *, rounds: int = 9) -> dict[
 def ceilings(device: torch.device, size: int, *, rounds: int = 9) -> dict[str, float]:
     """What else bounds this machine: GB/s of a copy (bytes read and bytes written) of a buffer of `size` bytes, TFLOP/s of a bf16 matmul."""
     source = torch.empty(size // 8, dtype=torch.int64, device=device).random_()
-    target, n = torch.empty_like(source), 8192 if device.type == "cuda" else 2048
+    # Processors without bf16 arithmetic take seconds for larger products.
+    target, n = torch.empty_like(source), 8192 if device.type == "cuda" else 1024 if size > 1 << 24 else 128
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     times = Timer(device).medians({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, rounds)
     return {"copy_gbs": 2 * size / times["copy"] / 1e9, "matmul_tflops": 2 * n**3 / times["matmul"] / 1e12}
-
-
-class Timer:
-    """Seconds of calls: by CUDA events on a GPU (the host runs ahead), by the clock on a CPU."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-
-    def synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def seconds(self, calls: Iterable[Callable[[], Any]]) -> float:
-        """Of all calls together."""
-        calls = list(calls)
-        if not self.cuda:
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def medians(self, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for i in range(rounds + 1):
-            for name, call in calls.items():
-                seconds = self.seconds([call])
-                if i:  # the first is warm-up
-                    times[name].append(seconds)
-        return {name: statistics.median(t) for name, t in times.items()}
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -175,44 +163,110 @@ class Runner:
         return lambda: self.contestant.run(first, *rest)
 
 
+@dataclass
+class _Line:
+    """A contestant that is timed."""
+
+    result: Result
+    runner: Runner
+    repeats: int
+    replay: Callable[[], Any] | None = None  # GRAPH_CALLS calls
+    samples: list[Sample] = field(default_factory=list)
+    replays: list[float] = field(default_factory=list)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether a call has page faults of its own."""
+        return self.result.kind != "read" and (self.result.extra_mb is None or self.result.extra_mb > 0.25)
+
+    def disturbed(self) -> list[bool]:
+        return disturbed(self.samples, self.allocates)
+
+    def finish(self, least: int) -> None:
+        """Fill in the result."""
+        result, bad = self.result, self.disturbed()
+        clean = [sample.seconds / self.repeats for sample, b in zip(self.samples, bad) if not b]
+        result.each = [
+            [round(1e3 * s.seconds / self.repeats, 5), round(1e3 * s.system / self.repeats, 5), s.faults / self.repeats, int(b)]
+            for s, b in zip(self.samples, bad)
+        ]
+        result.samples, result.set_aside = len(clean), sum(bad)
+        if len(clean) < min(LEAST_SAMPLES, least):
+            result.status = "disturbed"
+            result.message = f"{sum(bad)} of {len(bad)} samples carry page faults of the system's memory management; measure again"
+            return
+        result.ms = 1e3 * statistics.median(clean)
+        if self.samples[0].host is not None:
+            result.host_ms = 1e3 * statistics.median(s.host for s in self.samples if s.host is not None) / self.repeats
+        if self.replays:
+            result.graph_ms = 1e3 * statistics.median(self.replays) / GRAPH_CALLS
+
+
 def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5, most: int = 50, memory: bool = True) -> list[Result]:
-    """Check every contestant, then time those that are right, in turns, until `seconds` are spent: `least` to `most` samples each."""
+    """Check every contestant, then time those that are right, in turns, until `seconds` are spent: `least` to `most` samples each. Samples that are
+    the machine's rather than the op's are set aside; where they are the most, timing starts again."""
     results = [Result(name, "peer", "n/a", why) for name, why in case.missing.items()]
-    running: list[tuple[Result, Runner, int]] = []
+    lines: list[_Line] = []
     timer = Timer(device)
     for contestant in case.contestants:
         result = Result(contestant.name, contestant.kind)
         results.insert(len(results) - len(case.missing), result)
         try:
-            runner = Runner(case, contestant)
-            if contestant.computes:
-                output = runner.call(0)()
-                result.error = case.error(output)
-                if why := case.check(contestant, output):
-                    result.status, result.message = "wrong", why
-                    continue
-                del output
-            if memory and contestant.computes:
-                extra = peak_extra_bytes(runner.call(0), device)
-                result.extra_mb = None if extra is None else extra / 1e6
-            timer.synchronize()
-            once = timer.seconds([runner.call(0)])
+            line = _prepare(case, contestant, result, timer, device, memory)
         except Exception as error:  # whatever a contestant raises (out of memory, no compiler, ...) concerns its own line only
             result.status, result.message = "n/a", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue
-        running.append((result, runner, 1 if contestant.overwrites else max(1, min(1000, int(SAMPLE_SECONDS / max(once, 1e-9))))))
-    times: dict[str, list[float]] = {result.name: [] for result, _, _ in running}
+        if line is not None:
+            lines.append(line)
+    for attempt in range(1, ATTEMPTS + 1):
+        _take_turns(lines, timer, seconds, least, most)
+        for line in lines:
+            line.result.attempts = attempt
+        if not any(2 * sum(line.disturbed()) > len(line.samples) for line in lines):
+            break
+    for line in lines:
+        line.finish(least)
+    return results
+
+
+def _prepare(case: Case, contestant: Contestant, result: Result, timer: Timer, device: torch.device, memory: bool) -> _Line | None:
+    """The contestant's line, or None (and the result says why) where it is wrong."""
+    runner = Runner(case, contestant)
+    if contestant.computes:
+        output = runner.call(0)()
+        result.error = case.error(output)
+        if why := case.check(contestant, output):
+            result.status, result.message = "wrong", why
+            return None
+        del output
+    if memory and contestant.computes:
+        extra = peak_extra_bytes(runner.call(0), device)
+        result.extra_mb = None if extra is None else extra / 1e6
+    timer.synchronize()
+    once = timer.seconds([runner.call(0)])
+    most = MOST_CALLS_CUDA if timer.cuda else MOST_CALLS
+    line = _Line(result, runner, 1 if contestant.overwrites else max(1, min(most, int(SAMPLE_SECONDS / max(once, 1e-9)))))
+    if timer.cuda and once < LAUNCH_BOUND and not contestant.overwrites:
+        try:
+            line.replay = timer.captured(runner.call() for _ in range(GRAPH_CALLS))
+        except Exception as error:  # it reads a result on the host, say
+            result.message = f"no graph: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return line
+
+
+def _take_turns(lines: list[_Line], timer: Timer, seconds: float, least: int, most: int) -> None:
+    """The samples of one attempt."""
+    for line in lines:
+        line.samples, line.replays = [], []
     started = time.perf_counter()
     for turn in range(most):
         if turn >= least and time.perf_counter() - started > seconds:
             break
-        shift = turn % max(1, len(running))
-        for result, runner, repeats in running[shift:] + running[:shift]:
-            calls = [runner.call() for _ in range(repeats)]
-            times[result.name].append(timer.seconds(calls) / repeats)
-    for result, _, _ in running:
-        result.ms, result.samples = 1e3 * statistics.median(times[result.name]), len(times[result.name])
-    return results
+        shift = turn % max(1, len(lines))
+        for line in lines[shift:] + lines[:shift]:
+            line.samples.append(timer.sample([line.runner.call() for _ in range(line.repeats)]))
+            if line.replay is not None:
+                line.replays.append(timer.seconds([line.replay]))
 
 
 def add_bandwidth(case: Case, results: list[Result], machine_gbs: float) -> float:

@@ -12,8 +12,16 @@ import fastalign as fa
 
 def main(backend: str, device: str = "cuda") -> None:
     with fa.use_backend(backend):
-        # One warp, one block, and (where the architecture has them) one cluster per row; even and odd vocabularies.
-        for rows, vocab, dtype in ((5, 7, torch.float32), (3, 1031, torch.bfloat16), (2, 8192, torch.float16), (2, 40003, torch.bfloat16)):
+        # One warp, one block, and (where the architecture has them) one cluster per row: a row of 60001 bf16 alone, one of 40003 together with its
+        # reference; even and odd vocabularies.
+        shapes = (
+            (5, 7, torch.float32),
+            (3, 1031, torch.bfloat16),
+            (2, 8192, torch.float16),
+            (2, 40003, torch.bfloat16),
+            (2, 60001, torch.bfloat16),
+        )
+        for rows, vocab, dtype in shapes:
             for _, call in public_calls(device, rows=rows, vocab=vocab, dtype=dtype, pairs=2).values():
                 call()
     if device == "cuda":
