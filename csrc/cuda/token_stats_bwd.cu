@@ -28,7 +28,9 @@ __device__ void scatter_labels(const TokenStatsBackwardArgs& a, int64_t row, flo
 
 // kMany: rows have several labels. kRef: there are upstream gradients of KLs.
 template <class T, bool kCap, bool kMany, bool kRef>
-__global__ void __launch_bounds__(kRowThreads, blocks_per_sm(!kRef ? 4 : kMany ? 2 : 3))
+__global__ void __launch_bounds__(kRowThreads, blocks_per_sm(!kRef   ? 4
+                                                             : kMany ? 2
+                                                                     : 3))
     token_stats_bwd_kernel(TokenStatsBackwardArgs a, RowScale scale, unsigned chunks, int chunk) {
   FA_DYNAMIC_SHARED(float, extra);
   constexpr int L = kLanes<T>;
