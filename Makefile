@@ -17,9 +17,14 @@ test: .venv-test/ready
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel pybind11 ninja numpy
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	for version in $(TRITONS); do \
+	  .venv-$*/bin/python -m pip install --quiet --no-deps --target .venv-$*/triton-$$version triton==$$version || exit 1; \
+	done
 	touch $@
 .venv-demo/ready: EXTRAS = train
 .venv-test/ready: EXTRAS = dev,tensorboard
+# For the ahead-of-time stage, beside the pinned one; tests/run_all.py says what each is for. 3.3.1 has no wheels for Python 3.14.
+.venv-test/ready: TRITONS = 3.6.0 3.3.1
 FORCE:
 
 clean:
