@@ -17,8 +17,8 @@ _LARGEST = sys.float_info.max
 
 def shown(value: Any) -> str:
     """repr, shortened: a message is one line also about an integer of thousands of digits, which Python refuses to print."""
-    if isinstance(value, int) and abs(value) >> 200:
-        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        return f"an integer of about {int(value.bit_length() * 0.30103)} digits"
     text = " ".join(repr(value).split())
     return text if len(text) <= 100 else text[:97] + "..."
 

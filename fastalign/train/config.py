@@ -9,14 +9,17 @@ import argparse
 import ast
 import dataclasses
 import math
+import numbers
 import os
 import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastalign.checks import shown
 from fastalign.train.errors import UserError
 
+LARGEST = 1e30  # of any number: training computes in float32, which ends at 3.4e38
 MAX_SEED = 2**32 - 1  # what every generator takes, NumPy's among them; the order of an epoch multiplies it by 10^6
 
 
@@ -95,12 +98,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UserError(f"--seed is {self.seed}: it must lie in [0, {MAX_SEED}]")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and abs(value) >= 1 << 63:  # no float need hold it, so nothing below could look at it
-                raise UserError(f"{flag_of(field.name, type(self))} is {value}: its magnitude must be below 2^63")
+            if (
+                isinstance(value, int) and abs(value) >= 1 << 63 and field.name != "seed"
+            ):  # no float need hold it: nothing below could look at it
+                raise UserError(f"{flag_of(field.name, type(self))} is {shown(value)}: its magnitude must be below 2^63")
+            if isinstance(value, float) and LARGEST < abs(value) < math.inf:
+                raise UserError(f"{flag_of(field.name, type(self))} is {value}: its magnitude must be at most {LARGEST:g}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"--seed is {shown(self.seed)}: it must lie in [0, {MAX_SEED}]")
         positive = ("batch_size", "tokens_per_batch", "epochs", "max_steps", "max_length", "log_every", "keep_checkpoints", "learning_rate")
         not_negative = ("weight_decay", "max_grad_norm", "eval_every", "save_every")
         for name in positive:
@@ -124,26 +131,46 @@ class RunConfig:
                 raise UserError(f"{flag_of(field.name, type(self))} is '{getattr(self, field.name)}'; legal: {', '.join(choices)}")
 
     def _check_types(self) -> None:
-        """Refuse a value of another type than its setting's; a path object becomes its text. The command line has converted its texts before."""
+        """Refuse a value of another type than its setting's; a path object becomes its text, NumPy's numbers become Python's. The command line has
+        converted its texts before."""
         for name, hint in typing.get_type_hints(type(self)).items():
             value, kinds = getattr(self, name), typing.get_args(hint) or (hint,)
             if isinstance(value, os.PathLike) and str in kinds:
                 value = os.fspath(value)
-                object.__setattr__(self, name, value)
+            elif isinstance(value, dict):
+                value = {key: _plain(f"{name}[{key!r}]", option) for key, option in value.items()}
+            object.__setattr__(self, name, value := _number(value))
             if value is None and type(None) in kinds:
                 continue
             kind = dict if typing.get_origin(hint) is dict else next(k for k in kinds if k is not type(None))
             legal, noun = _TYPES[kind]
             if not isinstance(value, legal) or isinstance(value, bool) and kind is not bool:
-                raise UserError(f"{name} must be {noun}{' or None' * (type(None) in kinds)}, got {value!r}")
-            if value == "":
-                raise UserError(f"{flag_of(name, type(self))} is empty")
+                raise UserError(f"{name} must be {noun}{' or None' * (type(None) in kinds)}, got {shown(value)}")
+            if isinstance(value, str) and (not value or "\0" in value):
+                raise UserError(f"{flag_of(name, type(self))} is empty" if not value else f"{flag_of(name, type(self))} holds a zero byte")
 
     def output_dir(self) -> Path:
         """The output directory as an absolute path, symbolic links resolved."""
         if not self.output:
             raise UserError("--output is missing: it names the directory for the model, metrics and checkpoints")
         return Path(self.output).expanduser().resolve()
+
+
+def _number(value: Any) -> Any:
+    """NumPy's numbers as Python's; anything else as it is."""
+    if isinstance(value, (bool, int, str)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An option of a loss as it can be kept in the record of a run: a number, a text, true, false, None, or a sequence of such."""
+    value = _number(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(name, each) for each in value)
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise UserError(f"{name} must be a number, a text, True, False or None, got {shown(value)}")
+    return value
 
 
 # The type of a setting -> what its value may be, and what that is called.

@@ -19,11 +19,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastalign.checks import shown
 from fastalign.train.errors import DataError, UserError
 
 Text = str
@@ -33,6 +35,7 @@ _SIDES = ("chosen", "rejected")
 _ANY = (-math.inf, math.inf)
 _UNPAIRED_COLUMNS = {"score": _ANY, "weight": (0.0, math.inf)}
 MAX_LIST = 64  # what the list kernel takes
+MAX_LINE = 16 << 20  # bytes of a line
 _PAIR_COLUMNS = {"soft_label": (0.0, 1.0), "weight": (0.0, math.inf), "margin": _ANY, "target": _ANY}
 _UNSUPPORTED = ("tools", "functions", "system", "system_prompt", "images", "image", "videos", "audio", "chat_template_kwargs")
 # What a message may say beside its content. A template that writes it puts words of its own around it, most write it in some turns only.
@@ -85,15 +88,21 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
     path = Path(path).expanduser()
     try:
         with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            number = 0
+            while line := lines.readline(MAX_LINE + 1):
+                number += 1
                 source = f"{path}, line {number}"
+                if len(line) > MAX_LINE:
+                    raise DataError(
+                        source, None, f"longer than {MAX_LINE >> 20} MiB, as no sequence of tokens is; is it one JSON object per line?"
+                    )
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                     if text:
                         yield source, json.loads(text)
                 except UnicodeDecodeError as error:
                     raise DataError(source, None, f"not UTF-8 (byte {error.start})") from None
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # JSON itself bounds no integer, Python does
                     raise DataError(source, None, f"not JSON: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read the data file {path}: {error.strerror}") from None
@@ -237,9 +246,10 @@ def _text(source: str, field: str, value: Any) -> str:
 def _number(source: str, field: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DataError(source, field, f"expected a number, got {_kind(value)}")
-    if not (math.isfinite(value) and low <= value <= high):
+    # Comparisons, which integers of any size can take: NaN fails every one of them.
+    if not (-sys.float_info.max <= value <= sys.float_info.max and low <= value <= high):
         legal = "a finite number" if math.isinf(low) else f"a number from {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
-        raise DataError(source, field, f"expected {legal}, got {value}")
+        raise DataError(source, field, f"expected {legal}, got {shown(value)}")
     return float(value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,16 +40,48 @@ def load_model(directory: str, *, trust_remote_code: bool = False) -> torch.nn.M
         directory,
         "causal LM",
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
     )
-    wrong = sorted(info["missing_keys"]) + [str(key[0]) for key in info["mismatched_keys"]]
+    check_sizes(directory, info)
+    wrong = sorted(info["missing_keys"])
     if wrong:
         raise UserError(
             f"the model directory {directory} lacks weights of its causal LM: {', '.join(wrong[:3])}"
             + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         )
     return model
+
+
+def check_sizes(directory: str, info: Mapping[str, Any]) -> None:
+    """Refuse weights of other sizes than those of the model that is to be loaded. `info`: what transformers says of the loading."""
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        there, here = (" x ".join(map(str, shape)) for shape in (found, wanted))
+        raise UserError(f"the model directory {directory} holds weights of another size: {name} is {there} there, and must be {here} here")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, or that no operation runs on."""
+    if device == "auto":
+        return
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"cannot use --device {device}: {str(error).splitlines()[0]}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"cannot use --device {device}: legal are auto, cpu, cuda and cuda:N")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise UserError(
+                f"cannot use --device {device}: torch {torch.__version__} sees {count or 'no'} CUDA device{'s' * (count != 1)} here"
+            )
+
+
+def token_ids(tokenizer: Any) -> set[int]:
+    """The ids that a tokenizer gives. A model's vocabulary may be padded beyond them."""
+    return set(tokenizer.get_vocab().values())
 
 
 def max_positions(config: Any) -> int | None:
@@ -220,7 +252,25 @@ class PackedModel:
         return twin
 
     def vocabulary(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]
+        """How many tokens the model knows: the rows of its embedding, or of its head where that has fewer."""
+        return self.vocabulary_weight()[1].shape[0]
+
+    def vocabulary_weight(self) -> tuple[str, torch.Tensor]:
+        """(name, weight) of the layer that says how many."""
+        layers = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        weight = min((layer.weight for layer in layers if layer is not None), key=lambda weight: weight.shape[0])
+        return next((name for name, each in self.model.named_parameters() if each is weight), "its embedding"), weight
+
+    def check_tokens(self, what: str, ids: Iterable[torch.Tensor]) -> None:
+        """Refuse token ids that the model does not have. `what`: the model, for the message."""
+        extremes = [part.aminmax() for part in ids if part.numel()]
+        lowest, highest = min(int(low) for low, _ in extremes), max(int(high) for _, high in extremes)
+        name, weight = self.vocabulary_weight()
+        if lowest < 0 or highest >= weight.shape[0]:
+            raise UserError(
+                f"the tokenizer gives token id {lowest if lowest < 0 else highest}, but the {what}'s vocabulary has {weight.shape[0]} entries "
+                f"({name} is {' x '.join(map(str, weight.shape))})"
+            )
 
     def check_generation(self, longest: int) -> None:
         """Refuse to sample sequences of this many tokens where those generated beside one another would change each other's positions: the samples

@@ -59,6 +59,7 @@ def train(
     method = method if isinstance(method, Method) else make_method(method, config)
     config = method.config
     check_one_process()
+    models.check_device(config.device)
     if model is None and config.model is None:
         raise UserError("--model is missing: it names the directory of the model to train")
     trust = {"trust_remote_code": config.trust_remote_code}
@@ -199,9 +200,8 @@ def check_one_process() -> None:
 
 
 def check_vocabulary(examples: Sequence[TokenExample], lm: models.PackedModel, what: str) -> None:
-    largest = max(int(part.max()) for example in examples for part in (example.prompt, *example.completions))
-    if largest >= lm.vocabulary():
-        raise UserError(f"the tokenizer gives token id {largest}, but the {what}'s vocabulary has {lm.vocabulary()} entries")
+    """Refuse examples with token ids that the model does not have."""
+    lm.check_tokens(what, (part for example in examples for part in (example.prompt, *example.completions)))
 
 
 def _reference(method: Method, lm: models.PackedCausalLM, splits: Sequence[Split]) -> models.PackedCausalLM:
@@ -214,7 +214,10 @@ def _reference(method: Method, lm: models.PackedCausalLM, splits: Sequence[Split
     check_vocabulary([example for split in splits for example in split.examples], reference, "reference model")
     if reference.vocabulary() != lm.vocabulary() and (method.exact_kl or not models.has_tokenizer(config.ref_model)):
         reason = "their distributions cannot be compared" if method.exact_kl else "without a tokenizer of its own it must have the same one"
-        raise UserError(f"the reference model's vocabulary has {reference.vocabulary()} entries, the model's {lm.vocabulary()}: {reason}")
+        name = reference.vocabulary_weight()[0]
+        raise UserError(
+            f"the reference model's vocabulary has {reference.vocabulary()} entries, the model's {lm.vocabulary()} ({name}): {reason}"
+        )
     return reference
 
 

@@ -23,13 +23,15 @@ def load_scorer(directory: str, *, seed: int | None = None, trust_remote_code: b
             directory,
             "sequence classifier with one label",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             num_labels=1,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
         )
+    models.check_sizes(directory, info)
     head = score_head(model)
     new = {f"{name}.{part}" for name, module in model.named_modules() if module is head for part, _ in module.named_parameters()}
-    wrong = sorted(set(info["missing_keys"]) - (new if seed is not None else set())) + [str(key[0]) for key in info["mismatched_keys"]]
+    wrong = sorted(set(info["missing_keys"]) - (new if seed is not None else set()))
     if wrong:
         raise UserError(f"the model directory {directory} lacks weights of its sequence classifier: {', '.join(wrong[:3])}")
     return model

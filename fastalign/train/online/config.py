@@ -112,6 +112,8 @@ class OnlineConfig(RunConfig):
                 value = getattr(self, name)
                 if value is not None and not (math.isfinite(value) and fits(value)):
                     raise UserError(f"{flag_of(name, type(self))} is {value}: it must be {legal}")
+        if self.temperature < 1e-6:  # logits divided by it must stay within float32
+            raise UserError(f"--temperature is {self.temperature}: it must be at least 1e-6")
         for name in ("top_p", "gamma", "lam", "ref_mix"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise UserError(f"{flag_of(name, type(self))} is {value}: it must lie in [0, 1]")

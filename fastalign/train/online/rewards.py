@@ -6,12 +6,13 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastalign.checks import shown
 from fastalign.train import model as models
 from fastalign.train.data import pack_examples
 from fastalign.train.errors import TrainingError, UserError
@@ -61,12 +62,33 @@ class FunctionReward:
         arguments = {**columns, "prompts": [row["prompt"] for row in rows], "completions": texts}
         try:
             values = self.function(**{name: value for name, value in arguments.items() if self.everything or name in self.accepted})
-            values = [math.nan if value is None else float(value) for value in values]
+            numbers = _numbers(values)
         except Exception as error:  # the user's own code
             raise TrainingError(f"--reward {self.name}: {type(error).__name__}: {error}") from error
-        if len(values) != len(rollouts):
-            raise TrainingError(f"--reward {self.name} returned {len(values)} values for {len(rollouts)} completions")
-        return torch.tensor(values, dtype=torch.float32)
+        if len(numbers) != len(rollouts):
+            raise TrainingError(f"--reward {self.name} returned {len(numbers)} values for {len(rollouts)} completions")
+        scores = torch.tensor(numbers, dtype=torch.float64)
+        beyond = scores.isfinite() & ~scores.float().isfinite()
+        if beyond.any():
+            raise TrainingError(
+                f"--reward {self.name} returned {float(scores[beyond][0])}: rewards are kept in float32, which ends at 3.4e38"
+            )
+        return scores.float()
+
+
+def _numbers(values: Any) -> list[float]:
+    """What a reward function returned, one number per response. Only what is in an order and holds numbers: the keys of a dict and the characters
+    of a text can be read as numbers, too."""
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable) and not isinstance(values, torch.Tensor):
+        raise TypeError(f"it returned {shown(values)}; legal: a list with a number, None or NaN per completion")
+    if isinstance(getattr(values, "ndim", 1), int) and getattr(values, "ndim", 1) != 1:
+        raise TypeError(f"it returned an array of shape {tuple(values.shape)}; legal: one number per completion, in one dimension")
+    numbers = []
+    for value in values.detach() if isinstance(values, torch.Tensor) else values:
+        if value is not None and not hasattr(value, "__float__"):  # a text of digits has none, either
+            raise ValueError(f"could not convert {shown(value)}, returned for completion {len(numbers)}; legal: a number, None or NaN")
+        numbers.append(math.nan if value is None else float(value))
+    return numbers
 
 
 class ModelReward:
@@ -83,6 +105,9 @@ class ModelReward:
         scores = torch.empty(len(rollouts))
         for batch in pack_examples([self._as_trained(rollout) for rollout in rollouts], range(len(rollouts)), self.budget):
             scores[batch.members] = self.scorer.scores(self.scorer.to_device(batch.packed)).float().cpu()
+        if not scores.isfinite().all():
+            bad = scores[~scores.isfinite()]
+            raise TrainingError(f"--reward-model: {len(bad)} of {len(scores)} scores are not finite; the first is {float(bad[0])}")
         return scores
 
     def _as_trained(self, rollout: Rollout) -> TokenExample:
@@ -94,8 +119,17 @@ class ModelReward:
         return TokenExample(example.prompt, (completion,), example.values)
 
 
-def make_reward(config: OnlineConfig, tokenizer: Any, limit: int, device: str, function: Callable[..., Any] | None = None) -> Any:
-    """The reward that the settings name; `function` stands in for --reward. `limit`: the most tokens of a sequence."""
+def make_reward(
+    config: OnlineConfig,
+    tokenizer: Any,
+    limit: int,
+    device: str,
+    function: Callable[..., Any] | None = None,
+    *,
+    lengths: models.Lengths | None = None,
+) -> Any:
+    """The reward that the settings name; `function` stands in for --reward. `limit`: the most tokens of a sequence; `lengths`: what a reward model
+    is tried at."""
     given = [
         name for name, value in (("--reward", config.reward or function), ("--reward-model", config.reward_model)) if value is not None
     ]
@@ -113,13 +147,13 @@ def make_reward(config: OnlineConfig, tokenizer: Any, limit: int, device: str, f
     models.check_tokenizer(what, theirs, tokenizer)
     models.check_positions(what, models.load_config(directory, **trust), limit)
     scorer = PackedScorer(
-        load_scorer(directory, **trust).requires_grad_(False), attention=config.attention, dtype=config.dtype, device=device
+        load_scorer(directory, **trust).requires_grad_(False),
+        attention=config.attention,
+        dtype=config.dtype,
+        device=device,
+        lengths=lengths,
     )
-    if len(tokenizer) > scorer.vocabulary():
-        raise UserError(
-            f"--reward-model {directory}: its vocabulary has {scorer.vocabulary()} entries, fewer than the policy's tokenizer "
-            f"({len(tokenizer)})"
-        )
+    scorer.check_tokens(f"reward model {directory}", [torch.tensor(sorted(models.token_ids(tokenizer)))])
     if theirs.chat_template != tokenizer.chat_template:
         print(f"{what}: its chat template is not the policy's, whose prompts it will read")
     return ModelReward(scorer, config.tokens_per_batch, ExampleTokenizer(tokenizer).special)

@@ -34,13 +34,18 @@ class Sampler:
     """Samples `samples_per_prompt` responses to every prompt, those of one prompt behind each other.
 
     Everything that the model's own generation settings would add (top-k, penalties, ...) is left out: the samples are drawn from the very
-    distribution that the trainer scores. Generation stops at the tokenizer's EOS, where the chat template ends a turn, and at the EOS tokens
-    of the model's generation settings."""
+    distribution that the trainer scores. Only ids that a model beside the policy does not know are never drawn (`vocabulary`: how many it
+    knows): the padding of the policy's vocabulary, of which no text is made. Generation stops at the tokenizer's EOS, where the chat template
+    ends a turn, and at the EOS tokens of the model's generation settings."""
 
-    def __init__(self, lm: PackedCausalLM, tokenizer: Any, config: OnlineConfig):
+    def __init__(self, lm: PackedCausalLM, tokenizer: Any, config: OnlineConfig, vocabulary: int | None = None):
         self.lm, self.tokenizer, self.batch = lm, tokenizer, config.sample_batch
         self.eos = sorted(ExampleTokenizer(tokenizer).special.ends | stops(lm.model.generation_config))
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if tokenizer.eos_token_id >= lm.vocabulary():
+            lm.check_tokens("model", [torch.tensor([tokenizer.eos_token_id])])
+        pad, rows = tokenizer.pad_token_id, lm.head().weight.shape[0]
+        self.pad = pad if pad is not None and pad < lm.vocabulary() else tokenizer.eos_token_id
+        beyond = list(range(min(vocabulary or rows, lm.vocabulary()), rows))
         self.settings = transformers.GenerationConfig(
             do_sample=True,
             temperature=config.temperature,
@@ -50,6 +55,7 @@ class Sampler:
             eos_token_id=self.eos,
             pad_token_id=self.pad,
             bos_token_id=tokenizer.bos_token_id,
+            suppress_tokens=beyond or None,
         )
 
     @torch.no_grad()

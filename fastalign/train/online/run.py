@@ -59,6 +59,7 @@ def train_online(
     check_kind("train_online", method, config, OnlineConfig, ("train", "TrainConfig", OFFLINE))
     config = resolve(method, config, texts is not None)
     check_one_process()
+    models.check_device(config.device)
     (make_learner(config) if method == "online_dpo" else resolve_loss(method, config))  # refuses a wrong --loss before anything is loaded
     if model is None and config.model is None:
         raise UserError("--model is missing: it names the directory of the model to train")
@@ -75,10 +76,11 @@ def train_online(
     for flag, directory in (("--ref-model", config.ref_model), ("--dpo-model", config.dpo_model)):
         if directory is not None:
             models.check_companion(flag, directory, tokenizer, limit, **trust)
-    score = make_reward(config, tokenizer, limit, config.device, reward)
-    score.check([*splits[0], *splits[1]])
-    longest = min(limit, config.max_new_tokens + max(len(example.prompt) for split in splits for example in split))
+    responses = min(limit, config.max_new_tokens + max(len(example.prompt) for split in splits for example in split))
+    longest = max([responses, *(text.tokens() for text in mixed_in)])
     lengths = models.Lengths(longest, min(config.tokens_per_batch, longest * config.batch_size * config.samples_per_prompt))
+    score = make_reward(config, tokenizer, limit, config.device, reward, lengths=lengths)
+    score.check([*splits[0], *splits[1]])
     options = {"attention": config.attention, "dtype": config.dtype, "device": config.device, "lengths": lengths}
     lm = models.PackedCausalLM(model if model is not None else models.load_model(config.model, **trust), **options)
     try:
@@ -86,11 +88,13 @@ def train_online(
         actor = Actor(lm, config.temperature)
         if method == "ppo":
             actor.value_head = _value_head(lm, score, None if model is not None else config.model)
-        actor.reference = _reference(method, config, lm)
+        actor.reference = _reference(method, config, lm, tokenizer)
         if config.dpo_model is not None:
-            actor.dpo = _frozen(config.dpo_model, "DPO", config, lm)
-        lm.check_generation(longest)
-        parts = (method, config, actor, Sampler(lm, tokenizer, config), score, *splits)
+            actor.dpo = _frozen(config.dpo_model, "DPO", config, lm, tokenizer)
+        lm.check_generation(responses)
+        beside = [other for other in (actor.reference, actor.dpo, getattr(score, "scorer", None)) if other is not None]
+        sampler = Sampler(lm, tokenizer, config, min((other.vocabulary() for other in beside), default=None))
+        parts = (method, config, actor, sampler, score, *splits)
         task = OnlineDPOTask(*parts) if method == "online_dpo" else PolicyGradientTask(*parts, texts=mixed_in)
         frozen = {"ref_model": actor.reference, "dpo_model": actor.dpo, "reward_model": getattr(score, "scorer", None)}
         named = {name: other.model for name, other in frozen.items() if getattr(config, name) is not None}
@@ -101,21 +105,29 @@ def train_online(
         lm.restore()
 
 
-def _reference(method: str, config: OnlineConfig, lm: models.PackedCausalLM) -> models.PackedCausalLM | None:
+def _reference(method: str, config: OnlineConfig, lm: models.PackedCausalLM, tokenizer: Any) -> models.PackedCausalLM | None:
     """The model that the policy is held to: --ref-model, or a copy of the policy as it is now, where anything asks for one."""
     if config.ref_model is not None:
-        reference = _frozen(config.ref_model, "reference", config, lm)
+        reference = _frozen(config.ref_model, "reference", config, lm, tokenizer)
         if config.ref_update_every and [p.shape for p in reference.model.parameters()] != [p.shape for p in lm.model.parameters()]:
             raise UserError("--ref-update-every: the reference model's weights do not have the policy's shapes")
         return reference
     return lm.frozen_copy() if method == "online_dpo" or config.kl_coef or config.dpo_model is not None else None
 
 
-def _frozen(directory: str, what: str, config: OnlineConfig, lm: models.PackedCausalLM) -> models.PackedCausalLM:
+def _frozen(directory: str, what: str, config: OnlineConfig, lm: models.PackedCausalLM, tokenizer: Any) -> models.PackedCausalLM:
+    """A model beside the policy. It knows every token that the tokenizer gives, which are those that are sampled; rows of the vocabulary beyond
+    them may differ in number, if a tokenizer of its own says that they are beyond."""
     loaded = models.load_model(directory, trust_remote_code=config.trust_remote_code).requires_grad_(False)
     other = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device, lengths=lm.lengths)
-    if other.vocabulary() != lm.vocabulary():
-        raise UserError(f"the {what} model's vocabulary has {other.vocabulary()} entries, the policy's {lm.vocabulary()}")
+    known = [number for number in models.token_ids(tokenizer) if number < lm.vocabulary()]
+    other.check_tokens(f"{what} model", [torch.tensor(known)])
+    if other.vocabulary() != lm.vocabulary() and not models.has_tokenizer(directory):
+        name = other.vocabulary_weight()[0]
+        raise UserError(
+            f"the {what} model's vocabulary has {other.vocabulary()} entries ({name}), the policy's {lm.vocabulary()}: without a tokenizer of its "
+            "own it must have the same one"
+        )
     return other
 
 

@@ -68,7 +68,7 @@ class OnlineTask:
         started = time.perf_counter()
         rollouts = self.sample([self.train[i] for i in self.schedule.indices(step)], self.config.samples_per_prompt, f"train/{step}")
         sampled = time.perf_counter()
-        scores = self.scores(rollouts, step)
+        scores = self.scores(rollouts, f"step {step + 1}", self.excludes_unscored)
         metrics = self.learn(step, rollouts, scores, optimizer)
         if self.config.ref_update_every and (step + 1) % self.config.ref_update_every == 0:
             self.actor.update_reference(self.config.ref_mix)
@@ -86,7 +86,8 @@ class OnlineTask:
         rollouts = self.sample(self.evaluation, 1, "evaluation")
         seen = self.look(rollouts, [pack_examples([r.example for r in rollouts], range(len(rollouts)), self.config.tokens_per_batch)])
         sums = MetricSums()
-        sums.add(shaped_rewards(self.config, self.rewarded(rollouts, self.reward(rollouts), *seen), self.kl_coef())[1])
+        scores = self.scores(rollouts, "evaluation", may_lack=True)
+        sums.add(shaped_rewards(self.config, self.rewarded(rollouts, scores, *seen), self.kl_coef())[1])
         metrics = sums.means()
         return {"loss": 0.0 - metrics.get("objective/rlhf_reward", math.nan), **metrics}
 
@@ -100,16 +101,16 @@ class OnlineTask:
         """A random generator of its own for every use of chance."""
         return random.Random(f"{self.config.seed}/{purpose}")
 
-    def scores(self, rollouts: Sequence[Rollout], step: int) -> torch.Tensor:
-        """[responses], on the CPU."""
+    def scores(self, rollouts: Sequence[Rollout], when: str, may_lack: bool) -> torch.Tensor:
+        """[responses], on the CPU. An infinite score ends the run, and NaN (not scorable) unless some `may_lack` one."""
         scores = self.reward(rollouts)
-        bad = scores.isinf() if self.excludes_unscored else ~scores.isfinite()
+        bad = scores.isinf() if may_lack else ~scores.isfinite()
         if bad.any():
             first = int(bad.nonzero()[0])
             raise TrainingError(
-                f"step {step + 1}: the reward of {int(bad.sum())} of {len(scores)} responses is not finite; the first is "
+                f"{when}: the reward of {int(bad.sum())} of {len(scores)} responses is not finite; the first is "
                 f"{float(scores[first])}, of {rollouts[first].text[:80]!r}"
-                + ("" if self.excludes_unscored else f" ({self.method} needs a score for each)")
+                + ("" if may_lack else f" ({self.method} needs a score for each)")
             )
         return scores
 
