@@ -7,19 +7,20 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import fastalign
 from fastalign.train import attention as packed
+from fastalign.train import probe
 from fastalign.train.errors import UserError
+from fastalign.train.probe import Lengths
 from fastalign.train.router import find_router
 from fastalign.train.specials import stops
 
-# 4.56 brought the calls used here; masks from position_ids are a little older. What a model really does is measured, see `_leak`.
+# 4.56 brought the calls used here; masks from position_ids are a little older. What a model really does is measured, see probe.py.
 _OLDEST = (4, 56)
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
     raise UserError(f"transformers {transformers.__version__} is too old: fastalign.train needs {_OLDEST[0]}.{_OLDEST[1]} or newer")
@@ -153,20 +154,6 @@ def from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
         raise UserError(f"cannot load the {what} in {directory}: {reason if named else f'{type(error).__name__}: {reason}'}") from error
 
 
-_SHORT = 8  # tokens of a sequence on which every model is tried
-
-
-class Lengths(NamedTuple):
-    """What a run will have at most: tokens of a sequence, tokens of a pack."""
-
-    longest: int
-    pack: int
-
-
-def _softcapped(model: torch.nn.Module) -> bool:
-    return bool(getattr(model.config, "attn_logit_softcapping", None))
-
-
 class PackedModel:
     """A model that reads packed sequences. `rows(batch)` is what it makes of a `fastalign.PackedBatch` of T tokens, [T, *].
 
@@ -184,8 +171,8 @@ class PackedModel:
         lengths: Lengths | None = None,
     ):
         """lengths: what training will use, and the model is tried at; None: short sequences only."""
-        self.lengths = lengths or Lengths(_SHORT, 3 * _SHORT)
-        self._exact = False  # in float32 throughout, while the model is tried
+        self.lengths = lengths or Lengths(probe.SHORT, 3 * probe.SHORT)
+        self.exact = False  # in float32 throughout, while the model is tried
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -242,7 +229,7 @@ class PackedModel:
         return output
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16 and not self._exact)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16 and not self.exact)
 
     def frozen_copy(self) -> PackedModel:
         """An independent copy that takes no gradient: the reference."""
@@ -295,6 +282,22 @@ class PackedModel:
             self.model.generation_config = own
             self.model.set_attn_implementation(_IMPLEMENTATION[self.attention])
 
+    @contextlib.contextmanager
+    def unpacked(self, names: Sequence[str]) -> Iterator[None]:
+        """Within: a batch is one sequence that the model is given as transformers gives it, with its own positions and masks; attention by the first
+        of these implementations that it has."""
+        attention = self.attention
+        try:
+            for name in names:
+                with contextlib.suppress(ValueError, ImportError):
+                    self.model.set_attn_implementation(name)
+                    break
+            self.attention = None
+            yield
+        finally:
+            self.attention = attention
+            self.model.set_attn_implementation(_IMPLEMENTATION[attention])
+
     def restore(self) -> None:
         """Give the model back the attention it came with."""
         self.model.set_attn_implementation(self._original)
@@ -309,71 +312,16 @@ class PackedModel:
             return "the model takes no position_ids"
         if name == "packed" and not getattr(self.model, "_supports_flash_attn", False):
             return "the architecture does not hand what FlashAttention would need to its attention layers"
-        if name == "sdpa" and _softcapped(self.model):
+        if name == "sdpa" and probe.softcapped(self.model):
             return "it would leave out the softcap of the attention logits"
         self.attention = name
         try:
             self.model.set_attn_implementation(_IMPLEMENTATION[name])
             if self.model.config._attn_implementation != _IMPLEMENTATION[name]:
                 return "the architecture does not let its attention be chosen"
-            return self._leak()
+            return probe.leak(self)
         except (ValueError, ImportError, TypeError, RuntimeError, IndexError) as error:
             return " ".join(str(error).split())[:200]
-
-    @torch.no_grad()
-    def _leak(self) -> str | None:
-        """Why packed sequences are not what they are alone; None if they are. First three short ones, whose neighbours change; then a pack as
-        full and with sequences as long as training will have: some models look further than a few tokens (scaled positions, chunks)."""
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.vocabulary(), (5, _SHORT), generator=generator)
-        a, middle, b, other_a, other_b = tokens
-        self._exact = self.attention != "flash_attention_2"  # in float32 it is the sequences that make a difference, not the rounding
-        try:
-            first, second = (self._rows_of(pack, 1) for pack in ([a, middle, b], [other_a, middle, other_b]))
-            if not torch.isfinite(first).all():
-                return "its outputs are not finite"
-            if (first - second).abs().max() > (1e-5 if self._exact else 1e-2) * first.abs().max():
-                return "a packed sequence sees its neighbours"
-            alone = self._alone(middle)
-            if self._differ(first, alone):
-                return "a packed sequence differs from the same sequence alone"
-            longest, total = self.lengths
-            if longest <= _SHORT:
-                return None
-            long = torch.randint(self.vocabulary(), (longest,), generator=generator)
-            pack = [long] * max(1, (total - _SHORT) // longest) + [middle]
-            last, beside = self._rows_of(pack, len(pack) - 2), self._rows_of(pack, len(pack) - 1)
-            if self._differ(last, self._alone(long)) or self._differ(beside, alone):
-                return (
-                    f"in a pack of {sum(map(len, pack))} tokens a sequence (the longest has {longest}) differs from the same sequence alone"
-                )
-        finally:
-            self._exact = False
-        return None
-
-    def _differ(self, packed_rows: torch.Tensor, alone: torch.Tensor) -> bool:
-        return bool((packed_rows - alone).abs().max() > (1e-3 if self._exact else 5e-2) * alone.abs().max())
-
-    def _rows_of(self, sequences: Sequence[torch.Tensor], which: int) -> torch.Tensor:
-        """A few rows of one sequence of a pack, its first and its last among them."""
-        start, length = sum(map(len, sequences[:which])), len(sequences[which])
-        few = torch.linspace(start, start + length - 1, min(length, 4 * _SHORT), device=self.device).round().long()
-        return self.rows(self.to_device(fastalign.pack(list(sequences))))[few].float()
-
-    def _alone(self, sequence: torch.Tensor) -> torch.Tensor:
-        """The same rows of a sequence that the model is given as transformers gives it: no pack, its own positions and masks."""
-        attention = self.attention
-        masks = ("sdpa", "eager") if len(sequence) > 1024 and not _softcapped(self.model) else ("eager", "sdpa")
-        try:
-            for name in masks:
-                with contextlib.suppress(ValueError, ImportError):
-                    self.model.set_attn_implementation(name)
-                    break
-            self.attention = None
-            return self._rows_of([sequence], 0)
-        finally:
-            self.attention = attention
-            self.model.set_attn_implementation(_IMPLEMENTATION[attention])
 
     def to_device(self, batch: Any) -> Any:
         """The batch on the model's device."""

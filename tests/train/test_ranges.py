@@ -1,5 +1,6 @@
 """What leaves its legal range: rewards, settings, vocabularies, devices, lines. Refused at the start or handled, in one line."""
 
+import dataclasses
 import json
 import math
 import re
@@ -71,7 +72,7 @@ def test_a_reward_model_that_is_broken(value):
             return torch.tensor([1.0, value, 2.0])
 
     with pytest.raises(TrainingError, match=f"--reward-model: 1 of 3 scores are not finite; the first is {value}"):
-        ModelReward(Scorer(), 100, None)(ROLLOUTS)
+        ModelReward(Scorer(), 100, None)([dataclasses.replace(rollout, ended=False) for rollout in ROLLOUTS])
 
 
 def run_online(tmp_path, method="grpo", model=None, tokenizer=None, reward=None, **settings):
