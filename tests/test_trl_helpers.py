@@ -61,15 +61,16 @@ def test_entropy():
         )
 
 
-def test_what_is_masked_may_hold_anything():
-    logits, index, keep = data((3, 5), (), torch.float32)
-    keep[0] = True
-    logits[~keep], index[~keep] = math.nan, -100
+@pytest.mark.parametrize("extra", [(), (4,)])
+def test_what_is_masked_may_hold_anything(extra):
+    logits, index, keep = data((3, 5), extra, torch.float32)
+    keep[0], keep[1] = True, False
+    logits[1], index[~keep] = math.nan, -100
     x = logits.requires_grad_()
     got = fa.selective_log_softmax(x, index, row_mask=keep)
     assert torch.equal(got == 0, ~keep)
     (g,) = torch.autograd.grad(got.sum(), x)
-    assert bool(torch.isfinite(g).all()) and not bool(g[~keep].any())
+    assert bool(torch.isfinite(g).all()) and not bool(g[1].any())
 
 
 def test_every_parameter_of_theirs_is_ours():

@@ -201,8 +201,9 @@ def token_stats(
         temperature: > 0; a 0-dim tensor for schedules (no recompilation under torch.compile).
         logit_scale, softcap: > 0; the model head's own transform, applied in the order scale, cap, temperature.
         inplace_backward: write the gradient over `logits`, which then must be a non-leaf without overlapping memory and without any other
-            consumer in the graph (the version counter makes autograd raise if there is one). Saves one [N, V] allocation. Under
-            torch.compile the compiler decides about buffers and this has no effect.
+            consumer in the graph (the version counter makes autograd raise if there is one). Saves one [N, V] allocation, unless
+            `logits` is a slice: autograd's backward of logits[:, :-1] allocates all of it again, so shift the labels instead. Under torch.compile
+            the compiler decides about buffers and this has no effect.
 
     Returns:
         TokenStats; each output (...) (logprob and ref_logprob: the shape of labels), fp32, or fp64 for fp64 logits. NaN or +inf logits, and rows
