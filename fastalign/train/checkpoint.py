@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -160,11 +161,13 @@ def save_checkpoint(output: Path, step: int, state: dict[str, Any], save_model: 
     be written, what was there stays, and `TrainingError` says so."""
     final = inside(output, "checkpoints", f"step-{step:08d}")
     temporary = _aside(final)
-    with writing(f"the checkpoint {final}"):
+    before = newest(output)
+    with writing(f"the checkpoint {final}" + (f" (--resume goes on from {before.name})" if before else "")):
         try:
             temporary.mkdir(parents=True)
             save_model(temporary)
-            torch.save(state, temporary / "trainer.pt")
+            with (temporary / "trainer.pt").open("wb") as file:  # a file of Python's: its errors say what the system said
+                torch.save(state, file)
             sync_tree(temporary)
         except WRITE_ERRORS:  # a full disk: give back what was taken
             remove(temporary)
@@ -211,7 +214,9 @@ def save_final(output: Path, save_model: Callable[[Path], None]) -> None:
 def load_state(path: Path) -> dict[str, Any]:
     """The state of a checkpoint, on the CPU. Raises `UserError` for one that is not whole, or of another form."""
     try:
-        state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
+            state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has many ways to say that a file is not what it should be
         raise UserError(f"--resume: the checkpoint {path} cannot be read ({_HINT}): {reason(error)[:200]}") from error
     what = f"--resume: the checkpoint {path} is not one of this trainer ({_HINT}): trainer.pt "

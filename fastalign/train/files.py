@@ -87,8 +87,11 @@ def writing(what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in one line of bearable length."""
-    text = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    """What an exception says, in one line of bearable length; of one that followed from the system's, what the system said."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__context__
+    text = cause.strerror if isinstance(cause, OSError) else " ".join(str(error).split())
     return (text if len(text) <= 300 else text[:297] + "...") or type(error).__name__
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastalign.train.config import RunConfig
-from fastalign.train.errors import TrainingError
+from fastalign.train.errors import TrainingError, UserError
 
 
 class Optimizer:
@@ -17,6 +17,8 @@ class Optimizer:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], config: RunConfig, steps: int):
         self.parameters, self.config, self.steps = list(parameters), config, steps
+        if not self.parameters:
+            raise UserError("the model has no weight to train: none of its parameters requires a gradient")
         matrices, vectors = ([p for p in self.parameters if (p.dim() >= 2) is wanted] for wanted in (True, False))
         # Weight decay acts on matrices only, not on norms and biases.
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
