@@ -52,6 +52,13 @@ class RunConfig:
         choices=("error", "drop", "truncate_prompt", "truncate_completion"),
     )
 
+    template_options: dict[str, Any] = setting(
+        {},
+        "a variable of the tokenizer's chat template, for example --template enable_thinking=false (repeatable)",
+        flag="--template",
+        metavar="VARIABLE=VALUE",
+    )
+
     # Steps
     batch_size: int = setting(32, "examples per optimizer step")
     tokens_per_batch: int = setting(

@@ -54,6 +54,7 @@ def load_examples(
             overlong=config.overlong,
             progress=config.progress,
             stops=stops,
+            template_options=config.template_options,
         )
         if not kept:
             raise UserError(

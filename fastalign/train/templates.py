@@ -16,12 +16,14 @@ fields that it ignores are put into `notes`, which whoever counts them empties.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from fastalign.train.errors import DataError
+from fastalign.train.errors import DataError, UserError
 from fastalign.train.formats import Messages, common_prefix
 
 _WHO = "the tokenizer's chat template"
+_GIVEN = ("messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "tokenize", "bos_token", "eos_token")
 _NOTHING = (None, "", False)
 TRIMMED = "with white space around a message that the chat template trims"
 MOVED = "with a system message that the chat template moves"
@@ -46,8 +48,13 @@ def _blank(message: dict[str, Any]) -> bool:
 class ChatTemplate:
     """The chat template of one tokenizer, or `plain_template` where it has none."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None):
         self.tokenizer, self.own = tokenizer, bool(getattr(tokenizer, "chat_template", None))
+        self.options = dict(options or {})
+        for name in self.options:
+            if name in _GIVEN or not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template) if self.own else ""):
+                where = "is set by the trainer" if name in _GIVEN else "is no variable of the tokenizer's chat template"
+                raise UserError(f"--template {name}: it {where}")
         self.notes: set[str] = set()
         self._outlines: dict[Any, str | None] = {}
         self.added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
@@ -123,7 +130,7 @@ class ChatTemplate:
             return plain_template(messages, generation)
         if self._in_parts:
             messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **self.options)
 
     def _checked_render(self, source: str, field: str, messages: Messages, generation: bool) -> str:
         try:

@@ -93,12 +93,13 @@ class DataReport:
 
 class ExampleTokenizer:
     """The one place where a prompt and its completions, texts or messages, become token ids: `__call__` (prompt and completions), `prompt` (alone,
-    to sample from), `text` (all of it predicted). `stops`: ids at which the model's generation stops beside the tokenizer's EOS.
+    to sample from), `text` (all of it predicted). `stops`: ids at which the model's generation stops beside the tokenizer's EOS;
+    `template_options`: variables for the chat template.
 
     `notes` counts what happened to the examples, `remarks()` says what is worth knowing of the chat template once it has been used."""
 
-    def __init__(self, tokenizer: Any, stops: Collection[int] = ()):
-        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer)
+    def __init__(self, tokenizer: Any, stops: Collection[int] = (), template_options: Mapping[str, Any] | None = None):
+        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer, template_options)
         # Configurations name ids that are letters of this tokenizer where nobody set them; those end nothing.
         others = {i for i in stops if i in self.template.added}
         self.special = SpecialTokens(tokenizer, turn_end=self.template.turn_end, others=others)
@@ -180,9 +181,11 @@ def tokenise(
     overlong: str,
     progress: bool = False,
     stops: Collection[int] = (),
+    template_options: Mapping[str, Any] | None = None,
 ) -> tuple[list[TokenExample], DataReport]:
-    """Check, tokenise and fit every example (a row in the format `form`, or a ready `TokenExample`). `stops`: see `ExampleTokenizer`."""
-    to_tokens, kept, report = ExampleTokenizer(tokenizer, stops), [], DataReport(form.noun)
+    """Check, tokenise and fit every example (a row in the format `form`, or a ready `TokenExample`). `stops` and
+    `template_options`: see `ExampleTokenizer`."""
+    to_tokens, kept, report = ExampleTokenizer(tokenizer, stops, template_options), [], DataReport(form.noun)
     first: Mapping[str, Any] | None = None
     for source, row in tqdm(examples, desc="tokenising", unit=f" {form.noun}s", leave=False, disable=None if progress else True):
         example, moved = (row, False) if isinstance(row, TokenExample) else to_tokens(form.parse(source, row))

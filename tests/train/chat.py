@@ -78,11 +78,14 @@ TEMPLATES = {
     "{% if loop.last or messages[loop.index0 + 1].role != m.role %}<end>\n{% endif %}" + _END + _ASK,
 }  # fmt: skip
 
-_QWEN3 = (
+_QWEN3 = (  # with enable_thinking=false the empty block belongs to the prompt
     _EACH
     + "{% set c = m.content %}{% set think = '' %}{% if m.role == 'assistant' and '</think>' in c %}{% set think = c.split('</think>')[0]"
     ".split('<think>')[-1].strip() %}{% set c = c.split('</think>')[-1].lstrip() %}{% endif %}<start>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ think }}\n</think>\n\n{% endif %}{{ c }}<end>\n" + _END + _ASK
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ think }}\n</think>\n\n{% endif %}{{ c }}<end>\n"
+    + _END
+    + "{% if add_generation_prompt %}<start>assistant\n{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
 )
 _CUTS = "{% set c = m.content %}{% if m.role == 'assistant' and '</think>' in c %}{% set c = c.split('</think>')[-1].strip() %}{% endif %}"
 HARMFUL = {

@@ -9,7 +9,7 @@ from chat import CHAT_SPECIALS, TEMPLATES, assistant, byte_tokenizer, user
 from tiny import make_model
 
 import fastalign.train.scorer as scorer
-from fastalign.train import DataError, OnlineConfig, PackedCausalLM, TrainConfig, sandbox, train, train_online
+from fastalign.train import DataError, OnlineConfig, PackedCausalLM, TrainConfig, UserError, sandbox, train, train_online
 from fastalign.train.formats import LISTWISE, PREFERENCE, UNPAIRED
 from fastalign.train.model import load_stops
 from fastalign.train.online.prompts import load_prompts, load_texts
@@ -223,6 +223,11 @@ def test_a_response_that_was_cut_off_is_read_as_it_is():
     reward = ModelReward(None, 64, ExampleTokenizer(tokenizer).special)
     cut = Rollout(TokenExample(torch.tensor([9]), (torch.tensor([9, 10]),), {"prompt": [user("hi")]}), False, "")
     assert reward._as_trained(cut) is cut.example
+
+
+def test_the_end_must_be_there_to_be_read():
+    with pytest.raises(UserError, match="--overlong truncate_completion cuts off the end of the turn, where the score is read"):
+        train("reward", TrainConfig(overlong="truncate_completion", output="x"))
 
 
 def test_padding_is_none_of_the_ends(folders):

@@ -8,7 +8,8 @@ import tokenizers
 import transformers
 from chat import CHAT_SPECIALS, HARMFUL, TEMPLATES, assistant, byte_tokenizer, system, user
 
-from fastalign.train import DataError, OnlineConfig
+from fastalign import cli
+from fastalign.train import DataError, OnlineConfig, UserError
 from fastalign.train.formats import LISTWISE, PREFERENCE, UNPAIRED, parse_prompt
 from fastalign.train.online.prompts import load_prompts
 from fastalign.train.tokenise import ExampleTokenizer, tokenise
@@ -36,8 +37,8 @@ def tokens(tokenizer, form, row):
     return tokenizer.decode(example.prompt), [tokenizer.decode(each) for each in example.completions], report
 
 
-def online_prompt(tokenizer, prompt):
-    config = OnlineConfig(max_new_tokens=4, max_length=512)
+def online_prompt(tokenizer, prompt, **options):
+    config = OnlineConfig(max_new_tokens=4, max_length=512, template_options=options)
     return tokenizer.decode(load_prompts(config, tokenizer, 512, [{"prompt": prompt}])[0][0].prompt)
 
 
@@ -123,6 +124,28 @@ def test_content_decides_what_some_templates_do():
     assert (text, yes, no) == ("<start>user\nhi<end>\n<start>assistant\n", thought + "yes<end>", thought + "no<end>")
     text, _, _ = tokens(tokenizer_of(TEMPLATES["merging"]), *rows_of([user("one"), user("two")], ANSWERS)["pairs"])
     assert "one\ntwo<end>" in text
+
+
+def test_variables_of_the_template():
+    row = rows_of([user("hi")], ANSWERS)["pairs"]
+    off = {"enable_thinking": False}
+    (example,), _ = tokenise(
+        [("1", row[1])], tokenizer_of(HARMFUL["qwen3"]), row[0], budget=4096, max_length=None, overlong="error", template_options=off
+    )
+    prompt = "<start>user\nhi<end>\n<start>assistant\n<think>\n\n</think>\n\n"
+    assert tokenizer_of(None).decode(example.prompt) == prompt == online_prompt(tokenizer_of(HARMFUL["qwen3"]), [user("hi")], **off)
+    assert tokenizer_of(None).decode(example.chosen) == "certainly, yes<end>"
+    for name, words in (("enable_think", "is no variable of the tokenizer's chat template"), ("messages", "is set by the trainer")):
+        with pytest.raises(UserError, match=f"--template {name}: it {words}"):
+            ExampleTokenizer(tokenizer_of(HARMFUL["qwen3"]), template_options={name: 1})
+    with pytest.raises(UserError, match="no variable"):
+        ExampleTokenizer(tokenizer_of(None), template_options=off)
+
+
+def test_variables_on_the_command_line(model_dir, data_file, tmp_path, capsys):
+    argv = ["train", "dpo", "--model", model_dir, "--data", data_file, "--output", tmp_path / "out", "--template", "enable_thinking=false"]
+    assert cli.main([str(part) for part in argv]) == 2
+    assert "error: --template enable_thinking: it is no variable of the tokenizer's chat template" in capsys.readouterr().err
 
 
 def test_white_space_that_a_template_trims_is_counted():

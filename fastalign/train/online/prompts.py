@@ -28,7 +28,7 @@ def load_prompts(
 ) -> tuple[list[TokenExample], list[TokenExample]]:
     """(training prompts, evaluation prompts): examples without completions, whose `values` are the columns of their line. `rows` and
     `eval_rows` stand in for the files."""
-    to_tokens, limit = ExampleTokenizer(tokenizer), sequence_limit(config, positions)
+    to_tokens, limit = ExampleTokenizer(tokenizer, template_options=config.template_options), sequence_limit(config, positions)
     if config.max_new_tokens >= limit:
         raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: a sequence has at most {limit} tokens")
 

@@ -156,7 +156,8 @@ def make_reward(
     scorer.check_tokens(f"reward model {directory}", [torch.tensor(sorted(models.token_ids(tokenizer)))])
     if theirs.chat_template != tokenizer.chat_template:
         print(f"{what}: its chat template is not the policy's, whose prompts it will read")
-    return ModelReward(scorer, config.tokens_per_batch, ExampleTokenizer(tokenizer).special)
+    to_tokens = ExampleTokenizer(tokenizer, template_options=config.template_options)
+    return ModelReward(scorer, config.tokens_per_batch, to_tokens.special)
 
 
 def _import(name: str) -> Callable[..., Any]:

@@ -40,7 +40,8 @@ class Sampler:
 
     def __init__(self, lm: PackedCausalLM, tokenizer: Any, config: OnlineConfig, vocabulary: int | None = None):
         self.lm, self.tokenizer, self.batch = lm, tokenizer, config.sample_batch
-        self.eos = sorted(ExampleTokenizer(tokenizer).special.ends | stops(lm.model.generation_config))
+        to_tokens = ExampleTokenizer(tokenizer, template_options=config.template_options)
+        self.eos = sorted(to_tokens.special.ends | stops(lm.model.generation_config))
         if tokenizer.eos_token_id >= lm.vocabulary():
             lm.check_tokens("model", [torch.tensor([tokenizer.eos_token_id])])
         pad, rows = tokenizer.pad_token_id, lm.head().weight.shape[0]
