@@ -1,103 +1,11 @@
-// Row kernels for any CPU, on 32-byte vectors that the compiler maps to what there is, and the fp64 kernels, whose exp2 and tanh are libm's lane by lane.
-#include "cpu/pair_rows_impl.h"
+// Row kernels for any CPU.
+#include "cpu/simd_generic.h"
 
 namespace fastalign {
 namespace cpu {
-namespace {
-
-template <class Scalar> struct Simd {
-  using A = Scalar;
-  typedef A F __attribute__((vector_size(32)));
-  typedef int16_t Bits __attribute__((vector_size(32)));
-  static constexpr bool kDouble = sizeof(A) == 8;
-  static constexpr int kWidth = 32 / sizeof(A);
-
-  static FA_INLINE F set(A x) { return x - F{}; }
-  static FA_INLINE F max_skip_nan(F x, F high) { return x > high ? x : high; }
-  // One rounding also where the CPU has no fused multiply-add: the product of two floats is exact in double.
-  static FA_INLINE F fma(F a, F b, F c) {
-    F r{};
-    for (int i = 0; i < kWidth; ++i) r[i] = kDouble ? std::fma(a[i], b[i], c[i]) : A(double(a[i]) * double(b[i]) + double(c[i]));
-    return r;
-  }
-  static FA_INLINE F mul_add(F a, F b, F c) { return a * b + c; }
-  static constexpr bool kScales = false;
-  template <class P> static FA_INLINE F exp2(F d, [[maybe_unused]] const P& polynomial) {
-    if constexpr (kDouble) {
-      F r{};
-      for (int i = 0; i < kWidth; ++i) r[i] = std::exp2(d[i]);
-      return r;
-    } else {
-      // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. At -127 the factor 2^n is an exact 0.
-      typedef uint32_t U __attribute__((vector_size(32)));
-      const F magic = set(12582912.0f);
-      d = bounded(d);
-      F shifted = d + magic, n = shifted - magic;
-      n = n > d ? n - set(1.0f) : n;
-      F scale = F((U(n + magic) - U(magic) + 127u) << 23);
-      return polynomial.of(d - n) * scale;
-    }
-  }
-  template <class P> static FA_INLINE void exp2_four(F (&d)[4], const P& polynomial) {
-    for (F& v : d) v = exp2(v, polynomial);
-  }
-  static FA_INLINE F bounded(F d) {
-    const F lowest = set(kDouble ? A(-1100) : A(-127));
-    return d < lowest ? lowest : d;
-  }
-  static FA_INLINE F tanh(F y) {
-    if constexpr (kDouble) {
-      F r{};
-      for (int i = 0; i < kWidth; ++i) r[i] = std::tanh(y[i]);
-      return r;
-    } else {
-      return tanh_float<Simd>(y);
-    }
-  }
-  static FA_INLINE A sum(F v) {
-    A r = v[0];
-    for (int i = 1; i < kWidth; ++i) r += v[i];
-    return r;
-  }
-  static FA_INLINE A largest(F v) {
-    A r = v[0];
-    for (int i = 1; i < kWidth; ++i) r = v[i] > r ? v[i] : r;
-    return r;
-  }
-
-  template <class T> static FA_INLINE void load2(const T* p, F& a, F& b) {
-    A lanes[2 * kWidth];
-    for (int i = 0; i < 2 * kWidth; ++i) lanes[i] = to_acc(p[i]);
-    memcpy(&a, lanes, sizeof(F));
-    memcpy(&b, lanes + kWidth, sizeof(F));
-  }
-  template <class T> static FA_INLINE void store2(T* p, F a, F b) {
-    A lanes[2 * kWidth];
-    memcpy(lanes, &a, sizeof(F));
-    memcpy(lanes + kWidth, &b, sizeof(F));
-    for (int i = 0; i < 2 * kWidth; ++i) from_acc(lanes[i], p + i);
-  }
-};
-
-RowState<double> forward_double(int, const void* x, int64_t n, const RowTransform<double>& f, int sums) {
-  return forward_any<Simd<double>, double>(x, n, f, sums);
-}
-void backward_double(int, const void* x, void* grad, int64_t n, const RowTransform<double>& f, const GradientRow<double>& g) {
-  backward_any<Simd<double>, double>(x, grad, n, f, g);
-}
-PairState<double> forward_pair_double(int, const void* x, const void* y, int64_t n, const RowTransform<double>& f, int sums) {
-  return forward_pair_any<Simd<double>, double>(x, y, n, f, sums);
-}
-void backward_pair_double(int, const void* x, const void* y, void* grad, int64_t n, const RowTransform<double>& f,
-                          const PairGradientRow<double>& g) {
-  backward_pair_any<Simd<double>, double>(x, y, grad, n, f, g);
-}
-
-}  // namespace
 
 const RowKernels<float> generic_rows{forward_rows<Simd<float>>, backward_rows<Simd<float>>, forward_pair_rows<Simd<float>>,
                                      backward_pair_rows<Simd<float>>};
-const RowKernels<double> generic_rows64{forward_double, backward_double, forward_pair_double, backward_pair_double};
 
 }  // namespace cpu
 }  // namespace fastalign
