@@ -1,31 +1,50 @@
-# The two commands of the README. Each needs only Python (>= 3.10), g++ and this checkout; each makes its own fresh virtual environment.
+# The two commands of the README. Each needs only Python (>= 3.10), g++ and this checkout, and makes its own virtual environment.
 # PYTHON: the interpreter to start from.
 PYTHON ?= python3
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: demo test clean kernels torch FORCE
 
-.PHONY: demo test clean
+# Of all that pip says, what it is at.
+SHOW = awk '/^(Collecting|Installing)/ { print "  packages: " $$0; fflush() }'
 
-# Trains a small model by DPO on a text task with a known reward and shows what changed, in about three minutes on two cores.
+# Trains a small model by DPO on a text task with a known reward and shows what changed. The environment is made at the first call, and again when what
+# it is made from changes; a changed kernel is compiled at any call.
 demo: .venv-demo/ready
+	@.venv-demo/bin/python setup.py --quiet build_ext --inplace
 	.venv-demo/bin/fastalign demo
 
-# Every check that needs no GPU: lint, all backends (C++, interpreted Triton, emulated CUDA C++), ahead-of-time compilation, a training run.
+# Every check that needs no GPU: lint, all backends (C++, interpreted Triton, emulated CUDA C++), ahead-of-time compilation, a training run. Always in a
+# fresh environment, and with the CUDA kernels, which its checks read.
 test: .venv-test/ready
 	.venv-test/bin/python tests/run_all.py
 
-# The build runs inside the environment (no isolation), so torch is the one that constraints.txt names and no second copy is fetched.
-.venv-demo/ready .venv-test/ready: .venv-%/ready: FORCE
-	$(PYTHON) -m venv --clear .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel pybind11 ninja numpy
-	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
-	for version in $(TRITONS); do \
-	  .venv-$*/bin/python -m pip install --quiet --no-deps --target .venv-$*/triton-$$version triton==$$version || exit 1; \
-	done
-	touch $@
 .venv-demo/ready: EXTRAS = train
 .venv-test/ready: EXTRAS = dev,tensorboard
+.venv-test/ready: export FASTALIGN_CUDA = 1
+.venv-test/ready: FORCE
 # For the ahead-of-time stage, beside the pinned one; tests/run_all.py says what each is for. 3.3.1 has no wheels for Python 3.14.
 .venv-test/ready: TRITONS = 3.6.0 3.3.1
-FORCE:
+
+# No isolation and no torch in the build: one torch, the one that constraints.txt names, and its installation goes on beside the compilers.
+.venv-demo/ready .venv-test/ready: .venv-%/ready: Makefile constraints.txt pyproject.toml setup.py
+	@echo "[1/3] a virtual environment in .venv-$*"
+	@$(PYTHON) -m venv --clear .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel pybind11 ninja
+	@echo "[2/3] kernels and torch, side by side"
+	@$(MAKE) --no-print-directory -j2 kernels torch VENV=.venv-$*
+	@echo "[3/3] fastalign and what it needs"
+	@.venv-$*/bin/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]' | $(SHOW)
+	@for version in $(TRITONS); do \
+	  .venv-$*/bin/python -m pip install --quiet --no-deps --target .venv-$*/triton-$$version triton==$$version || exit 1; \
+	done
+	@touch $@
+
+kernels:
+	@NINJA_STATUS="  kernels %f/%t: " $(VENV)/bin/python setup.py --quiet build_ext --inplace
+
+torch:
+	@$(VENV)/bin/python -m pip install --constraint constraints.txt torch numpy | $(SHOW)
 
 clean:
 	rm -rf build dist *.egg-info .venv-demo .venv-test fastalign/*.so

@@ -1,6 +1,6 @@
 """Builds fastalign/_C from csrc/ with ninja: g++ always, nvcc when it is found. No torch headers, no torch libraries.
 
-FASTALIGN_CUDA=auto|0|1      compile the .cu files: when nvcc is found (default), never, or fail without nvcc
+FASTALIGN_CUDA=auto|0|1      compile the .cu files: where nvcc is found and torch or a GPU can use them (default), never, or fail without nvcc
 FASTALIGN_ARCHS="80;90;100"  compute capabilities to compile for; the last one also as PTX, for later GPUs
 """
 
@@ -50,11 +50,27 @@ def find_nvcc(cuda_sources):
         raise SystemExit(f"FASTALIGN_CUDA={wanted!r}: legal values are auto, 0 and 1")
     if wanted == "0" or (wanted == "auto" and not cuda_sources):
         return None
+    chosen = "FASTALIGN_ARCHS" in os.environ  # whoever names architectures wants them
+    if wanted == "auto" and not chosen and (why := cuda_is_of_no_use()):
+        print(f"fastalign: the CUDA kernels are left out, since {why}; FASTALIGN_CUDA=1 compiles them all the same", flush=True)
+        return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if wanted == "1" and not (nvcc and cuda_sources):
         raise SystemExit(f"FASTALIGN_CUDA=1, but {'csrc/cuda holds no .cu file' if nvcc else f'nvcc is neither on PATH nor in {home}/bin'}")
     return nvcc
+
+
+def cuda_is_of_no_use():
+    """Why no program here could call a CUDA kernel: there is no NVIDIA device, and torch, where it is installed, was built without CUDA. None
+    where one could. A torch that is not visible (an isolated build) decides nothing: then the device does."""
+    if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists() or Path("/proc/driver/nvidia/version").exists():
+        return None
+    try:
+        from torch.version import cuda
+    except ImportError:
+        return "this machine has no NVIDIA device"
+    return None if cuda else "this machine has no NVIDIA device and torch is built without CUDA"
 
 
 def cuda_archs():
@@ -78,7 +94,14 @@ def literal(name, value):
 
 
 def compile_rule(name, command):
-    return [f"rule {name}", f"  command = {command} -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
+    lines = [
+        f"rule {name}",
+        f"  command = {command} -c $in -o $out",
+        "  description = compiling $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    return lines
 
 
 def ninja_file(output, nvcc, cuda_sources, *, headers=None, cpu=True, cuda_flags=""):
@@ -95,7 +118,7 @@ def ninja_file(output, nvcc, cuda_sources, *, headers=None, cpu=True, cuda_flags
         defines += f" -DFA_WITH_CUDA {literal('FA_CUDA_ARCHS', ';'.join(archs))} {literal('FA_CUDA_COMPILER', cuda_compiler_version(nvcc))}"
         link = f"{nvcc} {NVCC_LINK_FLAGS}"
         rules += compile_rule("cuda", f"{nvcc} {NVCC_FLAGS} {targets} {cuda_flags} {include} -MD -MF $out.d")
-    rules += ["rule link", f"  command = {link} -shared $in -o $out"]
+    rules += ["rule link", f"  command = {link} -shared $in -o $out", "  description = linking $out"]
 
     sources = [CSRC / "bindings.cpp", *(sorted((CSRC / "cpu").glob("*.cpp")) if cpu else []), *(cuda_sources if nvcc else [])]
     objects = []

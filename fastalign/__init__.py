@@ -2,6 +2,9 @@
 
 __version__ = "0.1.0"
 
+from fastalign import passive as _passive  # noqa: F401 before torch is loaded
+
+# isort: split
 import warnings as _warnings
 
 from fastalign import ffi as _ffi

@@ -85,8 +85,9 @@ def _no_device() -> str | None:
 
 
 def missing_backends() -> list[str]:
-    """One sentence per backend that this installation lacks altogether (not: that this machine has no device for)."""
-    return [error for error in (_extension_error, _triton_error) if error]
+    """One sentence per backend that this installation lacks although it could use it: Triton is of no use to a torch without a GPU."""
+    for_gpu = torch.version.cuda or torch.version.hip
+    return [error for error in (_extension_error, _triton_error if for_gpu else "") if error]
 
 
 def build_info() -> dict[str, Any]:

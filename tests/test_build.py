@@ -90,6 +90,42 @@ torch.testing.assert_close(fastalign.token_logprobs(x, y), torch.log_softmax(x, 
 
 
 @pytest.mark.parametrize(
+    "wanted,archs,no_use,compiled",
+    [
+        ("auto", None, "nothing here runs CUDA", False),
+        ("auto", None, None, True),
+        ("auto", "90", "nothing here runs CUDA", True),
+        ("1", None, "nothing here runs CUDA", True),
+        ("0", "90", None, False),
+    ],
+)
+def test_cuda_is_compiled_where_it_is_of_use(wanted, archs, no_use, compiled, monkeypatch, capsys):
+    """auto leaves the CUDA kernels out, and says so, where neither torch nor a device could call them; a wish goes before it."""
+    find_nvcc = SETUP["find_nvcc"]
+    monkeypatch.setitem(find_nvcc.__globals__, "cuda_is_of_no_use", lambda: no_use)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: "/there/nvcc")
+    monkeypatch.setenv("FASTALIGN_CUDA", wanted)
+    monkeypatch.delenv("FASTALIGN_ARCHS", raising=False)
+    if archs:
+        monkeypatch.setenv("FASTALIGN_ARCHS", archs)
+    assert (find_nvcc(["a.cu"]) is not None) == compiled
+    assert ("left out, since nothing here runs CUDA" in capsys.readouterr().out) == (wanted == "auto" and not compiled)
+
+
+@pytest.mark.parametrize("cuda,said", [("None", "torch is built without CUDA"), ("'12.8'", "None"), ("", "no NVIDIA device")])
+def test_what_makes_cuda_useless(cuda, said, tmp_path):
+    """Judged by torch's own word, by the device alone where torch is not visible (as in an isolated build)."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        cuda, said = "None", "None"  # a device settles it
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("" if cuda else "raise ImportError")
+    (tmp_path / "torch" / "version.py").write_text(f"cuda = {cuda or None}")
+    code = "import runpy; from unittest import mock; mock.patch('setuptools.setup').start(); "
+    code += f"print(runpy.run_path({str(ROOT / 'setup.py')!r})['cuda_is_of_no_use']())"
+    assert said in output_of(sys.executable, "-c", code, PYTHONPATH=str(tmp_path))
+
+
+@pytest.mark.parametrize(
     "env,message",
     [
         ({"FASTALIGN_CUDA": "yes"}, "FASTALIGN_CUDA='yes': legal values are auto, 0 and 1"),
@@ -131,7 +167,7 @@ def test_failing_nvcc_is_not_silent(tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\ncase $1 in --version) echo 'release 13.0, V13.0.88';; *) echo 'nvcc is out of order' >&2; exit 1;; esac\n")
     nvcc.chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FASTALIGN_CUDA": "auto"}
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FASTALIGN_CUDA": "auto", "FASTALIGN_ARCHS": "90"}
     result = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=source, env=env, capture_output=True, text=True)
     assert result.returncode != 0
     assert "nvcc is out of order" in result.stdout + result.stderr and "FASTALIGN_CUDA=0 builds without" in result.stderr
