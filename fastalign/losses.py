@@ -132,8 +132,18 @@ def _rows() -> list[Preset]:
     ]  # fmt: skip
 
 
+# Methods whose loss is dpo's and whose own part is the loop around it, which no loss can run: name -> that loop.
+LOOPS: Mapping[str, str] = MappingProxyType(
+    {
+        "dno_prct": "sample from the last model, score, pair the best sample with worse ones, train, again",
+        "online_dpo": "sample two responses from the model in training, let a judge choose, train on the pair ('fastalign train online_dpo')",
+        "iterative_dpo": "sample from the last model, label pairs by a reward model, train, again",
+        "sdpo": "train on the data part by part, easy to hard; each part's reference is the model that the part before it gave",
+        "self_rewarding": "the last model answers and judges its own answers; train on the pairs, again",
+    }
+)
+
 # How TRL 1.16 spells a loss that is no loss_type of its DPOTrainer under one name; each is held by tests/test_trl*.py. (CPO): the CPOTrainer.
-_SAME_PAIRS = "sigmoid"
 TRL_FORMS: Mapping[str, str] = MappingProxyType({
     "gpo_logistic": "sigmoid", "gpo_hinge": "hinge",
     "wpo": "sigmoid, use_weighting=True (clamp=None)",
@@ -146,7 +156,7 @@ TRL_FORMS: Mapping[str, str] = MappingProxyType({
     "cpo_simpo": "simpo (CPO), where sft_norm is token_mean_global", "alphapo": "alphapo (CPO), simpo_gamma=gamma",
     "orpo": "ORPOTrainer, beta=pair_weight, where sft_include_prompt",
     "bt_rm": "RewardTrainer",
-    **dict.fromkeys(("dno_prct", "online_dpo", "iterative_dpo", "sdpo", "self_rewarding"), _SAME_PAIRS),
+    **dict.fromkeys(LOOPS, "sigmoid"),
 })  # fmt: skip
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({p.name: p for p in _rows()})
@@ -180,12 +190,20 @@ def _list_rows() -> list[ListPreset]:
 LISTWISE: Mapping[str, ListPreset] = MappingProxyType({p.name: p for p in _list_rows()})
 
 
+# The losses of single responses with a label or score (`fastalign.unpaired_loss`) -> the method of `fastalign train` that has them.
+UNPAIRED: Mapping[str, str] = MappingProxyType({"kto": "kto", "apo_zero_unpaired": "kto", "dro": "dro"})
+
+
 def get(name: str) -> Preset:
     """The preset of this name (ours, or TRL's where the meaning is the same); an unknown name raises and lists the legal ones."""
     found = PRESETS.get(ALIASES.get(name, name))
     if found is None:
         if name in LISTWISE:
-            raise ValueError(f"loss={name!r} ranks lists: fastalign.listwise_loss takes it, losses.get_listwise returns it")
+            raise ValueError(f"loss={name!r} ranks lists: fastalign.listwise_loss takes it, 'fastalign train listwise' trains with it")
+        if name in UNPAIRED:
+            raise ValueError(
+                f"loss={name!r} is of single responses: fastalign.unpaired_loss takes it, 'fastalign train {UNPAIRED[name]}' trains with it"
+            )
         raise ValueError(f"loss={name!r} is unknown; legal: {', '.join(available().names())}")
     return found
 
@@ -238,7 +256,7 @@ class LossTable(tuple):
             own = ", ".join([*options, *(f for f in ("label_smoothing",) if getattr(p, f) and f not in p.options)])
             cells = [
                 p.name,
-                f"`{p.formula}`",
+                f"`{p.formula}`" + (f", that of dpo; the method is the loop: {LOOPS[p.name]}" if p.name in LOOPS else ""),
                 _over_tokens(p),
                 f"{p.beta:g}",
                 "yes" if p.needs_reference else "no",

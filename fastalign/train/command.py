@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fastalign.console import Parser
-from fastalign.train.config import RunConfig, TrainConfig, add_arguments, from_arguments
+from fastalign.train import help
+from fastalign.train.config import RunConfig, TrainConfig, add_arguments, common_settings, flag_of, from_arguments
 from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.methods import METHODS as OFFLINE
 from fastalign.train.online import METHODS as ONLINE
@@ -36,12 +38,18 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     """0: done; 1: training broke off; 2: the user's mistake, before training; 130: interrupted."""
-    parser = Parser(prog="fastalign train", description="Train a Hugging Face causal LM.")
+    parser = Parser(
+        prog="fastalign train", description="Train a Hugging Face causal LM. 'fastalign train METHOD --help' says what a method is."
+    )
     commands = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
     for name, command in COMMANDS.items():
-        own = commands.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
-        add_arguments(own, command.config, command.settings)
-    arguments = parser.parse_args(argv)
+        page = {"usage": help.usage(name, command.config), "description": help.description(name), "formatter_class": help.Formatter}
+        own = commands.add_parser(name, help=command.summary, allow_abbrev=False, **page)
+        add_arguments(own, command.config, command.settings, help.GROUPS)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        own.prog = f"fastalign train {arguments.method}"
+        own.error(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown, arguments.method)}")
     command = COMMANDS[arguments.method]
     try:
         _load(command)(arguments.method, from_arguments(arguments, command.config))
@@ -52,6 +60,22 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; if --save-every has made a checkpoint, --resume goes on from it", 130)
     return 0
+
+
+def hint(unknown: list[str], method: str) -> str:
+    """What somebody who wrote these unknown arguments may have meant; "" where nothing comes near."""
+    flag, _, value = unknown[0].partition("=")
+    if not flag.startswith("--"):
+        return ""
+    value = value or next((word for word in unknown[1:2] if not word.startswith("--")), "")
+    name = flag[2:].replace("-", "_")
+    if name in help.loss_options():
+        return f"; an option of the loss is given by --set {name}={value or 'VALUE'}"
+    flags = {flag_of(setting, COMMANDS[method].config) for setting in (*common_settings(), *COMMANDS[method].settings)}
+    if near := difflib.get_close_matches(flag, flags, n=1):
+        return f"; did you mean {near[0]}?"
+    others = [other for other, command in COMMANDS.items() if name in command.settings]
+    return f"; {flag} belongs to {', '.join(others)}" if others else ""
 
 
 def _load(command: Command) -> Callable[[str, RunConfig], Any]:

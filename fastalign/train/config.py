@@ -36,9 +36,11 @@ class RunConfig:
     """Settings that every trainer has. An "example" is one line of the data: a pair, a response, a list of responses, a prompt."""
 
     # What is trained on what
-    model: str | None = setting(None, "directory of a Hugging Face causal LM: config, weights, tokenizer", metavar="DIR")
-    data: str | None = setting(None, "training data, one JSON object per line, in TRL's formats (docs/training.md)", metavar="FILE")
-    output: str | None = setting(None, "directory that receives the model, metrics and checkpoints", metavar="DIR")
+    model: str | None = setting(None, "required: directory of a Hugging Face causal LM: config, weights, tokenizer", metavar="DIR")
+    data: str | None = setting(
+        None, "required: training data, one JSON object per line, in TRL's formats (docs/training.md)", metavar="FILE"
+    )
+    output: str | None = setting(None, "required: directory that receives the model, metrics and checkpoints", metavar="DIR")
 
     # Data
     eval_data: str | None = setting(None, "data to evaluate on, in the same format", metavar="FILE")
@@ -251,10 +253,13 @@ def check_booleans(options: Mapping[str, Any], preset: Any) -> None:
             raise UserError(f"--set {name} must be true or false, got {value!r}")
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: type[RunConfig], names: Collection[str]) -> None:
-    """Give the parser a flag for every setting of `kind`. Those outside `names` and the common ones stay out of --help; that they are
-    refused with a reason is the work of `check_settings`."""
+def add_arguments(
+    parser: argparse.ArgumentParser, kind: type[RunConfig], names: Collection[str], groups: Mapping[str, Collection[str]]
+) -> None:
+    """Give the parser a flag for every setting of `kind`, in `groups` (title -> settings). Those outside `names` and the common ones stay out of
+    --help; that they are refused with a reason is the work of `check_settings`."""
     types = typing.get_type_hints(kind)
+    of_group = {name: group for title, members in groups.items() for group in [parser.add_argument_group(title)] for name in members}
     for field in dataclasses.fields(kind):
         options: dict[str, Any] = {"dest": field.name, "help": field.metadata["doc"].replace("%", "%%"), "default": argparse.SUPPRESS}
         hint = types[field.name]
@@ -264,12 +269,13 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[RunConfig], names:
         elif field.default is dataclasses.MISSING:  # a dict: OPTION=VALUE, repeatable
             options.update(action="append", metavar=field.metadata["metavar"])
         else:
-            options.update(type=hint, metavar=field.metadata["metavar"], choices=field.metadata["choices"])
+            metavar = field.metadata["metavar"] or {int: "N", float: "X"}.get(hint)
+            options.update(type=hint, metavar=metavar, choices=field.metadata["choices"])
             if field.default is not None:
                 options["help"] += f" (default: {field.default})"
         if field.name not in (*common_settings(), *names):
             options["help"] = argparse.SUPPRESS
-        parser.add_argument(flag_of(field.name, kind), **options)
+        of_group[field.name].add_argument(flag_of(field.name, kind), **options)
 
 
 def from_arguments(arguments: argparse.Namespace, kind: type[RunConfig]) -> RunConfig:

@@ -16,7 +16,7 @@ class OnlineConfig(RunConfig):
     """Settings of the methods that learn from the policy's own samples. None: the method's own default (`resolve` fills it in)."""
 
     # Common settings that mean something of their own here
-    data: str | None = setting(None, "prompts, one JSON object per line (docs/training_online.md)", metavar="FILE")
+    data: str | None = setting(None, "required: prompts, one JSON object per line (docs/training_online.md)", metavar="FILE")
     batch_size: int = setting(32, "prompts per step; a step samples responses to them, scores these and learns from them")
     overlong: str = setting(
         "error",
@@ -26,7 +26,9 @@ class OnlineConfig(RunConfig):
     )
 
     # Reward
-    reward_model: str | None = setting(None, "directory of a reward model (sequence classifier with one label)", metavar="DIR")
+    reward_model: str | None = setting(
+        None, "this or --reward is required: directory of a reward model (sequence classifier with one label)", metavar="DIR"
+    )
     reward: str | None = setting(
         None,
         "reward function of your own, imported and run: function(completions=[...], prompts=[...], and the data's other columns) -> a "
