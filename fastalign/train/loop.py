@@ -17,6 +17,7 @@ from fastalign.train.config import RunConfig
 from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.metrics import RunLog
 from fastalign.train.optimise import Optimizer
+from fastalign.train.vain import Vain
 
 
 class Task(Protocol):
@@ -78,6 +79,8 @@ class Run:
         self._describe(first)
         log = RunLog(self.output, config, first_step=first, total_steps=task.steps)
 
+        vain = Vain(log.say)
+
         def report(step: int, values: dict[str, Any]) -> None:
             record = {"step": step, "epoch": step / task.steps_per_epoch, **values}
             log.write(record)
@@ -96,10 +99,12 @@ class Run:
                 metrics, seen = task.step(step, optimizer)
                 done, tokens, seconds = step + 1, tokens + seen, time.perf_counter() - started
                 report(done, metrics | {"num_tokens": tokens, "step_time": seconds})
+                vain.look(done, metrics)
                 if task.evaluates and (done == task.steps or config.eval_every and done % config.eval_every == 0):
                     evaluate(done)
                 if config.save_every and done % config.save_every == 0:
                     self._save_checkpoint(optimizer, done, tokens)
+            vain.conclude()
         finally:
             log.close()
         self._check_weights(task.steps)

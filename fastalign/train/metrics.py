@@ -79,6 +79,11 @@ class RunLog:
         if record["step"] % self.log_every == 0 or record["step"] in (1, self.bar.total):
             self._print(record, "")
 
+    def say(self, text: str) -> None:
+        """A line on the console that does not break the progress bar."""
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+
     def close(self) -> None:
         self.bar.close()
         with writing(str(self.path)):
@@ -89,8 +94,7 @@ class RunLog:
 
     def _print(self, record: dict[str, Any], prefix: str) -> None:
         shown = [f"{name} {record[prefix + name]:.4g}" for name in _CONSOLE if prefix + name in record]
-        with tqdm.external_write_mode():
-            print(f"{'eval' if prefix else 'step'} {record['step']}/{self.bar.total}: " + ", ".join(shown), flush=True)
+        self.say(f"{'eval' if prefix else 'step'} {record['step']}/{self.bar.total}: " + ", ".join(shown))
 
     def _keep_until(self, step: int) -> list[dict[str, Any]]:
         """On resume, drop the records after the checkpoint (they will be produced again), and what follows a line that is cut off or damaged."""

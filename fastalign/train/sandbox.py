@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastalign
@@ -127,7 +128,7 @@ def train_sft(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     losses = []
     try:
-        for step in range(steps):
+        for step in tqdm(range(steps), desc="SFT", unit=" steps", disable=None):
             batch = _pack(tokenizer, draw.sample(examples, min(batch_size, len(examples)))).to(lm.device)
             logprobs = fastalign.token_logprobs(lm.logits(batch), batch.labels, inplace_backward=True)
             loss = -logprobs.sum() / batch.mask.sum()
@@ -138,6 +139,9 @@ def train_sft(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
+            if (step + 1) % max(1, steps // 4) == 0:
+                with tqdm.external_write_mode():
+                    print(f"SFT step {step + 1}/{steps}: loss {losses[-1]:.3f} nats per token", flush=True)
     finally:
         lm.restore()
     return losses
@@ -168,7 +172,7 @@ def generate(
     to_tokens, samples = ExampleTokenizer(tokenizer), []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
+        for start in tqdm(range(0, len(prompts), batch_size), desc="sampling", unit=" batches", leave=False, disable=None):
             ids = [to_tokens.prompt(Texts("prompt", prompt, (), ())) for prompt in prompts[start : start + batch_size]]
             inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(device)
             options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, **options}

@@ -6,6 +6,7 @@ import copy
 import os
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from fastalign.train.errors import TrainingError
 from fastalign.train.tokenise import TokenExample
 
 SFT_STEPS = 220
+GOLD_REWARD = (
+    "Gold reward: the true reward of this task, which a program computes from a text's words. It is 1 for a review of known words with at least three\n"
+    "different positive ones and none that is negative, 0.5 for a neutral one, 0 for a negative one, and less for unknown words or more than 16 words."
+)
 
 
 class Clock:
@@ -71,6 +76,16 @@ def sampled_pairs(start: Start, seeds: list[int], known: int, held_out: int) -> 
     if not all(parts):
         raise TrainingError("the samples give no pairs with different rewards")
     return parts
+
+
+def shown_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Lines with each prompt and, under it, every policy's whole response with its gold reward. samples: policy -> one per prompt."""
+    width = max(map(len, samples))
+    lines = []
+    for row in zip(*samples.values()):
+        lines.append(f"  {row[0]['prompt']}")
+        lines += [f"    {name:<{width}} {sample['gold_reward']:.2f} {sample['text'].strip()}" for name, sample in zip(samples, row)]
+    return lines
 
 
 def sampling_copy(model: torch.nn.Module) -> torch.nn.Module:

@@ -11,12 +11,12 @@ import torch
 from fastalign.console import table
 from fastalign.train import comparison, sandbox
 from fastalign.train.config import TrainConfig
-from fastalign.train.demos.common import Clock, machine, sampled_pairs, sampling_copy, start_from_sft
+from fastalign.train.demos.common import GOLD_REWARD, Clock, machine, sampled_pairs, sampling_copy, shown_samples, start_from_sft
 from fastalign.train.offline import train_dpo
 
 PROMPTS, HELD_OUT_PROMPTS, JUDGED = 384, 96, 256
 BETA, LEARNING_RATE, BATCH_SIZE = 0.5, 1e-4, 32
-CURVE_POINTS, CURVE_SAMPLES, SHOWN = 6, 128, 4
+CURVE_POINTS, SHOWN = 6, 4
 
 
 def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
@@ -44,10 +44,10 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     curve: list[dict[str, float]] = []
 
     def judge(record: dict[str, Any]) -> None:
-        """At every evaluation, sample the policy and score the samples."""
+        """At every evaluation, sample the policy and score the samples: the prompts and the seed of the judgement, whose SFT column is step 0."""
         if "eval_loss" in record:
             policy = sampling_copy(model)
-            samples = sandbox.generate(policy, tokenizer, prompts[:CURVE_SAMPLES], seed=seeds[7])
+            samples = sandbox.generate(policy, tokenizer, prompts, seed=seeds[7])
             curve.append(
                 {"step": record["step"], "gold_reward": sandbox.mean_gold_reward(samples), **sandbox.sampled_kl(policy, sft, samples)}
             )
@@ -115,12 +115,11 @@ def summary(report: dict[str, Any]) -> str:
         [f"loss head at a usual vocabulary, [{large['tokens']}, {large['vocabulary']}] {large['dtype']} logits", large],
     ]
     timed = [[name, f"{t['fused_ms']:.1f}", f"{t['plain_ms']:.1f}", f"{t['ratio']:.2f}"] for name, t in times]
-    texts = [f"  {which}: {x['gold_reward']:.2f} {x['text'].strip()!r}" for pair in zip(before["samples"], after["samples"])
-             for which, x in zip(("SFT", "DPO"), pair)]  # fmt: skip
+    shown = shown_samples({"SFT": before["samples"], "DPO": after["samples"]})
     share = head["fused_ms"] / step["fused_ms"]
     return "\n".join([
         table(["", "SFT", "DPO"], lines), "(before training all implicit rewards are 0: no accuracy)", "",
-        "samples for the same prompts, each with its gold reward:", *texts, "",
+        GOLD_REWARD, "", "samples for the same prompts, each with its gold reward:", *shown, "",
         table([f"median milliseconds on backend {report['machine']['backend']}", "fused", "plain", "plain / fused"], timed),
         f"With {head['vocabulary']} tokens in the vocabulary the transformer takes {1 - share:.0%} of a fused step, so the whole step shows little;",
         "the last row is the same loss head where the vocabulary has its usual size. Losses of the two paths differ by at most "
@@ -130,33 +129,42 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Training curves: loss, rewards, gold reward and KL over the steps of DPO."""
+    """Over the steps of DPO: loss, margin, accuracy, gold reward, KL; and the time per step, fused and plain."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    history, curve = report["history"], report["curve"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    panels = [
-        ("loss", [("loss", "training"), ("eval_loss", "held out")]),
-        ("implicit reward", [("rewards/margins", "margin, training"), ("eval_rewards/margins", "margin, held out"),
-                             ("eval_rewards/accuracies", "accuracy, held out")]),
-    ]  # fmt: skip
-    for axis, (title, series) in zip(axes[0], panels):
-        for key, label in series:
+    history, curve, timing = report["history"], report["curve"], report["timing"]
+    figure, axes = pyplot.subplots(2, 3, figsize=(14, 7), layout="constrained")
+    panels = {
+        "loss": {"loss": "training", "eval_loss": "held out"},
+        "margin of the implicit rewards": {"rewards/margins": "training", "eval_rewards/margins": "held out"},
+        "accuracy of the implicit rewards": {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"},
+    }
+    for axis, (title, series) in zip(axes[0], panels.items()):
+        for key, label in series.items():
             points = [(record["step"], record[key]) for record in history if key in record]
-            axis.plot(*zip(*points), label=label, marker="o" if key.startswith("eval_") else None)
+            held_out = key.startswith("eval_")
+            axis.plot(*zip(*points), label=label, marker="o" if held_out else None, alpha=1 if held_out else 0.5)
         axis.set_title(title)
+    gold, kl, times = axes[1]
     steps = [point["step"] for point in curve]
-    axes[1][0].plot(steps, [point["gold_reward"] for point in curve], marker="o", label="policy samples")
-    axes[1][0].axhline(report["before"]["gold_reward"], linestyle="--", color="grey", label="SFT")
-    axes[1][0].set(title="gold reward", ylim=(0, 1))
+    gold.plot(steps, [point["gold_reward"] for point in curve], marker="o", label="policy's samples")
+    gold.axhline(report["before"]["gold_reward"], linestyle="--", color="grey", label="SFT")
+    gold.set(title="gold reward (true reward of fresh samples)", ylim=(0, 1))
     for kind in ("k1", "k3"):
-        axes[1][1].plot(steps, [point[f"{kind}_per_sequence"] for point in curve], marker="o", label=kind)
-    axes[1][1].set_title("KL to SFT, nats per sequence")
-    for axis in axes.flat:
+        kl.plot(steps, [point[f"{kind}_per_sequence"] for point in curve], marker="o", label=kind)
+    kl.set_title("KL to SFT, nats per sequence")
+    axes[0][2].set_ylim(0, 1.05)
+    for axis in (*axes[0], gold, kl):
         axis.set_xlabel("DPO step")
+    rows = {"whole step": timing["step"], "its loss head": timing["head"], "loss head,\nusual vocabulary": timing["head_large_vocabulary"]}
+    for shift, which in ((-0.2, "fused"), (0.2, "plain")):
+        bars = times.bar([i + shift for i in range(len(rows))], [t[f"{which}_ms"] for t in rows.values()], 0.4, label=which)
+        times.bar_label(bars, fmt="%.0f")
+    times.set(title="milliseconds per step (median)", xticks=range(len(rows)), xticklabels=rows)
+    for axis in axes.flat:
         axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

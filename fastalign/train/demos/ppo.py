@@ -11,7 +11,7 @@ from typing import Any
 from fastalign.console import table
 from fastalign.train import sandbox
 from fastalign.train.config import TrainConfig
-from fastalign.train.demos.common import Clock, Start, machine, sampled_pairs, sampling_copy, start_from_sft
+from fastalign.train.demos.common import GOLD_REWARD, Clock, Start, machine, sampled_pairs, sampling_copy, shown_samples, start_from_sft
 from fastalign.train.offline import train
 from fastalign.train.online.config import OnlineConfig
 from fastalign.train.online.run import train_online
@@ -20,7 +20,7 @@ PROMPTS, HELD_OUT_PROMPTS, JUDGED = 384, 96, 256
 REWARD_STEPS, REWARD_BATCH, REWARD_RATE = 40, 32, 3e-4
 BATCH_SIZE, LEARNING_RATE = 64, 3e-4
 KL_COEF = {"gold": 0.03, "model": 0.1}  # the reward model's scores have another scale than the gold reward
-CURVE_POINTS, CURVE_SAMPLES, SHOWN = 6, 128, 4
+CURVE_POINTS, SHOWN = 6, 4
 NAMES = {"sft": "SFT", "gold": "PPO, gold reward", "model": "PPO, reward model"}
 
 
@@ -32,9 +32,10 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     reward_model = train_reward_model(clock, start, seeds, output)
     prompts = sandbox.make_prompts(JUDGED, seeds[7])
     policies, curves, histories = {"sft": start.sft}, {}, {}
+    first = {"step": 0, **judge_samples(start.sft, start, prompts, seeds[7])}  # both runs begin with this very model
     for reward in ("gold", "model"):
         clock.stage(f"{NAMES[reward]}: {steps} steps of {BATCH_SIZE} samples, KL coefficient {KL_COEF[reward]}")
-        policies[reward], curve = copy.deepcopy(start.model), []
+        policies[reward], curve = copy.deepcopy(start.model), [first]
         source = {"reward": gold} if reward == "gold" else {}
         config = OnlineConfig(
             output=str(output / f"ppo_{reward}"),
@@ -99,17 +100,15 @@ def judging(policy: Any, start: Start, prompts: list[str], seed: int, every: int
 
     def judge(record: dict[str, Any]) -> None:
         if record["step"] % every == 0:
-            samples = sandbox.generate(sampling_copy(policy), start.tokenizer, prompts[:CURVE_SAMPLES], seed=seed)
-            curve.append(
-                {
-                    "step": record["step"],
-                    "gold_reward": sandbox.mean_gold_reward(samples),
-                    "score": record["objective/scores"],
-                    **sandbox.sampled_kl(sampling_copy(policy), start.sft, samples),
-                }
-            )
+            curve.append({"step": record["step"], **judge_samples(sampling_copy(policy), start, prompts, seed)})
 
     return judge
+
+
+def judge_samples(policy: Any, start: Start, prompts: list[str], seed: int) -> dict[str, float]:
+    """Gold reward and KL to the SFT model from fresh samples. The same prompts and seed throughout: a model's points and its final row agree."""
+    samples = sandbox.generate(policy, start.tokenizer, prompts, seed=seed)
+    return {"gold_reward": sandbox.mean_gold_reward(samples), **sandbox.sampled_kl(policy, start.sft, samples)}
 
 
 def judge_policy(policy: Any, start: Start, prompts: list[str], seed: int) -> dict[str, Any]:
@@ -133,15 +132,11 @@ def summary(report: dict[str, Any]) -> str:
         rows.append([label, *(f"{p['kl'][f'{kind}_per_sequence']:.2f}" for p in policies.values())])
     rows.append(["share of samples that end by themselves", *(f"{p['finished']:.2f}" for p in policies.values())])
     rows.append(["share of distinct samples", *(f"{p['distinct']:.2f}" for p in policies.values())])
-    texts = [
-        f"  {NAMES[name]:<17} {sample['gold_reward']:.2f} {sample['text'].strip()!r}"
-        for shown in zip(*(p["samples"] for p in policies.values()))
-        for name, sample in zip(policies, shown)
-    ]
+    shown = shown_samples({NAMES[name]: p["samples"] for name, p in policies.items()})
     model, times = report["reward_model"], [record["step_time"] for record in report["histories"]["gold"] if "step_time" in record]
     return "\n".join([
         table(["", *(NAMES[name] for name in policies)], rows), "",
-        "samples for the same prompts, each with its gold reward:", *texts, "",
+        GOLD_REWARD, "", "samples for the same prompts, each with its gold reward:", *shown, "",
         f"The reward model ranks {model['held_out_accuracy']:.0%} of {model['held_out_pairs']} held-out pairs as the gold reward does.",
         f"Median step of PPO on the gold reward: {sorted(times)[len(times) // 2]:.2f} s; all of it took {report['seconds']['total']:.0f} s "
         f"({report['machine']['threads']} threads, load average {report['machine']['load_average'][0]:.1f} at the end).",
@@ -149,27 +144,33 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Gold reward, the reward that PPO saw, and KL over the steps; gold reward over KL."""
+    """Gold reward, the rewards that PPO saw, and KL over the steps; gold reward over KL; the time per step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure, axes = pyplot.subplots(2, 3, figsize=(14, 7), layout="constrained")
+    (rewards, seen_gold, seen_model), (kl, frontier, times) = axes
     for name, curve in report["curves"].items():
-        kl = [point["k3_per_sequence"] for point in curve]
-        steps, rewards = [point["step"] for point in curve], [point["gold_reward"] for point in curve]
-        axes[0][0].plot(steps, rewards, marker="o", label=NAMES[name])
-        axes[1][0].plot(steps, kl, marker="o", label=NAMES[name])
-        axes[1][1].plot(kl, rewards, marker="o", label=NAMES[name])
-        history = [record for record in report["histories"][name] if "objective/scores" in record]
-        axes[0][1].plot([r["step"] for r in history], [r["objective/scores"] for r in history], label=NAMES[name])
-    for axis in (axes[0][0], axes[1][1]):
+        divergence, gold = [point["k3_per_sequence"] for point in curve], [point["gold_reward"] for point in curve]
+        steps = [point["step"] for point in curve]
+        rewards.plot(steps, gold, marker="o", label=NAMES[name])
+        kl.plot(steps, divergence, marker="o", label=NAMES[name])
+        frontier.plot(divergence, gold, marker="o", label=NAMES[name])  # in the order of the steps, from SFT at KL 0
+        history = [record for record in report["histories"][name] if "objective/scores" in record and "step_time" in record]
+        seen = seen_gold if name == "gold" else seen_model
+        seen.plot([r["step"] for r in history], [r["objective/scores"] for r in history], label=NAMES[name])
+        seconds = sorted(r["step_time"] for r in history)
+        times.bar_label(times.bar([NAMES[name]], [seconds[len(seconds) // 2]], label=NAMES[name]), fmt="%.2f")
+    for axis in (rewards, frontier):
         axis.axhline(report["policies"]["sft"]["gold_reward"], linestyle="--", color="grey", label="SFT")
-    axes[0][0].set(title="gold reward of fresh samples", ylim=(0, 1), xlabel="PPO step")
-    axes[0][1].set(title="reward that PPO saw (of two scales)", xlabel="PPO step")
-    axes[1][0].set(title="KL to SFT, nats per sequence (k3)", xlabel="PPO step")
-    axes[1][1].set(title="gold reward over KL", xlabel="KL to SFT, nats per sequence (k3)", ylim=(0, 1))
+    rewards.set(title="gold reward of fresh samples", ylim=(0, 1), xlabel="PPO step")
+    seen_gold.set(title="reward that PPO saw: gold reward", ylim=(0, 1), xlabel="PPO step")
+    seen_model.set(title="reward that PPO saw: reward model's score", xlabel="PPO step")
+    kl.set(title="KL to SFT, nats per sequence (k3)", xlabel="PPO step")
+    frontier.set(title="gold reward over KL, from step 0 on", xlabel="KL to SFT, nats per sequence (k3)", ylim=(0, 1))
+    times.set(title="seconds per step (median), sampling included")
     for axis in axes.flat:
         axis.legend()
         axis.grid(alpha=0.3)

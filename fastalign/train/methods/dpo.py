@@ -16,6 +16,7 @@ from fastalign.train.formats import PREFERENCE
 from fastalign.train.methods.base import LogprobFn, Method, Scored, Split, token_metrics
 from fastalign.train.metrics import Metrics
 from fastalign.train.tokenise import TokenExample
+from fastalign.train.vain import note_examples
 
 RULES = {rule.rule: rule for rule in (fastalign.BetaDPO, fastalign.AlphaDPO, fastalign.BCODelta)}
 # Column of the data -> the option of the loss that takes one number per pair.
@@ -90,6 +91,15 @@ class PreferenceMethod(Method):
         }[column]
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
+        loops = [
+            f"{preset.name} is dpo's loss; the method is the loop: {fastalign.losses.LOOPS[preset.name]}"
+            for preset, _ in self.parts
+            if preset.name in fastalign.losses.LOOPS
+        ]
+        for text in loops:
+            print(f"note: {text}")
+        if not any(preset.sft_weight for preset, _ in self.parts):
+            note_examples((torch.equal(e.chosen, e.rejected) for e in train), "pair", "chosen and rejected are the same tokens")
         found = [column for column in COLUMNS if column in train[0].values]
         self.columns = tuple(column for column in found if self._reads(column))
         for column in found:

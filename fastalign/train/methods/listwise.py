@@ -14,6 +14,7 @@ from fastalign.train.formats import LISTWISE
 from fastalign.train.methods.base import Method, Scored, Split
 from fastalign.train.metrics import Metrics
 from fastalign.train.tokenise import TokenExample
+from fastalign.train.vain import note_examples
 
 
 class Listwise(Method):
@@ -35,6 +36,10 @@ class Listwise(Method):
         if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
             raise UserError(f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it")
 
+    def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
+        if not self.preset.sft_weight:
+            note_lists(train)
+
     def constants(self, lm: Any, split: Split, indices: Sequence[int]) -> dict[str, Any]:
         examples = [split.examples[i] for i in indices]
         return {"num_items": len(examples), "num_sft_tokens": sum(len(best(example)) for example in examples)}
@@ -53,6 +58,11 @@ class Listwise(Method):
         where = packed.mask
         metrics = {"entropy": (scored.policy["entropy"].detach().where(where, 0).sum(), where.sum())} if "entropy" in scored.policy else {}
         return output.loss, {**output.metrics(), **metrics}
+
+
+def note_lists(examples: Sequence[TokenExample]) -> None:
+    """Say how many lists compare nothing."""
+    note_examples((len(set(e.values["scores"])) < 2 for e in examples), "list", "no two responses of different score")
 
 
 def list_inputs(scored: Scored) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,10 +16,11 @@ from fastalign.train.data import Batch
 from fastalign.train.errors import UserError
 from fastalign.train.formats import LISTWISE, PREFERENCE
 from fastalign.train.methods.base import Method, Scored, Split
-from fastalign.train.methods.listwise import list_inputs
+from fastalign.train.methods.listwise import list_inputs, note_lists
 from fastalign.train.metrics import Metrics
 from fastalign.train.scorer import PackedScorer, load_scorer, with_padding
 from fastalign.train.tokenise import TokenExample
+from fastalign.train.vain import note_examples
 
 _COLUMNS = {"margin": "margin", "soft_label": "soft_labels"}
 _PAIR_METRICS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
@@ -55,7 +56,10 @@ class Reward(Method):
         self.columns: tuple[str, ...] = ()
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
-        if self.pairs:
+        if not self.pairs:
+            note_lists(train)
+        else:
+            note_examples((torch.equal(e.chosen, e.rejected) for e in train), "pair", "chosen and rejected are the same tokens")
             self.columns = tuple(column for column in _COLUMNS if column in train[0].values)
             for column in self.columns:
                 print(f"column {column}: used")
