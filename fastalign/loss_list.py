@@ -82,7 +82,8 @@ def _one(kind: _Kind, name: str) -> str:
 
 def _options(preset: Any) -> str:
     """The preset's own options and the fields in which it differs from the class's defaults, each with its value."""
-    default, own = type(preset)(), dict(getattr(preset, "options", {}))
+    default = type(preset)()
+    own = {name: rule for name, rule in getattr(preset, "options", {}).items() if not rule.startswith("refused")}
     fields = [f.name for f in dataclasses.fields(preset) if f.name not in ("name", "formula", "paper", "trl", "options")]
     chosen = [f for f in fields if f not in own.values() and (f == "beta" or getattr(preset, f) != getattr(default, f))]
     values = {option: getattr(preset, field.split(" = ")[0], None) for option, field in own.items()} | {

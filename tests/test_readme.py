@@ -47,7 +47,7 @@ def test_tables_are_current(name):
 
 
 def test_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("0.6931")
 
