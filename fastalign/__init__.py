@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from fastalign import passive as _passive  # noqa: F401 before torch is loaded
+from fastalign import as_command as _as_command  # noqa: F401 before torch is loaded
 
 # isort: split
 import warnings as _warnings

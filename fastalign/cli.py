@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastalign {fastalign.__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     command = parser.parse_args(argv[:1]).command
+    backend = os.environ.get("FASTALIGN_BACKEND")
+    if backend and command in ("demo", "train", "bench") and (why := fastalign.backends()[backend]) != "available":
+        parser.error(f"FASTALIGN_BACKEND={backend}: {why}")  # now, not at the first op after a model has been loaded
     try:
         code = importlib.import_module(COMMANDS[command][1]).main(argv[1:])
         sys.stdout.flush()

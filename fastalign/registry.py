@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastalign import ffi
+from fastalign import as_command, ffi
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # CUDA C++ before Triton on NVIDIA; Triton alone on ROCm, where the extension has no kernels.
@@ -41,6 +41,8 @@ if os.environ.get("FASTALIGN_BACKEND"):
     try:
         _forced = _check_name(os.environ["FASTALIGN_BACKEND"])
     except ValueError as error:
+        if as_command.is_command():
+            as_command.end(f"FASTALIGN_BACKEND: {error}")
         raise ValueError(f"FASTALIGN_BACKEND: {error}") from None
 
 

@@ -1,0 +1,93 @@
+"""The command line as a whole: what goes wrong around a command is one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastalign as fa
+from fastalign import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fastalign(*words, **env):
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "FASTALIGN_BACKEND")} | env
+    command = [sys.executable, "-W", "ignore", "-m", "fastalign", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize(
+    "words,forced,said",
+    [
+        (["info"], "bogus", "backend='bogus' is unknown; legal: reference, cpu, triton, cuda"),
+        (["train", "dpo"], "bogus", "backend='bogus' is unknown"),
+        (["demo"], "cuda", "FASTALIGN_BACKEND=cuda: "),
+        (["train", "dpo", "--model", "nowhere"], "triton", "FASTALIGN_BACKEND=triton: "),
+    ],
+)
+def test_a_backend_that_cannot_serve(words, forced, said):
+    if fa.backends().get(forced) == "available":
+        pytest.fail(f"this test is about a machine without a GPU, and {forced} is available")
+    done = fastalign(*words, FASTALIGN_BACKEND=forced, TRITON_INTERPRET="0")
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+
+
+def test_a_backend_error_on_the_way_is_one_line(monkeypatch, capsys):
+    def refuse(argv):
+        raise fa.BackendError("fastalign::gae_fwd has no backend:\n  cpu: why")
+
+    monkeypatch.setattr("fastalign.info.main", refuse)
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "fastalign info: error: fastalign::gae_fwd has no backend: cpu: why\n"
+
+
+def test_interruption_is_one_line(monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastalign.train.demo.main", interrupt)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "fastalign demo: interrupted\n"
+
+
+def test_a_closed_pipe_is_silent():
+    """As in `fastalign losses | head -1`."""
+    command = f"{sys.executable} -W ignore -m fastalign losses"
+    done = subprocess.run(["bash", "-c", f"{command} | head -c 1; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "" and done.stdout == "l" and done.returncode in (0, 141)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"fastalign {fa.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv,passive", [(["-m", "fastalign", "info"], True), (["-m", "fastalign", "bench", "--help"], False), (["-c", ""], False)]
+)
+def test_only_commands_choose_how_threads_wait(argv, passive):
+    code = "import os, sys; sys.orig_argv, sys.argv = ['python', *{0}], {1}; import fastalign; print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-W", "ignore", "-c", code.format(argv, ["-m", *argv[2:]] if argv[0] == "-m" else ["-c"])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert done.stdout.strip() == ("passive" if passive else "None")
+
+
+def test_a_wish_of_the_users_stays():
+    code = "import os, sys; sys.orig_argv = ['python', '-m', 'fastalign']; import fastalign; print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "OMP_WAIT_POLICY": "active"}, check=True)  # fmt: skip
+    assert done.stdout.strip() == "active"
+
+
+def test_every_command_has_help(capsys):
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0 and f"fastalign {command}" in capsys.readouterr().out
