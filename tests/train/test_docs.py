@@ -112,7 +112,7 @@ def test_calls_in_sentences(path, call):
         "list_offsets": torch.tensor([0, 2, 4]), "scores": torch.tensor([1.0, 0.0, 0.5, 2.0]), "rewards": torch.randn(4),
         "chosen": torch.randn(3), "rejected": torch.randn(3), "ref_chosen": torch.randn(3), "ref_rejected": torch.randn(3),
         "totals": torch.randn(4), "ref_totals": torch.randn(4), "desirable": torch.tensor([True, False, True, False]),
-        "groups": torch.tensor([0, 0, 1, 1]), "group": None,
+        "groups": torch.tensor([0, 0, 1, 1]), "group": None, "temperature": 0.7, "row_mask": torch.ones(tokens, dtype=torch.bool), "chunk_size": 4,
     }  # fmt: skip
     names["outputs"] = [fa.preference_loss(names["logprobs"], names["ref_logprobs"], names["cu_seqlens"], mask=names["mask"])] * 2
     eval("fa" + call, names)
