@@ -8,13 +8,6 @@ from typing import Any
 from fastalign import losses, policy_losses
 from fastalign.console import Parser
 
-# Losses of single responses are options of one function, not rows of a table: name -> (formula, paper).
-UNPAIRED = {
-    "kto": ("good: w_d (1 - sg(beta D - z)), bad: w_u (1 - sg(z - beta D))", "Ethayarajh et al. 2024, arXiv 2402.01306"),
-    "apo_zero_unpaired": ("good: w_d sg(-beta D), bad: w_u sg(beta D)", "D'Oosterlinck et al. 2024, arXiv 2408.06266"),
-    "bco": ("good: sp(-(beta D - delta)), bad: sp(beta D - delta)", "Jung et al. 2024, arXiv 2404.04656"),
-    "dro": ("(r - V(x) - tau D)^2 / 2", "Richemond et al. 2024, arXiv 2405.19107"),
-}
 NOTATION = (
     "sp = softplus, sg = sigmoid, D = log pi - log ref of a response, c / r = chosen / rejected, A = log pi alone, L = length, h = beta (D_c - D_r); "
     "docs/losses.md and docs/policy_losses.md have every column"
@@ -54,7 +47,7 @@ _KINDS = (
     _Kind("of pairs", "fastalign.preference_loss", "fastalign train dpo --loss", _of_presets(losses.PRESETS)),
     _Kind(
         "of single responses", "fastalign.unpaired_loss", "fastalign train kto|bco|dro --loss",
-        lambda: {name: (*row, None) for name, row in UNPAIRED.items()},
+        lambda: {name: (row.formula, row.paper, None) for name, row in losses.UNPAIRED.items()},
     ),
     _Kind("of ranked lists", "fastalign.listwise_loss", "fastalign train listwise --loss", _of_presets(losses.LISTWISE)),
     _Kind("of policy gradients", "fastalign.policy_loss", "fastalign train ppo|grpo|rloo|reinforce_pp --loss", _of_presets(policy_losses.PRESETS)),

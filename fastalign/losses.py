@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -190,8 +190,26 @@ def _list_rows() -> list[ListPreset]:
 LISTWISE: Mapping[str, ListPreset] = MappingProxyType({p.name: p for p in _list_rows()})
 
 
-# The losses of single responses with a label or score (`fastalign.unpaired_loss`) -> the method of `fastalign train` that has them.
-UNPAIRED: Mapping[str, str] = MappingProxyType({"kto": "kto", "apo_zero_unpaired": "kto", "dro": "dro"})
+class UnpairedLoss(NamedTuple):
+    """A loss of single responses with a label or score (`fastalign.unpaired_loss`). method: of `fastalign train`."""
+
+    method: str
+    formula: str
+    paper: str
+
+
+UNPAIRED: Mapping[str, UnpairedLoss] = MappingProxyType(
+    {
+        "kto": UnpairedLoss(
+            "kto", "good: w_d (1 - sg(beta D - z)), bad: w_u (1 - sg(z - beta D))", "Ethayarajh et al. 2024, arXiv 2402.01306"
+        ),
+        "apo_zero_unpaired": UnpairedLoss(
+            "kto", "good: w_d sg(-beta D), bad: w_u sg(beta D)", "D'Oosterlinck et al. 2024, arXiv 2408.06266"
+        ),
+        "bco": UnpairedLoss("bco", "good: sp(-(beta D - delta)), bad: sp(beta D - delta)", "Jung et al. 2024, arXiv 2404.04656"),
+        "dro": UnpairedLoss("dro", "(r - V(x) - tau D)^2 / 2", "Richemond et al. 2024, arXiv 2405.19107"),
+    }
+)
 
 
 def get(name: str) -> Preset:
@@ -202,7 +220,7 @@ def get(name: str) -> Preset:
             raise ValueError(f"loss={name!r} ranks lists: fastalign.listwise_loss takes it, 'fastalign train listwise' trains with it")
         if name in UNPAIRED:
             raise ValueError(
-                f"loss={name!r} is of single responses: fastalign.unpaired_loss takes it, 'fastalign train {UNPAIRED[name]}' trains with it"
+                f"loss={name!r} is of single responses: fastalign.unpaired_loss takes it, 'fastalign train {UNPAIRED[name].method}' trains with it"
             )
         raise ValueError(f"loss={name!r} is unknown; legal: {', '.join(available().names())}")
     return found
