@@ -67,9 +67,8 @@ def _one(kind: _Kind, name: str) -> str:
     lines += [f"  paper    {paper}"] if paper else []
     lines += [f"  loop     {losses.LOOPS[name]}"] if name in losses.LOOPS else []
     lines += [f"  options  {_options(preset)}"] if preset is not None else []
-    command = kind.command.replace("kto|bco|dro", {"bco": "bco", "dro": "dro"}.get(name, "kto")).replace(
-        "ppo|grpo|rloo|reinforce_pp", "grpo"
-    )
+    method = losses.UNPAIRED[name].method if name in losses.UNPAIRED else ""
+    command = kind.command.replace("kto|bco|dro", method).replace("ppo|grpo|rloo|reinforce_pp", "grpo")
     return "\n".join([*lines, f"  python   {kind.function}(..., loss={name!r})", f"  command  {command} {name} ..."])
 
 
