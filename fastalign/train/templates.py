@@ -116,6 +116,9 @@ class ChatTemplate:
         if self.turn_end not in (None, self.tokenizer.eos_token_id):
             ends = (self.tokenizer.convert_ids_to_tokens(i) for i in (self.turn_end, self.tokenizer.eos_token_id))
             said.append("chat template: a turn ends with {!r}, not with the tokenizer's EOS {!r}".format(*ends))
+        head = (self._outline(_user(), True) or "").partition(_mark(0))[0]
+        if len(re.findall(r"[^\W\d_]+", self._without_markers(head))) > 3:  # more than a role's name
+            said.append(f"chat template: it opens a conversation without a system message with words of its own: {_short(head)}")
         if "strftime_now" in source:
             said.append("chat template: it writes the date into the prompts, so the data of another day are other data to --resume")
         bos = self.tokenizer.bos_token
@@ -143,6 +146,8 @@ class ChatTemplate:
         extras = tuple(repr({key: value for key, value in m.items() if key not in ("role", "content")}) for m in messages)
         key = (generation, tuple(m["role"] for m in messages), tuple(m["content"] if _blank(m) else None for m in messages), extras)
         if key not in self._outlines:
+            if len(self._outlines) >= 4096:  # fields of a message that are never the same
+                self._outlines.clear()
             marked = [m if _blank(m) else {**m, "content": _mark(i)} for i, m in enumerate(messages)]
             try:
                 self._outlines[key] = self._render(marked, generation)
@@ -192,12 +197,15 @@ class ChatTemplate:
         ends = [self.tokenizer.convert_ids_to_tokens(i) for i in (self.turn_end, self.tokenizer.eos_token_id) if i is not None]
         end = next((end for end in ends if end in tail), None)
         kept = tail.rstrip() if end is None else tail[: tail.index(end) + len(end)]
-        bare = kept
-        for i in self.added:
-            bare = bare.replace(self.tokenizer.convert_ids_to_tokens(i), " ")
-        if re.search(r"\w", re.sub(r"<[^<>\s]*>|\[[^\[\]\s]*\]", " ", bare)):
+        if re.search(r"\w", self._without_markers(kept)):
             raise self._refusal(source, field, f"writes {_short(kept)} behind the assistant's words, which would be trained on")
         return kept
+
+    def _without_markers(self, text: str) -> str:
+        """The text without special tokens and what looks like one: <...> and [...] of one word."""
+        for i in self.added:
+            text = text.replace(self.tokenizer.convert_ids_to_tokens(i), " ")
+        return re.sub(r"<[^<>\s]*>|\[[^\[\]\s]*\]", " ", text)
 
     # --- comparison --------------------------------------------------------------------------------------------------------------------------
 

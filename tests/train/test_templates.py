@@ -212,6 +212,9 @@ def test_remarks_and_unknown_characters(capsys):
     to_tokens.prompt(parse_prompt("line 1", {"prompt": [user("hi")]}))
     end, date = to_tokens.remarks()
     assert "a turn ends with '<end>', not with the tokenizer's EOS '</s>'" in end and "writes the date" in date
+    to_tokens = ExampleTokenizer(tokenizer_of(TEMPLATES["qwen2.5"]))
+    to_tokens.prompt(parse_prompt("line 1", {"prompt": [user("hi")]}))
+    assert "words of its own: '<start>system\\nYou are a helpful assistant.<end>" in "".join(to_tokens.remarks())
     to_tokens = ExampleTokenizer(tokenizer_of(TEMPLATES["zephyr"], bos=True))
     to_tokens.prompt(parse_prompt("line 1", {"prompt": [user("hi")]}))
     assert "conversations have no BOS" in to_tokens.remarks()[0]
