@@ -286,7 +286,7 @@ def test_every_option_compiles():
             options = {"kl_kind": kind, "kl_bias_correction": kind == "k3", "is_mode": "mask", "is_max": 2.0}
             policy_step(sequences=True, full=True, backward=False, **options)
         policy_step("rloo", sequences=True, aggregation="seq_mean_token_sum_norm", norm_length=3.0, backward=False)
-        policy.policy_fwd(token, None, token, None, None, *(None,) * 6, [0.0] * 14, [0] * 8, False)
+        policy.policy_fwd(token, None, token, None, None, *(None,) * 6, [0.0] * policy_losses.SCALAR_COUNT, [0] * 8, False)
         policy.value_fwd(token, None, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one[0], 0.0, 1, 1.0)
         pairs = torch.zeros(1, 2, dtype=torch.int32)
         preference("dpo", kl=token, weights=token, pairs=pairs, per_pair=(*(one,) * 6, one > 0, one[0], one[0]), kl_chosen=0.5)
