@@ -120,13 +120,13 @@ def test_equal_to_a_form_of_the_dpo_trainer(name):
     same(*both(batch, lambda lp: trl_loss(types, weights, batch, lp, **theirs), loss=name, beta=0.1, **ours))
 
 
-def cpo_loss(batch, logprobs, *, loss_type, beta=0.5, gamma=0.3, alpha=0.0, cpo_alpha=0.0):
+def cpo_loss(batch, logprobs, *, loss_type, beta=0.5, gamma=0.3, alpha=0.0, cpo_alpha=0.0, smoothing=0.0):
     """Loss and metrics of CPOTrainer on the packed batch: its `cpo_loss` on the log-probs that its `concatenated_forward` would form."""
     cu, mask = batch.packed.cu_seqlens.tolist(), batch.packed.mask
     sums = torch.stack([torch.where(mask[a:b], logprobs[a:b], 0.0).sum() for a, b in zip(cu, cu[1:])])
     lengths = torch.stack([mask[a:b].sum() for a, b in zip(cu, cu[1:])])
     logps = sums / lengths if loss_type in ("ipo", "simpo") else sums
-    trainer = SimpleNamespace(beta=beta, simpo_gamma=gamma, alpha=alpha, loss_type=loss_type, label_smoothing=0.0,
+    trainer = SimpleNamespace(beta=beta, simpo_gamma=gamma, alpha=alpha, loss_type=loss_type, label_smoothing=smoothing,
                               accelerator=SimpleNamespace(device="cpu"))  # fmt: skip
     each, chosen, rejected = CPOTrainer.cpo_loss(trainer, logps[::2], logps[1::2])
     nll = -sums[::2].sum() / lengths[::2].sum()
@@ -141,6 +141,8 @@ CPO_FORMS = {
     "cpo_simpo": ("cpo_simpo", {"loss_type": "simpo", "cpo_alpha": 0.7},
                   {"beta": 0.5, "gamma": 0.3, "sft_weight": 0.7, "sft_norm": "token_mean_global"}),
     "alphapo": ("alphapo", {"loss_type": "simpo", "alpha": 0.2}, {"beta": 0.5, "gamma": 0.3, "alpha": 0.2}),
+    "simpo, smoothed": ("simpo", {"loss_type": "simpo", "smoothing": 0.1}, {"beta": 0.5, "gamma": 0.3, "label_smoothing": 0.1}),
+    "cpo, smoothed": ("cpo", {"loss_type": "sigmoid", "cpo_alpha": 1.0, "smoothing": 0.1}, {"beta": 0.5, "label_smoothing": 0.1}),
     "ipo without a reference": ("ipo", {"loss_type": "ipo"}, {"tau": 0.5, "reference": False}),
     "hinge without a reference": ("hinge_norm", {"loss_type": "hinge"}, {"beta": 0.5, "reference": False}),
 }  # fmt: skip
