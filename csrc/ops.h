@@ -143,7 +143,7 @@ struct GaeArgs {
   double gamma, lam;
   void *advantages, *returns;           // [tokens]
   void* moments;                        // [3]: count, mean and m2 of the scored advantages
-  void* workspace;                      // [5 * (tokens / kGaeTile + sequences)], double on the CPU and float on CUDA
+  void* workspace;                      // [4 * (tokens / kGaeTile + sequences)], double
   uint32_t* counter;                    // as in PreferenceArgs
 };
 
@@ -174,7 +174,7 @@ struct PolicyArgs {
   const double* scalars;                             // PolicyParams, host
   const int* switches;
   void *loss, *slopes, *entropy_slopes, *stats;      // [], [tokens], [tokens] or null, [kPolicyStats]
-  void* rows;                                        // device scratch: [sequences or tiles, kPolicyStats] (CUDA only)
+  void* rows;                                        // device scratch: [sequences or tiles, kPolicyStats + 4 kPolicyMoments] (CUDA only)
   uint32_t* counter;                                 // device scratch: a zero of this launch's own (CUDA only)
 };
 
@@ -189,7 +189,7 @@ struct ValueArgs {
   int aggregation;
   double norm_length;
   void *loss, *slopes, *stats;                       // [], [tokens], [kValueStats]
-  void* rows;                                        // [sequences or tiles, kValueStats] (CUDA only)
+  void* rows;                                        // [sequences or tiles, kValueStats + 4 kValueMoments] (CUDA only)
   uint32_t* counter;
 };
 

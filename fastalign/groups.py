@@ -17,7 +17,7 @@ KINDS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "remax")
 
 
 class GroupAdvantages(NamedTuple):
-    """advantages: [S], in the rewards' type (fp32 at least). valid: [S] bool, False where the reward was NaN. informative: [S] bool, True where
+    """advantages: [S], in the rewards' type (fp32 at least). valid: [S] bool, False where the reward was not finite. informative: [S] bool, True where
     the sequence's group holds two valid rewards that differ: what DAPO keeps. frac_zero_std: 0-dim, the share of groups (of those with a valid
     reward, over all ranks) whose rewards are all equal."""
 
@@ -48,7 +48,7 @@ def group_advantages(
     - remax (arXiv 2310.10505): r - greedy_rewards, the reward of the greedy answer to the same prompt.
 
     A group whose valid rewards are all equal (max == min) gets exactly 0, a group of one 0 as well (except with remax, which needs no group). A
-    NaN reward (unscorable) is left out of every statistic and gets 0.
+    reward that is not finite (unscorable) is left out of every statistic and gets 0.
 
     Args:
         rewards: [S] floating. groups: [S] integers. eps: of grpo and reinforce_plus_plus. greedy_rewards: [S], for remax only.
@@ -78,7 +78,7 @@ def group_advantages(
     every, ids, start = rewards.double(), groups.long(), 0
     if group is not None:
         every, ids, weights, start = _gather(every, ids, weights, group)
-    valid, ids = ~torch.isnan(every), _renumbered(ids)
+    valid, ids = torch.isfinite(every), _renumbered(ids)
     count, mean, m2, low, high = _moments(every, ids, valid)
     differ = high > low
     centred = torch.where(valid & differ[ids], every - mean[ids], 0.0)
@@ -100,7 +100,7 @@ def group_advantages(
     if greedy_rewards is not None:
         baseline = _rewards("greedy_rewards", greedy_rewards)
         check_shape("greedy_rewards", baseline, tuple(rewards.shape))
-        own_valid = own_valid & ~torch.isnan(baseline)
+        own_valid = own_valid & torch.isfinite(baseline)
         out = torch.where(own_valid, rewards.double() - baseline.double(), 0.0)
     filled = count > 0
     share = (filled & ~differ).sum() / filled.sum().clamp(min=1)

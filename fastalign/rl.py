@@ -101,7 +101,8 @@ def shape_rewards(
         if kl_coef == 0:
             return rewards
     penalty = _penalty(logprobs, ref_logprobs, kl, kl_kind or "k1", rewards)
-    return torch.where(mask, rewards - kl_coef * penalty, 0.0)
+    # A coefficient that happens to be 0 is no penalty, also where the estimate is infinite.
+    return torch.where(mask & (kl_coef != 0), rewards - kl_coef * penalty, rewards)
 
 
 def _penalty(logprobs: Tensor | None, ref_logprobs: Tensor | None, kl: Tensor | None, kind: str, like: Tensor) -> Tensor:
@@ -152,8 +153,9 @@ def whiten(
         x: any shape, floating. mask: the same shape, bool; False entries are 0 in the result, whatever they hold.
         group: a process group; mean and variance are those of all its ranks' entries (merged in fp64, the same on every rank). Every rank must
             take part, those without scored entries too.
-        moments: (count, mean, m2) of x's scored entries, where they are known: `out = gae(...)` has them in `out[2:]`, so
-            `whiten(out.advantages, mask, moments=out[2:])` reads the advantages once.
+        moments: (count, mean, m2) where they are known: `out = gae(...)` has them in `out[2:]`, so `whiten(out.advantages, mask, moments=out[2:])`
+            reads the advantages once less. Those of x's own scored entries (that many) are taken as a first guess, which their rounding to fp32 makes
+            of them, and refined in fp64; those of other or more entries as they are.
 
     Returns:
         x's shape, fp32 (fp64 for fp64 input), no gradient.
@@ -169,6 +171,7 @@ def whiten(
             raise ValueError(f"moments has {len(moments)} entries; legal: 3 (count, mean, m2)")
         for name, value in zip(("count", "mean", "m2"), moments):
             check_shape(f"moments ({name})", value, ())
+        moments = _refined(x, mask, *(m.double() for m in moments))
     if group is not None:
         moments = moments_over_group(*moments, group)
     count, mean, m2 = (m.double() for m in moments)
@@ -184,6 +187,15 @@ def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     mean = wide.sum() / count.clamp(min=1.0)
     squares = (wide - mean) ** 2
     return count, mean, (squares if mask is None else torch.where(mask, squares, 0.0)).sum()
+
+
+def _refined(x: Tensor, mask: Tensor | None, count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The moments in fp64, given them with a mean that was rounded: sums of x - mean and of its square lose nothing near the mean."""
+    d = x.double() - mean if mask is None else torch.where(mask, x.double() - mean, 0.0)
+    n = torch.full_like(count, x.numel()) if mask is None else mask.sum(dtype=torch.float64)
+    total, own = d.sum(), count == n
+    offset = total / n.clamp(min=1.0)
+    return count, torch.where(own, mean + offset, mean), torch.where(own, ((d * d).sum() - total * offset).clamp(min=0.0), m2)
 
 
 def mean_sequence_kl(

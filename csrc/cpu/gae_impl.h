@@ -46,10 +46,11 @@ template <class T> class Walk {
       advantage = target = T(0);
       return;
     }
-    const double reward = at(a_.rewards)[t_], value = at(a_.values)[t_], r = step_.returns(reward, x_);
-    target = T(r);
-    advantage = T(r - value);
-    seen_.push(r - value);
+    const double reward = at(a_.rewards)[t_], value = at(a_.values)[t_];
+    const GaeResult<double> r = step_.result(reward, value, x_);
+    target = T(r.target);
+    advantage = T(r.advantage);
+    seen_.push(r.advantage);
     x_ = step_.map(reward, value)(x_);
   }
 
@@ -89,9 +90,9 @@ template <class T> class Walk {
         x = multiply_add(by4, __builtin_shuffle(x, none, LaneIndex{4, 5, 6, 7, 8, 9, 10, 11}), x);
         carried = d8 * carried + double(x[0]);
         const Lanes x_next = multiply_add(powers, after, __builtin_shuffle(x, none, LaneIndex{1, 2, 3, 4, 5, 6, 7, 8}));
-        const Lanes target = step.returns(reward, x_next);
-        advantage = target - value;
-        store(target, returns + t);
+        const GaeResult<Lanes> r = step.result(reward, value, x_next);
+        advantage = r.advantage;
+        store(r.target, returns + t);
         store(advantage, advantages + t);
         sum += advantage - shift;
         square += (advantage - shift) * (advantage - shift);

@@ -12,11 +12,12 @@ constexpr int kSpan = 512;  // tokens whose sums stay in fp32
 
 // All sequences or tiles, then the totals in their order. measure(span, length, total) is called first where `per_length`: something needs the
 // number of scored tokens, and log_rho(total, length) the sequence's log-ratio. finish(row) has the last word on a row of sums.
-template <int kStats, class T, class Args, class Measure, class LogRho, class Run, class Finish>
-void reduce(const Args& a, int aggregation, int tokens_column, int sequences_column, bool per_length, Measure measure, LogRho log_rho,
-            Run run, Finish finish) {
+template <int kStats, class T, class Args, int kMoments, class Measure, class LogRho, class Run, class Finish>
+void reduce(const Args& a, int aggregation, int tokens_column, int sequences_column, const int (&m2_columns)[kMoments], bool per_length,
+            Measure measure, LogRho log_rho, Run run, Finish finish) {
   const int64_t pieces = a.cu_seqlens ? a.sequences : (a.tokens + kPolicyTile - 1) / kPolicyTile;
   std::vector<double> rows(size_t(pieces) * kStats, 0.0);
+  std::vector<MomentSums<double>> moments(size_t(pieces) * kMoments);
 #pragma omp parallel for schedule(guided) if (a.tokens > kSerialTokens)
   for (int64_t k = 0; k < pieces; ++k) {
     const int64_t begin = a.cu_seqlens ? a.cu_seqlens[k] : k * kPolicyTile;
@@ -35,13 +36,19 @@ void reduce(const Args& a, int aggregation, int tokens_column, int sequences_col
       s.length = length;
       s.log_rho = log_rho(total, length);
     }
-    each_span(s, [&](const Span& span) { run(span, row); });
+    each_span(s, [&](const Span& span) { run(span, row, &moments[size_t(k * kMoments)]); });
     row[sequences_column] = a.cu_seqlens && row[tokens_column] > 0 ? 1.0 : 0.0;
     finish(row);
   }
   double total[kStats] = {};
   for (int64_t k = 0; k < pieces; ++k)
     for (int c = 0; c < kStats; ++c) total[c] += rows[size_t(k * kStats + c)];
+  for (int m = 0; m < kMoments; ++m) {
+    const auto part = [&](int64_t k) { return moments[size_t(k * kMoments + m)].moments(); };
+    double count = 0, weighted = 0;
+    for (int64_t k = 0; k < pieces; ++k) count += part(k).count, weighted += part(k).count * part(k).mean;
+    for (int64_t k = 0; k < pieces; ++k) total[m2_columns[m]] += moved_m2(part(k), merged_mean(count, weighted));
+  }
   const double given = a.num_items ? double(*static_cast<const T*>(a.num_items)) : 0.0;
   total[0] = loss_items(aggregation, a.num_items ? &given : nullptr, total[tokens_column], total[sequences_column]);
   for (int c = 0; c < kStats; ++c) static_cast<T*>(a.stats)[c] = T(total[c]);
@@ -55,10 +62,10 @@ template <class T> void policy(const PolicyArgs& a) {
   if (a.entropy_coef) p.entropy_coef = *static_cast<const T*>(a.entropy_coef);
   const TokenKernels<T>& kernels = token_kernels<T>();
   reduce<kPolicyStats, T>(
-      a, p.aggregation, kPolicy_tokens, kPolicy_sequences, p.ratio != kRatioToken || p.aggregation == kSeqMeanTokenMean,
+      a, p.aggregation, kPolicy_tokens, kPolicy_sequences, kPolicyM2, p.ratio != kRatioToken || p.aggregation == kSeqMeanTokenMean,
       [&](const Span& s, double* length, double* total) { kernels.measure_policy(a, p, s, length, total); },
       [&](double total, double length) { return sequence_log_ratio(wide, total, length); },
-      [&](const Span& s, double* stats) { kernels.run_policy(a, p, s, stats); },
+      [&](const Span& s, double* stats, MomentSums<double>* seen) { kernels.run_policy(a, p, s, stats, seen); },
       [&](double* row) {
         if (clips_sequences(p))
           for (int c = kPolicy_clip_low; c <= kPolicy_clip_dual; ++c) row[c] = row[c] > 0 ? 1.0 : 0.0;
@@ -68,9 +75,9 @@ template <class T> void policy(const PolicyArgs& a) {
 template <class T> void value(const ValueArgs& a) {
   const TokenKernels<T>& kernels = token_kernels<T>();
   reduce<kValueStats, T>(
-      a, a.aggregation, kValue_tokens, kValue_sequences, a.aggregation == kSeqMeanTokenMean,
+      a, a.aggregation, kValue_tokens, kValue_sequences, kValueM2, a.aggregation == kSeqMeanTokenMean,
       [&](const Span& s, double* length, double*) { kernels.measure_value(a, s, length); }, [](double, double) { return 0.0; },
-      [&](const Span& s, double* stats) { kernels.run_value(a, s, stats); }, [](double*) {});
+      [&](const Span& s, double* stats, MomentSums<double>* seen) { kernels.run_value(a, s, stats, seen); }, [](double*) {});
 }
 
 template <class T> void backward(const PolicyBackwardArgs& a) {

@@ -128,6 +128,19 @@ template <class T> FA_HD double sum(typename Vector<T>::Value v) {
 // Counts are small: they are exact as T, too.
 template <class T> FA_HD double count(typename Vector<T>::Bits n) { return sum<T>(__builtin_convertvector(n, typename Vector<T>::Value)); }
 
+// What a span's values are summed as differences from: the mean of those before it, or the first one, first(its token).
+template <class T, class First> FA_HD T near_value(const MomentSums<double>& seen, const uint8_t* mask, const Span& s, const First& first) {
+  if (seen.count > 0) return T(seen.shift + seen.sum / seen.count);
+  for (int64_t t = s.begin; t < s.begin + s.n; ++t)
+    if (!mask || mask[t]) return first(t);
+  return T(0);
+}
+// Adds n values by their sums of differences from `near` and of squares of these.
+FA_HD void add_near(MomentSums<double>& seen, double n, double near, double differences, double squares) {
+  if (seen.count == 0) seen.shift = near;
+  seen.add(n, near, differences, squares);
+}
+
 template <class T> struct Policy {
   using V = typename Vector<T>::Value;
   using Bits = typename Vector<T>::Bits;
@@ -172,9 +185,11 @@ template <class T> struct Policy {
 
   // Slopes of a span, and its sums into stats, two vectors at a time: one would wait for its own exponential. The plain loss is compiled on its own,
   // without branches.
-  FA_HD void run(const Span& s, double* stats) const { is_plain(s) ? run<true>(s, stats) : run<false>(s, stats); }
+  FA_HD void run(const Span& s, double* stats, MomentSums<double>* seen) const {
+    is_plain(s) ? run<true>(s, stats, seen) : run<false>(s, stats, seen);
+  }
 
-  template <bool kPlain> FA_HD void run(const Span& s, double* stats) const {
+  template <bool kPlain> FA_HD void run(const Span& s, double* stats, MomentSums<double>* seen) const {
     // Copies: a store to the slopes could be to the arguments, for all the compiler knows.
     const PolicyArgs a = this->a;
     PolicyParams<T> p = this->p;
@@ -184,7 +199,12 @@ template <class T> struct Policy {
     }
     const T divisor = kPlain ? T(1) : token_divisor(p.aggregation, T(s.length), p.norm_length);
     const T factor = p.ratio == kRatioSeqSum && (p.surrogate == kClip || p.surrogate == kSapo) ? T(s.length) : T(1);
-    V sums[kPolicyStats] = {};
+    const T near = near_value<T>(*seen, a.mask, s, [&](int64_t t) {
+      const T* lp = static_cast<const T*>(a.logprobs) + t;
+      const T lr = log_ratio(*lp, a.old_logprobs ? static_cast<const T*>(a.old_logprobs)[t] : *lp);
+      return std::exp(p.ratio == kRatioToken ? clamp_log_ratio(p.surrogate, lr) : T(s.log_rho));
+    });
+    V sums[kPolicyStats] = {}, differences{};
     Bits counts[kPolicyStats] = {};  // of the columns that count tokens; masks are -1
     const auto begin = [&](auto at) __attribute__((always_inline)) {
       const Bits keep = load_mask<T>(a.mask, at);
@@ -221,12 +241,13 @@ template <class T> struct Policy {
       }
       store<T>(select(keep, slope / divisor), a.slopes, at);
       if (!kPlain && a.entropy_slopes) store<T>(select(keep, splat<V>(-p.entropy_coef / divisor)), a.entropy_slopes, at);
-      const V beyond = select(keep, rho - T(1));
+      const V beyond = select(keep, rho - T(1)), difference = select(keep, rho - near);
       sums[kPolicy_loss] += select(keep, total);
       sums[kPolicy_policy] += select(keep, value);
       counts[kPolicy_tokens] -= keep;
       sums[kPolicy_ratio] += beyond;
-      sums[kPolicy_ratio_sq] += beyond * beyond;
+      differences += difference;
+      sums[kPolicy_ratio_m2] += difference * difference;
       sums[kPolicy_approx_kl] += x.lr * x.lr;
       counts[kPolicy_clip_low] -= keep & r.low;
       counts[kPolicy_clip_high] -= keep & r.high;
@@ -246,6 +267,8 @@ template <class T> struct Policy {
       const Tokens x = begin(at);
       finish(at, x, LaneMath::exp(x.log_rho));
     });
+    add_near(seen[0], count<T>(counts[kPolicy_tokens]), near, sum<T>(differences), sum<T>(sums[kPolicy_ratio_m2]));
+    sums[kPolicy_ratio_m2] = V{};
     for (int c = 0; c < kPolicyStats; ++c) {
       const double by = c == kPolicy_loss || c == kPolicy_policy ? double(divisor) : (c == kPolicy_approx_kl ? 2.0 : 1.0);
       stats[c] += (sum<T>(sums[c]) + count<T>(counts[c])) / by;
@@ -263,9 +286,12 @@ template <class T> struct Value {
     each_vector<kWidth>(s.begin, s.begin + s.n, [&](auto at) { *length += sum<T>(select(load_mask<T>(a.mask, at), splat<V>(1))); });
   }
 
-  FA_HD void run(const Span& s, double* stats) const {
+  FA_HD void run(const Span& s, double* stats, MomentSums<double>* seen) const {
+    const T *values = static_cast<const T*>(a.values), *returns = static_cast<const T*>(a.returns);
+    const T near_return = near_value<T>(seen[0], a.mask, s, [&](int64_t t) { return returns[t]; });
+    const T near_error = near_value<T>(seen[1], a.mask, s, [&](int64_t t) { return values[t] - returns[t]; });
     const T divisor = token_divisor(a.aggregation, T(s.length), T(a.norm_length));
-    V sums[kValueStats] = {};
+    V sums[kValueStats] = {}, differences[kValueMoments] = {};
     Bits counts[kValueStats] = {};
     each_vector<kWidth>(s.begin, s.begin + s.n, [&](auto at) {
       const Bits keep = load_mask<T>(a.mask, at);
@@ -277,11 +303,19 @@ template <class T> struct Value {
       counts[kValue_clipped] -= keep & r.clipped;
       sums[kValue_value] += value;
       sums[kValue_returns] += target;
-      sums[kValue_returns_sq] += target * target;
       sums[kValue_error] += r.error;
       sums[kValue_error_sq] += r.error * r.error;
+      const V from[kValueMoments] = {select(keep, target - near_return), select(keep, r.error - near_error)};
+      for (int m = 0; m < kValueMoments; ++m) {
+        differences[m] += from[m];
+        sums[kValueM2[m]] += from[m] * from[m];
+      }
       counts[kValue_nonfinite] -= keep & (r.value - r.value != V{});
     });
+    const double tokens = count<T>(counts[kValue_tokens]);
+    add_near(seen[0], tokens, near_return, sum<T>(differences[0]), sum<T>(sums[kValue_returns_m2]));
+    add_near(seen[1], tokens, near_error, sum<T>(differences[1]), sum<T>(sums[kValue_error_m2]));
+    sums[kValue_returns_m2] = sums[kValue_error_m2] = V{};
     for (int c = 0; c < kValueStats; ++c) stats[c] += (sum<T>(sums[c]) + count<T>(counts[c])) / (c == kValue_loss ? double(divisor) : 1.0);
   }
 };
@@ -289,13 +323,16 @@ template <class T> struct Value {
 template <class T> void measure_policy(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* length, double* total) {
   Policy<T>{a, p}.measure(s, length, total);
 }
-template <class T> void run_policy(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* stats) {
-  Policy<T>{a, p}.run(s, stats);
+template <class T>
+void run_policy(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* stats, MomentSums<double>* seen) {
+  Policy<T>{a, p}.run(s, stats, seen);
 }
 template <class T> void measure_value(const ValueArgs& a, const Span& s, double* length) { Value<T>{a}.measure(s, length); }
-template <class T> void run_value(const ValueArgs& a, const Span& s, double* stats) { Value<T>{a}.run(s, stats); }
+template <class T> void run_value(const ValueArgs& a, const Span& s, double* stats, MomentSums<double>* seen) {
+  Value<T>{a}.run(s, stats, seen);
+}
 template <class T> void scale(const T* slopes, T grad, T items, int64_t n, T* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = grad * slopes[i] / items;
+  for (int64_t i = 0; i < n; ++i) out[i] = times_slope(grad, slopes[i]) / items;
 }
 
 template <class T> void estimate_kl(int kind, const T* logprobs, const T* ref_logprobs, int64_t n, T* value, T* slope) {

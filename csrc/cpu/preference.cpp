@@ -148,9 +148,9 @@ template <class T> struct Backward {
       const T* row = static_cast<const T*>(a.table) + pair * kTableWidth;
       if (row[kTabValid] == T(0)) continue;
       const double g = at(a.grad, pair * a.grad_stride);
-      d_logprob += g * double(row[kTabChosen + side]);
-      if (p.sft_weight != 0.0 && side == 0) d_logprob += g * double(row[kTabSft]);
-      d_kl += g * double(row[kTabKlChosen + side]);
+      d_logprob += times_slope(g, double(row[kTabChosen + side]));
+      if (p.sft_weight != 0.0 && side == 0) d_logprob += times_slope(g, double(row[kTabSft]));
+      d_kl += times_slope(g, double(row[kTabKlChosen + side]));
     }
     fill(static_cast<T*>(a.grad_logprobs), s, T(d_logprob));
     if (a.grad_kl) fill(static_cast<T*>(a.grad_kl), s, T(d_kl));
@@ -181,10 +181,11 @@ template <class T> struct Backward {
         const double g = at(a.grad, pair * a.grad_stride);
         if (open) {
           const double partner_length = at(a.sums, (2 * pair + 1 - side) * kSumWidth + kSumLength);
-          d_logprob += g * double(row[kTabChosen + side]) * (p.ld_alpha == 1.0 ? 1.0 : tail_weight(p, rank, partner_length)) * weight;
+          const double tail = p.ld_alpha == 1.0 ? 1.0 : tail_weight(p, rank, partner_length);
+          d_logprob += times_slope(times_slope(times_slope(g, double(row[kTabChosen + side])), tail), weight);
         }
-        if (sft && side == 0) d_logprob += g * double(row[kTabSft]);
-        if (scored) d_kl += g * double(row[kTabKlChosen + side]);
+        if (sft && side == 0) d_logprob += times_slope(g, double(row[kTabSft]));
+        if (scored) d_kl += times_slope(g, double(row[kTabKlChosen + side]));
       }
       grad_logprobs[n] = T(d_logprob);
       if (grad_kl) grad_kl[n] = T(d_kl);

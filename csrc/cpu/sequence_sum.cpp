@@ -1,5 +1,6 @@
 // Sums over packed sequences. A sequence is summed by one thread, in a fixed order, in double: the result does not depend on the thread count.
 #include "cpu/tokens.h"
+#include "math/scalar.h"
 
 namespace fastalign {
 namespace cpu {
@@ -37,7 +38,7 @@ template <class T> void backward(const SequenceSumBackwardArgs& a) {
   for (int64_t s = 0; s < a.sequences; ++s) {
     for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; ++n) {
       const bool scored = !a.mask || a.mask[n];
-      grad_x[n] = !scored ? T(0) : (weights ? grad[s] * weights[n] : grad[s]);
+      grad_x[n] = !scored ? T(0) : (weights ? times_slope(grad[s], weights[n]) : grad[s]);
     }
   }
 }

@@ -289,7 +289,7 @@ template <class T> void scale(const ScaleRowsArgs& a) {
 #pragma omp parallel for if (a.x.rows * a.x.vocab > kSerialElements)
   for (int64_t row = 0; row < a.x.rows; ++row) {
     T* x = row_of<T>(a.x, row);
-    for (int64_t i = 0; i < a.x.vocab; ++i) from_acc(to_acc(x[i]) * by, x + i);
+    for (int64_t i = 0; i < a.x.vocab; ++i) from_acc(times_slope(by, to_acc(x[i])), x + i);
   }
 }
 

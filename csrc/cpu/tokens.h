@@ -17,13 +17,14 @@ struct Span {
   int64_t sequence;
 };
 
-// measure_...: adds a span's scored tokens, and the sum of their log-ratio terms. run_...: writes a span's slopes and adds its sums to stats.
+// measure_...: adds a span's scored tokens, and the sum of their log-ratio terms. run_...: writes a span's slopes and adds its sums to stats, and to
+// `seen` the moments of what has any (kPolicyMoments, kValueMoments).
 // scale: out = grad * slopes / items. walk: GAE of sequence s. sum_lanes: see lane_sums.h.
 template <class T> struct TokenKernels {
   void (*measure_policy)(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* length, double* total);
-  void (*run_policy)(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* stats);
+  void (*run_policy)(const PolicyArgs& a, const PolicyParams<T>& p, const Span& s, double* stats, MomentSums<double>* seen);
   void (*measure_value)(const ValueArgs& a, const Span& s, double* length);
-  void (*run_value)(const ValueArgs& a, const Span& s, double* stats);
+  void (*run_value)(const ValueArgs& a, const Span& s, double* stats, MomentSums<double>* seen);
   void (*scale)(const T* slopes, T grad, T items, int64_t n, T* out);
   void (*estimate_kl)(int kind, const T* logprobs, const T* ref_logprobs, int64_t n, T* value, T* slope);
   Moments<double> (*walk)(const GaeArgs& a, const GaeStep<double>& step, int64_t s);

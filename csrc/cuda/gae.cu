@@ -6,9 +6,8 @@
 //   2  one block per tile, for few long sequences: a first launch composes every tile's map, the second one carries X over the maps of the
 //      tiles before its own and finishes. The inputs' second read comes from the cache.
 // The last block of the grid merges the moments of all blocks in index order.
-#include "cuda/sequence.cuh"
+#include "cuda/moments.cuh"
 #include "math/affine.h"
-#include "math/moments.h"
 #include "ops.h"
 
 namespace fastalign {
@@ -17,7 +16,7 @@ namespace {
 
 constexpr unsigned kWarps = kSequenceThreads / kWarp;
 constexpr int kStripes = kGaeTile / kSequenceThreads;
-// Shared memory, in floats: two tiles' maps per warp (also the room of sum_block), then the flag of the last block.
+// Shared memory, in floats: two tiles' maps per warp (also the room of merge_block), then the flag of the last block.
 constexpr unsigned kMapSize = 2 * kWarps, kSharedSize = 2 * kMapSize + 1;
 
 using Map = Affine<float>;
@@ -94,29 +93,14 @@ __device__ void finish_tile(const GaeArgs& a, const GaeStep<float>& step, const 
 #pragma unroll
   for (int j = 0; j < kStripes; ++j) {
     const float own = tile.map[j](x), neighbour = __shfl_up_sync(kFullMask, own, 1);
-    const float target = step.returns(tile.reward[j], threadIdx.x % kWarp ? neighbour : x), advantage = target - tile.value[j];
+    const GaeResult<float> r = step.result(tile.reward[j], tile.value[j], threadIdx.x % kWarp ? neighbour : x);
     if (tile.token[j] >= 0) {
-      returns[tile.token[j]] = tile.scored[j] ? target : 0.0f;
-      advantages[tile.token[j]] = tile.scored[j] ? advantage : 0.0f;
+      returns[tile.token[j]] = tile.scored[j] ? r.target : 0.0f;
+      advantages[tile.token[j]] = tile.scored[j] ? r.advantage : 0.0f;
     }
-    if (tile.scored[j]) seen.push(advantage);
+    if (tile.scored[j]) seen.push(r.advantage);
     x = __shfl_sync(kFullMask, own, kWarp - 1);
   }
-}
-
-// Merges `count` moments, part(i) of them, over the block; all threads call it and get the result. `shared`: two floats per warp.
-template <class F> __device__ Moments<float> merge_block(int64_t count, F&& part, float* shared) {
-  float sums[2] = {0, 0}, m2[1] = {0};
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    const Moments<float> p = part(i);
-    sums[0] += p.count;
-    sums[1] += p.count * p.mean;
-  }
-  sum_block(sums, shared);
-  const float mean = merged_mean(sums[0], sums[1]);
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) m2[0] += moved_m2(part(i), mean);
-  sum_block(m2, shared);
-  return {sums[0], mean, m2[0]};
 }
 
 // Which tile a block of scheme 2 serves. Sequence s owns the blocks from begin_s / kGaeTile + s on, which are enough and nobody else's.
@@ -133,9 +117,9 @@ __device__ TileIndex tile_of_block(const GaeArgs& a) {
 }
 __device__ bool holds_tokens(const Segment& s, int64_t number) { return number >= 0 && number * kGaeTile < s.end - s.begin; }
 
-// The workspace: every block's map (scheme 2), then every block's moments [blocks, 3].
-__device__ Map* maps_of(const GaeArgs& a) { return static_cast<Map*>(a.workspace); }
-__device__ float* parts_of(const GaeArgs& a) { return static_cast<float*>(a.workspace) + 2 * int64_t(gridDim.x); }
+// The workspace: every block's moments, then every block's map (scheme 2).
+__device__ Moments<double>* parts_of(const GaeArgs& a) { return static_cast<Moments<double>*>(a.workspace); }
+__device__ Map* maps_of(const GaeArgs& a) { return reinterpret_cast<Map*>(parts_of(a) + gridDim.x); }
 
 __global__ void __launch_bounds__(kSequenceThreads) gae_maps_kernel(GaeArgs a) {
   FA_DYNAMIC_SHARED(float, shared);
@@ -201,21 +185,17 @@ template <bool kTiled> __global__ void __launch_bounds__(kSequenceThreads) gae_f
   const bool ok = kTiled ? finish_own_tile(a, step, shared, seen) : walk_sequence(a, step, shared, seen);
 
   __syncthreads();  // the scan's shared memory is free
-  const Moments<float> own = seen.moments(), block = merge_block(blockDim.x, [&](int64_t) { return own; }, shared);
-  float* parts = parts_of(a);
-  if (threadIdx.x == 0) {
-    parts[3 * int64_t(blockIdx.x)] = ok ? block.count : NAN;
-    parts[3 * int64_t(blockIdx.x) + 1] = block.mean;
-    parts[3 * int64_t(blockIdx.x) + 2] = block.m2;
-  }
+  auto* room = reinterpret_cast<double*>(shared);
+  const Moments<double> block = merge_threads(seen, room);
+  Moments<double>* parts = parts_of(a);
+  if (threadIdx.x == 0) parts[blockIdx.x] = {ok ? block.count : NAN, block.mean, block.m2};
   if (!last_block(a.counter, reinterpret_cast<unsigned*>(shared + 2 * kMapSize))) return;
-  const Moments<float> all =
-      merge_block(gridDim.x, [&](int64_t i) { return Moments<float>{parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]}; }, shared);
+  const Moments<double> all = merge_block(gridDim.x, [&](int64_t i) { return parts[i]; }, room);
   if (threadIdx.x) return;
   auto* moments = static_cast<float*>(a.moments);
-  moments[0] = all.count;
-  moments[1] = all.mean;
-  moments[2] = all.m2;
+  moments[0] = float(all.count);
+  moments[1] = float(all.mean);
+  moments[2] = float(all.m2);
 }
 
 int forced_scheme = 0;

@@ -1,7 +1,7 @@
 // Policy and value losses (math/policy.h). Forward, one launch: a block per sequence, or per tile of tokens where sequences do not matter, reads its
 // tokens once for their number and log-ratio if the loss needs these first, then writes their slopes and one row of sums; the block that arrives last
 // adds the rows in a fixed order. Backward, one launch: slopes times the upstream gradient. Unscored tokens are selected away.
-#include "cuda/sequence.cuh"
+#include "cuda/moments.cuh"
 #include "math/policy.h"
 #include "ops.h"
 
@@ -10,7 +10,7 @@ namespace cuda {
 namespace {
 
 constexpr unsigned kWarps = kSequenceThreads / kWarp;
-// Shared memory, in floats: reductions, then the flag of the last block.
+// Shared memory, in floats: reductions (also two doubles per warp), then the flag of the last block.
 template <int kStats> constexpr unsigned kSharedSize = kStats * kWarps + 1;
 
 __device__ inline float at(const void* p, int64_t i) { return static_cast<const float*>(p)[i]; }
@@ -39,7 +39,7 @@ __device__ TokenInputs token_inputs(const PolicyArgs& a, const PolicyParams<floa
 
 // One scored token: its slope before the divisor, its sums into `sums`.
 __device__ float policy_token(const PolicyArgs& a, const PolicyParams<float>& p, int64_t t, int64_t sequence, float sequence_log_rho,
-                              float factor, float divisor, float (&sums)[kPolicyStats]) {
+                              float factor, float divisor, float (&sums)[kPolicyStats], MomentSums<float>& ratios) {
   const TokenInputs x = token_inputs(a, p, t, sequence);
   const float log_rho = p.ratio == kRatioToken ? clamp_log_ratio(p.surrogate, x.lr) : sequence_log_rho, rho = exp(log_rho);
   const Surrogate<float> r = surrogate<StdMath>(p, x.logprob, x.lr, log_rho, rho, x.advantage);
@@ -72,7 +72,7 @@ __device__ float policy_token(const PolicyArgs& a, const PolicyParams<float>& p,
   sums[kPolicy_policy] += value / divisor;
   sums[kPolicy_tokens] += 1;
   sums[kPolicy_ratio] += rho - 1;
-  sums[kPolicy_ratio_sq] += (rho - 1) * (rho - 1);
+  ratios.push(rho);
   sums[kPolicy_approx_kl] += x.lr * x.lr / 2;
   sums[kPolicy_clip_low] += r.low ? 1.0f : 0.0f;
   sums[kPolicy_clip_high] += r.high ? 1.0f : 0.0f;
@@ -82,10 +82,19 @@ __device__ float policy_token(const PolicyArgs& a, const PolicyParams<float>& p,
 }
 
 // A block's row of sums; then, in the last block, the totals of all rows, the number of items and the loss.
-template <int kStats, class Args, class Finish>
+template <int kStats, int kMoments, class Args, class Finish>
 __device__ void reduce_rows(const Args& a, int aggregation, int64_t pieces, bool ok, int tokens, int sequences, float (&sums)[kStats],
-                            float* shared, Finish finish) {
+                            const MomentSums<float> (&seen)[kMoments], const int (&m2_columns)[kMoments], float* shared, Finish finish) {
+  static_assert(kStats % 2 == 0, "doubles stand behind the rows");
   float* rows = static_cast<float*>(a.rows);
+  double *means = reinterpret_cast<double*>(rows + pieces * kStats), *room = reinterpret_cast<double*>(shared);  // mean, m2 of every block
+#pragma unroll
+  for (int m = 0; m < kMoments; ++m) {
+    const Moments<double> block = merge_threads(seen[m], room);
+    if (threadIdx.x) continue;
+    double* own = means + 2 * (blockIdx.x * int64_t(kMoments) + m);
+    own[0] = block.mean, own[1] = block.m2;
+  }
   sum_block(sums, shared);
   if (threadIdx.x == 0) {
     sums[sequences] = a.cu_seqlens && sums[tokens] > 0 ? 1.0f : 0.0f;
@@ -101,6 +110,14 @@ __device__ void reduce_rows(const Args& a, int aggregation, int64_t pieces, bool
 #pragma unroll
     for (int c = 0; c < kStats; ++c) sums[c] += rows[k * kStats + c];
   sum_block(sums, shared);
+#pragma unroll
+  for (int m = 0; m < kMoments; ++m) {
+    const auto part = [&](int64_t k) {
+      const double* of = means + 2 * (k * kMoments + m);
+      return Moments<double>{rows[k * kStats + tokens], of[0], of[1]};
+    };
+    sums[m2_columns[m]] = float(merge_block(pieces, part, room).m2);
+  }
   if (threadIdx.x) return;
   sums[0] = loss_items(aggregation, static_cast<const float*>(a.num_items), sums[tokens], sums[sequences]);
   float* stats = static_cast<float*>(a.stats);
@@ -127,19 +144,21 @@ __global__ void __launch_bounds__(kSequenceThreads, 4) policy_fwd_kernel(PolicyA
   const float factor = p.ratio == kRatioSeqSum && (p.surrogate == kClip || p.surrogate == kSapo) ? measured[0] : 1.0f;
   const float divisor = token_divisor(p.aggregation, measured[0], p.norm_length);
   float sums[kPolicyStats] = {};
+  MomentSums<float> seen[kPolicyMoments];
   for (int64_t t = piece.begin + threadIdx.x; t < piece.end; t += blockDim.x) {
     const bool inside = t >= piece.own.begin && t < piece.own.end, scored = inside && is_scored(a, t);
-    const float slope = scored ? policy_token(a, p, t, k, log_rho, factor, divisor, sums) : 0.0f;
+    const float slope = scored ? policy_token(a, p, t, k, log_rho, factor, divisor, sums, seen[0]) : 0.0f;
     static_cast<float*>(a.slopes)[t] = inside ? (scored ? slope / divisor : 0.0f) : NAN;
     if (a.entropy_slopes) {
       const float coef = a.entropy_coef ? at(a.entropy_coef, 0) : p.entropy_coef;
       static_cast<float*>(a.entropy_slopes)[t] = inside ? (scored ? -coef / divisor : 0.0f) : NAN;
     }
   }
-  reduce_rows(a, p.aggregation, pieces, piece.own.ok, kPolicy_tokens, kPolicy_sequences, sums, shared, [&](float (&row)[kPolicyStats]) {
-    if (clips_sequences(p))
-      for (int c = kPolicy_clip_low; c <= kPolicy_clip_dual; ++c) row[c] = row[c] > 0 ? 1.0f : 0.0f;
-  });
+  reduce_rows(a, p.aggregation, pieces, piece.own.ok, kPolicy_tokens, kPolicy_sequences, sums, seen, {kPolicy_ratio_m2}, shared,
+              [&](float (&row)[kPolicyStats]) {
+                if (clips_sequences(p))
+                  for (int c = kPolicy_clip_low; c <= kPolicy_clip_dual; ++c) row[c] = row[c] > 0 ? 1.0f : 0.0f;
+              });
 }
 
 __global__ void __launch_bounds__(kSequenceThreads) value_fwd_kernel(ValueArgs a, int64_t pieces) {
@@ -153,6 +172,7 @@ __global__ void __launch_bounds__(kSequenceThreads) value_fwd_kernel(ValueArgs a
   }
   const float divisor = token_divisor(a.aggregation, length[0], float(a.norm_length));
   float sums[kValueStats] = {};
+  MomentSums<float> seen[kValueMoments];
   for (int64_t t = piece.begin + threadIdx.x; t < piece.end; t += blockDim.x) {
     const bool inside = t >= piece.own.begin && t < piece.own.end, scored = inside && is_scored(a, t);
     float slope = 0;
@@ -166,22 +186,24 @@ __global__ void __launch_bounds__(kSequenceThreads) value_fwd_kernel(ValueArgs a
       sums[kValue_clipped] += r.clipped ? 1.0f : 0.0f;
       sums[kValue_value] += value;
       sums[kValue_returns] += target;
-      sums[kValue_returns_sq] += target * target;
+      seen[0].push(target);
+      seen[1].push(r.error);
       sums[kValue_error] += r.error;
       sums[kValue_error_sq] += r.error * r.error;
       sums[kValue_nonfinite] += is_finite(r.value) ? 0.0f : 1.0f;
     }
     static_cast<float*>(a.slopes)[t] = inside ? slope : NAN;
   }
-  reduce_rows(a, a.aggregation, pieces, piece.own.ok, kValue_tokens, kValue_sequences, sums, shared, [](float (&)[kValueStats]) {});
+  reduce_rows(a, a.aggregation, pieces, piece.own.ok, kValue_tokens, kValue_sequences, sums, seen, {kValue_returns_m2, kValue_error_m2},
+              shared, [](float (&)[kValueStats]) {});
 }
 
 __global__ void __launch_bounds__(kSequenceThreads) policy_bwd_kernel(PolicyBackwardArgs a) {
   const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (t >= a.tokens) return;
   const float grad = at(a.grad, 0), items = at(a.stats, 0);
-  static_cast<float*>(a.grad_logprobs)[t] = grad * at(a.slopes, t) / items;
-  if (a.entropy_slopes) static_cast<float*>(a.grad_entropy)[t] = grad * at(a.entropy_slopes, t) / items;
+  static_cast<float*>(a.grad_logprobs)[t] = times_slope(grad, at(a.slopes, t)) / items;
+  if (a.entropy_slopes) static_cast<float*>(a.grad_entropy)[t] = times_slope(grad, at(a.entropy_slopes, t)) / items;
 }
 
 template <class Args> int64_t pieces_of(const Args& a) { return a.cu_seqlens ? a.sequences : ceil_div(a.tokens, kPolicyTile); }

@@ -139,14 +139,14 @@ __global__ void __launch_bounds__(kSequenceThreads) preference_bwd_kernel(Prefer
       const float g = at(a.grad, pair * a.grad_stride);
       const int64_t row = pair * kTableWidth;
       const float tail = ranked ? tail_weight(p, float(rank), at(a.sums, (2 * pair + 1 - side) * kSumWidth + kSumLength)) : 1.0f;
-      of_ratio += g * at(a.table, row + kTabChosen + side) * tail;
-      of_kl += g * at(a.table, row + kTabKlChosen + side);
-      if (side == 0 && p.sft_weight != 0) of_sft += g * at(a.table, row + kTabSft);
+      of_ratio += times_slope(times_slope(g, at(a.table, row + kTabChosen + side)), tail);
+      of_kl += times_slope(g, at(a.table, row + kTabKlChosen + side));
+      if (side == 0 && p.sft_weight != 0) of_sft += times_slope(g, at(a.table, row + kTabSft));
     });
     if (t >= end) continue;
     float gradient = p.sft_include_prompt ? (t != own.end - 1 ? of_sft : 0.0f) : (scored ? of_sft : 0.0f);
     const bool open = scored && ratio_of(a, p, t).open;
-    if (open) gradient += of_ratio * (a.weights ? at(a.weights, t) : 1.0f);
+    if (open) gradient += a.weights ? times_slope(of_ratio, at(a.weights, t)) : of_ratio;
     static_cast<float*>(a.grad_logprobs)[t] = inside ? gradient : NAN;
     if (a.grad_kl) static_cast<float*>(a.grad_kl)[t] = inside ? (scored ? of_kl : 0.0f) : NAN;
   }

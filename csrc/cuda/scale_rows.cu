@@ -1,4 +1,4 @@
-// x *= a number that only the device knows, which is 1 as a rule: then nothing is touched.
+// x *= a number that only the device knows, which is 1 as a rule: then nothing is touched. A gradient of 0 stays 0 (times_slope).
 #include "cuda/row.cuh"
 #include "cuda/vector.cuh"
 
@@ -25,13 +25,13 @@ template <class T> __global__ void __launch_bounds__(kRowThreads) scale_rows_ker
       float lanes[L];
       unpack(v[k], lanes, T{});
 #pragma unroll
-      for (int l = 0; l < L; ++l) lanes[l] *= by;
+      for (int l = 0; l < L; ++l) lanes[l] = times_slope(by, lanes[l]);
       store16(x + vectors.element(i + k * int(kWarp)), pack(lanes, T{}));
     }
   }
   if (part > 0) return;
   const int inner = vectors.element(vectors.first), inner_end = inner + (vectors.last - vectors.first) * L;
-  for_each_end(vocab, inner, inner_end, [&](int e) { from_acc(to_acc(x[e]) * by, x + e); });
+  for_each_end(vocab, inner, inner_end, [&](int e) { from_acc(times_slope(by, to_acc(x[e])), x + e); });
 }
 
 template <class T> void launch_row_kernel(const ScaleRowsArgs& a, void* stream) {

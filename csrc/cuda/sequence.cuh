@@ -36,7 +36,7 @@ __device__ inline unsigned block_rank(bool flag, unsigned* counts, unsigned& run
 }
 
 // Sums over a block in a fixed tree; every thread gets the result. `partial` has room for one value per warp.
-template <int N> __device__ void sum_block(float (&x)[N], float* partial) {
+template <class T, int N> __device__ void sum_block(T (&x)[N], T* partial) {
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
 #pragma unroll
   for (int i = 0; i < N; ++i)
@@ -47,7 +47,7 @@ template <int N> __device__ void sum_block(float (&x)[N], float* partial) {
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    float sum = 0;
+    T sum = 0;
     for (unsigned w = 0; w < warps; ++w) sum += partial[w * N + i];
     x[i] = sum;
   }

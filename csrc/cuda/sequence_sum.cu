@@ -1,5 +1,6 @@
 // Sums over packed sequences: forward one block per sequence, backward one thread per token.
 #include "cuda/sequence.cuh"
+#include "math/scalar.h"
 #include "ops.h"
 
 namespace fastalign {
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kSequenceThreads) sequence_sum_bwd_kernel(Sequ
   }
   const auto *grad = static_cast<const float*>(a.grad), *weights = static_cast<const float*>(a.weights);
   const bool scored = !a.mask || a.mask[t];
-  const float g = low < a.sequences ? (weights ? grad[low] * weights[t] : grad[low]) : NAN;
+  const float g = low < a.sequences ? (weights ? times_slope(grad[low], weights[t]) : grad[low]) : NAN;
   static_cast<float*>(a.grad_x)[t] = scored ? g : 0.0f;
 }
 

@@ -21,11 +21,18 @@ template <class T> FA_HD Affine<T> compose(const Affine<T>& outer, const Affine<
   return {outer.a * inner.a, multiply_add(outer.a, inner.b, outer.b)};
 }
 
+template <class T> struct GaeResult { T target, advantage; };
+
 // What a token does. T may also be a vector of lanes.
 template <class T> struct GaeStep {
   T gamma, lam, decay /* gamma lam */, value_share /* 1 - lam */;
   FA_HD Affine<T> map(T reward, T value) const { return {decay, multiply_add(lam, reward, value_share * value)}; }
-  FA_HD T returns(T reward, T x_next) const { return multiply_add(gamma, x_next, reward); }
+  // Of a token's own return and advantage both are NaN where either is not finite: from a reward, value or bootstrap that is not finite on, whatever
+  // the order of operations makes of it (inf, or inf times a decay that has become 0).
+  FA_HD GaeResult<T> result(T reward, T value, T x_next) const {
+    const T target = multiply_add(gamma, x_next, reward), advantage = target - value, nothing = advantage - advantage;
+    return {target + nothing, advantage + nothing};
+  }
 };
 template <class T> FA_HD GaeStep<T> gae_step(T gamma, T lam) { return {gamma, lam, gamma * lam, T(1) - lam}; }
 

@@ -24,10 +24,11 @@ template <class T> struct MomentSums {
     sum += differences + n * move;
     square += squares + move * (T(2) * differences + n * move);
   }
-  FA_HD Moments<T> moments() const {
-    if (count == T(0)) return {T(0), T(0), T(0)};
-    const T m2 = square - sum / count * sum;
-    return {count, shift + sum / count, m2 < T(0) ? T(0) : m2};
+  // In R, which may be wider: the mean of values that lie far from 0 needs more digits than they have.
+  template <class R = T> FA_HD Moments<R> moments() const {
+    if (count == T(0)) return {R(0), R(0), R(0)};
+    const R mean = R(sum) / R(count), m2 = R(square) - mean * R(sum);
+    return {R(count), R(shift) + mean, m2 < R(0) ? R(0) : m2};
   }
 };
 

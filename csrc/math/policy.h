@@ -46,18 +46,22 @@ constexpr int kK3Plus = 4;  // value of k3, slope of k2
 // Tokens that one thread block, or one turn of a thread, takes where nothing depends on sequences.
 constexpr int64_t kPolicyTile = 2048;
 
-// Columns of the statistics: sums over scored tokens. The number of items, first, is what the loss and its slopes are divided by.
+// Columns of the statistics: sums over scored tokens; m2: of squared deviations from the mean (math/moments.h), for ratios and returns may lie many
+// standard deviations from 0. The number of items, first, is what the loss and its slopes are divided by.
 #define FA_POLICY_STATS(X)                                                                                          \
-  X(items) X(loss) X(policy) X(tokens) X(sequences) X(ratio) X(ratio_sq) X(approx_kl) X(clip_low) X(clip_high)      \
+  X(items) X(loss) X(policy) X(tokens) X(sequences) X(ratio) X(ratio_m2) X(approx_kl) X(clip_low) X(clip_high)      \
   X(clip_dual) X(kl) X(entropy) X(is_weight) X(is_clipped) X(nonfinite)
 #define FA_VALUE_STATS(X)                                                                                           \
-  X(items) X(loss) X(tokens) X(sequences) X(clipped) X(value) X(returns) X(returns_sq) X(error) X(error_sq) X(nonfinite)
+  X(items) X(loss) X(tokens) X(sequences) X(clipped) X(value) X(returns) X(returns_m2) X(error) X(error_sq)          \
+  X(error_m2) X(nonfinite)
 #define FA_FIELD(name) kPolicy_##name,
 enum PolicyStat : int { FA_POLICY_STATS(FA_FIELD) kPolicyStats };
 #undef FA_FIELD
 #define FA_FIELD(name) kValue_##name,
 enum ValueStat : int { FA_VALUE_STATS(FA_FIELD) kValueStats };
 #undef FA_FIELD
+// Whose moments a kernel forms, and where their m2 goes.
+constexpr int kPolicyMoments = 1, kValueMoments = 2, kPolicyM2[] = {kPolicy_ratio_m2}, kValueM2[] = {kValue_returns_m2, kValue_error_m2};
 
 constexpr double kLogRatioLimit = 20.0, kLogWeightMin = -18.420680743952367;  // log 1e-8, of vespo
 

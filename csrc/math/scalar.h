@@ -57,6 +57,10 @@ template <class T> FA_HD bool is_finite(T x) { return fabs(x) <= finite_limit<T>
 
 template <class T> struct ValueSlope { T value, slope; };
 
+// What an upstream gradient makes of a slope. A slope of exactly 0 (of a token that is not scored, a clipped one, a dropped pair) passes nothing on,
+// not even an infinite gradient.
+template <class T> FA_HD T times_slope(T gradient, T slope) { return slope == T(0) ? T(0) : gradient * slope; }
+
 // KL estimators per token on d = logprob - ref_logprob (http://joschu.net/blog/kl-approx.html): value and d value / d logprob.
 //   k1 = d    k2 = d^2/2    k3 = e^-d - 1 + d    abs = |d|
 // k3 cancels near 0 (a series is used for |d| < 0.05). In its value -d is clamped at 20, in the exponent and outside of it, so that the value is

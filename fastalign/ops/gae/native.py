@@ -15,7 +15,7 @@ def gae_fwd(backend, rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor,
     moments = ffi.empty((3,), dtype, device)
     if sequences == 0:
         return advantages, returns, moments.zero_()
-    workspace = ffi.empty((5 * (tokens // TILE + sequences),), torch.float64 if backend == "cpu" else dtype, device)
+    workspace = ffi.empty((4 * (tokens // TILE + sequences),), torch.float64, device)
     counter = None if backend == "cpu" else ffi.counter(rewards)
     ffi.launch(
         backend, "gae_fwd", rewards, ffi.ptr(rewards), ffi.ptr(values), ffi.ptr(cu_seqlens), tokens, sequences, ffi.DTYPE_CODES[dtype],

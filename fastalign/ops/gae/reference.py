@@ -24,6 +24,8 @@ def gae_fwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tens
         here = t[scored]
         advantages[here] = next_advantage[scored]
         returns[here] = (next_advantage + next_value)[scored]
+    nothing = advantages - advantages  # NaN where something is not finite, at this token or after it
+    advantages, returns = advantages + nothing, returns + nothing
     return advantages, returns, moments(advantages, mask)
 
 

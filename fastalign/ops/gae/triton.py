@@ -1,11 +1,12 @@
 """Generalised advantage estimation in Triton: a program per sequence goes against time, block by block, with a scan of affine maps inside a block
 (the formulas are in fastalign/triton_math.py). The last program to finish merges the moments of all sequences in index order."""
 
+import torch
 import triton
 import triton.language as tl
 
 from fastalign import ffi
-from fastalign.triton_math import at_least_one, compose, div, fma, gae_map, lane_moments, moved_m2, push_moments, sequence_bounds
+from fastalign.triton_math import compose, fma, gae_map, merge_lanes, merge_parts, push_moments, sequence_bounds
 
 TOKENS = 1024  # of a sequence, at a time
 PARTS = 256  # moments of sequences, at a time
@@ -19,11 +20,6 @@ def _load(rewards, values, mask, t, inside):
     if mask is not None:
         scored = tl.load(mask + t, mask=inside, other=0) != 0
     return tl.load(rewards + t, mask=inside, other=0.0), tl.load(values + t, mask=inside, other=0.0), scored
-
-
-@triton.jit
-def _counts_and_means(parts, i, sequences):
-    return tl.load(parts + 3 * i, mask=i < sequences, other=0.0), tl.load(parts + 3 * i + 1, mask=i < sequences, other=0.0)
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=TENSORS)
@@ -56,43 +52,33 @@ def gae_fwd_kernel(
         x_next = fma(a, x, b)
         target = fma(gamma, x_next, r)
         advantage = target - v
+        nothing = advantage - advantage  # NaN from a number that is not finite on; see math/affine.h
+        target, advantage = target + nothing, advantage + nothing
         tl.store(returns + t, tl.where(scored, target, 0.0), mask=inside)
         tl.store(advantages + t, tl.where(scored, advantage, 0.0), mask=inside)
         count, shift, total, square = push_moments(advantage, scored, count, shift, total, square)
         x = tl.sum(tl.where(lane == TOKENS - 1, x_next, 0.0), 0)
 
-    count, mean, m2 = lane_moments(count, shift, total, square)
-    n = tl.sum(count, 0)
-    center = div(tl.sum(count * mean, 0), at_least_one(n))
+    n, center, m2 = merge_lanes(count, shift, total, square)
     tl.store(parts + 3 * s, n)
     tl.store(parts + 3 * s + 1, center)
-    tl.store(parts + 3 * s + 2, tl.sum(moved_m2(count, mean, m2, center), 0))
+    tl.store(parts + 3 * s + 2, m2)
 
     tl.debug_barrier()  # every thread's part is written before this program is counted, and read after
     sequences = tl.num_programs(0)
     last = tl.atomic_add(counter, 1, sem="acq_rel") == sequences - 1
     tl.debug_barrier()
     if last:
-        counts, weighted, squares = tl.zeros([PARTS], tl.float32), tl.zeros([PARTS], tl.float32), tl.zeros([PARTS], tl.float32)
-        for start in range(0, sequences, PARTS):
-            part_count, part_mean = _counts_and_means(parts, start + tl.arange(0, PARTS), sequences)
-            counts += part_count
-            weighted += part_count * part_mean
-        all_count = tl.sum(counts, 0)
-        all_mean = div(tl.sum(weighted, 0), at_least_one(all_count))
-        for start in range(0, sequences, PARTS):
-            i = start + tl.arange(0, PARTS)
-            part_count, part_mean = _counts_and_means(parts, i, sequences)
-            squares += moved_m2(part_count, part_mean, tl.load(parts + 3 * i + 2, mask=i < sequences, other=0.0), all_mean)
-        tl.store(moments, all_count)
-        tl.store(moments + 1, all_mean)
-        tl.store(moments + 2, tl.sum(squares, 0))
+        all_count, all_mean, all_m2 = merge_parts(parts, 3, parts + 1, parts + 2, 3, sequences, PARTS)
+        tl.store(moments, all_count.to(tl.float32))
+        tl.store(moments + 1, all_mean.to(tl.float32))
+        tl.store(moments + 2, all_m2.to(tl.float32))
 
 
 def gae_fwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam):
     tokens, sequences, dtype, device = rewards.shape[0], cu_seqlens.shape[0] - 1, rewards.dtype, rewards.device
     advantages, returns = (ffi.empty((tokens,), dtype, device) for _ in range(2))
-    moments, parts = ffi.empty((3,), dtype, device), ffi.empty((sequences, 3), dtype, device)
+    moments, parts = ffi.empty((3,), dtype, device), ffi.empty((sequences, 3), torch.float64, device)
     if sequences == 0:
         return advantages, returns, moments.zero_()
     with ffi.triton_device(device):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastalign.checks import check_choice, check_floating, check_number, check_same_device, check_shape
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
+from fastalign.slopes import times_slope
 
 KINDS = ("k1", "k2", "k3", "abs")  # the position is the code in csrc/math/scalar.h (KlKind)
 
@@ -31,8 +32,8 @@ class KlEstimateFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (slope,) = ctx.saved_tensors
-        # Selected where nothing comes from above: the slope of k2 is infinite for an infinite d, and all slopes are NaN for NaN.
-        g = (grad * slope).masked_fill(grad == 0, 0.0)
+        # Selected also where nothing comes from above: the slope of k2 is infinite for an infinite d, and all slopes are NaN for NaN.
+        g = times_slope(grad, slope).masked_fill(grad == 0, 0.0)
         return g, -g if ctx.needs_input_grad[1] else None, None
 
 

@@ -17,7 +17,7 @@ def value_and_slope(logprobs, ref_logprobs, kind):
     if kind == 1:
         return d * d / 2, d
     if kind == 3:
-        return d.abs(), d.sign()
+        return d.abs(), torch.where(torch.isnan(d), d, d.sign())
     small = d.abs() < 0.05
     x = torch.clamp(-d, max=20.0)
     series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720)))))

@@ -24,6 +24,7 @@ from fastalign.ops.preference.api import preference_fwd
 from fastalign.ops.sequence_sum.api import sequence_sum_bwd
 from fastalign.preset import REDUCTIONS, SCALAR_COUNT, Preset
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
+from fastalign.slopes import times_slope
 
 TABLE_WIDTH = 9
 
@@ -68,7 +69,7 @@ def _sequence_grad(grad, slopes, list_offsets):
     if grad.dim():
         numbers = torch.arange(slopes.shape[0], device=slopes.device, dtype=torch.int32)
         grad = grad[torch.searchsorted(list_offsets[1:].contiguous(), numbers, right=True).clamp(max=max(grad.shape[0] - 1, 0))]
-    return slopes * grad
+    return times_slope(grad, slopes)
 
 
 class ListwiseFunction(torch.autograd.Function):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fastalign import ffi
-from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
+from fastalign.ops.policy.reference import MOMENTS, STATS, TILE, VALUE_MOMENTS, VALUE_STATS
 
 
 def _scratch(backend, like, cu_seqlens, width):
-    """Segments, and for CUDA a row of statistics for each and the counter of the last block."""
+    """Segments, and for CUDA a row of statistics for each, with two doubles for each of its moments, and the counter of the last block."""
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     segments = -(-like.shape[0] // TILE) if cu_seqlens is None else sequences
     if backend == "cpu":
@@ -26,7 +26,7 @@ def policy_fwd(backend, logprobs, old_logprobs, advantages, cu_seqlens, mask, re
     tokens, dtype, device = logprobs.shape[0], logprobs.dtype, logprobs.device
     loss, stats = ffi.empty((), dtype, device), ffi.empty((len(STATS),), dtype, device)
     slopes, entropy_slopes = ffi.empty((tokens,), dtype, device), ffi.empty((tokens if with_entropy_grad else 0,), dtype, device)
-    sequences, rows, counter = _scratch(backend, logprobs, cu_seqlens, len(STATS))
+    sequences, rows, counter = _scratch(backend, logprobs, cu_seqlens, len(STATS) + 4 * len(MOMENTS))
     if tokens == 0:
         return loss.zero_(), slopes, entropy_slopes, nothing(stats)
     ffi.launch(
@@ -41,7 +41,7 @@ def policy_fwd(backend, logprobs, old_logprobs, advantages, cu_seqlens, mask, re
 def value_fwd(backend, values, old_values, returns, cu_seqlens, mask, num_items, clip, aggregation, norm_length):
     tokens, dtype, device = values.shape[0], values.dtype, values.device
     loss, slopes, stats = (ffi.empty(shape, dtype, device) for shape in ((), (tokens,), (len(VALUE_STATS),)))
-    sequences, rows, counter = _scratch(backend, values, cu_seqlens, len(VALUE_STATS))
+    sequences, rows, counter = _scratch(backend, values, cu_seqlens, len(VALUE_STATS) + 4 * len(VALUE_MOMENTS))
     if tokens == 0:
         return loss.zero_(), slopes, nothing(stats)
     ffi.launch(

@@ -12,10 +12,9 @@ from fastalign.ops.policy.reference import STATS, VALUE_STATS
 from fastalign.policy_losses import PolicyPreset
 
 
-def _variance(total: Tensor, squares: Tensor, count: Tensor, shift: float = 0.0) -> Variance:
-    """From the sum and the sum of squares of `count` numbers, from each of which `shift` was taken off."""
-    mean = total / count.clamp(min=1.0)
-    return Variance(count, mean + shift, (squares - total * mean).clamp(min=0.0))
+def _variance(total: Tensor, m2: Tensor, count: Tensor, shift: float = 0.0) -> Variance:
+    """From the sum of `count` numbers, from each of which `shift` was taken off, and their squared deviations."""
+    return Variance(count, total / count.clamp(min=1.0) + shift, m2)
 
 
 def _aggregated(total: Tensor, stats: dict[str, Tensor], aggregation: str) -> AnyMetric:
@@ -61,7 +60,7 @@ class PolicyOutput(NamedTuple):
             named |= {"is_weight/mean": s["is_weight"], "is_weight/clipped": s["is_clipped"]}
         out |= {name: Metric(total, tokens) for name, total in named.items()}
         out["nonfinite_tokens"] = Total(s["nonfinite"], tokens)
-        out["val/ratio_var"] = _variance(s["ratio"], s["ratio_sq"], tokens, shift=1.0)
+        out["val/ratio_var"] = _variance(s["ratio"], s["ratio_m2"], tokens, shift=1.0)
         return out
 
 
@@ -75,10 +74,9 @@ class ValueOutput(NamedTuple):
     @property
     def explained_variance(self) -> Tensor:
         """1 - Var(returns - values) / Var(returns) over the scored tokens of this call, 0-dim; NaN without variance in the returns. Variances are
-        differences of fp32 sums of squares: about 1e-7 (mean / standard deviation)^2 of them is rounding, all of it from a ratio of 3000 on."""
+        means of squared deviations from the mean, whatever the mean."""
         s = dict(zip(VALUE_STATS, self.stats))
-        spread = _variance(s["returns"], s["returns_sq"], s["tokens"]).m2
-        return 1.0 - _variance(s["error"], s["error_sq"], s["tokens"]).m2 / torch.where(spread > 0, spread, torch.nan)
+        return 1.0 - s["error_m2"] / torch.where(s["returns_m2"] > 0, s["returns_m2"], torch.nan)
 
     def metrics(self) -> dict[str, AnyMetric]:
         """Metrics, detached, over the scored tokens (`fastalign.merge_metrics` merges those of several calls): loss/value (aggregated as the
@@ -86,7 +84,7 @@ class ValueOutput(NamedTuple):
         val/explained_variance (1 - val/error_var / returns/var), nonfinite_tokens (their number)."""
         s = dict(zip(VALUE_STATS, self.stats))
         tokens = s["tokens"]
-        errors, returns = (_variance(s[name], s[f"{name}_sq"], tokens) for name in ("error", "returns"))
+        errors, returns = (_variance(s[name], s[f"{name}_m2"], tokens) for name in ("error", "returns"))
         return {
             "loss/value": _aggregated(s["loss"], s, self.aggregation),
             "val/clipfrac": Metric(s["clipped"], tokens),

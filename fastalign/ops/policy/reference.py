@@ -9,13 +9,16 @@ import torch
 from fastalign.ops.kl_estimate.reference import value_and_slope
 from fastalign.ops.sequence_sum.reference import _segments
 from fastalign.policy_losses import PolicyParams
+from fastalign.slopes import times_slope
 
 # Columns of the statistics, sums over the scored tokens of this call; csrc/math/policy.h holds the same list.
 STATS = (
-    "items", "loss", "policy", "tokens", "sequences", "ratio", "ratio_sq", "approx_kl", "clip_low", "clip_high", "clip_dual", "kl", "entropy",
+    "items", "loss", "policy", "tokens", "sequences", "ratio", "ratio_m2", "approx_kl", "clip_low", "clip_high", "clip_dual", "kl", "entropy",
     "is_weight", "is_clipped", "nonfinite",
 )  # fmt: skip
-VALUE_STATS = ("items", "loss", "tokens", "sequences", "clipped", "value", "returns", "returns_sq", "error", "error_sq", "nonfinite")
+VALUE_STATS = ("items", "loss", "tokens", "sequences", "clipped", "value", "returns", "returns_m2", "error", "error_sq",
+               "error_m2", "nonfinite")  # fmt: skip
+MOMENTS, VALUE_MOMENTS = ("ratio_m2",), ("returns_m2", "error_m2")  # sums of squared deviations from the mean
 TILE = 2048  # tokens at a time where nothing is per sequence: kPolicyTile
 LOG_W_MIN = math.log(1e-8)  # of vespo
 
@@ -112,6 +115,11 @@ class Layout:
     def total(self, x):
         return self.keep(x.to(self.lengths.dtype)).double().sum().to(self.lengths.dtype)
 
+    def m2(self, x):
+        """Sum of the scored tokens' squared deviations from their mean."""
+        mean = self.keep(x).double().sum() / self.scored.sum().clamp(min=1)
+        return self.keep((x.double() - mean) ** 2).sum().to(x.dtype)
+
     def items(self, aggregation, num_items):
         """The denominator of the mean: tokens, sequences with a scored token, or 1."""
         if aggregation == 4:
@@ -178,7 +186,7 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
     given_weight = torch.zeros_like(lp) if is_weight is None else weight
     stats = {
         "items": items, "loss": loss, "policy": policy, "tokens": at.lengths.sum(), "sequences": at.filled(), "ratio": at.total(rho - 1.0),
-        "ratio_sq": at.total((rho - 1.0) ** 2), "approx_kl": at.total(lr * lr / 2.0), "clip_low": clips[0], "clip_high": clips[1],
+        "ratio_m2": at.m2(rho), "approx_kl": at.total(lr * lr / 2.0), "clip_low": clips[0], "clip_high": clips[1],
         "clip_dual": clips[2], "kl": at.total(kl), "entropy": at.total(torch.zeros_like(lp) if h is None else h),
         "is_weight": at.total(given_weight), "is_clipped": at.total(outside), "nonfinite": at.total(~torch.isfinite(total)),
     }  # fmt: skip
@@ -202,11 +210,12 @@ def value_fwd(values, old_values, returns, cu_seqlens, mask, num_items, clip, ag
     items, loss = at.items(aggregation, num_items), at.total(each / divisor)
     stats = {
         "items": items, "loss": loss, "tokens": at.lengths.sum(), "sequences": at.filled(), "clipped": at.total(clipped), "value": at.total(v),
-        "returns": at.total(target), "returns_sq": at.total(target * target), "error": at.total(error), "error_sq": at.total(error * error),
+        "returns": at.total(target), "returns_m2": at.m2(target), "error": at.total(error), "error_sq": at.total(error * error),
+        "error_m2": at.m2(error),
         "nonfinite": at.total(~torch.isfinite(each)),
     }  # fmt: skip
     return loss / items, at.keep(slope / divisor), torch.stack([stats[name] for name in VALUE_STATS])
 
 
 def policy_bwd(grad, slopes, entropy_slopes, stats):
-    return grad * slopes / stats[0], grad * entropy_slopes / stats[0]
+    return times_slope(grad, slopes) / stats[0], times_slope(grad, entropy_slopes) / stats[0]

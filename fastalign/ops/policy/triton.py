@@ -2,20 +2,23 @@
 tokens once for their number and log-ratio if the loss needs these first, then writes their slopes and one row of sums; the last program to finish
 adds the rows in index order. Backward is elementwise. The formulas are in fastalign/triton_math_policy.py."""
 
+import torch
 import triton
 import triton.language as tl
 
 from fastalign import ffi
 from fastalign.ops.policy.native import nothing
-from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
+from fastalign.ops.policy.reference import MOMENTS, STATS, TILE, VALUE_MOMENTS, VALUE_STATS
 from fastalign.policy_losses import PolicyParams
-from fastalign.triton_math import at_least_one, div, exp, is_finite, sequence_bounds
+from fastalign.triton_math import at_least_one, div, exp, is_finite, merge_lanes, merge_parts, push_moments, sequence_bounds, times_slope
 from fastalign.triton_math_policy import clamp_kl, clamp_log_ratio, kl_term, log_ratio, sequence_term, surrogate, token_divisor, value_error
 
 BLOCK, ROWS = 512, 64  # tokens, and rows of sums, at a time
 WIDTH = tl.constexpr(16)  # of a row, padded
 POLICY_WIDTH, VALUE_WIDTH = tl.constexpr(len(STATS)), tl.constexpr(len(VALUE_STATS))
 TOKENS_AT, SEQUENCES_AT = tl.constexpr(STATS.index("tokens")), tl.constexpr(STATS.index("sequences"))
+RATIO_M2_AT = tl.constexpr(STATS.index("ratio_m2"))
+RETURNS_M2_AT, ERROR_M2_AT = (tl.constexpr(VALUE_STATS.index(name)) for name in VALUE_MOMENTS)
 VALUE_TOKENS_AT, VALUE_SEQUENCES_AT = tl.constexpr(VALUE_STATS.index("tokens")), tl.constexpr(VALUE_STATS.index("sequences"))
 
 
@@ -54,9 +57,17 @@ def _column(x, where):
 
 
 @triton.jit
-def _reduce_rows(rows, stats, loss, num_items, counter, pieces, AGGREGATION: tl.constexpr, STATS: tl.constexpr, TOKENS: tl.constexpr,
-                 SEQUENCES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """In the program that arrives last: the totals of all rows, the number of items and the loss."""
+def _store_moments(part, count, shift, difference, square):
+    _, mean, m2 = merge_lanes(count, shift, difference, square)
+    tl.store(part, mean)
+    tl.store(part + 1, m2)
+
+
+@triton.jit
+def _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, AGGREGATION: tl.constexpr, STATS: tl.constexpr, TOKENS: tl.constexpr,
+                 SEQUENCES: tl.constexpr, M2_AT: tl.constexpr, OTHER_M2_AT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """In the program that arrives last: the totals of all rows, the number of items and the loss. parts: mean and m2 of every row, fp64, for each
+    m2 column (OTHER_M2_AT: -1 where there is one)."""
     tl.debug_barrier()  # every thread's part of the row is written before this program is counted, and read after
     last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
     tl.debug_barrier()
@@ -67,6 +78,12 @@ def _reduce_rows(rows, stats, loss, num_items, counter, pieces, AGGREGATION: tl.
             i = first + tl.arange(0, ROWS)
             totals += tl.load(rows + i[:, None] * STATS + c[None, :], mask=(i < pieces)[:, None] & (c < STATS)[None, :], other=0.0)
         total = tl.sum(totals, 0)
+        PARTS: tl.constexpr = 2 if OTHER_M2_AT < 0 else 4
+        _, _, m2 = merge_parts(rows + TOKENS, STATS, parts, parts + 1, PARTS, pieces, ROWS)
+        total = tl.where(c == M2_AT, m2.to(tl.float32), total)
+        if OTHER_M2_AT >= 0:
+            _, _, other_m2 = merge_parts(rows + TOKENS, STATS, parts + 2, parts + 3, PARTS, pieces, ROWS)
+            total = tl.where(c == OTHER_M2_AT, other_m2.to(tl.float32), total)
         if AGGREGATION == 4:
             items = 1.0
         elif num_items is not None:
@@ -85,7 +102,7 @@ SIZES = ["tokens", "pieces"]
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def policy_fwd_kernel(
     logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weights, kl_coef_tensor, entropy_coef_tensor, num_items,
-    loss, slopes, entropy_slopes, stats, rows, counter, tokens: tl.int32, pieces: tl.int32,
+    loss, slopes, entropy_slopes, stats, rows, parts, counter, tokens: tl.int32, pieces: tl.int32,
     # PolicyParams, by name
     ratio_min, ratio_max, dual_clip, tau_pos, tau_neg, k_pos, lam_pos, k_neg, lam_neg, kl_coef, entropy_coef, is_min, is_max, norm_length, kl_clamp,
     surrogate_kind: tl.constexpr, ratio: tl.constexpr, aggregation: tl.constexpr, kl_kind: tl.constexpr, kl_bias_correction: tl.constexpr,
@@ -120,7 +137,8 @@ def policy_fwd_kernel(
     divisor = token_divisor(aggregation, length, norm_length)
 
     zero = tl.zeros([BLOCK], tl.float32)
-    s_loss, s_policy, s_tokens, s_ratio, s_ratio_sq, s_approx = zero, zero, zero, zero, zero, zero
+    s_loss, s_policy, s_tokens, s_ratio, s_approx = zero, zero, zero, zero, zero
+    seen, shift, difference, square = zero, zero, zero, zero  # of the ratios
     s_low, s_high, s_dual, s_kl, s_entropy, s_weight, s_outside, s_bad = zero, zero, zero, zero, zero, zero, zero, zero
     for start in range(begin, end, BLOCK):
         t = start + tl.arange(0, BLOCK)
@@ -169,7 +187,7 @@ def policy_fwd_kernel(
         s_policy += tl.where(scored, value, 0.0)
         s_tokens += scored.to(tl.float32)
         s_ratio += tl.where(scored, rho - 1.0, 0.0)
-        s_ratio_sq += tl.where(scored, (rho - 1.0) * (rho - 1.0), 0.0)
+        seen, shift, difference, square = push_moments(rho, scored, seen, shift, difference, square)
         s_approx += tl.where(scored, lr * lr * 0.5, 0.0)
         s_low += (low & scored).to(tl.float32)
         s_high += (high & scored).to(tl.float32)
@@ -184,7 +202,8 @@ def policy_fwd_kernel(
     tl.store(row + 3, count)
     tl.store(row + 4, 0.0 if cu_seqlens is None else tl.where(count > 0, 1.0, 0.0))
     tl.store(row + 5, tl.sum(s_ratio, 0))
-    tl.store(row + 6, tl.sum(s_ratio_sq, 0))
+    tl.store(row + 6, 0.0)  # ratio_m2: by _reduce_rows
+    _store_moments(parts + 2 * k, seen, shift, difference, square)
     tl.store(row + 7, tl.sum(s_approx, 0))
     n_low, n_high, n_dual = tl.sum(s_low, 0), tl.sum(s_high, 0), tl.sum(s_dual, 0)
     if (ratio == 1 or ratio == 3) and surrogate_kind != 4:  # one ratio per sequence, which counts once
@@ -197,12 +216,14 @@ def policy_fwd_kernel(
     tl.store(row + 13, tl.sum(s_weight, 0))
     tl.store(row + 14, tl.sum(s_outside, 0))
     tl.store(row + 15, tl.sum(s_bad, 0))
-    _reduce_rows(rows, stats, loss, num_items, counter, pieces, aggregation, POLICY_WIDTH, TOKENS_AT, SEQUENCES_AT, ROWS)
+    _reduce_rows(
+        rows, parts, stats, loss, num_items, counter, pieces, aggregation, POLICY_WIDTH, TOKENS_AT, SEQUENCES_AT, RATIO_M2_AT, -1, ROWS
+    )
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def value_fwd_kernel(
-    values, old_values, returns, cu_seqlens, mask, num_items, loss, slopes, stats, rows, counter, tokens: tl.int32, pieces: tl.int32, clip,
+    values, old_values, returns, cu_seqlens, mask, num_items, loss, slopes, stats, rows, parts, counter, tokens: tl.int32, pieces: tl.int32, clip,
     norm_length, AGGREGATION: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0)
@@ -217,8 +238,10 @@ def value_fwd_kernel(
         length = tl.sum(n, 0)
     divisor = token_divisor(AGGREGATION, length, norm_length)
 
-    s_loss, s_tokens, s_clipped, s_value, s_returns, s_returns_sq = zero, zero, zero, zero, zero, zero
+    s_loss, s_tokens, s_clipped, s_value, s_returns = zero, zero, zero, zero, zero
     s_error, s_error_sq, s_bad = zero, zero, zero
+    n_returns, of_returns, d_returns, sq_returns = zero, zero, zero, zero
+    n_errors, of_errors, d_errors, sq_errors = zero, zero, zero, zero
     for start in range(begin, end, BLOCK):
         t = start + tl.arange(0, BLOCK)
         scored = _scored(mask, t, t < end)
@@ -233,7 +256,8 @@ def value_fwd_kernel(
         s_clipped += (clipped & scored).to(tl.float32)
         s_value += v
         s_returns += target
-        s_returns_sq += target * target
+        n_returns, of_returns, d_returns, sq_returns = push_moments(target, scored, n_returns, of_returns, d_returns, sq_returns)
+        n_errors, of_errors, d_errors, sq_errors = push_moments(error, scored, n_errors, of_errors, d_errors, sq_errors)
         s_error += error
         s_error_sq += error * error
         s_bad += tl.where(is_finite(each), 0.0, scored.to(tl.float32))
@@ -247,20 +271,24 @@ def value_fwd_kernel(
     tl.store(row + 4, tl.sum(s_clipped, 0))
     tl.store(row + 5, tl.sum(s_value, 0))
     tl.store(row + 6, tl.sum(s_returns, 0))
-    tl.store(row + 7, tl.sum(s_returns_sq, 0))
+    tl.store(row + 7, 0.0)  # returns_m2 and error_m2: by _reduce_rows
     tl.store(row + 8, tl.sum(s_error, 0))
     tl.store(row + 9, tl.sum(s_error_sq, 0))
-    tl.store(row + 10, tl.sum(s_bad, 0))
-    _reduce_rows(rows, stats, loss, num_items, counter, pieces, AGGREGATION, VALUE_WIDTH, VALUE_TOKENS_AT, VALUE_SEQUENCES_AT, ROWS)
+    tl.store(row + 10, 0.0)
+    tl.store(row + 11, tl.sum(s_bad, 0))
+    _store_moments(parts + 4 * k, n_returns, of_returns, d_returns, sq_returns)
+    _store_moments(parts + 4 * k + 2, n_errors, of_errors, d_errors, sq_errors)
+    _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, AGGREGATION, VALUE_WIDTH, VALUE_TOKENS_AT, VALUE_SEQUENCES_AT,
+                 RETURNS_M2_AT, ERROR_M2_AT, ROWS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def policy_bwd_kernel(grad, slopes, entropy_slopes, stats, d_logprobs, d_entropy, tokens: tl.int64, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g, items = tl.load(grad), tl.zeros([BLOCK], tl.float32) + tl.load(stats)
-    tl.store(d_logprobs + t, div(g * tl.load(slopes + t, mask=t < tokens, other=0.0), items), mask=t < tokens)
+    tl.store(d_logprobs + t, div(times_slope(g, tl.load(slopes + t, mask=t < tokens, other=0.0)), items), mask=t < tokens)
     if entropy_slopes is not None:
-        tl.store(d_entropy + t, div(g * tl.load(entropy_slopes + t, mask=t < tokens, other=0.0), items), mask=t < tokens)
+        tl.store(d_entropy + t, div(times_slope(g, tl.load(entropy_slopes + t, mask=t < tokens, other=0.0)), items), mask=t < tokens)
 
 
 def _pieces(tokens, cu_seqlens):
@@ -275,13 +303,13 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
     if tokens == 0:
         return loss.zero_(), slopes, entropy_slopes, nothing(stats)
     pieces = _pieces(tokens, cu_seqlens)
-    rows = ffi.empty((pieces, len(STATS)), dtype, device)
+    rows, parts = ffi.empty((pieces, len(STATS)), dtype, device), ffi.empty((pieces, len(MOMENTS), 2), torch.float64, device)
     params = PolicyParams(*scalars, *switches)._asdict()
     params["surrogate_kind"] = params.pop("surrogate")
     with ffi.triton_device(device):
         policy_fwd_kernel[(pieces,)](
             logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items, loss, slopes,
-            entropy_slopes if with_entropy_grad else None, stats, rows, ffi.counter(logprobs), tokens, pieces, **params, TILE=TILE, BLOCK=BLOCK,
+            entropy_slopes if with_entropy_grad else None, stats, rows, parts, ffi.counter(logprobs), tokens, pieces, **params, TILE=TILE, BLOCK=BLOCK,
             ROWS=ROWS, **ffi.launch_options(256, device, 128),
         )  # fmt: skip
     return loss, slopes, entropy_slopes, stats
@@ -293,10 +321,10 @@ def value_fwd(values, old_values, returns, cu_seqlens, mask, num_items, clip, ag
     if tokens == 0:
         return loss.zero_(), slopes, nothing(stats)
     pieces = _pieces(tokens, cu_seqlens)
-    rows = ffi.empty((pieces, len(VALUE_STATS)), dtype, device)
+    rows, parts = ffi.empty((pieces, len(VALUE_STATS)), dtype, device), ffi.empty((pieces, len(VALUE_MOMENTS), 2), torch.float64, device)
     with ffi.triton_device(device):
         value_fwd_kernel[(pieces,)](
-            values, old_values, returns, cu_seqlens, mask, num_items, loss, slopes, stats, rows, ffi.counter(values), tokens, pieces, clip,
+            values, old_values, returns, cu_seqlens, mask, num_items, loss, slopes, stats, rows, parts, ffi.counter(values), tokens, pieces, clip,
             norm_length, AGGREGATION=aggregation, TILE=TILE, BLOCK=BLOCK, ROWS=ROWS, **ffi.launch_options(256, device),
         )  # fmt: skip
     return loss, slopes, stats

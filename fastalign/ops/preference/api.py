@@ -24,6 +24,7 @@ from fastalign.ops.preference.output import PreferenceOutput
 from fastalign.preset import REDUCTIONS, SCALAR_COUNT, TENSOR_FIELDS, TENSOR_ONLY, Preset
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 from fastalign.rules import BatchRule
+from fastalign.slopes import times_slope
 
 SUM_WIDTH, TABLE_WIDTH = 6, 11
 # Tensors per pair, in the order of the op's arguments; `valid` follows them.
@@ -135,9 +136,9 @@ class PreferenceFromSumsFunction(torch.autograd.Function):
         (table,) = ctx.saved_tensors
         out = table.new_zeros((table.shape[0], 2, SUM_WIDTH))
         g = grad.unsqueeze(-1) if grad.dim() else grad
-        out[:, :, 1] = g * table[:, 0:2]
-        out[:, :, 3] = g * table[:, 2:4]
-        out[:, 0, 4] = grad * table[:, 4]
+        out[:, :, 1] = times_slope(g, table[:, 0:2])
+        out[:, :, 3] = times_slope(g, table[:, 2:4])
+        out[:, 0, 4] = times_slope(grad, table[:, 4])
         return out, None, None
 
 

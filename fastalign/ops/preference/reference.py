@@ -8,6 +8,7 @@ import torch
 
 from fastalign.ops.sequence_sum.reference import _segments, segment_sums
 from fastalign.preset import PairParams
+from fastalign.slopes import times_slope
 
 SUM_WIDTH, TABLE_WIDTH = 6, 11
 
@@ -277,9 +278,11 @@ def preference_bwd(grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weight
     for i in range(count):
         for side in (0, 1):
             own = index == pairs[i, side]
-            tail = 1.0 if ranks is None else _tail_weights(p, ranks < sums[i, 1 - side, 2]).to(w.dtype)
-            d_logprobs = d_logprobs + torch.where(own & scored & is_open, g[i] * table[i, side] * tail * w, zero)
-            d_kl = d_kl + torch.where(own & scored, g[i] * table[i, 2 + side], zero)
+            tail = torch.ones_like(w) if ranks is None else _tail_weights(p, ranks < sums[i, 1 - side, 2]).to(w.dtype)
+            d_logprobs = d_logprobs + torch.where(
+                own & scored & is_open, times_slope(times_slope(times_slope(g[i], table[i, side]), tail), w), zero
+            )
+            d_kl = d_kl + torch.where(own & scored, times_slope(g[i], table[i, 2 + side]), zero)
             if side == 0 and p.sft_weight:
-                d_logprobs = d_logprobs + torch.where(own & sft_rows, g[i] * table[i, 4], zero)
+                d_logprobs = d_logprobs + torch.where(own & sft_rows, times_slope(g[i], table[i, 4]), zero)
     return d_logprobs, d_kl if with_kl else zero.new_empty(0)

@@ -7,7 +7,7 @@ import triton.language as tl
 from fastalign import ffi
 from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
 from fastalign.preset import PairParams
-from fastalign.triton_math import at_least_one, div, is_finite, sequence_bounds
+from fastalign.triton_math import at_least_one, div, is_finite, sequence_bounds, times_slope
 from fastalign.triton_math_pair import evaluate_pair
 
 TOKENS = 1024  # of a sequence, at a time
@@ -236,14 +236,14 @@ def preference_bwd_kernel(
                     g = tl.load(grad + pair * grad_stride)
                     for side in tl.static_range(2):
                         here = _sequence(pairs, 2 * pair + side) == s
-                        own = tl.where(here, g * tl.load(table + pair * TABLE + side), 0.0)
+                        own = tl.where(here, times_slope(g, tl.load(table + pair * TABLE + side)), 0.0)
                         partner_length = tl.load(sums + (2 * pair + 1 - side) * SUMS + 2)
-                        slope += tl.where(rank < partner_length, own, own * ld_alpha)
-                        kl_slope += tl.where(here, g * tl.load(table + pair * TABLE + 2 + side), 0.0)
+                        slope += tl.where(rank < partner_length, own, times_slope(own, ld_alpha))
+                        kl_slope += tl.where(here, times_slope(g, tl.load(table + pair * TABLE + 2 + side)), 0.0)
                         if side == 0:
-                            sft_slope += tl.where(here, g * tl.load(table + pair * TABLE + 4), 0.0)
+                            sft_slope += tl.where(here, times_slope(g, tl.load(table + pair * TABLE + 4)), 0.0)
         if weights is not None:
-            slope *= tl.load(weights + t, mask=scored, other=0.0)
+            slope = times_slope(slope, tl.load(weights + t, mask=scored, other=0.0))
         passes = scored
         if clamps:
             logprob = tl.load(logprobs + t, mask=scored, other=0.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastalign.slopes import times_slope
+
 
 def _segments(cu_seqlens, tokens):
     """Sequence number of every token."""
@@ -28,4 +30,5 @@ def sequence_sum_fwd(x, cu_seqlens, mask, weights):
 
 
 def sequence_sum_bwd(grad, cu_seqlens, mask, weights, tokens):
-    return _terms(grad[_segments(cu_seqlens, tokens)], mask, weights)
+    each = grad[_segments(cu_seqlens, tokens)]
+    return _terms(each if weights is None else times_slope(each, weights), mask, None)

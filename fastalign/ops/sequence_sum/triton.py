@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastalign import ffi
-from fastalign.triton_math import sequence_bounds
+from fastalign.triton_math import sequence_bounds, times_slope
 
 BLOCK = 2048  # tokens at a time
 TENSORS = ["x", "grad", "cu_seqlens", "mask", "weights"]  # their alignment compiles nothing anew
@@ -41,7 +41,7 @@ def sequence_sum_bwd_kernel(grad, cu_seqlens, mask, weights, grad_x, tokens: tl.
             counted = tl.load(mask + t, mask=counted, other=0) != 0
         term = tl.zeros([BLOCK], tl.float32) + g
         if weights is not None:
-            term *= tl.load(weights + t, mask=counted, other=0.0)
+            term = times_slope(term, tl.load(weights + t, mask=counted, other=0.0))
         tl.store(grad_x + t, tl.where(counted, term, 0.0), mask=t < end)
 
 

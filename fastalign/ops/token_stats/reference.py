@@ -8,6 +8,7 @@ import torch
 
 from fastalign import ffi
 from fastalign.ops.token_stats.api import OUTPUT_BITS, PER_LABEL
+from fastalign.slopes import times_slope
 
 LN2 = math.log(2.0)
 
@@ -234,4 +235,4 @@ def token_stats_fused_(logits, *rest):
 
 
 def scale_rows_(x, scale):
-    x.copy_(x.to(scale.dtype) * scale)
+    x.copy_(times_slope(scale, x.to(scale.dtype)))

@@ -39,6 +39,7 @@ from fastalign.triton_math import (
     row_kl_policy_ref,
     row_kl_ref_policy,
     s1_shift,
+    times_slope,
 )  # fmt: skip
 
 
@@ -284,9 +285,12 @@ def scale_rows_kernel(x, scale, base: tl.int64, inner: tl.int64, stride_outer: t
         piece = tl.program_id(0) % pieces
         q = piece * BLOCK + tl.arange(0, BLOCK)
         inside = (q >= first) & (q < last)
-        tl.store(window + q, narrow(tl.load(window + q, mask=inside, other=0.0).to(tl.float32) * by, x.dtype.element_ty), mask=inside)
+        tl.store(
+            window + q, narrow(times_slope(by, tl.load(window + q, mask=inside, other=0.0).to(tl.float32)), x.dtype.element_ty), mask=inside
+        )
         if LANES > 1 and piece == 0:
             i = tl.arange(0, 2 * LANES)
             edge = tl.where(i < LANES, i, last - LANES + i)
             mine = (edge < vocab + shift) & tl.where(i < LANES, (edge >= shift) & (edge < first), edge >= first)
-            tl.store(window + edge, narrow(tl.load(window + edge, mask=mine, other=0.0).to(tl.float32) * by, x.dtype.element_ty), mask=mine)
+            dx = times_slope(by, tl.load(window + edge, mask=mine, other=0.0).to(tl.float32))
+            tl.store(window + edge, narrow(dx, x.dtype.element_ty), mask=mine)
