@@ -68,9 +68,9 @@ def gae(
 
     Returns:
         GAE: advantages and returns [T], and count, mean, m2 (0-dim) of the scored advantages for `whiten`; without scored tokens all three
-        are 0. fp32 (fp64 if rewards or values are fp64), whatever the inputs. A scored reward or value that is not finite makes NaN of its token's results and of those before it in its sequence, a
-        bootstrap of the whole sequence's; nothing else is touched. Constants: no gradient flows through them. Fixed order of
-        operations: two runs are bitwise equal.
+        are 0. fp32 (fp64 if rewards or values are fp64), whatever the inputs. A scored reward or value that is not finite makes NaN of
+        its token's results and of those before it in its sequence, a bootstrap of the whole sequence's; nothing else is touched. Constants: no
+        gradient flows through them. Fixed order of operations: two runs are bitwise equal.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices; gamma or lam outside [0, 1]; cu_seqlens not running monotonically from 0 to T (values of
