@@ -139,7 +139,7 @@ class ChatTemplate:
         try:
             return self._render(messages, generation)
         except Exception as error:  # templates are programs of their own: any error in one is about this example
-            raise DataError(source, field, f"{_WHO} refuses it: {error}") from None
+            raise DataError(source, field, f"{_WHO} refuses it: {' '.join(str(error).split())}") from None
 
     def _outline(self, messages: Messages, generation: bool) -> str | None:
         """The messages rendered with a mark in the place of every content that is not blank; None if the template refuses that."""

@@ -70,7 +70,7 @@ def test_chat_template_and_its_white_space_after_eos():
 
 
 def test_a_template_that_refuses_is_a_data_error():
-    tokenizer = make_tokenizer("{{ raise_exception('no system turns') }}")
+    tokenizer = make_tokenizer("{{ raise_exception('no system\n turns') }}")
     row = {
         "prompt": [{"role": "system", "content": "x"}],
         "chosen": [{"role": "assistant", "content": "yes"}],
