@@ -66,9 +66,9 @@ class Running:
 class Gate:
     """Runs the steps of one stage against its deadline, and keeps what they said in the stage's JSON and log."""
 
-    def __init__(self, stage: int, folder: Path, facts: dict[str, Any], seconds: float | None = None):
-        self.stage, self.folder, self.started = stage, folder, time.monotonic()
-        self.deadline = self.started + (SECONDS[stage] if seconds is None else seconds)
+    def __init__(self, stage: int, folder: Path, facts: dict[str, Any], seconds: float, started: float | None = None):
+        self.stage, self.folder, self.started = stage, folder, time.monotonic() if started is None else started
+        self.deadline = self.started + seconds
         self.report: dict[str, Any] = {"stage": stage, "finished": False, **facts, "failed": [], "steps": []}
         self.running: list[Running] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,9 +227,10 @@ def build_step(facts: dict[str, Any], seconds: float) -> Step:
     built = str(facts["extension"].get("CUDA kernels", "no"))
     mark = PREPARED / "csrc.sha256"
     if re.search(rf"\b{capability}\b", built):
-        if mark.exists() and mark.read_text().strip() == sources():
-            return Step(name, seconds, absent=f"not needed: carried along, built from these sources ({built})")
-        why = "built from other sources" if mark.exists() else "nothing says from which sources it was built"
+        if not mark.exists() or mark.read_text().strip() == sources():
+            origin = "built from these sources" if mark.exists() else f"no {mark.name} says from which sources it was built"
+            return Step(name, seconds, absent=f"not needed: carried along, {origin} ({built})")
+        why = "built from other sources"
     else:
         why = f"the extension that is there has CUDA kernels: {built}"
     if gpu_plan.tool("nvcc") is None:
@@ -248,14 +249,14 @@ def show_plan(stage: int) -> None:
 
 
 def run_stage(stage: int, arguments: argparse.Namespace) -> int:
-    dry = arguments.dry_run
+    dry, clock = arguments.dry_run, time.monotonic()
     started = datetime.datetime.now(datetime.timezone.utc)
     machine = describe("cpu" if dry else "cuda")
     device = re.sub(r"[^a-z0-9]+", "-", "dry-run" if dry else machine["device"].lower()).strip("-")
     folder = (arguments.results / f"{started:%Y-%m-%d-%H%M%S}-{device}-stage{stage}").resolve()
     facts = {"dry_run": dry, "started": started.isoformat(timespec="seconds"), "revision": revision(arguments.revision), "machine": machine,
              "card": "" if dry else card(), "plan": gpu_plan.budget(stage), "files": FILES[stage]}  # fmt: skip
-    gate = Gate(stage, folder, facts, DRY_SECONDS if dry else None)
+    gate = Gate(stage, folder, facts, DRY_SECONDS if dry else SECONDS[stage], clock)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, gate.interrupted)
     if stage == 1:

@@ -245,6 +245,18 @@ def test_a_step_is_cut_with_its_children(tmp_path):
     wait_for(lambda: not processes(str(tmp_path)), 20)
 
 
+def test_a_killed_gate_takes_a_silent_step_along(tmp_path):
+    code = f"import gpu_gate, gpu_plan, pathlib, sys\ngate = gpu_gate.Gate(1, pathlib.Path({str(tmp_path)!r}), {{}}, 60)\n"
+    code += f"command = gpu_plan.Command('silent', (sys.executable, '-c', 'import time; time.sleep(600)  # {tmp_path}/silent'))\n"
+    code += "gate.run(gpu_plan.Step('silent', 60.0, (command,)))"
+    gate = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(BENCHMARKS)}, stdout=subprocess.DEVNULL)
+    wait_for(lambda: set(processes(f"{tmp_path}/silent")) - {gate.pid})
+    gate.kill()
+    gate.wait()
+    wait_for(lambda: not processes(f"{tmp_path}/silent"), 20)
+    assert not json.loads((tmp_path / "stage1.json").read_text())["finished"]
+
+
 def test_commands_of_a_step_run_at_once_and_the_worst_counts(tmp_path):
     from gpu_plan import Command, Step
 
@@ -292,13 +304,15 @@ def test_the_build_is_skipped_where_a_fitting_extension_was_carried(tmp_path, mo
     monkeypatch.setattr(gpu_gate.gpu_plan, "tool", lambda name: "/cuda/bin/nvcc")
     facts = {"capability": "90", "extension": {"CUDA kernels": "yes, for 80;90, by nvcc 13.0"}}
     (tmp_path / "csrc.sha256").write_text(gpu_gate.sources() + "\n")
-    assert "not needed" in gpu_gate.build_step(facts, 1).absent
+    assert "not needed: carried along, built from these sources" in gpu_gate.build_step(facts, 1).absent
     (built,) = gpu_gate.build_step({**facts, "capability": "100"}, 1).commands
     assert built.env["FASTALIGN_ARCHS"] == "100"
     (tmp_path / "csrc.sha256").write_text("of other sources\n")
     assert gpu_gate.build_step(facts, 1).commands
     monkeypatch.setattr(gpu_gate.gpu_plan, "tool", lambda name: None)
     assert "nvcc is not here" in gpu_gate.build_step(facts, 1).absent
+    (tmp_path / "csrc.sha256").unlink()
+    assert "no csrc.sha256 says from which sources" in gpu_gate.build_step(facts, 1).absent
 
 
 def test_gate_refuses_without_a_gpu_and_names_its_folder(monkeypatch):
