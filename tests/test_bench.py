@@ -126,6 +126,7 @@ def test_own_backends_are_those_that_explain_names():
 def test_command_writes_json_and_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "cpu-quick", SHAPES["tiny"])
     monkeypatch.setitem(command.EFFORT, "cpu-quick", command.EFFORT["tiny"])
+    monkeypatch.setattr(command, "ceiling_bytes", lambda device: 1 << 20)
     files = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = ["--quick", "--no-compile", "--device", "cpu", "--op", "sequence_sum", "--json", str(files[0]), "--plot", str(files[1])]
     assert command.main(arguments) == 0
