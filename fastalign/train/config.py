@@ -11,6 +11,7 @@ import dataclasses
 import math
 import numbers
 import os
+import sys
 import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -179,6 +180,8 @@ def _plain(name: str, value: Any) -> Any:
         return type(value)(_plain(name, each) for each in value)
     if value is not None and not isinstance(value, (bool, int, float, str)):
         raise UserError(f"{name} must be a number, a text, True, False or None, got {shown(value)}")
+    if isinstance(value, (int, float)) and LARGEST < abs(value) <= sys.float_info.max:  # what no float holds, the loss refuses itself
+        raise UserError(f"{name} is {shown(value)}: its magnitude must be at most {LARGEST:g}")
     return value
 
 

@@ -251,6 +251,8 @@ class PackedModel:
     def check_tokens(self, what: str, ids: Iterable[torch.Tensor]) -> None:
         """Refuse token ids that the model does not have. `what`: the model, for the message."""
         extremes = [part.aminmax() for part in ids if part.numel()]
+        if not extremes:
+            return
         lowest, highest = min(int(low) for low, _ in extremes), max(int(high) for _, high in extremes)
         name, weight = self.vocabulary_weight()
         if lowest < 0 or highest >= weight.shape[0]:

@@ -1,5 +1,6 @@
 """What leaves its legal range: rewards, settings, vocabularies, devices, lines. Refused at the start or handled, in one line."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -14,6 +15,8 @@ from tiny import make_model, make_rows, make_tokenizer
 
 from fastalign import cli
 from fastalign.train import OnlineConfig, TrainConfig, TrainingError, UserError, train, train_dpo, train_online
+from fastalign.train.config import from_arguments
+from fastalign.train.methods import make_method
 from fastalign.train.online.rewards import FunctionReward, ModelReward
 from fastalign.train.online.rollout import Rollout
 from fastalign.train.optimise import Optimizer
@@ -138,6 +141,9 @@ def test_settings_at_the_ends_of_their_ranges_end_in_one_line(config, settings):
 def test_numbers_beyond_float32(name):
     with pytest.raises(UserError, match="its magnitude must be at most 1e"):
         TrainConfig(**{name: 1e300})
+    for bad in (1e300, -1e300, 10**100):
+        with pytest.raises(UserError, match=r"loss_options\['beta'\] is .*: its magnitude must be at most 1e"):
+            TrainConfig(loss_options={"beta": bad})
     with pytest.raises(UserError, match="--temperature is 1e-300: it must be at least 1e-6"):
         OnlineConfig(temperature=1e-300)
 
@@ -174,6 +180,13 @@ def test_every_number_has_a_range(kind):
                 kind(**{name: bad})
             flag = "--" + name.replace("_", "-")
             assert (name in str(caught.value) or flag in str(caught.value)) and len(str(caught.value)) < 250, (name, bad, str(caught.value))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "true", "x", "9" * 400, "9" * 5000], ids=lambda value: value[:5])
+def test_the_bound_of_wpos_weights(value):
+    option = from_arguments(argparse.Namespace(loss_options=[f"clamp={value}"], loss="wpo"), TrainConfig)
+    with pytest.raises(UserError, match="--set clamp=.*: a positive number, or None for weights without an upper bound"):
+        make_method("dpo", option)
 
 
 def test_numpys_numbers_are_numbers(config):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import fastalign
+from fastalign.checks import check_number, shown
 from fastalign.train.config import TrainConfig, check_booleans
 from fastalign.train.errors import UserError
 from fastalign.train.formats import PREFERENCE
@@ -184,8 +185,10 @@ def resolve_loss(config: TrainConfig, *, exact_kl: bool = False) -> tuple[list[t
             raise UserError(str(error)) from None
         _check_served(name, preset, mixed=len(weights) > 1 or weight != 1.0, exact_kl=exact_kl)
         parts.append((preset, weight))
-    if clamp is not None and not (isinstance(clamp, (int, float)) and clamp > 0):
-        raise UserError(f"--set clamp={clamp}: a positive number, or None for weights without an upper bound")
+    try:
+        check_number("clamp", 1.0 if clamp is None else clamp, above=0.0)
+    except (ValueError, TypeError):
+        raise UserError(f"--set clamp={shown(clamp)}: a positive number, or None for weights without an upper bound") from None
     return parts, list(rules.values()), clamp
 
 
