@@ -135,7 +135,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "KL to the reference": ("kl_coef", "kl_in", "kl_kind", "kl_target", "kl_horizon", "ref_update_every", "ref_mix", "target_kl"),
     "sampling": ("samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "sample_batch"),
-    "which examples": ("eval_data", "eval_fraction", "max_length", "overlong", "seed"),
+    "which examples": ("eval_data", "eval_fraction", "max_length", "overlong", "template_options", "seed"),
     "steps": (
         "batch_size", "tokens_per_batch", "epochs", "max_steps", "minibatches", "rollout_epochs", "learning_rate", "warmup_ratio",
         "weight_decay", "max_grad_norm",
