@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastalign import peers, remember
 from fastalign.checks import check_choice, check_number
+from fastalign.frozen import FrozenDict, freeze
 from fastalign.preset import LINKS, NONFINITE, REDUCTIONS, SFT_NORMS, TARGET_LINKS
 
 MAX_LIST = 64  # responses per list: a block of 64 threads on the GPU
@@ -82,10 +82,10 @@ class ListPreset:
     sft_power: float = 0.0
     nonfinite: str = "propagate"  # "drop": lists whose loss is not finite do not count
     # The method's own option names: name -> the field that it sets.
-    options: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    options: Mapping[str, str] = FrozenDict()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        freeze(self)
         for name, legal in (("kind", KINDS), ("link", LIST_LINKS), ("pair_gain", PAIR_GAINS), ("sft_norm", SFT_NORMS),
                             ("nonfinite", NONFINITE)):  # fmt: skip
             check_choice(name, getattr(self, name), legal)

@@ -15,13 +15,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastalign import peers, remember
 from fastalign.checks import check_choice, check_number
+from fastalign.frozen import FrozenDict, freeze
 
 # The position of a name is its code in csrc/math/pair.h and fastalign/triton_math_pair.py.
 TRANSFORMS = ("identity", "logsig", "negexp", "alpha", "logodds")
@@ -137,10 +137,10 @@ class Preset:
     rule: str | None = None  # the kind of `state=` object that the loss needs (fastalign.rules)
     requires: tuple[str, ...] = ()  # tensors per pair without which the method is not itself
     # The method's own option names: name -> the field that it sets, or a rule of _OPTION_RULES.
-    options: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    options: Mapping[str, str] = FrozenDict()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        freeze(self)
         _validate(self)
 
     def replace(self, **changes: Any) -> Preset:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,8 +24,6 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # CUDA C++ before Triton on NVIDIA; Triton alone on ROCm, where the extension has no kernels.
 _PRIORITY = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "triton", "reference")}
 
-# A module variable, not a ContextVar: autograd runs backward on a thread of its own, which must see the override.
-_forced: str | None = None
 # True: also check the values of CUDA tensors (labels, cu_seqlens, pairs) before every op, at the price of a device synchronisation.
 _debug_checks = False
 
@@ -37,30 +37,60 @@ def _check_name(name: str) -> str:
     return name
 
 
+_from_environment: str | None = None
 if os.environ.get("FASTALIGN_BACKEND"):
     try:
-        _forced = _check_name(os.environ["FASTALIGN_BACKEND"])
+        _from_environment = _check_name(os.environ["FASTALIGN_BACKEND"])
     except ValueError as error:
         if as_command.is_command():
             as_command.end(f"FASTALIGN_BACKEND: {error}")
         raise ValueError(f"FASTALIGN_BACKEND: {error}") from None
 
+# A thread's (or asyncio task's) own choice, and those of the main thread, the last one first in force, for threads that made none.
+_own: ContextVar[tuple[str | None] | None] = ContextVar("fastalign_backend", default=None)
+_of_main_thread: list[use_backend] = []
+
 
 class use_backend:
     """Force one backend (`reference`, `cpu`, `triton` or `cuda`; None: automatic): `with use_backend("triton"): ...`, or for good as
-    a plain call `use_backend("triton")`. A call that the forced backend cannot serve raises `BackendError`; nothing falls back."""
+    a plain call `use_backend("triton")`. A call that the forced backend cannot serve raises `BackendError`; nothing falls back.
+
+    The choice is that of the thread (or asyncio task) that makes it; threads without one follow the main thread. Backward runs on the backend
+    that was in force in forward, on whichever thread (a graph compiled by torch.compile: on what is in force where it runs)."""
 
     def __init__(self, name: str | None):
-        global _forced
-        self._previous = _forced
-        _forced = None if name is None else _check_name(name)
+        self.name = None if name is None else _check_name(name)
+        self._before = _own.get()
+        _own.set((self.name,))
+        if threading.current_thread() is threading.main_thread():
+            _of_main_thread.append(self)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *exc: object) -> None:
-        global _forced
-        _forced = self._previous
+        _own.set(self._before)
+        if self in _of_main_thread:
+            del _of_main_thread[_of_main_thread.index(self) :]
+
+
+def forced() -> str | None:
+    """The backend that is forced where this is called, or None."""
+    own = _own.get()
+    if own is not None:
+        return own[0]
+    return _of_main_thread[-1].name if _of_main_thread else _from_environment
+
+
+@contextmanager
+def on_backend(name: str | None) -> Iterator[None]:
+    """`name` as the choice of this thread alone, whatever was chosen before: for backward, which may run on another thread than forward."""
+    before = _own.get()
+    _own.set((name,))
+    try:
+        yield
+    finally:
+        _own.set(before)
 
 
 @contextmanager
@@ -143,11 +173,12 @@ class Op:
 
     def select(self, tensor: torch.Tensor) -> Callable[..., Any]:
         """The kernel that serves `tensor`'s device and dtype, or BackendError with the reasons."""
-        key = (_forced, tensor.device.type, tensor.dtype, ffi.emulator())
+        chosen = forced()
+        key = (chosen, tensor.device.type, tensor.dtype, ffi.emulator())
         if key in self._chosen:
             return self._chosen[key]
         reasons = []
-        for backend in (_forced,) if _forced else _PRIORITY.get(tensor.device.type, ("reference",)):
+        for backend in (chosen,) if chosen else _PRIORITY.get(tensor.device.type, ("reference",)):
             why = self.why_not(backend, tensor)
             if why is None:
                 return self._chosen.setdefault(key, self._kernel(backend))
@@ -215,11 +246,11 @@ def explain(op: str, *args: Any) -> str:
         raise ValueError("explain needs at least one tensor argument")
     entry = OPS[name]
     order = _PRIORITY.get(tensor.device.type, ("reference",))
-    lines, chosen = [], None
+    lines, chosen, required = [], None, forced()
     for backend in (*order, *(b for b in BACKENDS if b not in order)):
         why = entry.why_not(backend, tensor)
-        if _forced and backend != _forced:
-            why = f"backend forced to {_forced}" + (f"; {why}" if why else "")
+        if required and backend != required:
+            why = f"backend forced to {required}" + (f"; {why}" if why else "")
         if why is None and chosen is None:
             chosen, why = backend, "chosen"
         lines.append(f"  {backend:<10}{why or 'able, but a faster one comes first'}")

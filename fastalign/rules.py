@@ -7,6 +7,7 @@ are those of all ranks, the same on each. Everything a rule returns is a constan
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,17 @@ class BatchRule:
         for name in state.keys() - {"steps"}:
             _check_memory(name, state[name], needed=state.get("steps", 0) > 0)
         self.memory = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError(f"{type(self).__name__} holds a process group, which lives in this process: send its state_dict() instead")
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchRule:
+        """A rule with a memory of its own, over the same group."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update({k: v if k == "group" else copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return twin
 
     def __call__(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
         """The rule's tensors for these pairs, by the name of the loss's option."""

@@ -152,11 +152,12 @@ def test_inplace_backward_equals_out_of_place(backend, device, vocab, dtype):  #
         leaf = make_logits(6, vocab, dtype=dtype, device=device).requires_grad_()
         logits = leaf * 1.0
         stats = fa.token_stats(logits, labels, outputs=("logprob", "entropy"), inplace_backward=inplace)
-        seen = []
+        seen = [logits.data_ptr()]
         logits.register_hook(lambda g, seen=seen: seen.append(g.data_ptr()))
         (stats.logprob.sum() - 0.3 * stats.entropy.sum()).backward()
         grads.append(leaf.grad)
-        assert (seen[0] == logits.data_ptr()) == inplace
+        assert (seen[0] == seen[1]) == inplace
+        assert logits.shape == ((6, 0) if inplace else (6, vocab))
     assert torch.equal(*grads)
 
 

@@ -395,7 +395,7 @@ def test_kl_inplace_backward_equals_out_of_place(backend, device, vocab, dtype):
         logits = leaf * 1.0
         stats = fa.token_stats(logits, labels, ref_logits=ref, outputs=("logprob", *KLS), inplace_backward=inplace)
         total_of(stats._asdict(), {"logprob": 1.0, "kl_policy_ref": 0.3, "kl_ref_policy": -0.2}).backward()
-        assert not inplace or torch.equal(logits, leaf.grad)
+        assert logits.shape == ((4, 0) if inplace else (4, vocab))
         grads.append(leaf.grad)
     assert torch.equal(*grads)
 

@@ -32,10 +32,10 @@ def test_kl_loss(backend, device, vocab, dtype, direction):
         out = fa.token_kl_loss(logits, ref, coef, direction=direction, mask=mask, inplace=inplace)
         assert torch.equal(out.kl, kl) and not out.kl.requires_grad and out.loss.dtype == torch.float32
         assert_close(out.loss, (kl.double() * torch.where(mask, coef, 0.0)).sum())
-        assert not inplace or torch.equal(logits, want)
+        assert logits.shape == ((4, 0) if inplace else (4, vocab))
         out.loss.backward(retain_graph=True)
         assert torch.equal(leaf.grad, want)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation|version"):
+        with pytest.raises(RuntimeError, match="token_kl_loss can be differentiated once"):
             out.loss.backward()
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,14 +85,83 @@ def test_forced_backend_never_falls_back():
         fa.token_logprobs(make_logits(2, 9), make_labels(2, 9))
     with pytest.raises(ValueError, match="backend='cdua' is unknown; legal: reference, cpu, triton, cuda"):
         fa.use_backend("cdua")
-    assert registry._forced is None
+    assert registry.forced() is None
 
 
 def test_plain_call_forces_for_good():
     fa.use_backend("reference")
-    assert registry._forced == "reference"
+    assert registry.forced() == "reference"
     fa.use_backend(None)
-    assert registry._forced is None
+    assert registry.forced() is None
+
+
+def _in_thread(work):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(timeout=60)
+
+
+def test_threads_choose_for_themselves():
+    """Each thread sees its own choice, those without one the main thread's; neither order of entering and leaving disturbs the others."""
+    entered, left = threading.Barrier(3, timeout=60), threading.Barrier(3, timeout=60)
+
+    def work(name, first_out):
+        seen = [registry.forced()]
+        with fa.use_backend(name):
+            entered.wait()
+            seen.append(registry.forced())
+            left.wait() if not first_out else None
+        left.wait() if first_out else None
+        return [*seen, registry.forced()]
+
+    with fa.use_backend("triton"), ThreadPoolExecutor(2) as pool:
+        one, two = pool.submit(work, "reference", True), pool.submit(work, "cpu", False)
+        entered.wait()
+        assert registry.forced() == "triton"
+        left.wait()
+        assert one.result() == ["triton", "reference", "triton"] and two.result() == ["triton", "cpu", "triton"]
+    assert registry.forced() is None and _in_thread(registry.forced) is None
+    fa.use_backend("reference")
+    assert _in_thread(registry.forced) == "reference"
+    assert _in_thread(lambda: (fa.use_backend("cpu"), registry.forced())[1]) == "cpu" and registry.forced() == "reference"
+    fa.use_backend(None)
+    assert _in_thread(registry.forced) is None
+
+
+def test_tasks_choose_for_themselves():
+    async def work(name, steps):
+        with fa.use_backend(name):
+            for _ in range(steps):
+                await asyncio.sleep(0)
+                assert registry.forced() == name
+
+    async def together():
+        await asyncio.gather(work("cpu", 5), work("reference", 9), work(None, 2))
+
+    asyncio.run(together())
+    assert registry.forced() is None and _in_thread(registry.forced) is None
+
+
+def test_backward_runs_on_the_backend_of_forward(monkeypatch):
+    """Also on another thread, as autograd's for a GPU is, and after the choice has ended or changed."""
+    ran, select = [], registry.Op.select
+    monkeypatch.setattr(registry.Op, "select", lambda self, x: (ran.append((self.name, registry.forced())), select(self, x))[1])
+    x = make_logits(2, 9).requires_grad_()
+
+    def forward(name):
+        with fa.use_backend(name):
+            return fa.token_logprobs(x, make_labels(2, 9)).sum()
+
+    for name in ("reference", "cpu"):
+        for where in (lambda f: f(), _in_thread):
+            loss = forward(name)
+            with fa.use_backend("triton"):
+                where(loss.backward)
+                assert registry.forced() == "triton"
+            assert ran == [("token_stats_fwd", name), ("token_stats_bwd", name)]
+            ran.clear()
+    loss = _in_thread(lambda: forward("reference"))
+    loss.backward()
+    assert ran == [("token_stats_fwd", "reference"), ("token_stats_bwd", "reference")]
 
 
 def _python(code, **env):

@@ -153,14 +153,25 @@ class Runner:
     def __init__(self, case: Case, contestant: Contestant):
         self.case, self.contestant = case, contestant
         self.turn = itertools.cycle(range(len(case.inputs)))
-        self.buffer = torch.empty_like(case.inputs[0][0], requires_grad=False) if contestant.overwrites else None
+        self.buffer: Tensor | None = None
 
     def call(self, index: int | None = None) -> Callable[[], Tensor]:
         """The next call, its inputs ready."""
         first, *rest = self.case.inputs[next(self.turn) if index is None else index]
-        if self.buffer is not None:
-            first = self.buffer.detach().copy_(first)  # depends on the input and is no leaf: may be overwritten
-        return lambda: self.contestant.run(first, *rest)
+        if not self.contestant.overwrites:
+            return lambda: self.contestant.run(first, *rest)
+        # Depends on the input, is no leaf, and has the buffer's memory to itself: may be overwritten.
+        scratch = torch.empty_like(first, requires_grad=False) if self.buffer is None else self.buffer.detach()
+        self.buffer = None
+        scratch.copy_(first)
+
+        def run() -> Tensor:
+            result = self.contestant.run(scratch, *rest)
+            # A gradient in place takes the memory over; without one it is still the scratch tensor's.
+            self.buffer = (scratch if scratch.shape == first.shape else result).detach()
+            return result
+
+        return run
 
 
 @dataclass

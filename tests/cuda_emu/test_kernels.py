@@ -100,10 +100,14 @@ def test_inplace_gradient_stays_inside_its_rows(emulated, dtype):
         buffer = torch.full((shift + 3 * stride + 8,), 77.0, dtype=dtype)
         logits = buffer[shift : shift + 3 * stride].view(3, stride)[:, :vocab]
         logits.copy_(make_logits(3, vocab, dtype=dtype))
-        leaf = torch.zeros((), requires_grad=True)
-        stats = fa.token_stats(Overlaid.apply(leaf, logits), labels, outputs=contract.ALL, inplace_backward=True)
+        leaf, size, address, seen = torch.zeros((), requires_grad=True), buffer.numel(), logits.data_ptr(), []
+        overlaid = Overlaid.apply(leaf, logits)
+        del buffer, logits
+        overlaid.register_hook(seen.append)
+        stats = fa.token_stats(overlaid, labels, outputs=contract.ALL, inplace_backward=True)
         (stats.logprob.sum() - 0.7 * stats.entropy.sum() + 0.1 * stats.logsumexp.sum()).backward()
-        assert torch.equal(logits, want), f"row moved by {shift} elements"
+        assert torch.equal(seen[0], want) and seen[0].data_ptr() == address, f"row moved by {shift} elements"
+        buffer = seen[0].as_strided((size,), (1,), 0)
         outside = torch.ones_like(buffer, dtype=torch.bool)
         outside[shift : shift + 3 * stride].view(3, stride)[:, :vocab] = False
         assert bool((buffer[outside] == 77.0).all())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign.checks import check_choice, check_floating, check_number, check_same_device, check_shape
+from fastalign.function import Function, forward_mode
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 from fastalign.slopes import times_slope
 
@@ -21,7 +22,9 @@ kl_estimate_fwd = Op(
 # Results: value and d value / d logprobs, both [n]; the latter empty(0) if not `with_slope`.
 
 
-class KlEstimateFunction(torch.autograd.Function):
+class KlEstimateFunction(Function):
+    names = "kl_estimate"
+
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, kind):
         value, slope = kl_estimate_fwd(logprobs, ref_logprobs, kind, True)
@@ -29,7 +32,6 @@ class KlEstimateFunction(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (slope,) = ctx.saved_tensors
         # Selected also where nothing comes from above: the slope of k2 is infinite for an infinite d, and all slopes are NaN for NaN.
@@ -66,7 +68,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3", *, cla
     check_same_device("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     dtype = torch.float64 if torch.float64 in (logprobs.dtype, ref_logprobs.dtype) else torch.float32
     flat = [x.to(dtype).reshape(-1).contiguous() for x in (logprobs, ref_logprobs)]
-    if torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad):
+    if (torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad)) or forward_mode():
         value = KlEstimateFunction.apply(*flat, KINDS.index(kind))
     else:  # a metric, a reward: no slope
         value = kl_estimate_fwd(*(x.detach() for x in flat), KINDS.index(kind), False)[0]

@@ -17,6 +17,7 @@ from fastalign.checks import (
     per_token,
     row_mask,
 )
+from fastalign.function import Function
 from fastalign.list_preset import LIST_SCALAR_COUNT, MAX_LIST, ListPreset
 from fastalign.losses import resolve_listwise
 from fastalign.ops.listwise.output import ListwiseOutput
@@ -72,8 +73,10 @@ def _sequence_grad(grad, slopes, list_offsets):
     return times_slope(grad, slopes)
 
 
-class ListwiseFunction(torch.autograd.Function):
+class ListwiseFunction(Function):
     """From per-token tensors."""
+
+    names = "listwise_loss"
 
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, cu_seqlens, mask, list_offsets, scores, extra, params, count):
@@ -90,15 +93,16 @@ class ListwiseFunction(torch.autograd.Function):
         return value, rewards, table, sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         cu_seqlens, mask, list_offsets, slopes = ctx.saved_tensors
         per_sequence = _sequence_grad(grad, slopes, list_offsets)
         return sequence_sum_bwd(per_sequence, cu_seqlens, mask, None, ctx.tokens), *(None,) * 8
 
 
-class ListwiseFromSumsFunction(torch.autograd.Function):
+class ListwiseFromSumsFunction(Function):
     """From the sums of the policy's log-probs (or a reward model's scores) [S]; `sums` holds them and what belongs to them, as constants."""
+
+    names = "listwise_loss_from_sums"
 
     @staticmethod
     def forward(ctx, totals, sums, list_offsets, scores, extra, params):
@@ -108,7 +112,6 @@ class ListwiseFromSumsFunction(torch.autograd.Function):
         return value, rewards, table
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         list_offsets, slopes = ctx.saved_tensors
         return _sequence_grad(grad, slopes, list_offsets), *(None,) * 5

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.frozen import copies_without_graph
 from fastalign.list_preset import ListPreset
 from fastalign.metric import AnyMetric, Metric, Total
 
 
+@copies_without_graph
 class ListwiseOutput(NamedTuple):
     """What a listwise loss returns. `loss` is differentiable: a scalar, or [L] with reduction="none". Everything else is detached, and read
     from the kernel's own `table` and `sums` only when asked for."""

@@ -17,6 +17,7 @@ from fastalign.checks import (
     per_token,
     row_mask,
 )  # fmt: skip
+from fastalign.function import Function
 from fastalign.ops.policy.output import PolicyOutput, ValueOutput
 from fastalign.ops.policy.reference import STATS, VALUE_STATS
 from fastalign.policy_losses import AGGREGATIONS, SCALAR_COUNT, PolicyPreset, resolve
@@ -57,7 +58,9 @@ policy_bwd = Op(
 # grad []: each slope times grad, divided by stats[0], the number of items. Serves both losses.
 
 
-class PolicyFunction(torch.autograd.Function):
+class PolicyFunction(Function):
+    names = "policy_loss"
+
     @staticmethod
     def forward(ctx, logprobs, entropy, tensors, params):
         old, advantages, cu_seqlens, mask, ref, is_weight, kl_coef, entropy_coef, num_items = tensors
@@ -71,13 +74,14 @@ class PolicyFunction(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         d_logprobs, d_entropy = policy_bwd(grad, *ctx.saved_tensors)
         return d_logprobs, d_entropy if ctx.needs_input_grad[1] else None, None, None
 
 
-class ValueFunction(torch.autograd.Function):
+class ValueFunction(Function):
+    names = "value_loss"
+
     @staticmethod
     def forward(ctx, values, old_values, returns, cu_seqlens, mask, num_items, clip, aggregation, norm_length):
         loss, slopes, stats = value_fwd(values, old_values, returns, cu_seqlens, mask, num_items, clip, aggregation, norm_length)
@@ -86,7 +90,6 @@ class ValueFunction(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         slopes, stats = ctx.saved_tensors
         return policy_bwd(grad, slopes, slopes.new_empty(0), stats)[0], *(None,) * 8

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.frozen import copies_without_graph
 from fastalign.metric import AnyMetric, ExplainedVariance, Metric, Total, Variance
 from fastalign.ops.policy.reference import STATS, VALUE_STATS
 from fastalign.policy_losses import PolicyPreset
@@ -24,6 +25,7 @@ def _aggregated(total: Tensor, stats: dict[str, Tensor], aggregation: str) -> An
     return Metric(total, stats["tokens"] if aggregation == "token_mean" else stats["sequences"])
 
 
+@copies_without_graph
 class PolicyOutput(NamedTuple):
     """What `policy_loss` returns. loss: scalar, differentiable. stats: the sums behind metrics(), a detached tensor; preset: the loss as it was
     evaluated; given: which optional tensors came along."""
@@ -64,6 +66,7 @@ class PolicyOutput(NamedTuple):
         return out
 
 
+@copies_without_graph
 class ValueOutput(NamedTuple):
     """What `value_loss` returns. loss: scalar, differentiable. stats: the sums behind metrics() and explained_variance, detached."""
 

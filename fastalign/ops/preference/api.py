@@ -19,6 +19,7 @@ from fastalign.checks import (
     per_token,
     row_mask,
 )  # fmt: skip
+from fastalign.function import Function
 from fastalign.ops.preference import compose
 from fastalign.ops.preference.output import PreferenceOutput
 from fastalign.preset import REDUCTIONS, SCALAR_COUNT, TENSOR_FIELDS, TENSOR_ONLY, Preset
@@ -72,8 +73,10 @@ preference_bwd = Op(
 # grad: [] for reductions mean and sum (gradient of the loss), [P] for none (of pair_loss). Results: d logprobs [T], d kl [T] or empty(0).
 
 
-class PreferenceFunction(torch.autograd.Function):
+class PreferenceFunction(Function):
     """From per-token tensors."""
+
+    names = "preference_loss (unpaired_loss, reward_loss)"
 
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, extra, params, count):
@@ -87,14 +90,15 @@ class PreferenceFunction(torch.autograd.Function):
         return (pair_loss if params.reduction == REDUCTIONS.index("none") else loss), table, sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         d_logprobs, d_kl = preference_bwd(grad.contiguous(), *ctx.saved_tensors, *ctx.params, ctx.with_kl)
         return d_logprobs, None, d_kl if ctx.with_kl else None, *(None,) * 7
 
 
-class PairSumsFunction(torch.autograd.Function):
+class PairSumsFunction(Function):
     """Sums [P, 2, SUM_WIDTH] of per-token tensors: the first half of the kernel, for losses that do something between the halves."""
+
+    names = "preference_loss (unpaired_loss, reward_loss)"
 
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, params, count):
@@ -107,7 +111,6 @@ class PairSumsFunction(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         # The gradient of the sums takes the place of the table's slopes. The policy's sums move with its log-probs as the log-ratios do
         # (no token clamp where they are used: see compose.shared_params).
@@ -119,8 +122,10 @@ class PairSumsFunction(torch.autograd.Function):
         return d_logprobs, None, d_kl if ctx.with_kl else None, *(None,) * 6
 
 
-class PreferenceFromSumsFunction(torch.autograd.Function):
+class PreferenceFromSumsFunction(Function):
     """From sums [P, 2, SUM_WIDTH]; the slopes of the table are the gradient."""
+
+    names = "preference_loss_from_sums"
 
     @staticmethod
     def forward(ctx, sums, extra, params):
@@ -131,7 +136,6 @@ class PreferenceFromSumsFunction(torch.autograd.Function):
         return (pair_loss if params.reduction == REDUCTIONS.index("none") else loss), table
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         (table,) = ctx.saved_tensors
         out = table.new_zeros((table.shape[0], 2, SUM_WIDTH))

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.frozen import copies_without_graph
 from fastalign.metric import AnyMetric, Metric, Total
 from fastalign.ops.preference.reference import transform
 from fastalign.preset import TRANSFORMS, Preset
 
 
+@copies_without_graph
 class PreferenceOutput(NamedTuple):
     """What a preference loss returns. `loss` is differentiable: a scalar, or [P] with reduction="none". Everything else is detached, and read
     from the kernel's own `table` and `sums` only when asked for."""

@@ -22,6 +22,7 @@ from fastalign.checks import (
     row_mask,
 )
 from fastalign.distributed import sum_over_group
+from fastalign.frozen import copies_without_graph
 from fastalign.metric import Metric
 from fastalign.ops.preference.api import PairSumsFunction, PreferenceFromSumsFunction, PreferenceFunction, pair_extra
 from fastalign.ops.sequence_sum.api import sequence_sum
@@ -42,6 +43,7 @@ _OPTIONS = {"kto": ("beta", *_WEIGHTS), "apo_zero_unpaired": ("beta", *_WEIGHTS)
             "dro": ("tau", "rescale", "rewards", "values")}  # fmt: skip
 
 
+@copies_without_graph
 class UnpairedOutput(NamedTuple):
     """loss: scalar, or [S] with reduction="none". rewards, logprobs: [S], detached: beta D and the policy's sums. desirable, valid: [S] bool.
     anchor: what rewards were compared with, 0-dim (kto: beta z0; bco: delta; otherwise 0)."""

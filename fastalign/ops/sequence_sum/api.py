@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign.checks import check_cu_seqlens, check_cu_seqlens_values, per_token, row_mask
+from fastalign.function import Function
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 
 
@@ -26,7 +27,9 @@ sequence_sum_bwd = Op(
 )  # fmt: skip
 
 
-class SequenceSumFunction(torch.autograd.Function):
+class SequenceSumFunction(Function):
+    names = "sequence_sum"
+
     @staticmethod
     def forward(ctx, x, cu_seqlens, mask, weights):
         sums, counts = sequence_sum_fwd(x, cu_seqlens, mask, weights)
@@ -36,7 +39,6 @@ class SequenceSumFunction(torch.autograd.Function):
         return sums, counts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         cu_seqlens, mask, weights = ctx.saved_tensors
         return sequence_sum_bwd(grad.contiguous(), cu_seqlens, mask, weights, ctx.tokens), None, None, None

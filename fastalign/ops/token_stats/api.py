@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign import ffi
+from fastalign import ffi, overwrite
 from fastalign.checks import check_device, check_floating, check_integer, check_integers, check_number, check_same_device, check_shape
+from fastalign.frozen import copies_without_graph
+from fastalign.function import Function
 from fastalign.registry import Op, row_dtypes, standard_kernels
 
 # Bits of the op's `outputs` argument, in the order of its results; the same numbers stand in csrc/math/row_state.h (RowOutput).
@@ -27,6 +29,7 @@ LOG2E = 1.4426950408889634
 MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32
 
 
+@copies_without_graph
 class TokenStats(NamedTuple):
     """One attribute per output; None where not asked for. See `token_stats`."""
 
@@ -123,8 +126,10 @@ token_stats_bwd_ = Op(
 )  # fmt: skip
 
 
-class TokenStatsFunction(torch.autograd.Function):
+class TokenStatsFunction(Function):
     """Forward streams the rows once and keeps the row states; backward streams them once more."""
+
+    names = "token_stats (token_logprobs, token_kl, entropy_from_logits, selective_log_softmax)"
 
     @staticmethod
     def forward(ctx, logits, ref_logits, labels, mask, temperature_tensor, options: RowOptions, outputs: int, inplace: bool):
@@ -137,7 +142,6 @@ class TokenStatsFunction(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         none = (None,) * 7
         if not ctx.needs_input_grad[0]:
@@ -148,13 +152,12 @@ class TokenStatsFunction(torch.autograd.Function):
         args = (logits, labels, mask, temperature_tensor, *ctx.options, 0, logits.shape[-1], state, *g[:3])
         if any(x is not None for x in g[3:]):
             args = (*args, ref_logits, *g[3:])
-        if not ctx.inplace:
+        if not (ctx.inplace and overwrite.may_overwrite(logits, "inplace_backward")):
             return token_stats_bwd(*args), *none
-        # The buffer stops being the logits here: any other consumer that saved it must see a changed version, not changed numbers.
-        detached = logits.detach()
-        token_stats_bwd_(detached, *args[1:])
-        torch.autograd.graph.increment_version(logits)
-        return detached, *none
+        grad = logits.detach()
+        token_stats_bwd_(grad, *args[1:])
+        overwrite.retire(logits)
+        return grad, *none
 
 
 def token_stats(
@@ -200,10 +203,12 @@ def token_stats(
             whatever they hold.
         temperature: > 0; a 0-dim tensor for schedules (no recompilation under torch.compile).
         logit_scale, softcap: > 0; the model head's own transform, applied in the order scale, cap, temperature.
-        inplace_backward: write the gradient over `logits`, which then must be a non-leaf without overlapping memory and without any other
-            consumer in the graph (the version counter makes autograd raise if there is one). Saves one [N, V] allocation, unless
-            `logits` is a slice: autograd's backward of logits[:, :-1] allocates all of it again, so shift the labels instead. Under torch.compile
-            the compiler decides about buffers and this has no effect.
+        inplace_backward: write the gradient over `logits`, which saves one [N, V] allocation. Refused for leaves (and views of leaves) and for
+            overlapping memory. `logits` must not be read after backward: they are then empty, (..., 0), and whatever still needs them raises.
+            Where another tensor shares their memory (a slice, `detach()`, a layer that saved its output, such as tanh) or saved-tensor
+            hooks hold it, the gradient gets memory of its own: the result is the same, nothing is saved, and a warning says so once.
+            A slice of logits saves little: autograd's backward of logits[:, :-1] allocates all of it again, so shift the labels instead.
+            Under torch.compile the compiler decides about buffers and this has no effect.
 
     Returns:
         TokenStats; each output (...) (logprob and ref_logprob: the shape of labels), fp32, or fp64 for fp64 logits. NaN or +inf logits, and rows
@@ -232,7 +237,7 @@ def token_stats(
     options, temperature_tensor = row_options(logits, temperature, logit_scale, softcap, ignore_index)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward:
-        check_inplace(logits, "inplace_backward")
+        overwrite.check_overwritable(logits, "inplace_backward")
     bits = 0
     for name in outputs:
         bits |= OUTPUT_BITS[name]
@@ -321,7 +326,8 @@ def check_rows(logits, labels, mask):
     check_floating("logits", logits)
     vocab = logits.shape[-1]
     if not 1 <= vocab < MAX_VOCAB:
-        raise ValueError(f"logits has a vocabulary of {vocab}; legal: 1 to {MAX_VOCAB - 1}")
+        gone = " (an in-place gradient was written over these logits)" if vocab == 0 else ""
+        raise ValueError(f"logits has a vocabulary of {vocab}{gone}; legal: 1 to {MAX_VOCAB - 1}")
     check_device("logits", logits)
     rows_shape = tuple(logits.shape[:-1])
     rows = math.prod(rows_shape)
@@ -374,22 +380,3 @@ def row_options(logits, temperature, logit_scale, softcap, ignore_index):
     if softcap is None:
         return RowOptions(LOG2E * logit_scale, 0.0, float(temperature), ignore_index), tensor
     return RowOptions(LOG2E * softcap, logit_scale / softcap, float(temperature), ignore_index), tensor
-
-
-def check_inplace(logits, name):
-    """Overwriting is only safe for a temporary of the graph that owns its memory."""
-    owner = logits._base if logits._is_view() else logits
-    if owner.requires_grad and owner.is_leaf:
-        raise ValueError(f"{name}=True would overwrite a leaf tensor; pass the output of a layer, or leave it False")
-    if _self_overlapping(logits):
-        raise ValueError(f"{name}=True needs logits whose rows do not share memory (expanded or overlapping views cannot be written)")
-
-
-def _self_overlapping(tensor):
-    """True if two elements may share an address (stride 0, or strides that do not nest)."""
-    span = 1
-    for stride, size in sorted((st, sz) for sz, st in zip(tensor.shape, tensor.stride()) if sz != 1):
-        if stride < span:
-            return True
-        span = stride * size
-    return False

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign import overwrite
 from fastalign.checks import check_choice, check_same_device, check_shape
+from fastalign.frozen import copies_without_graph
+from fastalign.function import Function
 from fastalign.ops.token_stats.api import (
     NEED_REF,
     OUTPUT_BITS,
-    check_inplace,
     check_ref,
     check_rows,
     check_values,
@@ -85,6 +87,7 @@ def token_kl(
     return getattr(token_stats(logits, ref_logits=ref_logits, outputs=(name,), mask=mask, temperature=temperature), name)
 
 
+@copies_without_graph
 class TokenKLLoss(NamedTuple):
     """loss: scalar, differentiable; kl: (...), detached. See `token_kl_loss`."""
 
@@ -92,8 +95,10 @@ class TokenKLLoss(NamedTuple):
     kl: Tensor
 
 
-class TokenKLLossFunction(torch.autograd.Function):
+class TokenKLLossFunction(Function):
     """Forward makes the gradient as well; backward hands it out, scaled where the upstream gradient is not 1."""
+
+    names = "token_kl_loss"
 
     @staticmethod
     def forward(ctx, logits, ref_logits, mask, temperature_tensor, options, direction, coef, with_grad, inplace):
@@ -105,21 +110,30 @@ class TokenKLLossFunction(torch.autograd.Function):
         elif inplace:
             grad = logits.detach()
             kl = token_stats_fused_(grad, *rows[1:], ref_logits, None, None, None, *g)[index]
-            torch.autograd.graph.increment_version(logits)  # whoever saved the logits must not take the gradient for them
+            overwrite.retire(logits)
         else:
             *results, grad = token_stats_fused(*rows, ref_logits, None, None, None, *g)
             kl = results[index]
         if with_grad:
             ctx.save_for_backward(grad)
+        ctx.spent = False
         ctx.mark_non_differentiable(kl)
         return (kl * coef if mask is None else torch.where(mask, kl * coef, 0.0)).sum(), kl
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g_loss, _):
         (grad,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            scale_rows_(grad, g_loss)
+            return grad, *(None,) * 8
+        if ctx.spent:
+            raise RuntimeError(
+                "token_kl_loss can be differentiated once: its stored gradient was modified by an inplace operation, the scaling of the first time"
+            )
+        ctx.spent = True
+        if not overwrite.is_ours_alone(grad):  # saved-tensor hooks may keep what they gave
+            grad = grad.clone()
         scale_rows_(grad, g_loss)
-        torch.autograd.graph.increment_version(grad)  # a second backward would scale it twice: let it raise
         return grad, *(None,) * 8
 
 
@@ -142,8 +156,9 @@ def token_kl_loss(
     Args:
         logits, ref_logits, direction, mask, temperature: see `token_kl`.
         coef: (...), the weight of each row, or 0-dim for all. A constant: no gradient flows into it. Not read in masked rows.
-        inplace: write the gradient over `logits`, at once: the logits are gone after this call. They must be a non-leaf without overlapping memory
-            (see `token_stats`). Under torch.compile it has no effect.
+        inplace: write the gradient over `logits`, at once: the logits are gone (empty, (..., 0)) after this call, and whatever needs them raises.
+            What is refused, and when the gradient gets memory of its own after all: see inplace_backward of `token_stats`. Under
+            torch.compile it has no effect.
 
     Returns:
         TokenKLLoss: loss, a scalar; kl, (...) without gradient. fp32 (fp64 for fp64 logits).
@@ -162,6 +177,7 @@ def token_kl_loss(
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     inplace = inplace and with_grad and not torch.compiler.is_compiling()
     if inplace:
-        check_inplace(logits, "inplace")
+        overwrite.check_overwritable(logits, "inplace")
+        inplace = overwrite.may_overwrite(logits, "inplace")
     loss, kl = TokenKLLossFunction.apply(logits, ref_logits, mask, temperature_tensor, options, direction, coef, with_grad, inplace)
     return TokenKLLoss(loss, kl.view(rows_shape))
