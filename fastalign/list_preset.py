@@ -82,7 +82,7 @@ class ListPreset:
     sft_power: float = 0.0
     nonfinite: str = "propagate"  # "drop": lists whose loss is not finite do not count
     # The method's own option names: name -> the field that it sets.
-    options: Mapping[str, str] = FrozenDict()
+    options: Mapping[str, str] = dataclasses.field(default_factory=FrozenDict)
 
     def __post_init__(self) -> None:
         freeze(self)

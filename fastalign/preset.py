@@ -137,7 +137,7 @@ class Preset:
     rule: str | None = None  # the kind of `state=` object that the loss needs (fastalign.rules)
     requires: tuple[str, ...] = ()  # tensors per pair without which the method is not itself
     # The method's own option names: name -> the field that it sets, or a rule of _OPTION_RULES.
-    options: Mapping[str, str] = FrozenDict()
+    options: Mapping[str, str] = dataclasses.field(default_factory=FrozenDict)
 
     def __post_init__(self) -> None:
         freeze(self)

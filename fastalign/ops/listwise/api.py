@@ -73,6 +73,10 @@ def _sequence_grad(grad, slopes, list_offsets):
     return times_slope(grad, slopes)
 
 
+# The pair kernel's parameters for sums without and with a reference.
+_SUMS = tuple(Preset(reference=reference).params() for reference in (False, True))
+
+
 class ListwiseFunction(Function):
     """From per-token tensors."""
 
@@ -80,7 +84,7 @@ class ListwiseFunction(Function):
 
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, cu_seqlens, mask, list_offsets, scores, extra, params, count):
-        pair = Preset(reference=ref_logprobs is not None).params()
+        pair = _SUMS[ref_logprobs is not None]
         # Pairs (0, 1), (2, 3), ... visit every sequence once; behind the last one stands an empty one, for odd counts.
         sums = preference_fwd(
             logprobs, ref_logprobs, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), None, mask, *(None,) * 11, list(pair[:SCALAR_COUNT]),

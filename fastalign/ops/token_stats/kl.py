@@ -122,8 +122,8 @@ class TokenKLLossFunction(Function):
 
     @staticmethod
     def backward(ctx, g_loss, _):
-        (grad,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
+            (grad,) = ctx.saved_tensors
             scale_rows_(grad, g_loss)
             return grad, *(None,) * 8
         if ctx.spent:
@@ -131,6 +131,7 @@ class TokenKLLossFunction(Function):
                 "token_kl_loss can be differentiated once: its stored gradient was modified by an inplace operation, the scaling of the first time"
             )
         ctx.spent = True
+        (grad,) = ctx.saved_tensors
         if not overwrite.is_ours_alone(grad):  # saved-tensor hooks may keep what they gave
             grad = grad.clone()
         scale_rows_(grad, g_loss)
