@@ -174,8 +174,11 @@ def _number(value: Any) -> Any:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """An option of a loss as it can be kept in the record of a run: a number, a text, true, false, None, or a sequence of such."""
+    """An option of a loss, or a variable of a template, as it can be kept in the record of a run: a number, a text, true, false, None, or a
+    sequence of such."""
     value = _number(value)
+    if isinstance(value, dict) and not name.startswith("loss_options"):  # a template may take structures
+        return {key: _plain(f"{name}[{key!r}]", each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_plain(name, each) for each in value)
     if value is not None and not isinstance(value, (bool, int, float, str)):

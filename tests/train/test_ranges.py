@@ -223,6 +223,12 @@ def test_long_numbers_on_the_command_line(config, capsys, model_dir, data_file, 
     assert code == 2 and re.fullmatch(r"fastalign train( dpo)?: error: [^\n]+\n", error) and not (tmp_path / "out").exists(), error[:500]
 
 
+def test_variables_of_a_template_may_be_structures():
+    assert TrainConfig(template_options={"tools": [{"name": "f", "n": np.int64(1)}]}).template_options == {"tools": [{"name": "f", "n": 1}]}
+    with pytest.raises(UserError, match=r"template_options\['tools'\]\['x'\] must be a number, a text"):
+        TrainConfig(template_options={"tools": [{"x": object()}]})
+
+
 # --- data -------------------------------------------------------------------------------------------------------------------------------
 
 LINES = {
