@@ -102,7 +102,7 @@ py::dict build_info() {
 
 bool offsets_are_valid(uintptr_t address, int64_t count, int64_t total) {
   const int32_t* offsets = ptr<const int32_t>(address);
-  if (count < 1 || offsets[0] != 0 || offsets[count - 1] != total) return false;
+  if (!offsets || count < 1 || offsets[0] != 0 || offsets[count - 1] != total) return false;
   for (int64_t i = 1; i < count; ++i)
     if (offsets[i] < offsets[i - 1]) return false;
   return true;

@@ -92,8 +92,16 @@ def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor, *, name: str = "cu_seqlens
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 (or int64), got {cu_seqlens.dtype}")
     check_same_device(name, cu_seqlens, "the per-token tensor", tokens)
-    usual = cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
-    return cu_seqlens if usual else cu_seqlens.to(torch.int32).contiguous()
+    return as_int32(cu_seqlens)
+
+
+def as_int32(numbers: Tensor) -> Tensor:
+    """Contiguous int32. What int32 cannot hold becomes its least or largest number, which is no legal offset or sequence number: were it cut off, 2^32 + 8
+    would pass for 8."""
+    if numbers.dtype == torch.int32 and numbers.is_contiguous():
+        return numbers
+    limits = torch.iinfo(torch.int32)
+    return numbers.to(torch.int64).clamp(limits.min, limits.max).to(torch.int32).contiguous()
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor, tokens: int, *, name: str = "cu_seqlens", total: str = "tokens") -> None:
@@ -102,12 +110,24 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, tokens: int, *, name: str = "cu_
         return
     # Something is wrong, or must be looked at by torch: find out what, and say it.
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
+        beyond = " or more" if int(cu_seqlens[-1]) == torch.iinfo(torch.int32).max else ""
         raise ValueError(
-            f"{name} must start at 0 and end at the number of {total} ({tokens}); it runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+            f"{name} must start at 0 and end at the number of {total} ({tokens}); it runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}{beyond}"
         )
     if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         where = int((cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()[0])
         raise ValueError(f"{name} decreases at position {where + 1}; it must be non-decreasing")
+
+
+def check_cu_seqlens_outside_ops(cu_seqlens: Tensor, tokens: int) -> None:
+    """`check_cu_seqlens_values` in functions that are no ops."""
+    if values_are_here(cu_seqlens):
+        check_cu_seqlens_values(cu_seqlens, tokens)
+
+
+def values_are_here(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at without a synchronisation: on the CPU, not traced, and no fake, which has none."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_pairs_values(pairs: Tensor, sequences: int) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.checks import check_cu_seqlens, check_cu_seqlens_values, check_number, per_token, row_mask
+from fastalign.checks import check_cu_seqlens, check_cu_seqlens_outside_ops, check_number, per_token, row_mask
 from fastalign.rl import returns_to_go, shape_rewards
 
 
@@ -40,8 +40,7 @@ def token_rewards(
     logprobs = per_token("logprobs", logprobs).detach()
     ref_logprobs = per_token("ref_logprobs", ref_logprobs, logprobs).detach()
     cu_seqlens, mask, tokens = check_cu_seqlens(cu_seqlens, logprobs), row_mask(mask, logprobs), logprobs.shape[0]
-    if logprobs.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_cu_seqlens_values(cu_seqlens, tokens)
+    check_cu_seqlens_outside_ops(cu_seqlens, tokens)
     scored = logprobs != ref_logprobs if mask is None else mask & (logprobs != ref_logprobs)
     rewards = torch.where(scored, beta * (logprobs - ref_logprobs), 0.0)
     # A sum over a prefix is a return to go on the reversed batch. A difference of sums over the whole batch would carry one sequence's inf or NaN

@@ -105,6 +105,23 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((type(None), int, float, bool, list))
+
+
+def are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether the tensors among them are of torch's own types and their memory holds their values: not so for lazily negated ones, zeros without
+    memory and functional tensors, which the dispatcher resolves. Numbers, lists and None count as plain."""
+    for a in args:
+        kind = type(a)
+        if kind in _TENSORS:
+            if a.is_neg() or (not a.data_ptr() and a.numel() and not a.is_meta):
+                return False
+        elif kind not in _PLAIN and isinstance(a, torch.Tensor):
+            return False
+    return True
+
+
 def ptr(tensor: torch.Tensor | None) -> int:
     """Address, 0 for None and for tensors without elements."""
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
@@ -141,7 +158,7 @@ def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
 def offsets_are_valid(offsets: torch.Tensor, total: int) -> bool:
     """Whether `offsets` run from 0 to `total` and never decrease. False also where only torch can tell: other than contiguous int32 on the CPU, or
     without the extension."""
-    plain = offsets.device.type == "cpu" and offsets.dtype == torch.int32 and offsets.is_contiguous()
+    plain = offsets.device.type == "cpu" and offsets.dtype == torch.int32 and offsets.is_contiguous() and not offsets.is_neg()
     return plain and _extension is not None and _extension.offsets_are_valid(offsets.data_ptr(), offsets.numel(), total)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.checks import check_cu_seqlens, check_cu_seqlens_values, check_integer, check_integers, check_same_device, check_shape
+from fastalign.checks import check_cu_seqlens, check_cu_seqlens_outside_ops, check_integer, check_integers, check_same_device, check_shape
 
 IGNORE_INDEX = -100
 
@@ -100,8 +100,7 @@ def shift_labels(input_ids: Tensor, cu_seqlens: Tensor, mask: Tensor | None = No
     check_integers("input_ids", input_ids)
     check_integer("ignore_index", ignore_index)
     cu_seqlens = check_cu_seqlens(cu_seqlens, input_ids)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_cu_seqlens_values(cu_seqlens, input_ids.numel())
+    check_cu_seqlens_outside_ops(cu_seqlens, input_ids.numel())
     labels = torch.full_like(input_ids, ignore_index, dtype=torch.int64)
     if input_ids.numel() == 0:
         return labels

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastalign import as_command, ffi
+from fastalign import as_command, ffi, layout
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # CUDA C++ before Triton on NVIDIA; Triton alone on ROCm, where the extension has no kernels.
@@ -104,7 +104,6 @@ def debug_checks() -> Iterator[None]:
         _debug_checks = previous
 
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool, list))
 # Names of torch that are not promised; where one is missing, every call goes through the dispatcher.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms = getattr(torch._C._functorch, "peek_interpreter_stack", None)
@@ -123,14 +122,6 @@ def _nobody_listens() -> bool:
     )
 
 
-def _are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether the tensors among them are of torch's own types. Numbers, lists and None count as plain."""
-    for a in args:  # noqa: SIM110 a generator costs twice as much, and this runs in every call
-        if type(a) not in _PLAIN and isinstance(a, torch.Tensor):
-            return False
-    return True
-
-
 class BackendError(RuntimeError):
     """No backend (or not the forced one) can serve this call; the message gives each backend's reason."""
 
@@ -140,14 +131,16 @@ class Op:
     """One registered operator.
 
     `kernels` maps a backend to "module:function" or "module:function:first argument"; `dtypes` maps a backend to the storage types
-    it accepts for the first tensor;
-    `check` validates tensor values (CPU always, CUDA under `debug_checks`) and raises."""
+    it accepts for the first tensor; `layout` says which tensors it takes (layout.py) and `rules` what else must hold of its arguments, both looked at
+    where a call comes through the dispatcher; `check` validates tensor values (CPU always, CUDA under `debug_checks`) and raises."""
 
     name: str
     schema: str
     fake: Callable[..., Any]
     kernels: dict[str, str]
     dtypes: dict[str, tuple[torch.dtype, ...]]
+    layout: str
+    rules: Callable[..., None] | None = None
     check: Callable[..., None] | None = None
     mutates: bool = False
     _loaded: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -155,15 +148,27 @@ class Op:
 
     def __post_init__(self) -> None:
         _library.define(f"{self.name}{self.schema}")
-        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        _library.impl(self.name, self._run_raw, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastalign::{self.name}", self.fake, lib=_library)
         self.overload = getattr(torch.ops.fastalign, self.name).default
+        arguments = self.overload._schema.arguments
+        self._names = [a.name for a in arguments]
+        self._entries = layout.parse(
+            self.layout, self._names, [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        )
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
         """Through torch's dispatcher where anything may listen to it (tracing, dispatch modes, tensor subclasses, transforms, the profiler); else
         straight to the kernel, which saves the dispatcher's conversion of every argument, twice (20 to 60 us)."""
-        return self._run(*args) if _nobody_listens() and _are_plain(args) else self.overload(*args)
+        return self._run(*args) if _nobody_listens() and ffi.are_plain(args) else self.overload(*args)
+
+    def _run_raw(self, *args: Any) -> Any:
+        """What the dispatcher calls, whoever called that: nothing about the tensors is known."""
+        args = layout.conform(self._entries, self._names, args)
+        if self.rules is not None:
+            self.rules(*args)
+        return self._run(*args)
 
     def _run(self, *args: Any) -> Any:
         tensor = next(a for a in args if isinstance(a, torch.Tensor))
@@ -177,6 +182,8 @@ class Op:
         key = (chosen, tensor.device.type, tensor.dtype, ffi.emulator())
         if key in self._chosen:
             return self._chosen[key]
+        if tensor.device.type == "meta":  # shapes are all that such tensors have
+            return self._chosen.setdefault(key, self.fake)
         reasons = []
         for backend in (chosen,) if chosen else _PRIORITY.get(tensor.device.type, ("reference",)):
             why = self.why_not(backend, tensor)

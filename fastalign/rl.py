@@ -17,7 +17,7 @@ from torch import Tensor
 from fastalign.checks import (
     check_choice,
     check_cu_seqlens,
-    check_cu_seqlens_values,
+    check_cu_seqlens_outside_ops,
     check_number,
     check_same_device,
     check_shape,
@@ -77,8 +77,7 @@ def shape_rewards(
         raise TypeError("mask must be a tensor [T]: the response's rows, of which the last gets the score")
     mask = row_mask(mask, mask)
     check_same_device("mask", mask, "scores", scores)
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_cu_seqlens_values(cu_seqlens, mask.numel())
+    check_cu_seqlens_outside_ops(cu_seqlens, mask.numel())
     if score_clip is not None:
         check_number("score_clip", score_clip, above=0.0)
         scores = scores.clamp(-score_clip, score_clip)

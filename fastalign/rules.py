@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.checks import check_cu_seqlens, check_integer, check_number, check_pairs_values, per_token, row_mask, shown
+from fastalign.checks import check_cu_seqlens, check_integer, check_number, check_pairs_values, per_token, row_mask, shown, values_are_here
 from fastalign.ops.sequence_sum.api import sequence_sum
 
 
@@ -105,6 +105,22 @@ class BatchRule:
         return self.memory["mean"].to(mean.device) / correction, self.memory["std"].to(std.device) / correction
 
 
+def _uniform(seed: int, count: int, device: torch.device) -> Tensor:
+    """[count] fp64 in (0, 1), the same on every rank and device: splitmix64 (Steele, Lea and Flood 2014). Made where it is used, without a copy from
+    the host."""
+
+    def signed(number: int) -> int:  # as int64 holds it; torch's products wrap
+        return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    x = torch.arange(1, count + 1, device=device) * signed(0x9E3779B97F4A7C15) + signed(seed * 0xD1342543DE82EF95)
+    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ shifted(x, bits)) * signed(factor)
+    return (shifted(x ^ shifted(x, 31), 11).double() + 0.5) * 2.0**-53
+
+
 def _check_memory(name: str, value: Any, needed: bool) -> None:
     """What a rule may remember: nothing yet, or a finite number (a tensor of no dimensions); only a mean may be negative."""
     if value is None and not needed:
@@ -175,8 +191,7 @@ class BetaDPO(BatchRule):
             everywhere = [(m, v.bool()) for m, v in zip(*lists)]
         m, ok = (torch.cat(x) for x in zip(*everywhere))
         log_weight = torch.where(std < 1e-6, torch.zeros_like(m), -((m - mean) ** 2) / (2.0 * std * std).clamp(min=1e-30))
-        generator = torch.Generator().manual_seed(self.seed + self.memory["steps"])
-        uniform = torch.rand(m.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300).to(m.device)
+        uniform = _uniform(self.seed + self.memory["steps"], m.shape[0], m.device)
         key = torch.where(ok, log_weight - torch.log(-torch.log(uniform)), -torch.inf)
         # floor((1 - filter) n) of the n valid pairs, at least one, without learning n on the host.
         n_keep = torch.floor((1.0 - self.filter) * ok.sum()).clamp(min=1.0)
@@ -269,8 +284,12 @@ def wpo_weights(
     sequences = v.shape[0]
     if pairs is None and sequences % 2:
         raise ValueError(f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences")
-    if pairs is not None and v.device.type == "cpu":
-        check_pairs_values(pairs, sequences)
-    both = v.view(-1, 2).sum(-1) if pairs is None else v[pairs.long()].sum(-1)
+    if pairs is None:
+        both = v.view(-1, 2).sum(-1)
+    else:
+        if values_are_here(pairs):
+            check_pairs_values(pairs, sequences)
+        known = (pairs >= 0) & (pairs < sequences)  # looked at on the CPU alone; on a device a wrong number gives NaN
+        both = torch.where(known, v[pairs.long().clamp(0, max(sequences - 1, 0))], torch.nan).sum(-1)
     omega = both.exp()
     return omega if clamp is None else omega.clamp(max=clamp)

@@ -1,9 +1,11 @@
 // The pair kernel: sums per pair side, then the table of values and slopes, then the slopes carried back to the tokens.
 // Sums and pair formulas are evaluated in double and rounded once; the order is that of tokens and of pair numbers, whatever the thread count.
 #include <algorithm>
+#include <limits>
 #include <vector>
 #include "cpu/tokens.h"
 #include "math/pair.h"
+#include "segment.h"
 
 namespace fastalign {
 namespace cpu {
@@ -132,10 +134,30 @@ template <class T> struct Backward {
   std::vector<int64_t> first = std::vector<int64_t>(size_t(a.sequences) + 1), places = std::vector<int64_t>(size_t(a.pairs) * 2);
 
   explicit Backward(const PreferenceBackwardArgs& args) : a(args) {
-    for (int64_t i = 0; i < 2 * a.pairs; ++i) ++first[size_t(sequence_of(a, i / 2, int(i % 2))) + 1];
+    for_each_place([&](int64_t s, int64_t) { ++first[size_t(s) + 1]; });
     for (size_t s = 0; s < size_t(a.sequences); ++s) first[s + 1] += first[s];
     std::vector<int64_t> next(first.begin(), first.end() - 1);
-    for (int64_t i = 0; i < 2 * a.pairs; ++i) places[size_t(next[size_t(sequence_of(a, i / 2, int(i % 2)))]++)] = i;
+    for_each_place([&](int64_t s, int64_t i) { places[size_t(next[size_t(s)]++)] = i; });
+  }
+
+  // f(sequence, 2 * pair + side), in that order. Numbers that name no sequence are passed over: `pairs` may have changed since it was checked.
+  template <class F> void for_each_place(F&& f) const {
+    for (int64_t i = 0; i < 2 * a.pairs; ++i) {
+      const int64_t s = sequence_of(a, i / 2, int(i % 2));
+      if (0 <= s && s < a.sequences) f(s, i);
+    }
+  }
+
+  // The tokens of sequence s. What else it has to write, since its boundaries have changed, becomes NaN.
+  Segment own_tokens(int64_t s) const {
+    const Segment own = segment(a.cu_seqlens, a.sequences, a.tokens, s);
+    const Share mine = share(a.cu_seqlens, a.sequences, a.tokens, s);
+    if (own.begin != mine.begin || own.end != mine.end)
+      for (void* grad : {a.grad_logprobs, a.grad_kl})
+        if (grad)
+          std::fill(static_cast<T*>(grad) + mine.begin, static_cast<T*>(grad) + std::max(mine.begin, mine.end),
+                    std::numeric_limits<T>::quiet_NaN());
+    return own;
   }
 
   static double at(const void* v, int64_t i) { return double(static_cast<const T*>(v)[i]); }
@@ -152,25 +174,26 @@ template <class T> struct Backward {
       if (p.sft_weight != 0.0 && side == 0) d_logprob += times_slope(g, double(row[kTabSft]));
       d_kl += times_slope(g, double(row[kTabKlChosen + side]));
     }
-    fill(static_cast<T*>(a.grad_logprobs), s, T(d_logprob));
-    if (a.grad_kl) fill(static_cast<T*>(a.grad_kl), s, T(d_kl));
+    const Segment own = own_tokens(s);
+    fill(static_cast<T*>(a.grad_logprobs), own, T(d_logprob));
+    if (a.grad_kl) fill(static_cast<T*>(a.grad_kl), own, T(d_kl));
   }
 
-  void fill(T* grad, int64_t s, T value) const {
-    const int64_t start = a.cu_seqlens[s], end = a.cu_seqlens[s + 1];
+  void fill(T* grad, const Segment& own, T value) const {
     if (!a.mask) {
-      std::fill(grad + start, grad + end, value);
+      std::fill(grad + own.begin, grad + own.end, value);
       return;
     }
-    for (int64_t n = start; n < end; ++n) grad[n] = a.mask[n] ? value : T(0);
+    for (int64_t n = own.begin; n < own.end; ++n) grad[n] = a.mask[n] ? value : T(0);
   }
 
   void run_tokens(int64_t s) const {
     T *grad_logprobs = static_cast<T*>(a.grad_logprobs), *grad_kl = static_cast<T*>(a.grad_kl);
     const bool clamped = is_finite(p.token_clamp_low) || is_finite(p.token_clamp_high);
     double rank = 0;
-    for (int64_t n = a.cu_seqlens[s], end = a.cu_seqlens[s + 1]; n < end; ++n) {
-      const bool scored = is_scored(a, n), sft = p.sft_weight != 0.0 && in_sft(p, a, n, end);
+    const Segment own = own_tokens(s);
+    for (int64_t n = own.begin; n < own.end; ++n) {
+      const bool scored = is_scored(a, n), sft = p.sft_weight != 0.0 && in_sft(p, a, n, own.end);
       const bool open = scored && (!clamped || token_ratio(p, at(a.logprobs, n), a.ref_logprobs ? at(a.ref_logprobs, n) : 0.0).open);
       const double weight = scored && a.weights ? at(a.weights, n) : 1.0;
       double d_logprob = 0, d_kl = 0;

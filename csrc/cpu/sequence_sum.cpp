@@ -1,6 +1,9 @@
 // Sums over packed sequences. A sequence is summed by one thread, in a fixed order, in double: the result does not depend on the thread count.
+#include <algorithm>
+#include <limits>
 #include "cpu/tokens.h"
 #include "math/scalar.h"
+#include "segment.h"
 
 namespace fastalign {
 namespace cpu {
@@ -36,7 +39,11 @@ template <class T> void backward(const SequenceSumBackwardArgs& a) {
   T* grad_x = static_cast<T*>(a.grad_x);
 #pragma omp parallel for schedule(guided) if (a.tokens > (weights ? kSerialTokens : kSerialUniform))
   for (int64_t s = 0; s < a.sequences; ++s) {
-    for (int64_t n = a.cu_seqlens[s]; n < a.cu_seqlens[s + 1]; ++n) {
+    const Segment own = segment(a.cu_seqlens, a.sequences, a.tokens, s);
+    const Share mine = share(a.cu_seqlens, a.sequences, a.tokens, s);
+    if (own.begin != mine.begin || own.end != mine.end)
+      std::fill(grad_x + mine.begin, grad_x + std::max(mine.begin, mine.end), std::numeric_limits<T>::quiet_NaN());
+    for (int64_t n = own.begin; n < own.end; ++n) {
       const bool scored = !a.mask || a.mask[n];
       grad_x[n] = !scored ? T(0) : (weights ? times_slope(grad[s], weights[n]) : grad[s]);
     }

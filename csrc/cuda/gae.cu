@@ -147,11 +147,10 @@ __device__ bool walk_sequence(const GaeArgs& a, const GaeStep<float>& step, floa
     finish_tile(a, step, tile, maps.before, x, seen);
     x = maps.whole(x);
   }
-  const int64_t begin = i == 0 ? 0 : clamp<int64_t>(a.cu_seqlens[i], 0, a.tokens);
-  const int64_t end = i == a.sequences - 1 ? a.tokens : clamp<int64_t>(a.cu_seqlens[i + 1], 0, a.tokens);
-  if (s.ok && begin == s.begin && end == s.end) return true;
-  write_nan(a, begin, s.ok ? s.begin : end);
-  if (s.ok) write_nan(a, s.end, end);
+  const Share mine = share(a.cu_seqlens, a.sequences, a.tokens, i);
+  if (s.ok && mine.begin == s.begin && mine.end == s.end) return true;
+  write_nan(a, mine.begin, s.ok ? s.begin : mine.end);
+  if (s.ok) write_nan(a, s.end, mine.end);
   return false;
 }
 

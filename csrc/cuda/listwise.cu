@@ -27,9 +27,8 @@ __device__ int list_size(const ListwiseArgs& a, int64_t l, Segment& s) {
 // What a list that cannot be evaluated leaves behind. Such lists and the others together write every sequence. It counts, or its NaN would be
 // dropped.
 __device__ void write_nan(const ListwiseArgs& a, int64_t l) {
-  const int64_t begin = l == 0 ? 0 : clamp<int64_t>(a.list_offsets[l], 0, a.sequences);
-  const int64_t end = l == a.lists - 1 ? a.sequences : clamp<int64_t>(a.list_offsets[l + 1], 0, a.sequences);
-  for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x)
+  const Share mine = share(a.list_offsets, a.lists, a.sequences, l);
+  for (int64_t n = mine.begin + threadIdx.x; n < mine.end; n += blockDim.x)
     static_cast<float*>(a.slopes)[n] = static_cast<float*>(a.rewards)[n] = NAN;
   const int column = int(threadIdx.x);
   if (column >= kListTableWidth) return;

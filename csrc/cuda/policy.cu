@@ -26,8 +26,8 @@ template <class Args> __device__ Piece piece_of(const Args& a, int64_t k) {
     const int64_t begin = k * kPolicyTile, end = begin + kPolicyTile < a.tokens ? begin + kPolicyTile : a.tokens;
     return {{begin, end, true}, begin, end};
   }
-  return {segment(a.cu_seqlens, a.sequences, a.tokens, k), k == 0 ? 0 : clamp<int64_t>(a.cu_seqlens[k], 0, a.tokens),
-          k == a.sequences - 1 ? a.tokens : clamp<int64_t>(a.cu_seqlens[k + 1], 0, a.tokens)};
+  const Share mine = share(a.cu_seqlens, a.sequences, a.tokens, k);
+  return {segment(a.cu_seqlens, a.sequences, a.tokens, k), mine.begin, mine.end};
 }
 
 struct TokenInputs { float logprob, lr, advantage; };

@@ -126,13 +126,12 @@ __global__ void __launch_bounds__(kSequenceThreads) preference_bwd_kernel(Prefer
   const int64_t s = blockIdx.x;
   const Segment own = segment(a.cu_seqlens, a.sequences, a.tokens, s);
   // Every token is written even where cu_seqlens does not cover it, or its sequence is not ok: with NaN.
-  const int64_t begin = s == 0 ? 0 : clamp<int64_t>(a.cu_seqlens[s], 0, a.tokens);
-  const int64_t end = s == a.sequences - 1 ? a.tokens : clamp<int64_t>(a.cu_seqlens[s + 1], 0, a.tokens);
+  const Share mine = share(a.cu_seqlens, a.sequences, a.tokens, s);
   const bool ranked = p.ld_alpha != 1;
   unsigned running = 0;
-  for (int64_t first = begin; first < end; first += blockDim.x) {
+  for (int64_t first = mine.begin; first < mine.end; first += blockDim.x) {
     const int64_t t = first + threadIdx.x;
-    const bool inside = t >= own.begin && t < own.end, scored = inside && is_scored(a, t);
+    const bool inside = own.holds(t), scored = inside && is_scored(a, t);
     const unsigned rank = ranked ? block_rank(scored, counts, running) : 0;
     float of_ratio = 0, of_kl = 0, of_sft = 0;
     for_each_pair(a, s, [&](int64_t pair, int side) {
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kSequenceThreads) preference_bwd_kernel(Prefer
       of_kl += times_slope(g, at(a.table, row + kTabKlChosen + side));
       if (side == 0 && p.sft_weight != 0) of_sft += times_slope(g, at(a.table, row + kTabSft));
     });
-    if (t >= end) continue;
+    if (t >= mine.end) continue;
     float gradient = p.sft_include_prompt ? (t != own.end - 1 ? of_sft : 0.0f) : (scored ? of_sft : 0.0f);
     const bool open = scored && ratio_of(a, p, t).open;
     if (open) gradient += a.weights ? times_slope(of_ratio, at(a.weights, t)) : of_ratio;

@@ -1,23 +1,12 @@
-// Packed sequences: where one lies, the rank of a token among the scored ones, sums over a block, the last block of a grid.
+// Packed sequences: the rank of a token among the scored ones, sums over a block, the last block of a grid.
 #pragma once
 #include "cuda/launch.h"
+#include "segment.h"
 
 namespace fastalign {
 namespace cuda {
 
 constexpr unsigned kSequenceThreads = 256;
-
-// Sequence s of cu_seqlens [sequences + 1]. Values cannot be checked without a synchronisation, so a sequence that does not lie inside
-// [0, tokens] comes out empty and not ok; what depends on it is then NaN.
-struct Segment {
-  int64_t begin, end;
-  bool ok;
-};
-__device__ inline Segment segment(const int32_t* cu_seqlens, int64_t sequences, int64_t tokens, int64_t s) {
-  if (s < 0 || s >= sequences) return {0, 0, false};
-  const int64_t begin = cu_seqlens[s], end = cu_seqlens[s + 1];
-  return 0 <= begin && begin <= end && end <= tokens ? Segment{begin, end, true} : Segment{0, 0, false};
-}
 
 // Number of threads of the block before this one whose flag is set, plus `running`, which grows by the block's total. Called by all
 // threads. `counts` has room for one number per warp.

@@ -34,7 +34,8 @@ gae_fwd = Op(
     "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? bootstrap, Tensor? gamma_tensor, Tensor? lam_tensor, float gamma,"
     " float lam) -> (Tensor, Tensor, Tensor)",
     lambda rewards, *rest: (torch.empty_like(rewards), torch.empty_like(rewards), rewards.new_empty(3)),
-    standard_kernels("gae", "gae_fwd"), scalar_dtypes(), check=_check_values,
+    standard_kernels("gae", "gae_fwd"), scalar_dtypes(),
+    "rewards[T] values[T] cu_seqlens[S+1]:int32 mask[T]:bool bootstrap[S] gamma_tensor[] lam_tensor[]", check=_check_values,
 )  # fmt: skip
 # Results: advantages [T], returns [T], moments [3] (count, mean, m2). A tensor for gamma or lam stands in place of the number.
 

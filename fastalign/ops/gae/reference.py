@@ -9,7 +9,7 @@ def gae_fwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tens
     gamma = gamma if gamma_tensor is None else gamma_tensor
     lam = lam if lam_tensor is None else lam_tensor
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
-    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    begin, end = (bound.long().clamp(0, rewards.shape[0]) for bound in (cu_seqlens[:-1], cu_seqlens[1:]))
     next_value = torch.zeros_like(end, dtype=rewards.dtype) if bootstrap is None else bootstrap
     next_advantage = torch.zeros_like(next_value)
     for step in range(int((end - begin).max()) if end.numel() else 0):

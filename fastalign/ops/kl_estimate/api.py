@@ -17,7 +17,7 @@ kl_estimate_fwd = Op(
     lambda logprobs, ref_logprobs, kind, with_slope: (
         torch.empty_like(logprobs), torch.empty_like(logprobs) if with_slope else logprobs.new_empty(0)
     ),
-    standard_kernels("kl_estimate", "kl_estimate_fwd"), scalar_dtypes(),
+    standard_kernels("kl_estimate", "kl_estimate_fwd"), scalar_dtypes(), "logprobs[N] ref_logprobs[N]",
 )  # fmt: skip
 # Results: value and d value / d logprobs, both [n]; the latter empty(0) if not `with_slope`.
 

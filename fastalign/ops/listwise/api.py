@@ -50,7 +50,8 @@ listwise_fwd = Op(
     "listwise_fwd",
     "(Tensor sums, Tensor list_offsets, Tensor scores, Tensor? beta, Tensor? num_items, Tensor? num_sft_tokens, float[] scalars, int[] switches)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake, standard_kernels("listwise", "listwise_fwd"), scalar_dtypes(), check=_check_values,
+    _fake, standard_kernels("listwise", "listwise_fwd"), scalar_dtypes(),
+    "sums[S,6] list_offsets[L+1]:int32 scores[S] beta[L?] num_items[] num_sft_tokens[]", check=_check_values,
 )  # fmt: skip
 # sums [S, SUM_WIDTH]: as in the pair kernel (policy, ratio, length, KL, SFT, SFT length). list_offsets [L + 1] int32. scores [S].
 # Results: loss [], list_loss [L], slopes [S] = d loss (or d list_loss) / d policy sum, SFT term included, rewards [S] = beta a,

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastalign.checks import (
     check_choice,
     check_cu_seqlens,
+    check_cu_seqlens_outside_ops,
     check_cu_seqlens_values,
     check_number,
     global_count,
@@ -18,9 +19,10 @@ from fastalign.checks import (
     row_mask,
 )  # fmt: skip
 from fastalign.function import Function
+from fastalign.layout import refuse
 from fastalign.ops.policy.output import PolicyOutput, ValueOutput
 from fastalign.ops.policy.reference import STATS, VALUE_STATS
-from fastalign.policy_losses import AGGREGATIONS, SCALAR_COUNT, PolicyPreset, resolve
+from fastalign.policy_losses import AGGREGATIONS, SCALAR_COUNT, PolicyParams, PolicyPreset, resolve
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 
 
@@ -28,6 +30,16 @@ def _check_values(first, old, target, cu_seqlens, *rest):
     """cu_seqlens is monotone."""
     if cu_seqlens is not None:
         check_cu_seqlens_values(cu_seqlens, first.shape[0])
+
+
+def _policy_rules(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items,
+                  scalars, switches, with_entropy_grad):  # fmt: skip
+    """Whether the values per token or per sequence are as many as the parameters say."""
+    p = PolicyParams(*scalars, *switches)
+    sequences = -1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    for name, tensor, per_sequence in (("advantages", advantages, p.advantages_per_sequence), ("is_weight", is_weight, p.is_per_sequence)):
+        count = sequences if per_sequence else logprobs.shape[0]
+        refuse(tensor is not None and tensor.shape[0] != count, f"{name} does not hold the values that the parameters ask for")
 
 
 policy_fwd = Op(
@@ -38,7 +50,9 @@ policy_fwd = Op(
     lambda logprobs, *rest: (
         logprobs.new_empty(()), torch.empty_like(logprobs), logprobs.new_empty(logprobs.shape[0] if rest[-1] else 0), logprobs.new_empty(len(STATS))
     ),
-    standard_kernels("policy", "policy_fwd"), scalar_dtypes(), check=_check_values,
+    standard_kernels("policy", "policy_fwd"), scalar_dtypes(),
+    "logprobs[T] old_logprobs[T] advantages[A] cu_seqlens[S+1]:int32 mask[T]:bool ref_logprobs[T] entropy[T] is_weight[I] kl_coef[]"
+    " entropy_coef[] num_items[]", _policy_rules, _check_values,
 )  # fmt: skip
 # Without cu_seqlens nothing of the loss is per sequence. scalars and switches: PolicyParams. Results: loss [], slopes [T] in the log-probs and
 # in the entropy ([T] or empty(0)), both still to be divided by the number of items, stats [STATS] with that number first.
@@ -47,13 +61,17 @@ value_fwd = Op(
     "(Tensor values, Tensor? old_values, Tensor returns, Tensor? cu_seqlens, Tensor? mask, Tensor? num_items, float clip, int aggregation,"
     " float norm_length) -> (Tensor, Tensor, Tensor)",
     lambda values, *rest: (values.new_empty(()), torch.empty_like(values), values.new_empty(len(VALUE_STATS))),
-    standard_kernels("policy", "value_fwd"), scalar_dtypes(), check=_check_values,
+    standard_kernels("policy", "value_fwd"), scalar_dtypes(),
+    "values[T] old_values[T] returns[T] cu_seqlens[S+1]:int32 mask[T]:bool num_items[]", check=_check_values,
 )  # fmt: skip
 # old_values None: unclipped. Results: loss [], slopes [T] before the division by items, stats [VALUE_STATS].
 policy_bwd = Op(
     "policy_bwd", "(Tensor grad, Tensor slopes, Tensor entropy_slopes, Tensor stats) -> (Tensor, Tensor)",
     lambda grad, slopes, entropy_slopes, stats: (torch.empty_like(slopes), torch.empty_like(entropy_slopes)),
-    standard_kernels("policy", "policy_bwd"), scalar_dtypes(),
+    standard_kernels("policy", "policy_bwd"), scalar_dtypes(), "grad[] slopes[T] entropy_slopes[E] stats[N]",
+    lambda grad, slopes, entropy_slopes, stats: refuse(
+        entropy_slopes.shape[0] not in (0, slopes.shape[0]) or stats.shape[0] == 0, "entropy_slopes and stats do not belong to slopes"
+    ),
 )  # fmt: skip
 # grad []: each slope times grad, divided by stats[0], the number of items. Serves both losses.
 
@@ -292,8 +310,8 @@ def _per_token_or_sequence(name: str, tensor: Any, like: Tensor, cu_seqlens: Ten
 
 def _unused(cu_seqlens: Tensor | None, like: Tensor) -> None:
     """Boundaries that the loss does not need: their values are checked here, for the op, which checks the others, does not see them."""
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_cu_seqlens_values(cu_seqlens, like.shape[0])
+    if cu_seqlens is not None:
+        check_cu_seqlens_outside_ops(cu_seqlens, like.shape[0])
 
 
 def _num_items(value: Any, aggregation: str, like: Tensor) -> Tensor | None:

@@ -169,14 +169,14 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
     kl = torch.zeros_like(lp)
     if ref is not None:
         kl, kl_slope = kl_term(p, lp, ref)
-        on = torch.as_tensor(kl_coef, dtype=lp.dtype, device=lp.device) != 0
+        on = torch.zeros_like(lp) + kl_coef != 0
         kl_value, kl_slope = clamp_kl(p, kl, kl_slope)
         if p.kl_bias_correction:
             kl_value, kl_slope = rho * kl_value, rho * (kl_value + kl_slope)
         total = torch.where(on, total + kl_coef * kl_value, total)
         slope = torch.where(on, slope + kl_coef * kl_slope, slope)
     if h is not None:
-        on = torch.as_tensor(entropy_coef, dtype=lp.dtype, device=lp.device) != 0
+        on = torch.zeros_like(lp) + entropy_coef != 0
         total = torch.where(on, total - entropy_coef * h, total)
 
     divisor = divisors(p.aggregation, p.norm_length, length)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign.checks import (
+    as_int32,
     check_choice,
     check_cu_seqlens,
     check_cu_seqlens_values,
@@ -20,9 +21,10 @@ from fastalign.checks import (
     row_mask,
 )  # fmt: skip
 from fastalign.function import Function
+from fastalign.layout import refuse
 from fastalign.ops.preference import compose
 from fastalign.ops.preference.output import PreferenceOutput
-from fastalign.preset import REDUCTIONS, SCALAR_COUNT, TENSOR_FIELDS, TENSOR_ONLY, Preset
+from fastalign.preset import REDUCTIONS, SCALAR_COUNT, TENSOR_FIELDS, TENSOR_ONLY, PairParams, Preset
 from fastalign.registry import Op, scalar_dtypes, standard_kernels
 from fastalign.rules import BatchRule
 from fastalign.slopes import times_slope
@@ -60,15 +62,36 @@ def _check_values(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, 
         check_pairs_values(pairs, cu_seqlens.shape[0] - 1)
 
 
+def _fwd_rules(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, beta, omega, soft_labels, gamma_ext, target, anchor, valid,
+               num_items, num_sft_tokens, scalars, switches, count, table):  # fmt: skip
+    refuse((logprobs is None) == (sums is None), "either logprobs or sums must be given")
+    refuse(sums is None and cu_seqlens is None, "logprobs need cu_seqlens")
+    if sums is None:
+        _pair_rules(ref_logprobs, cu_seqlens, pairs, scalars, switches, count)
+
+
+def _pair_rules(ref_logprobs, cu_seqlens, pairs, scalars, switches, count):
+    """What the kernels read without asking: the reference where the parameters have one, the sequences of the default pairs."""
+    refuse(PairParams(*scalars, *switches).reference != 0 and ref_logprobs is None, "the parameters need ref_logprobs")
+    refuse(pairs is None and 2 * count > cu_seqlens.shape[0] - 1, f"{count} pairs without `pairs` need as many times two sequences")
+
+
 preference_fwd = Op(
-    "preference_fwd", _FWD_SCHEMA, _fwd_fake, standard_kernels("preference", "preference_fwd"), scalar_dtypes(), check=_check_values
-)
+    "preference_fwd", _FWD_SCHEMA, _fwd_fake, standard_kernels("preference", "preference_fwd"), scalar_dtypes(),
+    "logprobs[T] ref_logprobs[T] kl[T] cu_seqlens[S+1]:int32 pairs[count,2]:int32 mask[T]:bool weights[T] sums[count,2,6] beta[count?]"
+    " omega[count?] soft_labels[count?] gamma_ext[count?] target[count?] anchor[count?] valid[count]:bool num_items[] num_sft_tokens[]",
+    _fwd_rules, _check_values,
+)  # fmt: skip
 preference_bwd = Op(
     "preference_bwd",
     "(Tensor grad, Tensor logprobs, Tensor? ref_logprobs, Tensor cu_seqlens, Tensor? pairs, Tensor? mask, Tensor? weights, Tensor sums,"
     " Tensor table, float[] scalars, int[] switches, bool with_kl) -> (Tensor, Tensor)",
     lambda grad, logprobs, *rest: (torch.empty_like(logprobs), logprobs.new_empty(logprobs.shape[0] if rest[-1] else 0)),
     standard_kernels("preference", "preference_bwd"), scalar_dtypes(),
+    "grad[P?] logprobs[T] ref_logprobs[T] cu_seqlens[S+1]:int32 pairs[P,2]:int32 mask[T]:bool weights[T] sums[P,2,6] table[P,11]",
+    lambda grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, scalars, switches, with_kl: _pair_rules(
+        ref_logprobs, cu_seqlens, pairs, scalars, switches, table.shape[0]
+    ),
 )  # fmt: skip
 # grad: [] for reductions mean and sum (gradient of the loss), [P] for none (of pair_loss). Results: d logprobs [T], d kl [T] or empty(0).
 
@@ -215,7 +238,7 @@ def preference_loss(
         if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype.is_floating_point or pairs.dtype == torch.bool:
             raise ValueError(f"pairs must be integers of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
         check_same_device("pairs", pairs, "logprobs", logprobs)
-        pairs, count = pairs.to(torch.int32).contiguous(), pairs.shape[0]
+        pairs, count = as_int32(pairs), pairs.shape[0]
     tokens = (logprobs, ref, kl, cu_seqlens, pairs, mask, weights)
     if compose.is_plain(components, state):
         extra = pair_extra(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)

@@ -126,7 +126,7 @@ def own_rewards(preset: Preset, table: Tensor, sums: Tensor, tensors: dict[str, 
     """The table with rewards that belong to the pairs: of a sorted one they belong to ranks."""
     if preset.order is None:
         return table
-    beta = tensors.get("beta", torch.as_tensor(preset.beta, dtype=table.dtype, device=table.device)).detach().reshape(-1, 1)
+    beta = tensors["beta"].detach().reshape(-1, 1) if "beta" in tensors else preset.beta
     table = table.detach().clone()
     table[:, 5:7] = beta * sums.detach()[:, :, 1]
     table[:, 8] = is_valid(sums, tensors).to(table.dtype)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastalign.ops.sequence_sum.reference import _segments, segment_sums
+from fastalign.ops.sequence_sum.reference import _segments, covered, segment_sums
 from fastalign.preset import PairParams
 from fastalign.slopes import times_slope
 
@@ -84,12 +84,12 @@ def _pairs(pairs, count, device):
 def _ranks(mask, cu_seqlens, index):
     """0-based position of each token among the scored tokens of its sequence."""
     before = torch.cumsum(mask, 0) - mask.long()
-    return before - before[cu_seqlens[:-1].long().clamp(max=mask.numel() - 1)][index] if mask.numel() else before
+    return before - before[cu_seqlens[:-1].long().clamp(0, mask.numel() - 1)][index] if mask.numel() else before
 
 
 def _tail_weights(p, before):
     """1 where `before` (the partner's length), ld_alpha beyond, in fp64: a Python float in torch.where would be rounded to fp32."""
-    return torch.where(before, 1.0, torch.tensor(p.ld_alpha, dtype=torch.float64, device=before.device))
+    return torch.where(before, 1.0, torch.full((), p.ld_alpha, dtype=torch.float64, device=before.device))
 
 
 def _token_terms(p, logprobs, ref_logprobs):
@@ -109,6 +109,9 @@ def pair_sums(p, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, c
     index = _segments(cu_seqlens, tokens)
     scored = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
     sequences = cu_seqlens.shape[0] - 1
+    # A pair that names no sequence (its values are not looked at on a GPU) becomes NaN.
+    known = ((pairs >= 0) & (pairs < sequences)).all(-1)
+    pairs = pairs.clamp(0, max(sequences - 1, 0))
 
     def total(values, where):
         return segment_sums(torch.where(where, values, torch.zeros_like(values)), index, sequences)
@@ -123,7 +126,7 @@ def pair_sums(p, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, c
     sft_rows = row_before_last if p.sft_include_prompt else scored
     sft, sft_lengths = total(logprobs, sft_rows), total(torch.ones_like(logprobs), sft_rows)
     columns = torch.stack([*plain, lengths, kl_sums, sft, sft_lengths], -1)
-    sums = columns[pairs]
+    sums = torch.where(known.view(-1, 1, 1), columns[pairs], torch.nan) if count else columns.new_zeros(0, 2, SUM_WIDTH)
     if p.ld_alpha != 1.0:
         ranks = _ranks(scored, cu_seqlens, index)
         for side in (0, 1):
@@ -285,4 +288,6 @@ def preference_bwd(grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weight
             d_kl = d_kl + torch.where(own & scored, times_slope(g[i], table[i, 2 + side]), zero)
             if side == 0 and p.sft_weight:
                 d_logprobs = d_logprobs + torch.where(own & sft_rows, times_slope(g[i], table[i, 4]), zero)
+    mine = covered(cu_seqlens, index)
+    d_logprobs, d_kl = (torch.where(mine, d, torch.nan) for d in (d_logprobs, d_kl))
     return d_logprobs, d_kl if with_kl else zero.new_empty(0)

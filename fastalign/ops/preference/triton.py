@@ -7,7 +7,7 @@ import triton.language as tl
 from fastalign import ffi
 from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
 from fastalign.preset import PairParams
-from fastalign.triton_math import at_least_one, div, is_finite, sequence_bounds, times_slope
+from fastalign.triton_math import at_least_one, div, is_finite, sequence_bounds, sequence_share, times_slope
 from fastalign.triton_math_pair import evaluate_pair
 
 TOKENS = 1024  # of a sequence, at a time
@@ -209,14 +209,16 @@ def preference_bwd_kernel(
 ):  # fmt: skip
     s = tl.program_id(0)
     begin, end = sequence_bounds(cu_seqlens, s, tokens)
+    share_begin, share_end = sequence_share(cu_seqlens, s, sequences, tokens)
     first_pair, last_pair = 0, count
     if pairs is None:
         first_pair, last_pair = s // 2, tl.minimum(s // 2 + 1, count)
     clamps = (token_clamp_low > float("-inf")) | (token_clamp_high < float("inf"))
     before = 0
-    for start in range(begin, end, TOKENS):
+    for start in range(share_begin, share_end, TOKENS):
         t = start + tl.arange(0, TOKENS)
-        scored = _scored(mask, t, t < end)
+        own_token = (t >= begin) & (t < end)
+        scored = _scored(mask, t, own_token)
         one = scored.to(tl.int32)
         rank = (before + tl.cumsum(one, 0) - one).to(tl.float32)
         before += tl.sum(one, 0)
@@ -250,9 +252,10 @@ def preference_bwd_kernel(
             _, is_open = _token_ratio(logprob, ref_logprobs, t, scored, reference, token_clamp_low, token_clamp_high)
             passes = scored & is_open
         in_sft = (t < end - 1) if SFT_INCLUDE_PROMPT else scored
-        tl.store(d_logprobs + t, tl.where(passes, slope, 0.0) + tl.where(in_sft, sft_slope, 0.0), mask=t < end)
+        gradient = tl.where(passes, slope, 0.0) + tl.where(in_sft, sft_slope, 0.0)
+        tl.store(d_logprobs + t, tl.where(own_token, gradient, float("nan")), mask=t < share_end)
         if d_kl is not None:
-            tl.store(d_kl + t, tl.where(scored, kl_slope, 0.0), mask=t < end)
+            tl.store(d_kl + t, tl.where(own_token, tl.where(scored, kl_slope, 0.0), float("nan")), mask=t < share_end)
 
 
 def _stride(values):

@@ -147,7 +147,8 @@ def unpaired_loss(
         raise ValueError(f"state is a BCODelta for loss 'bco'; got {type(state).__name__} for loss {loss!r}")
 
     # Pair i: sequence i on one side, on the other an empty sequence behind the last.
-    sides = torch.stack([desirable, ~desirable], -1) if loss != "dro" else torch.tensor([True, False], device=logprobs.device)
+    is_chosen = torch.ones_like(desirable) if loss == "dro" else desirable
+    sides = torch.stack([is_chosen, ~is_chosen], -1)
     pairs = torch.where(sides, torch.arange(count, device=logprobs.device).unsqueeze(-1), count).int()
     tokens = (logprobs, ref, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), pairs, row_mask(mask, logprobs), None)
     if loss == "dro":

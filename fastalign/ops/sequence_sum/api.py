@@ -17,13 +17,15 @@ def _check_values(x, cu_seqlens, *rest):
 sequence_sum_fwd = Op(
     "sequence_sum_fwd", "(Tensor x, Tensor cu_seqlens, Tensor? mask, Tensor? weights) -> (Tensor, Tensor)",
     lambda x, cu_seqlens, mask, weights: (x.new_empty(cu_seqlens.shape[0] - 1), x.new_empty(cu_seqlens.shape[0] - 1)),
-    standard_kernels("sequence_sum", "sequence_sum_fwd"), scalar_dtypes(), check=_check_values,
+    standard_kernels("sequence_sum", "sequence_sum_fwd"), scalar_dtypes(), "x[T] cu_seqlens[S+1]:int32 mask[T]:bool weights[T]",
+    check=_check_values,
 )  # fmt: skip
 # Results: sums [S] of weights * x over scored tokens, counts [S] of scored tokens, both in x's dtype.
 sequence_sum_bwd = Op(
     "sequence_sum_bwd", "(Tensor grad, Tensor cu_seqlens, Tensor? mask, Tensor? weights, SymInt tokens) -> Tensor",
     lambda grad, cu_seqlens, mask, weights, tokens: grad.new_empty(tokens),
     standard_kernels("sequence_sum", "sequence_sum_bwd"), scalar_dtypes(),
+    "grad[S] cu_seqlens[S+1]:int32 mask[tokens]:bool weights[tokens]",
 )  # fmt: skip
 
 

@@ -8,8 +8,15 @@ from fastalign.slopes import times_slope
 
 
 def _segments(cu_seqlens, tokens):
-    """Sequence number of every token."""
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32), right=True)
+    """Sequence number of every token: one that there is, whatever cu_seqlens holds."""
+    rows = torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True).clamp(max=max(cu_seqlens.shape[0] - 2, 0))
+
+
+def covered(cu_seqlens, index):
+    """Whether every token lies in its sequence: False somewhere only for boundaries that are none, or none of these tokens."""
+    rows = torch.arange(index.shape[0], device=index.device)
+    return (cu_seqlens[index] <= rows) & (rows < cu_seqlens[index + 1]) if index.numel() else rows > 0
 
 
 def _terms(x, mask, weights):
@@ -30,5 +37,7 @@ def sequence_sum_fwd(x, cu_seqlens, mask, weights):
 
 
 def sequence_sum_bwd(grad, cu_seqlens, mask, weights, tokens):
-    each = grad[_segments(cu_seqlens, tokens)]
-    return _terms(each if weights is None else times_slope(each, weights), mask, None)
+    index = _segments(cu_seqlens, tokens)
+    each = grad[index]
+    each = _terms(each if weights is None else times_slope(each, weights), mask, None)
+    return torch.where(covered(cu_seqlens, index), each, torch.nan)

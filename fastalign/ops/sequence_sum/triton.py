@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastalign import ffi
-from fastalign.triton_math import sequence_bounds, times_slope
+from fastalign.triton_math import sequence_bounds, sequence_share, times_slope
 
 BLOCK = 2048  # tokens at a time
 TENSORS = ["x", "grad", "cu_seqlens", "mask", "weights"]  # their alignment compiles nothing anew
@@ -33,16 +33,18 @@ def sequence_sum_fwd_kernel(x, cu_seqlens, mask, weights, sums, counts, tokens: 
 def sequence_sum_bwd_kernel(grad, cu_seqlens, mask, weights, grad_x, tokens: tl.int32, BLOCK: tl.constexpr):
     i = tl.program_id(0)
     begin, end = sequence_bounds(cu_seqlens, i, tokens)
+    first, stop = sequence_share(cu_seqlens, i, tl.num_programs(0), tokens)
     g = tl.load(grad + i)
-    for start in range(begin, end, BLOCK):
+    for start in range(first, stop, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        counted = t < end
+        own = (t >= begin) & (t < end)
+        counted = own
         if mask is not None:
-            counted = tl.load(mask + t, mask=counted, other=0) != 0
+            counted = tl.load(mask + t, mask=own, other=0) != 0
         term = tl.zeros([BLOCK], tl.float32) + g
         if weights is not None:
             term = times_slope(term, tl.load(weights + t, mask=counted, other=0.0))
-        tl.store(grad_x + t, tl.where(counted, term, 0.0), mask=t < end)
+        tl.store(grad_x + t, tl.where(own, tl.where(counted, term, 0.0), float("nan")), mask=t < stop)
 
 
 def sequence_sum_fwd(x, cu_seqlens, mask, weights):

@@ -13,20 +13,22 @@ from fastalign import ffi, overwrite
 from fastalign.checks import check_device, check_floating, check_integer, check_integers, check_number, check_same_device, check_shape
 from fastalign.frozen import copies_without_graph
 from fastalign.function import Function
+from fastalign.ops.token_stats.contract import (
+    DIFFERENTIABLE,
+    GRADIENTS,
+    LAYOUT,
+    MAX_VOCAB,
+    NEED_LABELS,
+    NEED_REF,
+    OUTPUT_BITS,
+    PER_LABEL,
+    STATE_WIDTH,
+    forward_shapes,
+    row_rules,
+)  # fmt: skip
 from fastalign.registry import Op, row_dtypes, standard_kernels
 
-# Bits of the op's `outputs` argument, in the order of its results; the same numbers stand in csrc/math/row_state.h (RowOutput).
-OUTPUT_BITS = {
-    "logprob": 1, "entropy": 2, "logsumexp": 4, "log_sum_sq_probs": 8, "mean_logit": 16, "is_top1": 32, "ref_logprob": 64,
-    "kl_policy_ref": 128, "kl_ref_policy": 256,
-}  # fmt: skip
-NEED_LABELS = ("logprob", "is_top1", "ref_logprob")
-NEED_REF = ("ref_logprob", "kl_policy_ref", "kl_ref_policy")
-PER_LABEL = ("logprob", "ref_logprob")
-DIFFERENTIABLE = ("logprob", "entropy", "logsumexp", "kl_policy_ref", "kl_ref_policy")
-STATE_WIDTH = 12
 LOG2E = 1.4426950408889634
-MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32
 
 
 @copies_without_graph
@@ -72,14 +74,6 @@ _FWD_SCHEMA = (
 # without labels).
 
 
-def forward_shapes(logits, labels, outputs, ref_logits=None):
-    """Shapes of the results of token_stats_fwd, all in the accumulation dtype."""
-    rows = math.prod(logits.shape[:-1])
-    targets = (0,) if labels is None else (rows, labels.shape[1])
-    asked = [(targets if name in PER_LABEL else (rows,)) if outputs & bit else (0,) for name, bit in OUTPUT_BITS.items()]
-    return [*asked, (rows, STATE_WIDTH), targets if labels is None or ref_logits is None else (2, *targets)]
-
-
 def _fwd_fake(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
               state_in, target_in, ref_logits=None):  # fmt: skip
     acc = ffi.acc_dtype(logits.dtype)
@@ -112,17 +106,28 @@ def check_values(logits, labels, mask, temperature_tensor, ignore_index, vocab_t
         raise IndexError(f"labels[{row}] = {int(labels[row, k])} is outside [0, {vocab_total}) and is not ignore_index ({ignore_index})")
 
 
+def _fwd_rules(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total, state_in,
+               target_in, ref_logits=None):  # fmt: skip
+    row_rules(logits, labels, outputs, ref_logits, target_in=target_in)
+
+
+def _bwd_rules(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, vocab_start, vocab_total, state, g_logprob,
+               g_entropy, g_logsumexp, ref_logits=None, g_kl_policy_ref=None, g_kl_ref_policy=None):  # fmt: skip
+    row_rules(logits, labels, 0, ref_logits, g_logprob, (g_kl_policy_ref, g_kl_ref_policy))
+
+
 token_stats_fwd = Op(
-    "token_stats_fwd", _FWD_SCHEMA, _fwd_fake, standard_kernels("token_stats", "token_stats_fwd"), row_dtypes(), check=_check_values
-)
+    "token_stats_fwd", _FWD_SCHEMA, _fwd_fake, standard_kernels("token_stats", "token_stats_fwd"), row_dtypes(),
+    f"{LAYOUT} state_in[rows,{STATE_WIDTH}]:acc", _fwd_rules, _check_values,
+)  # fmt: skip
 token_stats_bwd = Op(
     "token_stats_bwd", _BWD_SCHEMA.format(alias="", result="Tensor"),
     lambda logits, *rest: torch.empty_like(logits, memory_format=torch.contiguous_format),
-    standard_kernels("token_stats", "token_stats_bwd"), row_dtypes(),
+    standard_kernels("token_stats", "token_stats_bwd"), row_dtypes(), f"{LAYOUT} state[rows,{STATE_WIDTH}]:acc {GRADIENTS}", _bwd_rules,
 )  # fmt: skip
 token_stats_bwd_ = Op(
     "token_stats_bwd_", _BWD_SCHEMA.format(alias="(a!)", result="()"), lambda *args: None,
-    standard_kernels("token_stats", "token_stats_bwd_"), row_dtypes(),
+    standard_kernels("token_stats", "token_stats_bwd_"), row_dtypes(), f"{LAYOUT} state[rows,{STATE_WIDTH}]:acc {GRADIENTS}", _bwd_rules,
 )  # fmt: skip
 
 

@@ -11,17 +11,8 @@ from fastalign import overwrite
 from fastalign.checks import check_choice, check_same_device, check_shape
 from fastalign.frozen import copies_without_graph
 from fastalign.function import Function
-from fastalign.ops.token_stats.api import (
-    NEED_REF,
-    OUTPUT_BITS,
-    check_ref,
-    check_rows,
-    check_values,
-    forward_shapes,
-    row_options,
-    token_stats,
-    token_stats_fwd,
-)  # fmt: skip
+from fastalign.ops.token_stats.api import check_ref, check_rows, check_values, row_options, token_stats, token_stats_fwd
+from fastalign.ops.token_stats.contract import GRADIENTS, LAYOUT, NEED_REF, OUTPUT_BITS, forward_shapes, row_rules
 from fastalign.registry import Op, row_dtypes, standard_kernels
 
 DIRECTIONS = {"policy_ref": "kl_policy_ref", "ref_policy": "kl_ref_policy"}
@@ -44,18 +35,25 @@ def _fused_check(logits, labels, mask, temperature_tensor, factor, cap_scale, te
     check_values(logits, labels, mask, temperature_tensor, ignore_index, vocab_total=logits.shape[-1])
 
 
+def _fused_rules(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, ref_logits, g_logprob, g_entropy,
+                 g_logsumexp, g_kl_policy_ref, g_kl_ref_policy):  # fmt: skip
+    row_rules(logits, labels, outputs, ref_logits, g_logprob, (g_kl_policy_ref, g_kl_ref_policy))
+
+
 token_stats_fused = Op(
     "token_stats_fused", _FUSED_SCHEMA.format(alias="", results=", ".join(["Tensor"] * (len(OUTPUT_BITS) + 1))),
     lambda logits, *rest: (*_fused_outputs(logits, *rest), torch.empty_like(logits, memory_format=torch.contiguous_format)),
-    standard_kernels("token_stats", "token_stats_fused"), row_dtypes(), check=_fused_check,
+    standard_kernels("token_stats", "token_stats_fused"), row_dtypes(), LAYOUT + GRADIENTS, _fused_rules, _fused_check,
 )  # fmt: skip
 token_stats_fused_ = Op(
     "token_stats_fused_", _FUSED_SCHEMA.format(alias="(a!)", results=", ".join(["Tensor"] * len(OUTPUT_BITS))),
-    lambda *args: tuple(_fused_outputs(*args)), standard_kernels("token_stats", "token_stats_fused_"), row_dtypes(), check=_fused_check,
+    lambda *args: tuple(_fused_outputs(*args)), standard_kernels("token_stats", "token_stats_fused_"), row_dtypes(),
+    LAYOUT + GRADIENTS, _fused_rules, _fused_check,
 )  # fmt: skip
 scale_rows_ = Op(
-    "scale_rows_", "(Tensor(a!) x, Tensor scale) -> ()", lambda *args: None, standard_kernels("token_stats", "scale_rows_"), row_dtypes()
-)
+    "scale_rows_", "(Tensor(a!) x, Tensor scale) -> ()", lambda *args: None, standard_kernels("token_stats", "scale_rows_"), row_dtypes(),
+    "x[*rows,V] scale[]:acc",
+)  # fmt: skip
 # x [..., V] *= scale (0-dim, accumulation dtype), which costs nothing where scale is 1.
 
 

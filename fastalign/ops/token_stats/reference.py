@@ -7,7 +7,7 @@ import math
 import torch
 
 from fastalign import ffi
-from fastalign.ops.token_stats.api import OUTPUT_BITS, PER_LABEL
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, PER_LABEL
 from fastalign.slopes import times_slope
 
 LN2 = math.log(2.0)
@@ -21,8 +21,8 @@ def _capped(logits, cap_scale):
 
 def _scale(u, factor, temperature, temperature_tensor):
     """c: bits per unit of u, a 0-dim tensor in the accumulation dtype, formed by one division as in the kernels."""
-    t = torch.tensor(temperature, dtype=u.dtype, device=u.device) if temperature_tensor is None else temperature_tensor
-    return torch.tensor(factor, dtype=u.dtype, device=u.device) / t
+    t = torch.full((), temperature, dtype=u.dtype, device=u.device) if temperature_tensor is None else temperature_tensor
+    return torch.full((), factor, dtype=u.dtype, device=u.device) / t
 
 
 def _select(mask_rows, value):

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fastalign import ffi
 from fastalign.ops.token_stats import triton_pair
-from fastalign.ops.token_stats.api import OUTPUT_BITS, forward_shapes
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, forward_shapes
 from fastalign.ops.token_stats.triton_rows import (
     BWD_REGISTERS,
     COLUMNS,

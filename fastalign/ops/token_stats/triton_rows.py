@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastalign.ops.token_stats.api import OUTPUT_BITS, STATE_WIDTH
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, STATE_WIDTH
 from fastalign.triton_math import LN2, div, fma, row_entropy, row_log_sum_sq, row_logprob, tanh
 
 THREADS = 128

@@ -1,0 +1,55 @@
+"""What every row op agrees on: the names of its outputs, the tensors that it takes, what must hold among them."""
+
+from __future__ import annotations
+
+import math
+
+from fastalign import ffi
+from fastalign.layout import refuse
+
+# Bits of the op's `outputs` argument, in the order of its results; the same numbers stand in csrc/math/row_state.h (RowOutput).
+OUTPUT_BITS = {
+    "logprob": 1, "entropy": 2, "logsumexp": 4, "log_sum_sq_probs": 8, "mean_logit": 16, "is_top1": 32, "ref_logprob": 64,
+    "kl_policy_ref": 128, "kl_ref_policy": 256,
+}  # fmt: skip
+NEED_LABELS = ("logprob", "is_top1", "ref_logprob")
+NEED_REF = ("ref_logprob", "kl_policy_ref", "kl_ref_policy")
+PER_LABEL = ("logprob", "ref_logprob")
+DIFFERENTIABLE = ("logprob", "entropy", "logsumexp", "kl_policy_ref", "kl_ref_policy")
+STATE_WIDTH = 12
+MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32
+
+
+def forward_shapes(logits, labels, outputs, ref_logits=None):
+    """Shapes of the results of token_stats_fwd, all in the accumulation dtype."""
+    rows = math.prod(logits.shape[:-1])
+    targets = (0,) if labels is None else (rows, labels.shape[1])
+    asked = [(targets if name in PER_LABEL else (rows,)) if outputs & bit else (0,) for name, bit in OUTPUT_BITS.items()]
+    return [*asked, (rows, STATE_WIDTH), targets if labels is None or ref_logits is None else (2, *targets)]
+
+
+# The tensors of the three ops that every row op has, of their upstream gradients, and what else must hold.
+LAYOUT = "logits[*rows,V] labels[rows,K]:int64 mask[rows]:bool temperature_tensor[]:acc ref_logits[*rows,V] "
+GRADIENTS = "g_logprob[rows,K]:acc g_entropy[rows]:acc g_logsumexp[rows]:acc g_kl_policy_ref[rows]:acc g_kl_ref_policy[rows]:acc"
+
+
+def row_rules(logits, labels, outputs, ref_logits, g_logprob=None, g_kls=(), target_in=None):
+    """Whether the labels and the reference are there that the outputs and gradients asked for need."""
+    bits = {name: outputs & bit for name, bit in OUTPUT_BITS.items()}
+    refuse(not 1 <= logits.shape[-1] < MAX_VOCAB, f"logits has a vocabulary of {logits.shape[-1]}; legal: 1 to {MAX_VOCAB - 1}")
+    refuse(labels is not None and labels.shape[1] == 0, "labels has no label per row")
+    refuse(labels is None and (g_logprob is not None or any(bits[n] for n in NEED_LABELS)), "labels is required for these outputs")
+    refuse(bool(bits["is_top1"]) and labels.shape[1] != 1, "is_top1 needs one label per row")
+    refuse(
+        ref_logits is None and any((*(bits[n] for n in NEED_REF), *(g is not None for g in g_kls))),
+        "ref_logits is required for these outputs",
+    )
+    if target_in is not None:
+        refuse(labels is None, "target_in belongs to labels")
+        shape = tuple(labels.shape) if ref_logits is None else (2, *labels.shape)
+        refuse(tuple(target_in.shape) != shape, f"target_in has shape {tuple(target_in.shape)}; legal here: {shape}")
+        refuse(
+            target_in.dtype != ffi.acc_dtype(logits.dtype) or target_in.device != logits.device,
+            "target_in is not of logits' device and arithmetic",
+        )
+        refuse(not target_in.is_contiguous(), "target_in must be contiguous")
