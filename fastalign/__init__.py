@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from fastalign import as_command as _as_command  # noqa: F401 before torch is loaded
+from fastalign import as_command as _as_command  # before torch is loaded
 
 # isort: split
 import warnings as _warnings
@@ -33,7 +33,8 @@ from fastalign.reward import kwise_reward_loss, reward_loss
 from fastalign.rl import AdaptiveKLController, mean_sequence_kl, returns_to_go, shape_rewards, whiten
 from fastalign.rules import AlphaDPO, BCODelta, BetaDPO, wpo_weights
 
-if _missing := _ffi.missing_backends():
+# A command does not begin with a warning about what nothing here could use.
+if _missing := _ffi.missing_backends(of_use=_as_command.is_command()):
     _warnings.warn(
         "fastalign: " + "; ".join(_missing) + ". The next backend serves those calls (fastalign.explain says which).", stacklevel=2
     )

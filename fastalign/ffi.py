@@ -84,9 +84,10 @@ def _no_device() -> str | None:
     return "no CUDA device is visible to torch" + ("" if torch.version.cuda else ", which is a build without CUDA")
 
 
-def missing_backends() -> list[str]:
-    """One sentence per backend that this installation lacks although it could use it: Triton is of no use to a torch without a GPU."""
-    for_gpu = torch.version.cuda or torch.version.hip
+def missing_backends(*, of_use: bool = False) -> list[str]:
+    """One sentence per backend that this installation lacks altogether (not: that this machine has no device for). of_use: not those that this torch could not
+    use either, as Triton where torch is built without a GPU."""
+    for_gpu = torch.version.cuda or torch.version.hip or not of_use
     return [error for error in (_extension_error, _triton_error if for_gpu else "") if error]
 
 
