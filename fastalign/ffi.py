@@ -5,6 +5,7 @@ The extension holds no torch symbols: it gets addresses, sizes, strides, a dtype
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from contextlib import nullcontext
 from functools import lru_cache
@@ -148,7 +149,7 @@ def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
             merged.append((size, stride))
     if len(merged) > 2:
         return None
-    rows = logits.shape[:-1].numel()
+    rows = math.prod(logits.shape[:-1])  # torch.Size.numel() makes a constant of a size that torch.export traces
     if not merged:
         return rows, 1, 0, 0
     if len(merged) == 1:

@@ -3,6 +3,7 @@ public too, and what is called there is held against it before a kernel sees an 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def _agree(e: Entry, tensor: Tensor, sizes: dict[str, int]) -> None:
     if e.scalar and not shape:
         return
     if e.rows:
-        shape = (torch.Size(shape[:-1]).numel(), *shape[-1:])
+        shape = (math.prod(shape[:-1]), *shape[-1:])
     fits = len(shape) == len(e.dims)
     for dim, size in zip(e.dims, shape):
         base, plus, _ = dim.partition("+1")

@@ -41,9 +41,13 @@ def _self_overlapping(tensor: Tensor) -> bool:
     return False
 
 
-def _users(storage: torch.UntypedStorage) -> tuple[int, int]:
-    """(tensors and others that hold the storage, references to its Python object): constants for a storage of one tensor."""
-    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+# Private, and in some builds of older versions of torch only there with CUDA.
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _users(storage: torch.UntypedStorage) -> tuple[int, int] | None:
+    """(tensors and others that hold the storage, references to its Python object): constants for a storage of one tensor. None: not known."""
+    return None if _use_count is None else (_use_count(storage._cdata), sys.getrefcount(storage))
 
 
 _one = torch.empty(1)
@@ -51,8 +55,9 @@ _users_of_one = _users(_one.untyped_storage())
 
 
 def is_ours_alone(tensor: Tensor) -> bool:
-    """Whether no tensor but this one (and the base that it is a view of) uses its memory. False for tensor subclasses and under the compiler."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+    """Whether no tensor but this one (and the base that it is a view of) uses its memory. False for tensor subclasses and under the compiler, and
+    where torch does not tell."""
+    if _use_count is None or torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     users, references = _users(tensor.untyped_storage())
     if tensor._is_view() and tensor._base.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
@@ -70,11 +75,11 @@ def may_overwrite(tensor: Tensor, name: str) -> bool:
         return True
     if not (_warned or torch.compiler.is_compiling()):
         _warned = True
-        warnings.warn(
-            f"fastalign: {name}=True saved no memory: something else shares the memory of the logits (a slice or detached copy of them that is "
-            "still held, a layer that saved its output, saved-tensor hooks), so the gradient got memory of its own",
-            stacklevel=2,
-        )
+        why = "something else shares the memory of the logits (a slice or detached copy of them that is still held, a layer that saved its output, "
+        why += "saved-tensor hooks)"
+        if _use_count is None:
+            why = f"torch {torch.__version__} does not tell who shares the memory of the logits"
+        warnings.warn(f"fastalign: {name}=True saved no memory: {why}, so the gradient got memory of its own", stacklevel=2)
     return False
 
 

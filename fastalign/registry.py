@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -153,15 +153,23 @@ class Op:
         self.overload = getattr(torch.ops.fastalign, self.name).default
         arguments = self.overload._schema.arguments
         self._names = [a.name for a in arguments]
-        self._entries = layout.parse(
-            self.layout, self._names, [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        )
+        written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        self._entries = layout.parse(self.layout, self._names, written)
+        if not written:
+            torch.library.register_autograd(f"fastalign::{self.name}", self._no_derivative, lib=_library)
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
         """Through torch's dispatcher where anything may listen to it (tracing, dispatch modes, tensor subclasses, transforms, the profiler); else
         straight to the kernel, which saves the dispatcher's conversion of every argument, twice (20 to 60 us)."""
         return self._run(*args) if _nobody_listens() and ffi.are_plain(args) else self.overload(*args)
+
+    def _no_derivative(self, ctx: Any, *grads: Any) -> NoReturn:
+        """The derivatives are those of the public functions; a graph that holds the bare op would lose them without a word."""
+        raise RuntimeError(
+            f"torch.ops.fastalign.{self.name} has no derivative by itself: differentiate fastalign's functions, not their ops. A program of "
+            "torch.export holds the ops and is for inference; torch.compile is for training"
+        )
 
     def _run_raw(self, *args: Any) -> Any:
         """What the dispatcher calls, whoever called that: nothing about the tensors is known."""

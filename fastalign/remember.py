@@ -40,7 +40,7 @@ def on_instance(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def remembered(self: Any, *args: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():
-            return method(self, *args, **named)
+            return in_this_graph(method(self, *args, **named))
         kept = self.__dict__.setdefault("_kept", {})  # beside the fields: neither compared nor shown
         key = (method.__name__, *args, *named.items())
         if key not in kept:
@@ -48,3 +48,9 @@ def on_instance(method: Callable[..., Any]) -> Callable[..., Any]:
         return kept[key]
 
     return remembered
+
+
+def in_this_graph(numbers: Any) -> Any:
+    """A NamedTuple of numbers with every float read here. Under torch.compile(dynamic=True) the floats of a preset are inputs of the graph, read
+    where they are first used; that must not be inside a `Function`, whose part of the graph the next function that uses them cannot see."""
+    return type(numbers)(*(float(x) if isinstance(x, float) else x for x in numbers))

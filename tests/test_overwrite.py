@@ -247,6 +247,23 @@ def test_one_warning_where_nothing_is_saved(monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_where_torch_does_not_count_users_nothing_is_written(monkeypatch, op):
+    monkeypatch.setattr(overwrite, "_use_count", None)
+    monkeypatch.setattr(overwrite, "_warned", False)
+    grads = []
+    for inplace in (False, True):
+        h = hidden()
+        z = h @ WEIGHT.T
+        before = z.detach().clone()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            OPS[op](z, inplace).backward()
+        assert torch.equal(z, before)
+        grads.append(h.grad)
+    assert torch.equal(*grads) and [f"torch {torch.__version__} does not tell" in str(w.message) for w in seen] == [True]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_a_second_backward_raises(op):
     for hooks in HOOKS.values():
         h = hidden()

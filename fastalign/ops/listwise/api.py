@@ -75,7 +75,7 @@ def _sequence_grad(grad, slopes, list_offsets):
 
 
 # The pair kernel's parameters for sums without and with a reference.
-_SUMS = tuple(Preset(reference=reference).params() for reference in (False, True))
+_SUMS = tuple(Preset(reference=reference) for reference in (False, True))
 
 
 class ListwiseFunction(Function):
@@ -84,8 +84,7 @@ class ListwiseFunction(Function):
     names = "listwise_loss"
 
     @staticmethod
-    def forward(ctx, logprobs, ref_logprobs, cu_seqlens, mask, list_offsets, scores, extra, params, count):
-        pair = _SUMS[ref_logprobs is not None]
+    def forward(ctx, logprobs, ref_logprobs, cu_seqlens, mask, list_offsets, scores, extra, pair, params, count):
         # Pairs (0, 1), (2, 3), ... visit every sequence once; behind the last one stands an empty one, for odd counts.
         sums = preference_fwd(
             logprobs, ref_logprobs, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), None, mask, *(None,) * 11, list(pair[:SCALAR_COUNT]),
@@ -101,7 +100,7 @@ class ListwiseFunction(Function):
     def backward(ctx, grad, *_):
         cu_seqlens, mask, list_offsets, slopes = ctx.saved_tensors
         per_sequence = _sequence_grad(grad, slopes, list_offsets)
-        return sequence_sum_bwd(per_sequence, cu_seqlens, mask, None, ctx.tokens), *(None,) * 8
+        return sequence_sum_bwd(per_sequence, cu_seqlens, mask, None, ctx.tokens), *(None,) * 9
 
 
 class ListwiseFromSumsFunction(Function):
@@ -173,8 +172,9 @@ def listwise_loss(
     ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach() if preset.reference else None
     count = cu_seqlens.shape[0] - 1
     lists, scores, extra = _list_inputs(list_offsets, scores, tensors, num_items, num_sft_tokens, count, logprobs)
+    pair = _SUMS[ref is not None].params()
     value, rewards, table, sums = ListwiseFunction.apply(
-        logprobs, ref, cu_seqlens, row_mask(mask, logprobs), lists, scores, extra, preset.params(reduction), count
+        logprobs, ref, cu_seqlens, row_mask(mask, logprobs), lists, scores, extra, pair, preset.params(reduction), count
     )
     return ListwiseOutput(value, rewards, preset, lists, table, sums)
 
