@@ -85,13 +85,14 @@ def help_of(capsys, *argv):
 def test_every_setting_has_a_flag_with_documentation(capsys):
     text = help_of(capsys, "dpo")
     for setting in dataclasses.fields(TrainConfig):
-        assert flag_of(setting.name) in text and setting.metadata["doc"], setting.name
+        flag = flag_of(setting.name)
+        assert (flag in text or f"--[no-]{flag[2:]}" in text) and setting.metadata["doc"], setting.name
 
 
 def test_help_lists_the_methods_and_a_method_only_its_own_settings(capsys):
     assert all(f"  {name}" in (text := help_of(capsys)) for name in METHODS), text
     text = help_of(capsys, "reward")
-    assert "--loss" in text and "--set" in text and "--precompute-ref" not in text and "--token-metrics" not in text
+    assert "--loss" in text and "--set" in text and "precompute-ref" not in text and "token-metrics" not in text
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -355,7 +355,7 @@ def test_demo_from_start_to_end_in_small(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert report["policies"].keys() == {"sft", "gold", "model"} and report["curves"].keys() == {"gold", "model"}
     assert report["policies"]["sft"]["kl"]["k1_per_token"] == 0.0 < report["policies"]["gold"]["kl"]["k3_per_token"]
-    assert [point["step"] for point in report["curves"]["model"]] == [1, 2] and 0 <= report["reward_model"]["held_out_accuracy"] <= 1
+    assert [point["step"] for point in report["curves"]["model"]] == [0, 1, 2] and 0 <= report["reward_model"]["held_out_accuracy"] <= 1
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "ppo_model")
     out = capsys.readouterr().out

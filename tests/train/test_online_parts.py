@@ -377,7 +377,12 @@ def test_the_real_command(command, tmp_path):
         ("ppo", [], "my_rewards:number", "--reward my_rewards:number: not a function"),
         ("ppo", ["--reward-model", "nowhere"], None, "the model directory nowhere does not exist"),
         ("grpo", ["--loss", "gpro"], "my_rewards:length", "'gpro' is unknown; legal:"),
-        ("grpo", ["--set", "kl_bias_correction=yes"], "my_rewards:length", "--set kl_bias_correction must be true or false, got 'yes'"),
+        (
+            "grpo",
+            ["--kl-coef", "0.1", "--set", "kl_bias_correction=yes"],
+            "my_rewards:length",
+            "--set kl_bias_correction must be true or false, got 'yes'",
+        ),
         ("grpo", ["--vf-coef", "1"], "my_rewards:length", "fastalign train grpo has no setting --vf-coef"),
         ("online_dpo", ["--loss", "rpo_paired"], "my_rewards:length", "rpo_paired"),
         ("ppo", ["--ref-model", "nowhere"], "my_rewards:length", "the model directory nowhere does not exist"),
@@ -398,5 +403,5 @@ def test_help_shows_the_methods_own_settings(method, capsys):
         cli.main(["train", method, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "--samples-per-prompt" in text
-    assert ("--vf-coef" in text) == (method == "ppo") and ("--drop-equal-groups" in text) == (method in ("grpo", "rloo"))
+    assert ("--vf-coef" in text) == (method == "ppo") and ("--[no-]drop-equal-groups" in text) == (method in ("grpo", "rloo"))
     assert METHODS[method].settings == tuple(dict.fromkeys(METHODS[method].settings))
