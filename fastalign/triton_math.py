@@ -16,6 +16,7 @@ LN2 = tl.constexpr(0.69314718055994531)
 LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) in fp32
 LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # and what fp32 left out
 FINITE = tl.constexpr(3.4028234663852886e38)
+SUM_SHARE, SUM_SHRINKS_BY = tl.constexpr(2.0**-24), tl.constexpr(2.0**24)  # of the sum of a row's logits
 INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 
 # --- scalar.h ---------------------------------------------------------------------------------------------------------------------------
@@ -166,7 +167,8 @@ def merge(ma, a0, a1, a2, az, ua, ta, mb, b0, b1, b2, bz, ub, tb):
 
 @triton.jit
 def reference_point(umax, c):
-    """fl(umax c). Far below zero, at mask values like -1e30, its rounding error alone overflows exp2: there it is -inf, and nothing has mass."""
+    """fl(umax c), while a row is swept. Far below zero, at mask values like -1e30, its rounding error alone overflows exp2: there it is -inf, and
+    nothing has mass, unless the row turns out to be far (math/row_state.h)."""
     m = umax * c
     return tl.where(m < -1073741824.0, float("-inf"), m)
 
@@ -192,15 +194,52 @@ def merge_ref(m, ma, a0, rma, ra0, at, atr, mb, b0, rmb, rb0, bt, btr):
 
 
 @triton.jit
-def row_logprob(m, s0, target_u, c):
-    lp = fma(fma(target_u, c, -m), LN2, -tl.log(s0))
+def is_far(umax, c):
+    return is_finite(umax) & ((tl.abs(umax * c) < 1073741824.0) == 0)
+
+
+@triton.jit
+def far_bits(u, umax, c):
+    """(u - umax) c: halves first, so that no finite u overflows before it must."""
+    return (0.5 * u - 0.5 * umax) * c * 2.0
+
+
+@triton.jit
+def row_bits(u, m, umax, c):
+    """Exponents of a finished row; of one without mass counted from 0."""
+    return tl.where(is_far(umax, c), far_bits(u, umax, c), fma(u, c, tl.where(m == float("-inf"), 0.0, -m)))
+
+
+@triton.jit
+def row_logprob(m, s0, umax, target_u, c):
+    d = fma(target_u, c, -m)
+    lp = tl.where(tl.exp2(d) == s0, 0.0, fma(d, LN2, -tl.log(s0)))  # exactly 0 where the label has all the mass
+    lp = tl.where(is_far(umax, c), (0.5 * target_u - 0.5 * umax) * (c * LN2) * 2.0 - tl.log(s0), lp)
     return tl.where(lp > 0, 0.0, lp)
 
 
 @triton.jit
-def row_entropy(s0, s1):
+def is_peaked(m, s0, umax, c):
+    """Whether the largest element has all the mass, to rounding."""
+    return s0 == tl.exp2(row_bits(umax, m, umax, c))
+
+
+@triton.jit
+def is_one_hot(m, s0, s1, umax, c):
+    """Whether it has, and every other one has none at all."""
+    d = row_bits(umax, m, umax, c)
+    return (s0 == tl.exp2(d)) & (s1 == tl.exp2(d) * d)
+
+
+@triton.jit
+def row_entropy(m, s0, s1, umax, c):
     h = fma(div(s1, s0), -LN2, tl.log(s0))
-    return tl.where(h < 0, 0.0, h)
+    return tl.where((h < 0) | is_one_hot(m, s0, s1, umax, c), 0.0, h)
+
+
+@triton.jit
+def row_logsumexp(m, s0, umax, c):
+    return tl.where(is_far(umax, c), fma(umax, c * LN2, tl.log(s0)), fma(m, LN2, tl.log(s0)))
 
 
 @triton.jit
@@ -210,15 +249,20 @@ def row_log_sum_sq(s0, s2):
 
 
 @triton.jit
-def row_kl_policy_ref(s0, r0, t):
-    v = fma(div(t, s0), LN2, -tl.log(div(s0, r0)))
-    return tl.where(v < 0, 0.0, v)
+def clamp_kl(v, log_ratio, peaked):
+    return tl.where((v < 0) | (peaked & (v < 2.384185791015625e-7 * (1.0 + tl.abs(log_ratio)))), 0.0, v)
 
 
 @triton.jit
-def row_kl_ref_policy(s0, r0, tr):
-    v = fma(div(tr, r0), -LN2, tl.log(div(s0, r0)))
-    return tl.where(v < 0, 0.0, v)
+def row_kl_policy_ref(s0, r0, t, peaked):
+    log_ratio = tl.log(div(s0, r0))
+    return clamp_kl(fma(div(t, s0), LN2, -log_ratio), log_ratio, peaked)
+
+
+@triton.jit
+def row_kl_ref_policy(s0, r0, tr, peaked):
+    log_ratio = tl.log(div(s0, r0))
+    return clamp_kl(fma(div(tr, r0), -LN2, log_ratio), log_ratio, peaked)
 
 
 @triton.jit

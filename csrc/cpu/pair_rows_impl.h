@@ -57,7 +57,7 @@ template <class S, class T, bool kCapped, int kSums> struct PairSums {
       if constexpr (kS1) s1[k] = S::mul_add(e[k], S::bounded(d[k]), s1[k]);
       if constexpr (kS2Sz) {
         s2[k] = S::mul_add(e[k], e[k], s2[k]);
-        sz[k] = sz[k] + u_or_zero[k];
+        sz[k] = S::mul_add(u_or_zero[k], S::set(A(kSumShare)), sz[k]);
       }
     }
   }

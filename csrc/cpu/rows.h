@@ -31,6 +31,9 @@ template <class A> struct RowKernels {
   PairState<A> (*forward_pair)(int dtype, const void* x, const void* y, int64_t n, const RowTransform<A>& f, int sums);
   void (*backward_pair)(int dtype, const void* x, const void* y, void* grad, int64_t n, const RowTransform<A>& f,
                         const PairGradientRow<A>& g);
+  // What the sweeps make of one logit and of one exponent, to the bit.
+  A (*u)(A x, const RowTransform<A>& f);
+  A (*exp2)(A d);
 };
 
 extern const RowKernels<float> generic_rows, avx2_rows, avx512_rows, avx512bf16_rows;

@@ -78,7 +78,8 @@ struct Simd {
 
 }  // namespace
 
-const RowKernels<float> avx2_rows{forward_rows<Simd>, backward_rows<Simd>, forward_pair_rows<Simd>, backward_pair_rows<Simd>};
+const RowKernels<float> avx2_rows{forward_rows<Simd>,       backward_rows<Simd>, forward_pair_rows<Simd>,
+                                  backward_pair_rows<Simd>, one_u<Simd>,         one_exp2<Simd>};
 
 }  // namespace cpu
 }  // namespace fastalign

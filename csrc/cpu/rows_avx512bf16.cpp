@@ -5,7 +5,8 @@
 namespace fastalign {
 namespace cpu {
 
-const RowKernels<float> avx512bf16_rows{forward_rows<Simd>, backward_rows<Simd>, forward_pair_rows<Simd>, backward_pair_rows<Simd>};
+const RowKernels<float> avx512bf16_rows{forward_rows<Simd>,       backward_rows<Simd>, forward_pair_rows<Simd>,
+                                        backward_pair_rows<Simd>, one_u<Simd>,         one_exp2<Simd>};
 
 }  // namespace cpu
 }  // namespace fastalign

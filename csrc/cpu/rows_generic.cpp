@@ -4,8 +4,8 @@
 namespace fastalign {
 namespace cpu {
 
-const RowKernels<float> generic_rows{forward_rows<Simd<float>>, backward_rows<Simd<float>>, forward_pair_rows<Simd<float>>,
-                                     backward_pair_rows<Simd<float>>};
+const RowKernels<float> generic_rows{forward_rows<Simd<float>>,       backward_rows<Simd<float>>, forward_pair_rows<Simd<float>>,
+                                     backward_pair_rows<Simd<float>>, one_u<Simd<float>>,         one_exp2<Simd<float>>};
 
 }  // namespace cpu
 }  // namespace fastalign

@@ -21,7 +21,8 @@ void backward_pair_double(int, const void* x, const void* y, void* grad, int64_t
 
 }  // namespace
 
-const RowKernels<double> generic_rows64{forward_double, backward_double, forward_pair_double, backward_pair_double};
+const RowKernels<double> generic_rows64{forward_double,       backward_double,     forward_pair_double,
+                                        backward_pair_double, one_u<Simd<double>>, one_exp2<Simd<double>>};
 
 }  // namespace cpu
 }  // namespace fastalign

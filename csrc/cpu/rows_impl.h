@@ -73,6 +73,11 @@ template <class S, bool kCapped> FA_INLINE typename S::F to_u(typename S::F x, c
   else return x;
 }
 
+template <class S> typename S::A one_u(typename S::A x, const RowTransform<typename S::A>& f) {
+  return f.cap_scale != 0 ? to_u<S, true>(S::set(x), f)[0] : x;
+}
+template <class S> typename S::A one_exp2(typename S::A d) { return S::exp2(S::set(d), Exp2Polynomial<S>())[0]; }
+
 // The largest raw logit of a block, a step (four vectors of F) at a time. A NaN may be skipped or returned: it reaches the sums either way.
 template <class S, class T> struct BlockMax {
   using A = typename S::A;
@@ -206,7 +211,7 @@ template <class S, class T, bool kCapped, int kSums> struct Sums {
     if constexpr (kS1) s1[k] = S::mul_add(e, kGuarded ? S::bounded(d) : d, s1[k]);
     if constexpr (kS2Sz) {
       s2[k] = S::mul_add(e, e, s2[k]);
-      sz[k] = sz[k] + u_or_zero;
+      sz[k] = S::mul_add(u_or_zero, S::set(A(kSumShare)), sz[k]);
     }
   }
   // `merge` of row_state.h with a state without mass at `to`, lane by lane.

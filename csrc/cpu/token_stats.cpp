@@ -68,7 +68,7 @@ template <class T, bool kRef> struct Forward {
         s = kernels.forward_pair(a.dtype, x, y, length, f, sums | cross);
       } else {
         const RowState<A> r = kernels.forward(a.dtype, y, length, f, 0);
-        s = {kernels.forward(a.dtype, x, length, f, sums), {r.m, r.s0, A(0), A(0)}};
+        s = {kernels.forward(a.dtype, x, length, f, sums), {r.m, r.s0, A(0), A(0), A(0)}};
       }
     } else {
       s = kernels.forward(a.dtype, x, length, f, sums);
@@ -83,12 +83,47 @@ template <class T, bool kRef> struct Forward {
     for (int64_t i = 0; i < chunks; ++i) s = merge(s, part(i));
     RowState<A>& p = policy(s);
     if (a.outputs & kOutIsTop1) p.top = exact_top(row, p);
+    p.umax = kernels.u(p.umax, f);
+    if (is_far(s)) s = far_state(row, p.top);
     p.top += int32_t(a.vocab_start);
-    p.umax = f.u(p.umax);
     if (!a.state_in) return s;
     const A* before = static_cast<const A*>(a.state_in) + row * kStateWidth;
     if constexpr (kRef) return merge(State{load_state(before), load_ref(before)}, s);
     else return merge(load_state(before), s);
+  }
+
+  // Whether a swept row, or its reference row, is far, or may be: its maximum is not known.
+  bool is_far(const RowState<A>& s) const { return f.is_far(s.umax); }
+  bool is_far(const PairState<A>& s) const { return f.is_far(s.p.umax) || !(std::fabs(s.r.m) < f.far_limit()); }
+
+  RowOrigin<A> origin(const T* x) const {
+    A largest = A(-INFINITY);
+    for (int64_t v = 0; v < vocab; ++v) largest = to_acc(x[v]) > largest ? to_acc(x[v]) : largest;
+    const A umax = kernels.u(largest, f);
+    const bool far = f.is_far(umax);
+    return {far ? umax * f.c : reference_point(umax, f), umax, far};
+  }
+  // Without mass so far there is nothing to count from: 0 serves.
+  A bits(const RowOrigin<A>& o, A u) const { return o.far || o.m > A(-INFINITY) ? o.bits(u, f) : f.bits(u, A(0)); }
+
+  // The state of a row of which it or its reference row is far, element by element.
+  State far_state(int64_t row, int32_t top) const {
+    const T *x = row_of<const T>(a.logits, row), *y = kRef ? row_of<const T>(a.ref, row) : x;
+    const RowOrigin<A> p = origin(x), r = origin(y);
+    double s0 = 0, s1 = 0, s2 = 0, sz = 0, r0 = 0, t = 0, tr = 0;
+    for (int64_t v = 0; v < vocab; ++v) {
+      const A u = kernels.u(to_acc(x[v]), f), d = bits(p, u), e = kernels.exp2(d);
+      s0 += e, s2 += double(e) * e, sz += double(u) * kSumShare;
+      s1 += e == A(0) ? 0.0 : double(e) * d;
+      if (!kRef) continue;
+      const A dr = bits(r, kernels.u(to_acc(y[v]), f)), er = kernels.exp2(dr);
+      r0 += er;
+      t += e == A(0) ? 0.0 : e * (double(d) - dr);
+      tr += er == A(0) ? 0.0 : er * (double(d) - dr);
+    }
+    const RowState<A> own{p.m, A(s0), A(s1), A(s2), A(sz), p.umax, top};
+    if constexpr (kRef) return {own, {r.m, A(r0), A(t), A(tr), r.far ? r.umax : A(0)}};
+    else return own;
   }
 
   int32_t exact_top(int64_t row, const RowState<A>& s) const {
@@ -101,7 +136,7 @@ template <class T, bool kRef> struct Forward {
 
   // u of target k in the policy's (which = 0) or the reference's logits.
   A target(const RowsView& logits, int which, int64_t row, int64_t k) const {
-    if (is_within(a, row, k, 0, vocab)) return f.u(to_acc(row_of<const T>(logits, row)[label(a, row, k) - a.vocab_start]));
+    if (is_within(a, row, k, 0, vocab)) return kernels.u(to_acc(row_of<const T>(logits, row)[label(a, row, k) - a.vocab_start]), f);
     return a.target_in ? static_cast<const A*>(a.target_in)[(which * rows + row) * a.targets + k] : A(-INFINITY);
   }
 
@@ -109,7 +144,7 @@ template <class T, bool kRef> struct Forward {
     for (int64_t k = 0; k < a.targets; ++k) {
       const A u = target(logits, which, row, k);
       put(a.target, (which * rows + row) * a.targets + k, u);
-      if (logprob) put(logprob, row * a.targets + k, is_ignored(a, row, k) ? A(0) : row_logprob(s, u, f));
+      if (logprob) put(logprob, row * a.targets + k, is_ignored(a, row, k) ? A(0) : row_logprob(s, u, f, kernels.exp2));
     }
   }
 
@@ -120,8 +155,8 @@ template <class T, bool kRef> struct Forward {
     for (int64_t k = 0; k < a.targets; ++k) bad |= !is_ignored(a, row, k) && (label(a, row, k) < 0 || label(a, row, k) >= a.vocab_total);
     if (bad) s.s0 = A(NAN);
     write_targets(a.logits, 0, row, s, a.logprob);
-    if (a.entropy) put(a.entropy, row, row_entropy(s));
-    if (a.logsumexp) put(a.logsumexp, row, row_logsumexp(s));
+    if (a.entropy) put(a.entropy, row, row_entropy(s, f, kernels.exp2));
+    if (a.logsumexp) put(a.logsumexp, row, row_logsumexp(s, f));
     if (a.log_sum_sq) put(a.log_sum_sq, row, row_log_sum_sq(s));
     if (a.mean_logit) put(a.mean_logit, row, row_mean_logit(s, A(a.vocab_total), f));
     if (a.is_top1) put(a.is_top1, row, row_is_top1(s, label(a, row, 0)));
@@ -130,8 +165,8 @@ template <class T, bool kRef> struct Forward {
       RefState<A>& r = state.r;
       if (bad) r.s0 = A(NAN);
       write_targets(a.ref, 1, row, r, a.ref_logprob);
-      if (a.kl_policy_ref) put(a.kl_policy_ref, row, row_kl_policy_ref(s, r));
-      if (a.kl_ref_policy) put(a.kl_ref_policy, row, row_kl_ref_policy(s, r));
+      if (a.kl_policy_ref) put(a.kl_policy_ref, row, row_kl_policy_ref(s, r, f, kernels.exp2));
+      if (a.kl_ref_policy) put(a.kl_ref_policy, row, row_kl_ref_policy(s, r, f, kernels.exp2));
       if (out) store_ref(r, out);
     }
   }
@@ -215,34 +250,53 @@ template <class T> struct Backward {
       std::fill(dx + begin, dx + end, nan);
       return;
     }
-    const RowCoefficients<A> c = row_coefficients(s, g_logprob, g_entropy, g_logsumexp);
+    const RowCoefficients<A> c = row_coefficients(s, g_logprob, g_entropy, g_logsumexp, f, kernels.exp2);
     // p (A + B log p) with p = e / s0 and log p = ln2 d - log s0 is e (a + b d). Folded in double, so that only a and b themselves are rounded.
+    const KlCoefficients<A> kl = with_kl ? kl_coefficients(s, r, g_kl_policy_ref, g_kl_ref_policy) : KlCoefficients<A>{};
+    const Element element{row_origin(s, f), row_origin(r, f), s.s0, c, kl, with_kl};
+    const T* y = with_kl ? row_of<const T>(a.ref, row) : x;
     const double slope = double(f.slope(A(0))), per_mass = slope / double(s.s0), b = double(c.b) * per_mass;
     const GradientRow<A> g{s.m, plain_nan(A(double(c.a) * per_mass - b * std::log(double(s.s0)))), plain_nan(A(b * kLn2))};
-    const KlCoefficients<A> kl = with_kl ? kl_coefficients(s, r, g_kl_policy_ref, g_kl_ref_policy) : KlCoefficients<A>{};
-    if (with_kl) {
+    if (element.p.far || (with_kl && element.r.far)) {
+      for (int64_t v = begin; v < end; ++v) from_acc(gradient(element, to_acc(x[v]), to_acc(y[v]), A(0)), dx + v);
+    } else if (with_kl) {
       const PairGradientRow<A> pair{g.m, g.a, g.b, r.m, {plain_nan(A(kl.c * slope)), kl.mean, plain_nan(A(kl.k * slope)), kl.ratio}};
-      kernels.backward_pair(a.dtype, x + begin, row_of<const T>(a.ref, row) + begin, dx + begin, end - begin, f, pair);
+      kernels.backward_pair(a.dtype, x + begin, y + begin, dx + begin, end - begin, f, pair);
     } else {
       kernels.backward(a.dtype, x + begin, dx + begin, end - begin, f, g);
     }
-    for (int64_t k = 0; k < targets; ++k)
-      if (is_within(a, row, k, begin, end))
-        from_acc(target_gradient(row, k, kept[size_t(k)], s, c, r, kl, with_kl), dx + (label(a, row, k) - a.vocab_start));
+    for (int64_t k = 0; k < targets; ++k) {
+      if (!is_within(a, row, k, begin, end)) continue;
+      A g = 0;  // a label that occurs several times in the row gets the same total each time
+      for (int64_t j = 0; j < a.targets; ++j)
+        if (label(a, row, j) == label(a, row, k)) g += at(a.g_logprob, row * a.targets + j);
+      const int64_t column = label(a, row, k) - a.vocab_start;
+      from_acc(gradient(element, kept[size_t(k)], with_kl ? to_acc(y[column]) : A(0), g), dx + column);
+    }
   }
 
-  // The element of target k, one-hot term included. A label that occurs several times in the row gets the same total each time.
-  A target_gradient(int64_t row, int64_t k, A x, const RowState<A>& s, const RowCoefficients<A>& c, const RefState<A>& r,
-                    const KlCoefficients<A>& kl, bool with_kl) const {
-    A g = 0;
-    for (int64_t j = 0; j < a.targets; ++j)
-      if (label(a, row, j) == label(a, row, k)) g += at(a.g_logprob, row * a.targets + j);
-    const A u = f.u(x), d = f.bits(u, s.m), e = exp2(d), p = e / s.s0;
+  // What the gradient of a single element is made of.
+  struct Element {
+    RowOrigin<A> p, r;
+    A s0;
+    RowCoefficients<A> c;
+    KlCoefficients<A> kl;
+    bool with_kl;
+  };
+
+  // Of logit x, beside y in the reference row, with the one-hot term g. Exponents and u are those of the sweep: an element that has all the mass
+  // has p = 1 and log p = 0.
+  A gradient(const Element& row, A x, A y, A g) const {
+    const A u = kernels.u(x, f), d = row.p.bits(u, f), e = kernels.exp2(d), p = e / row.s0;
     if (u == A(-INFINITY)) return A(0);
-    A dz = g + p * (c.a + (c.b != A(0) && p > A(0) ? c.b * (A(kLn2) * d - log(s.s0)) : A(0)));
-    if (with_kl) {
-      const A dr = f.bits(f.u(to_acc(row_of<const T>(a.ref, row)[label(a, row, k) - a.vocab_start])), r.m);
-      dz += kl.k * fma(-kl.ratio, exp2(dr), e) + (e > A(0) && kl.c != A(0) ? kl.c * e * (d - dr - kl.mean) : A(0));
+    A inner = row.c.a;
+    if (row.c.b != A(0) && p > A(0) && p != A(1)) inner += row.c.b * (A(kLn2) * d - std::log(row.s0));
+    A dz = g + p * inner;
+    if (row.with_kl) {
+      const KlCoefficients<A>& kl = row.kl;
+      const A dr = row.r.bits(kernels.u(y, f), f);
+      if (kl.k != A(0)) dz += kl.k * std::fma(-kl.ratio, kernels.exp2(dr), e);
+      if (e > A(0) && kl.c != A(0)) dz += kl.c * e * (d - dr - kl.mean);
     }
     return dz * f.slope(u);
   }

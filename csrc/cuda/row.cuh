@@ -80,6 +80,17 @@ template <class Args> RowScale row_scale(const Args& a) {
   return {float(a.factor), float(a.cap_scale), float(a.temperature), static_cast<const float*>(a.temperature_ptr)};
 }
 
+// fast_exp2 for the functions of math/row_state.h, which ask what the sweeps made of an exponent.
+struct RowExp2 {
+  FA_HD float operator()(float x) const {
+#if defined(__CUDA_ARCH__) || defined(FA_EMU)
+    return fast_exp2(x);
+#else
+    return exp2(x);
+#endif
+  }
+};
+
 template <class T> __device__ T* row_pointer(const RowsView& v, int64_t row) {
   // Rows fit 31 bits (the grid does), so the division is a 32-bit one; a single stride needs none.
   const int64_t outer = row < v.inner ? 0 : uint32_t(row) / uint32_t(v.inner), inner = row - outer * v.inner;

@@ -13,7 +13,7 @@ namespace cuda {
 // with upstream gradient g sits. slope(0) is in a, b, kl.c, kl.k and label_scale, so only a softcap leaves a factor per element.
 struct RowGradient {
   float m, a, b, label_scale;
-  enum Kind : int { kZero, kNan, kRegular, kWithKl } kind;  // kWithKl: the reference row is read
+  enum Kind : int { kZero, kNan, kRegular, kWithKl, kFar } kind;  // kWithKl: the reference row is read; kFar: see write_far
   float ref_m;
   KlCoefficients<float> kl;  // the mean is in a
 
@@ -40,7 +40,7 @@ __device__ RowGradient row_gradient(const TokenStatsBackwardArgs& a, int64_t row
   const float g_entropy = at(a.g_entropy, row), g_logsumexp = at(a.g_logsumexp, row);
   if (!any && g_entropy == 0 && g_logsumexp == 0) return RowGradient::without_terms(RowGradient::kZero);
   // p (A + B log p) with p = e / s0 and log p = ln2 d - log s0.
-  const RowCoefficients<float> k = row_coefficients(s, g_labels, g_entropy, g_logsumexp);
+  const RowCoefficients<float> k = row_coefficients(s, g_labels, g_entropy, g_logsumexp, f, RowExp2{});
   const float slope = f.slope(0), scale = slope / s.s0, log_s0 = k.b != 0 ? log(s.s0) : 0.0f;
   RowGradient g{s.m, (k.a - k.b * log_s0) * scale, k.b * float(kLn2) * scale, slope, RowGradient::kRegular, 0, {0, 0, 0, 0}};
   if (with_kl) {
@@ -48,6 +48,7 @@ __device__ RowGradient row_gradient(const TokenStatsBackwardArgs& a, int64_t row
     g.kl.c *= slope, g.kl.k *= slope;
     if (g.kl.c != 0) g.a = fmaf(-g.kl.c, g.kl.mean, g.a);  // both are factors of e
   }
+  if (f.is_far(s.umax) || (with_kl && f.is_far(r.umax))) g.kind = RowGradient::kFar;
   return g;
 }
 
@@ -120,6 +121,30 @@ __device__ void write_vectors(const RowGradient& g, const RowTransform<float>& f
       }
       store16(out + element, pack(x, T{}));
     }
+  }
+}
+
+// Gradients of elements [begin, end) of a row that is far (math/row_state.h) or whose reference row is, one by one. x, y and out start at column
+// `start` of the row.
+template <class T, bool kRef>
+__device__ void write_far(const TokenStatsBackwardArgs& a, int64_t row, const RowGradient& g, const RowTransform<float>& f, const T* x,
+                          const T* y, T* out, int start, int begin, int end) {
+  const float* state = static_cast<const float*>(a.state) + row * kStateWidth;
+  const RowOrigin<float> p = row_origin(load_state(state), f), r = row_origin(load_ref(state), f);
+#pragma unroll 1
+  for (int i = begin + int(threadIdx.x); i < end; i += int(blockDim.x)) {
+    float own = 0;
+    for (int64_t k = 0; a.g_logprob && k < a.targets; ++k)
+      if (local_column(a, a.labels[row * a.targets + k]) == start + i) own += at(a.g_logprob, row * a.targets + k);
+    const float u = f.u(to_acc(x[i])), d = p.bits(u, f), e = fast_exp2(d);
+    float inner = e == 0 ? 0.0f : fmaf(g.b, d, g.a), kl = 0;
+    if (kRef && (g.kl.c != 0 || g.kl.k != 0)) {
+      const float dr = r.bits(f.u(to_acc(y[i])), f);
+      if (g.kl.c != 0 && e != 0) inner = fmaf(g.kl.c, d - dr, inner);
+      if (g.kl.k != 0) kl = g.kl.k * fmaf(-g.kl.ratio, fast_exp2(dr), e);
+    }
+    const float dz = fmaf(e, inner, fmaf(own, g.label_scale, kl));
+    from_acc(u == -INFINITY ? 0.0f : (f.cap_scale != 0 ? dz * fmaf(-u, u, 1.0f) : dz), out + i);
   }
 }
 

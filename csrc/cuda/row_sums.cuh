@@ -58,7 +58,7 @@ __device__ __forceinline__ void push(State<kSums>& state, const uint4 (&v)[kRows
 #pragma unroll
         for (int r = 0; r < R; ++r) u[r][l] = l < lanes(k) ? tanhf(u[r][l] * f.cap_scale) : -INFINITY;
       }
-      if (kSums & kSumZ) s.sz += l < lanes(k) ? u[0][l] : 0.0f;
+      if (kSums & kSumZ) s.sz = fmaf(l < lanes(k) ? u[0][l] : 0.0f, float(kSumShare), s.sz);
       const float d = f.bits(u[0][l], origin), e = fast_exp2(d);
       if (kSums & kSum1) s.s1 = fmaf(e, fmaxf(d, -200.0f), s.s1);  // e is 0 down there, and 0 * -inf would be NaN
       if (kSums & kSum2) s.s2 = fmaf(e, e, s.s2);
@@ -82,6 +82,52 @@ __device__ __forceinline__ void push(State<kSums>& state, const uint4 (&v)[kRows
     if constexpr ((kSums & kRefRow) != 0) add(state.r.s0, u[1], ref_scale);
   }
   if ((kSums & kTop) && moves && top < vocab) s.top = top;  // not found: nothing but NaN
+}
+
+// Whether a swept row (umax: of u) or its reference row is far (math/row_state.h), or may be: the latter's maximum is not known.
+__device__ inline bool may_be_far(const RowState<float>& s, const RowTransform<float>& f) { return f.is_far(s.umax); }
+__device__ inline bool may_be_far(const PairState<float>& s, const RowTransform<float>& f) {
+  return f.is_far(s.p.umax) || !(fabsf(s.r.m) < f.far_limit());
+}
+
+// Such a row once more, element by element, by one warp, whose lane 0 has the swept state and gets the true one.
+template <class T, int kSums>
+__device__ State<kSums> far_state(State<kSums> s, const T* const* x, int vocab, const RowTransform<float>& f) {
+  constexpr int R = kRows<kSums>;
+  const int lane = int(threadIdx.x % kWarp), top = __shfl_sync(kFullMask, policy(s).top, 0);
+  RowOrigin<float> origin[R];
+#pragma unroll 1
+  for (int r = 0; r < R; ++r) {
+    float largest = -INFINITY;
+#pragma unroll 1
+    for (int v = lane; v < vocab; v += int(kWarp)) largest = fmaxf(largest, to_acc(x[r][v]));
+    for (unsigned distance = kWarp / 2; distance; distance /= 2) largest = fmaxf(largest, __shfl_down_sync(kFullMask, largest, distance));
+    const float umax = f.u(__shfl_sync(kFullMask, largest, 0)), m = reference_point(umax, f);
+    // Without mass there is nothing to count from: 0 serves.
+    origin[r] = {f.is_far(umax) ? umax * f.c : m, umax, f.is_far(umax)};
+  }
+  s = State<kSums>::empty();
+  RowState<float>& p = policy(s);
+  p.m = origin[0].m, p.umax = origin[0].umax, p.top = top;
+  if constexpr ((kSums & kRefRow) != 0) s.r.m = origin[R - 1].m;
+  const auto bits = [&](const RowOrigin<float>& o, float u) { return o.far || o.m > -INFINITY ? o.bits(u, f) : f.bits(u, 0.0f); };
+#pragma unroll 1
+  for (int v = lane; v < vocab; v += int(kWarp)) {
+    const float u = f.u(to_acc(x[0][v])), d = bits(origin[0], u), e = fast_exp2(d);
+    p.s0 += e;
+    if (kSums & kSum1) p.s1 = fmaf(e, e == 0 ? 0.0f : d, p.s1);
+    if (kSums & kSum2) p.s2 = fmaf(e, e, p.s2);
+    if (kSums & kSumZ) p.sz = fmaf(u, float(kSumShare), p.sz);
+    if constexpr ((kSums & kRefRow) != 0) {
+      const float dr = bits(origin[R - 1], f.u(to_acc(x[R - 1][v]))), er = fast_exp2(dr);
+      s.r.s0 += er;
+      if (kSums & kSumT) s.r.t = fmaf(e, e == 0 ? 0.0f : d - dr, s.r.t);
+      if (kSums & kSumTr) s.r.tr = fmaf(er, er == 0 ? 0.0f : d - dr, s.r.tr);
+    }
+  }
+  s = merge_warp<kSums>(s);
+  if constexpr ((kSums & kRefRow) != 0) s.r.umax = origin[R - 1].far ? origin[R - 1].umax : 0.0f;
+  return s;
 }
 
 // u of label k in the policy (which = 0) or the reference row x, where this shard of the vocabulary or one before it holds the label; -inf
@@ -116,10 +162,11 @@ __device__ void write_targets(const TokenStatsArgs& a, int which, int64_t row, u
                               const RowTransform<float>& f) {
   s.m = __shfl_sync(kFullMask, s.m, 0);  // all that row_logprob reads
   s.s0 = __shfl_sync(kFullMask, s.s0, 0);
+  s.umax = __shfl_sync(kFullMask, s.umax, 0);
   for (int64_t k = lane; k < a.targets; k += kWarp) {
     const float u = k < kWarp ? first : target_u(a, which, row, k, x, f);
     const bool ignored = a.labels[row * a.targets + k] == a.ignore_index;
-    put(which ? a.ref_logprob : a.logprob, row * a.targets + k, ignored ? 0.0f : row_logprob(s, u, f));
+    put(which ? a.ref_logprob : a.logprob, row * a.targets + k, ignored ? 0.0f : row_logprob(s, u, f, RowExp2{}));
     put(a.target, (which * a.logits.rows + row) * a.targets + k, u);
   }
 }
@@ -130,8 +177,8 @@ __device__ void write_row(const TokenStatsArgs& a, int64_t row, unsigned lane, c
                           const T* const* x, const RowTransform<float>& f) {
   write_targets(a, 0, row, lane, s, first[0], x[0], f);
   if (lane) return;
-  if (a.entropy) put(a.entropy, row, row_entropy(s));
-  if (a.logsumexp) put(a.logsumexp, row, row_logsumexp(s));
+  if (a.entropy) put(a.entropy, row, row_entropy(s, f, RowExp2{}));
+  if (a.logsumexp) put(a.logsumexp, row, row_logsumexp(s, f));
   if (a.log_sum_sq) put(a.log_sum_sq, row, row_log_sum_sq(s));
   if (a.mean_logit) put(a.mean_logit, row, row_mean_logit(s, float(a.vocab_total), f));
   if (a.is_top1) put(a.is_top1, row, row_is_top1(s, a.labels[row * a.targets]));
@@ -143,8 +190,8 @@ __device__ void write_row(const TokenStatsArgs& a, int64_t row, unsigned lane, c
   write_row(a, row, lane, s.p, first, x, f);
   write_targets(a, 1, row, lane, s.r, first[1], x[1], f);
   if (lane) return;
-  if (a.kl_policy_ref) put(a.kl_policy_ref, row, row_kl_policy_ref(s.p, s.r));
-  if (a.kl_ref_policy) put(a.kl_ref_policy, row, row_kl_ref_policy(s.p, s.r));
+  if (a.kl_policy_ref) put(a.kl_policy_ref, row, row_kl_policy_ref(s.p, s.r, f, RowExp2{}));
+  if (a.kl_ref_policy) put(a.kl_ref_policy, row, row_kl_ref_policy(s.p, s.r, f, RowExp2{}));
   if (a.state) store_ref(s.r, static_cast<float*>(a.state) + row * kStateWidth);
 }
 

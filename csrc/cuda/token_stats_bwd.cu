@@ -64,6 +64,13 @@ __global__ void __launch_bounds__(kRowThreads, blocks_per_sm(!kRef   ? 4
     return;
   }
 
+  if (g.kind == RowGradient::kFar) {
+    write_far<T, kRef>(a, row, g, f, x, y, out, 0, rows[0].element(begin), rows[0].element(end));
+    if (part == 0)
+      write_far<T, kRef>(a, row, g, f, x, y, out, 0, 0, inner_begin), write_far<T, kRef>(a, row, g, f, x, y, out, 0, inner_end, vocab);
+    return;
+  }
+
   const bool labelled = a.g_logprob != nullptr;
   LabelShare<kMany> share{kNoLabel, 0.0f, nullptr};
   if constexpr (kMany) {

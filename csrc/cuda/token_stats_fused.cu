@@ -128,12 +128,14 @@ __global__ void __launch_bounds__(kRowThreads, blocks_per_sm(kBlocksPerSm<kSums>
       push<T, kSums, false>(s, v, count, mine, vectors, f);
     }
     s = merge_row<kSums>(s, states, cluster, cluster);
+    if (thread < kWarp && __shfl_sync(kFullMask, int(may_be_far(s, f)), 0)) s = far_state<T, kSums>(s, x, vocab, f);
     if (thread == 0) {
       if (labels.bad) spoil(s);
       *states = s;
     }
     __syncthreads();
     s = *states;
+    if (cluster > 1 && may_be_far(s, f)) cluster_sync();  // every block has read the whole row before any writes its gradient over it
     if (finisher) write_row(a, row, thread, s, first, x, f);
     g = row_gradient<kRef>(args.backward, row, f, policy(s), reference(s));
   }
@@ -147,6 +149,10 @@ __global__ void __launch_bounds__(kRowThreads, blocks_per_sm(kBlocksPerSm<kSums>
     const float value = g.kind == RowGradient::kNan ? NAN : 0.0f;
     fill_vectors(value, rows[0], out, wide, wide_end);
     for_each_end(count, inner, inner_end, [&](int e) { from_acc(value, out + e); });
+    return;
+  }
+  if (g.kind == RowGradient::kFar) {
+    write_far<T, kRef>(args.backward, row, g, f, staged[0].elements, staged[R - 1].elements, out, start, 0, count);
     return;
   }
   LabelShare<false> share_of_label{kNoLabel, 0.0f, nullptr};

@@ -4,8 +4,12 @@
 // For raw logits x of one row:  u = x, or tanh(x * cap_scale) with a softcap;   w = u * c   (logits in bits, log2 units);
 //   c = factor / temperature,  factor = log2(e) * logit_scale   (softcap: log2(e) * softcap, cap_scale = logit_scale / softcap)
 //   m  = fl(max u * c)                the reference point of every sum
-//   s0 = sum 2^(w - m)                s1 = sum 2^(w - m) (w - m)        s2 = sum 4^(w - m)        sz = sum u
+//   s0 = sum 2^(w - m)                s1 = sum 2^(w - m) (w - m)        s2 = sum 4^(w - m)        sz = sum u / 2^24
 //   w - m is always fma(u, c, -m): a common offset of the logits cancels exactly there, whatever its size.
+// A row is far where |max u * c| is 2^30 or more (fp64: 2^59), or overflows: what rounding m takes off would overflow the exponential. There the sums
+// count from max u * c itself and w - m is (u - max u) c. Distinct logits near the maximum are then at least 32 bits apart, so that this loses
+// nothing. Kernels sweep a row as if it were not far, and once more, out of their hot loops, where its maximum turns out to be.
+//
 //
 // With reference logits, which the same transform turns into bits, the reference row's m and s0 and two sums over both rows stand beside the
 // state. d = w - m of the policy row, dr = w - m of the reference row:
@@ -16,7 +20,7 @@
 
 namespace fastalign {
 
-// Columns of the saved state tensor [rows, kStateWidth]. The last four are 0 without reference logits.
+// Columns of the saved state tensor [rows, kStateWidth]. The last five are 0 without reference logits.
 enum StateColumn : int {
   kColM,
   kColS0,
@@ -30,8 +34,12 @@ enum StateColumn : int {
   kColRefS0,
   kColT,
   kColTr,
+  kColRefUmax,  // of a far reference row; 0 of others
   kStateWidth
 };
+
+// sz holds the sum divided by this power of two, at least the size of a vocabulary: no finite logits overflow it.
+constexpr double kSumShrinksBy = 0x1p24, kSumShare = 1 / kSumShrinksBy;
 
 // Bits of the `outputs` argument; the same numbers stand in ops/token_stats/api.py.
 enum RowOutput : int {
@@ -52,14 +60,20 @@ template <class T> struct RowTransform {
   T cap_scale;  // 0: no softcap
   FA_HD T u(T x) const { return cap_scale != T(0) ? tanh(x * cap_scale) : x; }
   FA_HD T bits(T u, T m) const { return fma(u, c, -m); }
+  FA_HD bool is_far(T umax) const { return is_finite(umax) && !(fabs(umax * c) < far_limit()); }
+  // (u - umax) c: halves first, so that no finite u overflows before it must.
+  FA_HD T far_bits(T u, T umax) const { return (T(0.5) * u - T(0.5) * umax) * c * T(2); }
+  FA_HD T far_nats(T u, T umax) const { return (T(0.5) * u - T(0.5) * umax) * (c * T(kLn2)) * T(2); }
+  static FA_HD T far_limit() { return T(sizeof(T) == 8 ? 0x1p59 : 0x1p30); }
   // d (logit in nats) / d x, given u.
   FA_HD T slope(T u) const { return c * T(kLn2) * (cap_scale != T(0) ? cap_scale * (T(1) - u * u) : T(1)); }
 };
 
-// fl(umax * c). Far below zero, at mask values like -1e30, its rounding error alone overflows exp2: there it is -inf, and nothing has mass.
+// fl(umax * c), while a row is swept. Far below zero, at mask values like -1e30, its rounding error alone overflows exp2: there it is -inf, and nothing
+// has mass, unless the row turns out to be far.
 template <class T> FA_HD T reference_point(T umax, const RowTransform<T>& f) {
   const T m = umax * f.c;
-  return m < T(sizeof(T) == 8 ? -0x1p59 : -0x1p30) ? T(-INFINITY) : m;
+  return m < -f.far_limit() ? T(-INFINITY) : m;
 }
 
 template <class T> struct RowState {
@@ -72,8 +86,9 @@ template <class T> struct RowState {
 // The reference row's part of the state.
 template <class T> struct RefState {
   T m, s0, t, tr;
+  T umax;  // of a far row, else 0
 
-  static FA_HD RefState empty() { return {T(-INFINITY), T(0), T(0), T(0)}; }
+  static FA_HD RefState empty() { return {T(-INFINITY), T(0), T(0), T(0), T(0)}; }
 };
 
 // 2^(from - to), and 1 when both are -inf.
@@ -125,34 +140,68 @@ template <class T> FA_HD PairState<T> merge(const PairState<T>& a, const PairSta
   return s;
 }
 
-// Finished quantities, in nats. Selections keep NaN: `x > 0 ? 0 : x`. The log-prob is that of either row.
-template <class State, class T> FA_HD T row_logprob(const State& s, T target_u, const RowTransform<T>& f) {
+// What of a finished row exponents are formed from, in the sweep that made it, for its labels and in its gradient.
+template <class T> struct RowOrigin {
+  T m, umax;
+  bool far;
+  FA_HD T bits(T u, const RowTransform<T>& f) const { return far ? f.far_bits(u, umax) : f.bits(u, m); }
+};
+template <class State, class T> FA_HD RowOrigin<T> row_origin(const State& s, const RowTransform<T>& f) {
+  return {s.m, s.umax, f.is_far(s.umax)};
+}
+
+// Finished quantities, in nats. Selections keep NaN: `x > 0 ? 0 : x`. `exp2` is the one that the sweep used: with it a single element that has all
+// the mass (a vocabulary of one, the others at -inf) is known by its bits, and gives exactly 0. The log-prob is that of either row.
+template <class State, class T, class Exp2> FA_HD T row_logprob(const State& s, T target_u, const RowTransform<T>& f, Exp2&& exp2) {
   if (s.s0 == T(0)) return T(NAN);
-  T lp = fma(T(kLn2), f.bits(target_u, s.m), -log(s.s0));
+  T lp;
+  if (f.is_far(s.umax)) {
+    lp = f.far_nats(target_u, s.umax) - log(s.s0);
+  } else {
+    const T d = f.bits(target_u, s.m);
+    lp = exp2(d) == s.s0 ? T(0) : fma(T(kLn2), d, -log(s.s0));
+  }
   return lp > T(0) ? T(0) : lp;
 }
-template <class T> FA_HD T row_entropy(const RowState<T>& s) {
-  T h = fma(T(-kLn2), s.s1 / s.s0, log(s.s0));
-  return h < T(0) ? T(0) : h;
+// Whether the largest element has all the mass, to rounding.
+template <class T, class Exp2> FA_HD bool is_peaked(const RowState<T>& s, const RowTransform<T>& f, Exp2&& exp2) {
+  return s.s0 == exp2(row_origin(s, f).bits(s.umax, f));
 }
-template <class T> FA_HD T row_logsumexp(const RowState<T>& s) { return fma(T(kLn2), s.m, log(s.s0)); }
+// Whether it has, and every other one has none at all.
+template <class T, class Exp2> FA_HD bool is_one_hot(const RowState<T>& s, const RowTransform<T>& f, Exp2&& exp2) {
+  const T d = row_origin(s, f).bits(s.umax, f), e = exp2(d), product = e * d;
+  return s.s0 == e && s.s1 == product;
+}
+template <class T, class Exp2> FA_HD T row_entropy(const RowState<T>& s, const RowTransform<T>& f, Exp2&& exp2) {
+  const T h = fma(T(-kLn2), s.s1 / s.s0, log(s.s0));
+  return h < T(0) || is_one_hot(s, f, exp2) ? T(0) : h;
+}
+template <class T> FA_HD T row_logsumexp(const RowState<T>& s, const RowTransform<T>& f) {
+  return f.is_far(s.umax) ? fma(s.umax, f.c * T(kLn2), log(s.s0)) : fma(T(kLn2), s.m, log(s.s0));
+}
 template <class T> FA_HD T row_log_sum_sq(const RowState<T>& s) {
   T v = log(s.s2) - T(2) * log(s.s0);
   return v > T(0) ? T(0) : v;
 }
 template <class T> FA_HD T row_mean_logit(const RowState<T>& s, T vocab, const RowTransform<T>& f) {
-  return s.sz / vocab * (f.c * T(kLn2));
+  return s.sz / vocab * T(kSumShrinksBy) * (f.c * T(kLn2));
 }
 template <class T> FA_HD T row_is_top1(const RowState<T>& s, int64_t label) { return s.s0 != s.s0 ? s.s0 : T(s.top == label); }
 
-// Identical rows have t = tr = 0 and s0 = r.s0 to the bit, hence exactly 0. +inf where one row has mass and the other one has none.
-template <class T> FA_HD T row_kl_policy_ref(const RowState<T>& s, const RefState<T>& r) {
-  T v = fma(T(kLn2), r.t / s.s0, -log(s.s0 / r.s0));
-  return v < T(0) ? T(0) : v;
+// Identical rows have t = tr = 0 and s0 = r.s0 to the bit, hence exactly 0. +inf where one row has mass and the other one has none. Where a single
+// element has all of the policy's mass, what is below the rounding of the logarithm is 0 as well: both rows are that one element.
+template <class T> FA_HD T clamp_kl(T v, T log_ratio, bool peaked) {
+  return v < T(0) || (peaked && v < T(2) * epsilon<T>() * (T(1) + fabs(log_ratio))) ? T(0) : v;
 }
-template <class T> FA_HD T row_kl_ref_policy(const RowState<T>& s, const RefState<T>& r) {
-  T v = fma(T(-kLn2), r.tr / r.s0, log(s.s0 / r.s0));
-  return v < T(0) ? T(0) : v;
+template <class T, class Exp2>
+FA_HD T row_kl_policy_ref(const RowState<T>& s, const RefState<T>& r, const RowTransform<T>& f, Exp2&& exp2) {
+  const T log_ratio = log(s.s0 / r.s0);
+  return clamp_kl(fma(T(kLn2), r.t / s.s0, -log_ratio), log_ratio, is_peaked(s, f, exp2));
+}
+template <class T, class Exp2>
+FA_HD T row_kl_ref_policy(const RowState<T>& s, const RefState<T>& r, const RowTransform<T>& f, Exp2&& exp2) {
+  const T log_ratio = log(s.s0 / r.s0);
+  return clamp_kl(fma(T(-kLn2), r.tr / r.s0, log_ratio), log_ratio, is_peaked(s, f, exp2));
 }
 
 template <class T> FA_HD void store_state(const RowState<T>& s, bool valid, T* out) {
@@ -174,17 +223,20 @@ template <class T> FA_HD void store_ref(const RefState<T>& r, T* out) {
   out[kColRefS0] = r.s0;
   out[kColT] = r.t;
   out[kColTr] = r.tr;
+  out[kColRefUmax] = r.umax;
 }
-template <class T> FA_HD RefState<T> load_ref(const T* in) { return {in[kColRefM], in[kColRefS0], in[kColT], in[kColTr]}; }
+template <class T> FA_HD RefState<T> load_ref(const T* in) { return {in[kColRefM], in[kColRefS0], in[kColT], in[kColTr], in[kColRefUmax]}; }
 
 // The coefficient contract (one backward kernel for every loss):
 //   dL/dz_v = p_v (A + B log p_v + C (log(p_v / q_v) - KL(p || q))) + D (p_v - q_v) + sum_k g_k 1[v = y_k],   dL/dx_v = dL/dz_v * slope(u_v)
 // from the upstream gradients of logprob (sum over the K targets), entropy, logsumexp, and C, D of the two KLs. A term without mass is 0.
 template <class T> struct RowCoefficients { T a, b; };
-template <class T> FA_HD RowCoefficients<T> row_coefficients(const RowState<T>& s, T g_logprob_sum, T g_entropy, T g_logsumexp) {
-  T a = g_logsumexp - g_logprob_sum;
-  if (g_entropy != T(0)) a -= g_entropy * row_entropy(s);
-  return {a, -g_entropy};
+template <class T, class Exp2>
+FA_HD RowCoefficients<T> row_coefficients(const RowState<T>& s, T g_logprob_sum, T g_entropy, T g_logsumexp, const RowTransform<T>& f,
+                                          Exp2&& exp2) {
+  const T a = g_logsumexp - g_logprob_sum;
+  if (g_entropy == T(0)) return {a, T(0)};
+  return {a - g_entropy * row_entropy(s, f, exp2), -g_entropy};
 }
 
 // The two KL terms, for an element with e = 2^d, er = 2^dr:  e c (d - dr - mean) + k (e - ratio er).  For identical rows both are exactly 0.

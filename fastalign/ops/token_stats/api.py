@@ -29,6 +29,7 @@ from fastalign.ops.token_stats.contract import (
 from fastalign.registry import Op, row_dtypes, standard_kernels
 
 LOG2E = 1.4426950408889634
+FP32_LOW, FP32_HIGH = 2.0**-126, 2.0**128
 
 
 @copies_without_graph
@@ -383,5 +384,14 @@ def row_options(logits, temperature, logit_scale, softcap, ignore_index):
     else:
         check_number("temperature", temperature, above=0.0)
     if softcap is None:
-        return RowOptions(LOG2E * logit_scale, 0.0, float(temperature), ignore_index), tensor
-    return RowOptions(LOG2E * softcap, logit_scale / softcap, float(temperature), ignore_index), tensor
+        options = RowOptions(LOG2E * logit_scale, 0.0, float(temperature), ignore_index)
+    else:
+        options = RowOptions(LOG2E * softcap, logit_scale / softcap, float(temperature), ignore_index)
+    if logits.dtype != torch.float64:
+        for number in (options.factor, options.temperature, options.factor / options.temperature, options.cap_scale if softcap else 1.0):
+            if not FP32_LOW <= number < FP32_HIGH:
+                raise ValueError(
+                    f"temperature={temperature!r}, logit_scale={logit_scale!r}, softcap={softcap!r} scale the logits by {number:g}; "
+                    f"legal: what fp32 holds, {FP32_LOW:.3g} to {FP32_HIGH:.3g}"
+                )
+    return options, tensor

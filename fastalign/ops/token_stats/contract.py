@@ -16,7 +16,7 @@ NEED_LABELS = ("logprob", "is_top1", "ref_logprob")
 NEED_REF = ("ref_logprob", "kl_policy_ref", "kl_ref_policy")
 PER_LABEL = ("logprob", "ref_logprob")
 DIFFERENTIABLE = ("logprob", "entropy", "logsumexp", "kl_policy_ref", "kl_ref_policy")
-STATE_WIDTH = 12
+STATE_WIDTH = 13
 MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32
 
 

@@ -11,6 +11,7 @@ from fastalign.ops.token_stats.contract import OUTPUT_BITS, PER_LABEL
 from fastalign.slopes import times_slope
 
 LN2 = math.log(2.0)
+SUM_SHARE = 2.0**-24  # of the sum of the logits: what the state holds
 
 
 def _capped(logits, cap_scale):
@@ -36,15 +37,23 @@ def _scored_rows(rows, labels, mask, ignore_index, device):
 
 
 def _bits(u, umax, c):
-    """w - max w in bits; the subtraction comes first, so a common offset cancels exactly. -inf stays -inf, and so does a row of it."""
+    """w - max w in bits; the subtraction comes first (of halves, which no finite u overflows), so a common offset cancels exactly. -inf stays -inf, and
+    so does a row of it."""
     peak = torch.where(torch.isneginf(umax), torch.zeros_like(umax), umax)
-    return (u - peak.unsqueeze(-1)) * c
+    return (0.5 * u - 0.5 * peak.unsqueeze(-1)) * c * 2.0
 
 
-def _cross_bits(u, m, c):
-    """fma(u, c, -m) as the kernels form it (in fp64 rounded twice); where the row has no mass (m = -inf) counted from 0."""
+def _is_far(umax, c):
+    """Rows whose sums count from max u * c itself, as rounding it would take off too much; see csrc/math/row_state.h."""
+    limit = 2.0**59 if umax.dtype == torch.float64 else 2.0**30
+    return torch.isfinite(umax) & ~((umax * c).abs() < limit)
+
+
+def _cross_bits(u, m, umax, c):
+    """fma(u, c, -m) as the kernels form it (in fp64 rounded twice), of far rows (u - umax) c; where the row has no mass (m = -inf) counted from 0."""
     peak = torch.where(torch.isneginf(m), torch.zeros_like(m), m)
-    return (u.double() * c.double() - peak.double().unsqueeze(-1)).to(u.dtype)
+    near = (u.double() * c.double() - peak.double().unsqueeze(-1)).to(u.dtype)
+    return torch.where(_is_far(umax, c).unsqueeze(-1), _bits(u, umax, c), near)
 
 
 def merge_states(a, b):
@@ -61,7 +70,7 @@ def merge_states(a, b):
         m, a0 * fa + b0 * fb, moved(ma, a0, a1) * fa + moved(mb, b0, b1) * fb, a2 * fa * fa + b2 * fb * fb, az + bz,
         torch.where(take_b, ub, ua), torch.where(take_b, tb, ta), torch.maximum(a[:, 7], b[:, 7]),
     ]  # fmt: skip
-    (rma, ra0, at, atr), (rmb, rb0, bt, btr) = a.unbind(-1)[8:], b.unbind(-1)[8:]
+    (rma, ra0, at, atr, ra), (rmb, rb0, bt, btr, rb) = a.unbind(-1)[8:], b.unbind(-1)[8:]
     rm = torch.maximum(rma, rmb)
 
     def shift(old, new):
@@ -75,7 +84,8 @@ def merge_states(a, b):
 
     da, db = shift(ma, m) - shift(rma, rm), shift(mb, m) - shift(rmb, rm)
     ga, gb = factor(rma, rm), factor(rmb, rm)
-    columns += [rm, ra0 * ga + rb0 * gb, cross(at, a0, da, fa) + cross(bt, b0, db, fb), cross(atr, ra0, da, ga) + cross(btr, rb0, db, gb)]
+    columns += [rm, ra0 * ga + rb0 * gb, cross(at, a0, da, fa) + cross(bt, b0, db, fb), cross(atr, ra0, da, ga) + cross(btr, rb0, db, gb),
+                torch.where(rma == rm, ra, rb)]  # fmt: skip
     return torch.stack(columns, -1)
 
 
@@ -89,22 +99,32 @@ def _row_states(u, c, scored, vocab_start, raw):
     s2 = (e * e).sum(-1)
     # Move the sums from max(u) * c to its rounded value, which is what the kernels' fma(u, c, -m) counts from.
     m = umax * c
-    shift = _rounding(umax, c, m)
+    shift = _shift(umax, c, m)
     f = torch.exp2(shift)
-    columns = [m, s0 * f, (s1 + shift * s0) * f, s2 * f * f, u.sum(-1), umax, (top + vocab_start).to(u.dtype), scored.to(u.dtype)]
+    columns = [
+        m,
+        s0 * f,
+        (s1 + shift * s0) * f,
+        s2 * f * f,
+        (u * SUM_SHARE).sum(-1),
+        umax,
+        (top + vocab_start).to(u.dtype),
+        scored.to(u.dtype),
+    ]
     # A row of -inf has no mass (and no NaN yet: another shard may bring some).
     dead = torch.isneginf(umax)
     for i in (1, 2, 3):
         columns[i] = torch.where(dead, torch.zeros_like(columns[i]), columns[i])
-    return torch.stack([*columns, *[torch.zeros_like(m)] * 4], -1)
+    return torch.stack([*columns, *[torch.zeros_like(m)] * 5], -1)
 
 
 def _add_reference(state, u, ref_u, c, scored):
-    """Fills the last four columns: the reference row's m and s0, and the sums over both rows."""
-    m, r0 = _row_states(ref_u, c, scored, 0, ref_u).unbind(-1)[:2]
-    d, dr = _cross_bits(u, state[:, 0], c), _cross_bits(ref_u, m, c)
+    """Fills the last five columns: the reference row's m and s0, the sums over both rows, and its largest u if it is far."""
+    m, r0, _, _, _, ref_max = _row_states(ref_u, c, scored, 0, ref_u).unbind(-1)[:6]
+    d, dr = _cross_bits(u, state[:, 0], state[:, 5], c), _cross_bits(ref_u, m, ref_max, c)
     sums = [torch.where(e == 0, torch.zeros_like(e), e * (d - dr)).sum(-1) for e in (torch.exp2(d), torch.exp2(dr))]
-    return torch.cat([state[:, :8], torch.stack([m, r0, *sums], -1)], -1)
+    far_max = torch.where(_is_far(ref_max, c), ref_max, torch.zeros_like(ref_max))
+    return torch.cat([state[:, :8], torch.stack([m, r0, *sums, far_max], -1)], -1)
 
 
 def _local_targets(u, labels, vocab_start):
@@ -122,6 +142,11 @@ def _is_mass(state):
 def _rounding(umax, c, m):
     """umax c - m: what rounding the reference point took."""
     return torch.where(torch.isfinite(m), umax.double() * c.double() - m.double(), torch.zeros_like(m, dtype=torch.double)).to(umax.dtype)
+
+
+def _shift(umax, c, m):
+    """The largest element's distance from what the row's sums count from."""
+    return torch.where(_is_far(umax, c), torch.zeros_like(m), _rounding(umax, c, m))
 
 
 def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
@@ -145,23 +170,32 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
             target = torch.maximum(target, target_in)
         bad = ((labels != ignore_index) & ((labels < 0) | (labels >= vocab_total))).any(-1)
         state = torch.where(bad.unsqueeze(-1) & _is_mass(state), math.nan, state)
-    m, s0, s1, s2, sz, umax, top, _, rm, r0, t, tr = state.unbind(-1)
+    m, s0, s1, s2, sz, umax, top, _, rm, r0, t, tr, ref_max = state.unbind(-1)
     log_s0, log_ratio = torch.log(s0), torch.log(s0 / r0)
+    far, shift = _is_far(umax, c), _shift(umax, c, m)
+    peaked = s0 == torch.exp2(shift)  # the largest element has all the mass, to rounding
+    one_hot = peaked & (s1 == s0 * shift)
 
-    def logprob(d, log_mass):
-        return torch.where(labels == ignore_index, 0.0, torch.clamp(LN2 * d - log_mass.unsqueeze(-1), max=0.0))
+    def logprob(u, d, mass, far, largest):
+        """Exactly 0 where the label has all the mass. Of far rows the difference of the logits goes into nats at once: bits may overflow first."""
+        nats = torch.where(far.unsqueeze(-1), (0.5 * u - 0.5 * largest.unsqueeze(-1)) * (c * LN2) * 2.0, LN2 * d)
+        lp = torch.where(torch.exp2(d) == mass.unsqueeze(-1), LN2 * (d - d), nats - torch.log(mass).unsqueeze(-1))
+        return torch.where(labels == ignore_index, 0.0, torch.clamp(lp, max=0.0))
+
+    def kl(value):
+        return torch.where(peaked & (value < 2.0 * torch.finfo(u.dtype).eps * (1.0 + log_ratio.abs())), 0.0, torch.clamp(value, min=0.0))
 
     policy_target = target[0] if target.dim() == 3 else target
     finished = {
-        "logprob": lambda: logprob((policy_target - umax.unsqueeze(-1)) * c + _rounding(umax, c, m).unsqueeze(-1), log_s0),
-        "entropy": lambda: torch.clamp(log_s0 - LN2 * (s1 / s0), min=0.0),
-        "logsumexp": lambda: LN2 * m + log_s0,
+        "logprob": lambda: logprob(policy_target, _bits(policy_target, umax, c) + shift.unsqueeze(-1), s0, far, umax),
+        "entropy": lambda: torch.where(one_hot, 0.0, torch.clamp(log_s0 - LN2 * (s1 / s0), min=0.0)),
+        "logsumexp": lambda: torch.where(far, umax * (c * LN2), LN2 * m) + log_s0,
         "log_sum_sq_probs": lambda: torch.clamp(torch.log(s2) - 2 * log_s0, max=0.0),
-        "mean_logit": lambda: sz / vocab_total * (c * LN2),
+        "mean_logit": lambda: sz / vocab_total / SUM_SHARE * (c * LN2),
         "is_top1": lambda: torch.where(torch.isnan(s0), s0, (top == labels[:, 0]).to(u.dtype)),
-        "ref_logprob": lambda: logprob(_cross_bits(target[1], rm, c), torch.log(r0)),
-        "kl_policy_ref": lambda: torch.clamp(LN2 * (t / s0) - log_ratio, min=0.0),
-        "kl_ref_policy": lambda: torch.clamp(log_ratio - LN2 * (tr / r0), min=0.0),
+        "ref_logprob": lambda: logprob(target[1], _cross_bits(target[1], rm, ref_max, c), r0, _is_far(ref_max, c), ref_max),
+        "kl_policy_ref": lambda: kl(LN2 * (t / s0) - log_ratio),
+        "kl_ref_policy": lambda: kl(log_ratio - LN2 * (tr / r0)),
     }
     results = [u.new_empty(0)] * len(OUTPUT_BITS)
     for i, (name, bit) in enumerate(OUTPUT_BITS.items()):
@@ -174,14 +208,18 @@ def _gradient(logits, labels, mask, temperature_tensor, factor, cap_scale, tempe
               g_logprob, g_entropy, g_logsumexp, ref_logits=None, g_kl_policy_ref=None, g_kl_ref_policy=None):  # fmt: skip
     u = _capped(logits, cap_scale)
     c = _scale(u, factor, temperature, temperature_tensor)
-    m, s0, s1, _, _, umax, _, _, rm, r0, t, _ = state.unbind(-1)
+    m, s0, s1, _, _, umax, _, _, rm, r0, t, _, ref_max = state.unbind(-1)
     zero = torch.zeros_like(s0)
     each = None if g_logprob is None else torch.where(labels == ignore_index, torch.zeros_like(g_logprob), g_logprob)
     g_lp = zero if each is None else each.sum(-1)
     g_h = zero if g_entropy is None else g_entropy
     g_lse = zero if g_logsumexp is None else g_logsumexp
     # Same exponent as the forward: relative to max(u), moved to the rounded reference point.
-    log2p = _bits(u, umax, c) + (_rounding(umax, c, m) - torch.log2(s0)).unsqueeze(-1)
+    shift = _shift(umax, c, m)
+    log2p = _bits(u, umax, c) + (shift - torch.log2(s0)).unsqueeze(-1)
+    peaked = s0 == torch.exp2(shift)
+    # A single element with all the mass: its probability is 1 to the bit.
+    log2p = torch.where(peaked.unsqueeze(-1) & (u == umax.unsqueeze(-1)), 0.0, log2p)
     p = torch.exp2(log2p)
     entropy = torch.clamp(torch.log(s0) - LN2 * (s1 / s0), min=0.0)
     a = g_lse - g_lp - torch.where(g_h == 0, zero, g_h * entropy)
@@ -192,10 +230,12 @@ def _gradient(logits, labels, mask, temperature_tensor, factor, cap_scale, tempe
         g_p, g_r = (zero if g is None else g for g in (g_kl_policy_ref, g_kl_ref_policy))
         with_kl = (g_p != 0) | (g_r != 0)
         defined &= (~with_kl | (r0 > 0)) & ((g_p == 0) | torch.isfinite(t))
-        d, dr = _cross_bits(u, m, c), _cross_bits(_capped(ref_logits, cap_scale), rm, c)
+        d, dr = _cross_bits(u, m, umax, c), _cross_bits(_capped(ref_logits, cap_scale), rm, ref_max, c)
         e, er = torch.exp2(d), torch.exp2(dr)
         reverse = torch.where((e == 0) | (g_p == 0).unsqueeze(-1), torch.zeros_like(e), e * (d - dr - (t / s0).unsqueeze(-1)))
-        kl = reverse * (g_p * LN2 / s0).unsqueeze(-1) + (e - er * (s0 / r0).unsqueeze(-1)) * (g_r / s0).unsqueeze(-1)
+        kl = reverse * (g_p * LN2 / s0).unsqueeze(-1) + torch.where((g_r == 0).unsqueeze(-1), 0.0, e - er * (s0 / r0).unsqueeze(-1)) * (
+            g_r / s0
+        ).unsqueeze(-1)
         dz = dz + torch.where(with_kl.unsqueeze(-1), kl, torch.zeros_like(kl))
     if each is not None:
         local = labels - vocab_start

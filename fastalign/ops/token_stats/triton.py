@@ -41,11 +41,12 @@ from fastalign.ops.token_stats.triton_rows import (
     finish_row,
     first_place,
     fold,
+    gradient_origin,
     row_coefficients,
     row_offset,
     row_scored,
 )  # fmt: skip
-from fastalign.triton_math import LN2, div, fma, merge, narrow, reference_point, rescale, s1_shift
+from fastalign.triton_math import LN2, SUM_SHARE, div, far_bits, fma, is_far, merge, narrow, reference_point, rescale, s1_shift
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
@@ -91,7 +92,7 @@ def token_stats_fwd_kernel(
             counted = tl.where(inside, u, 0.0)
         tile_max = tl.max(tl.max(u, 0), 0)
         if SUMS == EVERYTHING:
-            sz += tl.sum(counted, 0)
+            sz += tl.sum(counted * SUM_SHARE, 0)
 
         # Move the sums to the new reference point, add the tile. Where all is -inf so far there is no reference point: count from 0.
         umax = tl.maximum(umax, tile_max)
@@ -105,6 +106,25 @@ def token_stats_fwd_kernel(
         if SUMS == EVERYTHING:
             s2 = fma(s2, f * f, tl.sum(e * e, 0))
         m = peak
+
+    # A far row once more, now that its maximum is known (math/row_state.h).
+    far = is_far(umax, c)
+    s0, s1, s2 = tl.where(far, 0.0, s0), tl.where(far, 0.0, s1), tl.where(far, 0.0, s2)
+    m = tl.where(far, umax * c, m)
+    for start in range(0, tl.where(far, vocab * scored, 0), TILE):
+        q = start + place
+        x = tl.load(window + q, mask=q < limit, other=float("-inf"))
+        if shift != 0:
+            beyond = tl.load(window + q + SPAN, mask=(q + SPAN < limit) & (column < LANES), other=float("-inf"))
+            x = tl.where(column < shift, beyond, x)
+        u = tl.where(element(q, column, shift, SPAN) < vocab, capped(x, cap_scale, CAPPED), float("-inf"))
+        d = far_bits(u, umax, c)
+        e = tl.exp2(d)
+        s0 += tl.sum(e, 0)
+        if SUMS >= ENTROPY:
+            s1 += tl.sum(e * tl.maximum(d, -200.0), 0)
+        if SUMS == EVERYTHING:
+            s2 += tl.sum(e * e, 0)
 
     s0 = fold(s0, SPAN)
     s1 = fold(s1, SPAN) if SUMS >= ENTROPY else 0.0
@@ -123,16 +143,16 @@ def token_stats_fwd_kernel(
     for i in tl.static_range(8, COLUMNS):
         tl.store(state + row * COLUMNS + i, 0.0)
     if labels is not None:
-        finish_labels(row, scored, m, s0, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
+        finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
                       cap_scale, OUTPUTS & 1, CAPPED)  # fmt: skip
 
 
 @triton.jit
-def _gradient(x, q, q_begin, q_end, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
+def _gradient(x, q, q_begin, q_end, row, base_u, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
               WITH_ENTROPY: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
-    """dx of the elements at q, all in [q_begin, q_end):  e (a + b d) + [is a label] g c ln2,  d = u c - m,  e = 2^d;  times du/dx under a cap."""
+    """dx of the elements at q, all in [q_begin, q_end):  e (a + b d) + [is a label] g c ln2,  d = (u - base_u) c - m,  e = 2^d;  times du/dx under a cap."""
     u = capped(x, cap_scale, CAPPED)
-    d = fma(u, c, -m)
+    d = fma(u - base_u, c, -m)
     e = tl.exp2(d)
     if WITH_ENTROPY:  # e is 0 below -200, and 0 * -inf would be NaN
         dx = e * fma(tl.maximum(d, -200.0), b, a)
@@ -157,7 +177,8 @@ def token_stats_bwd_kernel(
     c = bits_per_unit(factor, temperature, temperature_ptr)
     m, s0 = tl.load(state + row * COLUMNS), tl.load(state + row * COLUMNS + 1)
 
-    a, b, upstream = row_coefficients(row, state, s0, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
+    base_u, m = gradient_origin(m, tl.load(state + row * COLUMNS + 5), c)
+    a, b, upstream = row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
     a, b = div(a, s0) * (c * LN2), b * (c * LN2)  # and the slope of z in u
     # Rows that do not count, or that nothing flows back into, are zeros without reading; NaN rows and rows without mass are NaN.
     live = (scored != 0) & ((upstream != 0) | (s0 != s0) | (s0 == 0))
@@ -178,7 +199,7 @@ def token_stats_bwd_kernel(
         dx = tl.zeros([BLOCK], tl.float32)
         if live:
             x = tl.load(window + q, mask=q < limit, other=0.0)
-            dx = _gradient(x, q, start, start + BLOCK, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
+            dx = _gradient(x, q, start, start + BLOCK, row, base_u, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
                            WITH_ENTROPY, CAPPED)  # fmt: skip
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=(q >= first) & (q < last))
     if LANES > 1 and piece == 0:
@@ -188,7 +209,7 @@ def token_stats_bwd_kernel(
         dx = tl.zeros([2 * LANES], tl.float32)
         if live:
             x = tl.load(window + q, mask=mine, other=0.0)
-            dx = _gradient(x, q, 0, limit, row, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
+            dx = _gradient(x, q, 0, limit, row, base_u, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
                            WITH_ENTROPY, CAPPED)  # fmt: skip
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=mine)
 

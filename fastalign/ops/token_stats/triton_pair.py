@@ -20,15 +20,19 @@ from fastalign.ops.token_stats.triton_rows import (
     finish_row,
     first_place,
     fold,
+    gradient_origin,
     row_coefficients,
     row_offset,
     row_scored,
 )  # fmt: skip
 from fastalign.triton_math import (
     LN2,
+    SUM_SHARE,
     div,
     fma,
     has_kl_gradient,
+    is_far,
+    is_peaked,
     merge,
     merge_ref,
     move_cross,
@@ -36,6 +40,7 @@ from fastalign.triton_math import (
     reference_distance,
     reference_point,
     rescale,
+    row_bits,
     row_kl_policy_ref,
     row_kl_ref_policy,
     s1_shift,
@@ -117,7 +122,7 @@ def token_stats_pair_fwd_kernel(
             counted = tl.where(inside, u, 0.0)
         tile_max = tl.max(tl.max(u, 0), 0)
         if SUMS == EVERYTHING:
-            sz += tl.sum(counted, 0)
+            sz += tl.sum(counted * SUM_SHARE, 0)
         umax = tl.maximum(umax, tile_max)
         ref_umax = tl.maximum(ref_umax, tl.max(tl.max(v, 0), 0))
         peak, ref_peak = reference_point(umax, c), reference_point(ref_umax, c)
@@ -149,6 +154,35 @@ def token_stats_pair_fwd_kernel(
         if SUMS == EVERYTHING:
             s2 += tl.sum(e * e, 0)
 
+    # Both rows once more where one of them is far, now that their maxima are known (math/row_state.h).
+    far, ref_far = is_far(umax, c), is_far(ref_umax, c)
+    m, rm = tl.where(far, umax * c, m), tl.where(ref_far, ref_umax * c, rm)
+    again = far | ref_far
+    s0, s1, s2 = tl.where(again, 0.0, s0), tl.where(again, 0.0, s1), tl.where(again, 0.0, s2)
+    r0, t, tr = tl.where(again, 0.0, r0), tl.where(again, 0.0, t), tl.where(again, 0.0, tr)
+    for start in range(0, tl.where(again, vocab * scored, 0), TILE):
+        q = start + place
+        x = _load_tile(logits, window, q, column, shift, offset, limit, vocab, SPAN, True)
+        y = _load_tile(ref, ref_window, q, column, shift, ref_offset, limit, vocab, SPAN, TOGETHER)
+        x = _rotate(x, window, q, column, shift, limit, SPAN, LANES)
+        if TOGETHER:
+            y = _rotate(y, ref_window, q, column, shift, limit, SPAN, LANES)
+        inside = element(q, column, shift, SPAN) < vocab
+        d = row_bits(tl.where(inside, capped(x, cap_scale, CAPPED), float("-inf")), m, umax, c)
+        dr = row_bits(tl.where(inside, capped(y, cap_scale, CAPPED), float("-inf")), rm, ref_umax, c)
+        e, er = tl.exp2(d), tl.exp2(dr)
+        if WITH_T:
+            t += tl.sum(tl.where(e == 0, 0.0, e * (d - dr)), 0)
+        if WITH_TR:
+            tr += tl.sum(tl.where(er == 0, 0.0, er * (d - dr)), 0)
+        if SUMS >= ENTROPY:
+            s1 += tl.sum(e * tl.maximum(d, -200.0), 0)
+        s0 += tl.sum(e, 0)
+        r0 += tl.sum(er, 0)
+        if SUMS == EVERYTHING:
+            s2 += tl.sum(e * e, 0)
+    ref_umax = tl.where(ref_far, ref_umax, 0.0)
+
     s0, r0 = fold(s0, SPAN), fold(r0, SPAN)
     t, tr = fold(t, SPAN) if WITH_T else 0.0, fold(tr, SPAN) if WITH_TR else 0.0
     s1 = fold(s1, SPAN) if SUMS >= ENTROPY else 0.0
@@ -174,23 +208,25 @@ def token_stats_pair_fwd_kernel(
     tl.store(p + 9, r0)
     tl.store(p + 10, t)
     tl.store(p + 11, tr)
+    tl.store(p + 12, ref_umax)
+    peaked = is_peaked(m, s0, umax, c)
     if WITH_T:
-        tl.store(kl_policy_ref + row, tl.where(scored != 0, row_kl_policy_ref(s0, r0, t), 0.0))
+        tl.store(kl_policy_ref + row, tl.where(scored != 0, row_kl_policy_ref(s0, r0, t, peaked), 0.0))
     if WITH_TR:
-        tl.store(kl_ref_policy + row, tl.where(scored != 0, row_kl_ref_policy(s0, r0, tr), 0.0))
+        tl.store(kl_ref_policy + row, tl.where(scored != 0, row_kl_ref_policy(s0, r0, tr, peaked), 0.0))
     if labels is not None:
-        finish_labels(row, scored, m, s0, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
+        finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
                       cap_scale, OUTPUTS & 1, CAPPED)  # fmt: skip
-        finish_labels(row, scored, rm, r0, c, ref, ref_offset, labels, ref_target_in, ref_target, ref_logprob, vocab, targets, ignore_index,
+        finish_labels(row, scored, rm, r0, ref_umax, c, ref, ref_offset, labels, ref_target_in, ref_target, ref_logprob, vocab, targets, ignore_index,
                       vocab_start, cap_scale, OUTPUTS & 64, CAPPED)  # fmt: skip
 
 
 @triton.jit
-def _gradient(x, y, q, q_begin, q_end, row, m, rm, a, b, kc, mean, k, ratio, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
-              WITH_ENTROPY: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
+def _gradient(x, y, q, q_begin, q_end, row, base_u, m, ref_base_u, rm, a, b, kc, mean, k, ratio, labels, g_logprob, targets, ignore_index,
+              label_shift, c, cap_scale, WITH_ENTROPY: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
     """As in triton.py, and the terms of the KLs:  e kc (d - dr - mean) + k (e - ratio er).  That with kc is left out where kc is 0."""
     u = capped(x, cap_scale, CAPPED)
-    d, dr = fma(u, c, -m), fma(capped(y, cap_scale, CAPPED), c, -rm)
+    d, dr = fma(u - base_u, c, -m), fma(capped(y, cap_scale, CAPPED) - ref_base_u, c, -rm)
     e = tl.exp2(d)
     inside = a + tl.where(e == 0, 0.0, tl.where(kc == 0, 0.0, kc * (d - dr - mean)))
     if WITH_ENTROPY:  # e is 0 below -200, and 0 * -inf would be NaN
@@ -218,7 +254,9 @@ def token_stats_pair_bwd_kernel(
     p = state + row * COLUMNS
     m, s0, rm, r0, t = tl.load(p), tl.load(p + 1), tl.load(p + 8), tl.load(p + 9), tl.load(p + 10)
 
-    a, b, upstream = row_coefficients(row, state, s0, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
+    base_u, m = gradient_origin(m, tl.load(p + 5), c)
+    ref_base_u, rm = gradient_origin(rm, tl.load(p + 12), c)
+    a, b, upstream = row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
     g_p, g_r = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     if g_kl_policy_ref is not None:
         g_p = tl.load(g_kl_policy_ref + row)
@@ -255,8 +293,8 @@ def token_stats_pair_bwd_kernel(
                 y = tl.load(ref_window + q, mask=q < limit, other=0.0)
             else:
                 y = tl.load(ref_window + q, mask=(q >= shift) & (q < vocab + shift), other=0.0)
-            dx = nan + _gradient(x, y, q, start, start + BLOCK, row, m, rm, a, b, kc, mean, k, ratio, labels, g_logprob, targets, ignore_index,
-                                 label_shift, c, cap_scale, WITH_ENTROPY, CAPPED)  # fmt: skip
+            dx = nan + _gradient(x, y, q, start, start + BLOCK, row, base_u, m, ref_base_u, rm, a, b, kc, mean, k, ratio, labels, g_logprob,
+                                 targets, ignore_index, label_shift, c, cap_scale, WITH_ENTROPY, CAPPED)  # fmt: skip
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=(q >= first) & (q < last))
     if LANES > 1 and piece == 0:
         i = tl.arange(0, 2 * LANES)
@@ -265,8 +303,8 @@ def token_stats_pair_bwd_kernel(
         dx = tl.zeros([2 * LANES], tl.float32)
         if live:
             x, y = tl.load(window + q, mask=mine, other=0.0), tl.load(ref_window + q, mask=mine, other=0.0)
-            dx = nan + _gradient(x, y, q, 0, limit, row, m, rm, a, b, kc, mean, k, ratio, labels, g_logprob, targets, ignore_index, label_shift,
-                                 c, cap_scale, WITH_ENTROPY, CAPPED)  # fmt: skip
+            dx = nan + _gradient(x, y, q, 0, limit, row, base_u, m, ref_base_u, rm, a, b, kc, mean, k, ratio, labels, g_logprob, targets,
+                                 ignore_index, label_shift, c, cap_scale, WITH_ENTROPY, CAPPED)  # fmt: skip
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=mine)
 
 

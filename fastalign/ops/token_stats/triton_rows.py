@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from fastalign.ops.token_stats.contract import OUTPUT_BITS, STATE_WIDTH
-from fastalign.triton_math import LN2, div, fma, row_entropy, row_log_sum_sq, row_logprob, tanh
+from fastalign.triton_math import (
+    LN2,
+    SUM_SHRINKS_BY,
+    div,
+    is_far,
+    row_entropy,
+    row_log_sum_sq,
+    row_logprob,
+    row_logsumexp,
+    tanh,
+)
 
 THREADS = 128
 FWD_REGISTERS, PAIR_FWD_REGISTERS = 168, 168  # at least three programs per multiprocessor; see ffi.launch_options
@@ -82,7 +92,7 @@ def fold(x, SPAN: tl.constexpr):
 
 
 @triton.jit
-def row_coefficients(row, state, s0, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index):
+def row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index):
     """A and B of the coefficient contract in math/row_state.h from the upstream gradients, for p = e / s0 and log p = ln2 d - log s0: A still to be
     divided by s0, B for the factors e and d. And whether any of the upstream is not 0."""
     a, b, upstream = 0.0, 0.0, 0
@@ -98,11 +108,18 @@ def row_coefficients(row, state, s0, labels, g_logprob, g_entropy, g_logsumexp, 
             upstream = tl.maximum(upstream, tl.max((g != 0).to(tl.int32), 0))
     if g_entropy is not None:
         g_h = tl.load(g_entropy + row)
-        s1 = tl.load(state + row * COLUMNS + 2)
-        a += tl.where(g_h == 0, 0.0, g_h * (tl.log(s0) - row_entropy(s0, s1)))
-        b = div(-g_h * LN2, s0)
         upstream = tl.maximum(upstream, (g_h != 0).to(tl.int32))
+        m, s1, umax = tl.load(state + row * COLUMNS), tl.load(state + row * COLUMNS + 2), tl.load(state + row * COLUMNS + 5)
+        a += tl.where(g_h == 0, 0.0, g_h * (tl.log(s0) - row_entropy(m, s0, s1, umax, c)))
+        b = div(-g_h * LN2, s0)
     return a, b, upstream
+
+
+@triton.jit
+def gradient_origin(m, umax, c):
+    """(base, m) of a row's exponents fma(u - base, c, -m): of a far row they count from max u, of the others from m."""
+    far = is_far(umax, c)
+    return tl.where(far, umax, 0.0), tl.where(far, 0.0, m)
 
 
 @triton.jit
@@ -139,20 +156,20 @@ def finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels
     tl.store(p + 6, top * 1.0)
     tl.store(p + 7, scored * 1.0)
     if OUTPUTS & 2:
-        tl.store(entropy + row, tl.where(scored != 0, row_entropy(s0, s1), 0.0))
+        tl.store(entropy + row, tl.where(scored != 0, row_entropy(m, s0, s1, umax, c), 0.0))
     if OUTPUTS & 4:
-        tl.store(logsumexp + row, tl.where(scored != 0, fma(m, LN2, tl.log(s0)), 0.0))
+        tl.store(logsumexp + row, tl.where(scored != 0, row_logsumexp(m, s0, umax, c), 0.0))
     if OUTPUTS & 8:
         tl.store(log_sum_sq + row, tl.where(scored != 0, row_log_sum_sq(s0, s2), 0.0))
     if OUTPUTS & 16:
-        tl.store(mean_logit + row, tl.where(scored != 0, div(sz, vocab_total.to(tl.float32)) * (c * LN2), 0.0))
+        tl.store(mean_logit + row, tl.where(scored != 0, div(sz, vocab_total.to(tl.float32)) * SUM_SHRINKS_BY * (c * LN2), 0.0))
     if OUTPUTS & 32:
         hit = tl.where(s0 != s0, s0, (top == tl.load(labels + row)).to(tl.float32))
         tl.store(is_top1 + row, tl.where(scored != 0, hit, 0.0))
 
 
 @triton.jit
-def finish_labels(row, scored, m, s0, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
+def finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
                   cap_scale, WANTED: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
     """Writes u of every label of a row and, if WANTED, its log-prob under the row's m and s0."""
     for first in range(0, targets, LABELS):
@@ -166,4 +183,4 @@ def finish_labels(row, scored, m, s0, c, logits, offset, labels, target_in, targ
             u = tl.maximum(u, tl.load(target_in + row * targets + k, mask=k < targets, other=float("-inf")))
         tl.store(target + row * targets + k, u, mask=k < targets)
         if WANTED:
-            tl.store(logprob + row * targets + k, tl.where(counts, row_logprob(m, s0, u, c), 0.0), mask=k < targets)
+            tl.store(logprob + row * targets + k, tl.where(counts, row_logprob(m, s0, umax, u, c), 0.0), mask=k < targets)
