@@ -29,6 +29,7 @@ def rows(vocab=37, seed=0):
     made["one ordinary number"][5] = 1.5
     made["huge spread"] = noise[10] * 1e30
     made["minus infinities"] = torch.where(noise[11] > 1, -1e10, -math.inf)
+    made["minus infinities"][3] = -1e10
     made["near the limit"] = (noise[12].double() * 200 + 2.0**29.5).float()
     return torch.stack(list(made.values())), list(made)
 
@@ -106,6 +107,28 @@ def test_kl_of_any_finite_logits(backend, device, swap):
         exact = torch.where(keep.unsqueeze(-1), torch.where(p > 0, exact, exact if name == "kl_ref_policy" else 0.0), 0.0)
         size = 1.0 + float(want[name][keep].max())
         assert_close(g.cpu(), torch.nan_to_num(exact), what=f"gradient of {name}", scale=16.0 * size)
+
+
+@pytest.mark.parametrize("cuts", [(30,), (1, 2, 3)])
+def test_vocabulary_shards_of_any_finite_logits_merge(backend, device, cuts):
+    from fastalign.ops.token_stats.api import OUTPUT_BITS, RowOptions, token_stats_fwd
+
+    x, names = rows()
+    ref = x.roll(1, 1)
+    labels = (torch.arange(len(x)) % x.shape[1]).unsqueeze(-1).to(device)
+    fixed = (labels, None, None, *RowOptions(1.4426950408889634, 0.0, 1.0, -100), sum(OUTPUT_BITS.values()))
+    x, ref, vocab, edges = x.to(device), ref.to(device), x.shape[1], [0, *cuts, x.shape[1]]
+    whole = token_stats_fwd(x, *fixed, 0, vocab, None, None, ref)
+    state = target = None
+    for lo, hi in zip(edges, edges[1:]):
+        *outputs, state, target = token_stats_fwd(x[:, lo:hi].contiguous(), *fixed, lo, vocab, state, target, ref[:, lo:hi].contiguous())
+    for name, got, want in zip(OUTPUT_BITS, outputs, whole):
+        finite = torch.isfinite(want)
+        assert torch.equal(got[~finite], want[~finite]), name
+        size = want.double().abs()
+        if name in KLS[1:]:  # from shard to shard they move by differences of rounded maxima
+            size = torch.maximum(size, torch.maximum(x.abs().amax(-1), ref.abs().amax(-1)).double())
+        assert_close(got[finite], want[finite].double(), what=name, scale=16.0 * size[finite].clamp(min=8.0))
 
 
 @pytest.mark.parametrize("cap", [None, 30.0, 50.0, 1e-3])

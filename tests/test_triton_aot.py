@@ -16,6 +16,7 @@ import fastalign
 from fastalign import losses, policy_losses
 from fastalign.list_preset import LIST_SCALAR_COUNT, ListPreset
 from fastalign.ops.policy.reference import STATS
+from fastalign.ops.token_stats.contract import STATE_WIDTH
 from fastalign.policy_losses import PolicyPreset
 from fastalign.preset import LINKS, SCALAR_COUNT, TRANSFORMS, Preset
 
@@ -55,7 +56,7 @@ def pair_backward(dtype, entropy=False, capped=False, in_place=False, together=T
     ref = torch.zeros_like(logits) if together else torch.zeros(3, VOCAB + 2, dtype=dtype)[:, 1:-1]
     run = rows.token_stats_bwd_ if in_place else rows.token_stats_bwd
     upstream = (torch.zeros(3, 1), n if entropy else None, None, ref, n if reverse else None, n if forward else None)
-    run(*row_args(logits, capped), 0, VOCAB, torch.zeros(3, 12), *upstream)
+    run(*row_args(logits, capped), 0, VOCAB, torch.zeros(3, STATE_WIDTH), *upstream)
 
 
 def preference(loss, stages="both", kl=None, weights=None, pairs=None, per_pair=(None,) * 9, reduction="mean", **options):
@@ -267,7 +268,7 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
 
 def test_every_option_compiles():
     """The interpreter accepts what the compiler refuses (types that change in a branch, say): optional tensors, links, transforms, labels."""
-    x, y, state = torch.zeros(3, VOCAB), torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 12)
+    x, y, state = torch.zeros(3, VOCAB), torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, STATE_WIDTH)
     options, row, token, one = (1.44, 0.0, 1.0, -100), torch.zeros(3), torch.zeros(9), torch.zeros(1)
     with compiling_for("sm_90") as kernels:
         rows.token_stats_fwd(x, None, None, None, *options, 2, 0, VOCAB, None, None)

@@ -30,7 +30,6 @@ template <int kSums> __device__ RowState<float> keep(RowState<float> s) {
 }
 template <int kSums> __device__ PairState<float> keep(PairState<float> s) {
   s.p = keep<kSums>(s.p);
-  s.r.umax = 0;
   if (!(kSums & kSumT)) s.r.t = 0;
   if (!(kSums & kSumTr)) s.r.tr = 0;
   return s;

@@ -10,7 +10,6 @@
 // count from max u * c itself and w - m is (u - max u) c. Distinct logits near the maximum are then at least 32 bits apart, so that this loses
 // nothing. Kernels sweep a row as if it were not far, and once more, out of their hot loops, where its maximum turns out to be.
 //
-//
 // With reference logits, which the same transform turns into bits, the reference row's m and s0 and two sums over both rows stand beside the
 // state. d = w - m of the policy row, dr = w - m of the reference row:
 //   t  = sum 2^d (d - dr)             tr = sum 2^dr (d - dr)      a term without mass (2^d = 0, 2^dr = 0) is 0
@@ -41,7 +40,7 @@ enum StateColumn : int {
 // sz holds the sum divided by this power of two, at least the size of a vocabulary: no finite logits overflow it.
 constexpr double kSumShrinksBy = 0x1p24, kSumShare = 1 / kSumShrinksBy;
 
-// Bits of the `outputs` argument; the same numbers stand in ops/token_stats/api.py.
+// Bits of the `outputs` argument; the same numbers stand in ops/token_stats/contract.py.
 enum RowOutput : int {
   kOutLogprob = 1,
   kOutEntropy = 2,
@@ -137,6 +136,7 @@ template <class T> FA_HD PairState<T> merge(const PairState<T>& a, const PairSta
   s.r.s0 = multiply_add(a.r.s0, fa, b.r.s0 * fb);  // as s.p.s0: identical rows keep equal masses
   s.r.t = move_cross(a.r.t, a.p.s0, da, rescale(a.p.m, s.p.m)) + move_cross(b.r.t, b.p.s0, db, rescale(b.p.m, s.p.m));
   s.r.tr = move_cross(a.r.tr, a.r.s0, da, fa) + move_cross(b.r.tr, b.r.s0, db, fb);
+  s.r.umax = s.r.m == a.r.m ? a.r.umax : b.r.umax;
   return s;
 }
 
@@ -191,7 +191,8 @@ template <class T> FA_HD T row_is_top1(const RowState<T>& s, int64_t label) { re
 // Identical rows have t = tr = 0 and s0 = r.s0 to the bit, hence exactly 0. +inf where one row has mass and the other one has none. Where a single
 // element has all of the policy's mass, what is below the rounding of the logarithm is 0 as well: both rows are that one element.
 template <class T> FA_HD T clamp_kl(T v, T log_ratio, bool peaked) {
-  return v < T(0) || (peaked && v < T(2) * epsilon<T>() * (T(1) + fabs(log_ratio))) ? T(0) : v;
+  const T rounding = T(sizeof(T) == 8 ? 0x1p-51 : 0x1p-22) * (T(1) + fabs(log_ratio));
+  return v < T(0) || (peaked && v < rounding) ? T(0) : v;
 }
 template <class T, class Exp2>
 FA_HD T row_kl_policy_ref(const RowState<T>& s, const RefState<T>& r, const RowTransform<T>& f, Exp2&& exp2) {

@@ -62,12 +62,12 @@ def merge_states(a, b):
     m = torch.maximum(ma, mb)
     fa, fb = (torch.where(x == m, 1.0, torch.exp2(x - m)) for x in (ma, mb))
 
-    def moved(x, s0, s1):
-        return s1 + torch.where((x == m) | (s0 == 0), 0.0, (x - m) * s0)
+    def moved(x, s0, s1, f):
+        return torch.where(f == 0, 0.0 * s0, s1 + torch.where((x == m) | (s0 == 0), 0.0, (x - m) * s0)) * f
 
     take_b = (ub > ua) | ((ub == ua) & (tb >= 0) & ((ta < 0) | (tb < ta)))
     columns = [
-        m, a0 * fa + b0 * fb, moved(ma, a0, a1) * fa + moved(mb, b0, b1) * fb, a2 * fa * fa + b2 * fb * fb, az + bz,
+        m, a0 * fa + b0 * fb, moved(ma, a0, a1, fa) + moved(mb, b0, b1, fb), a2 * fa * fa + b2 * fb * fb, az + bz,
         torch.where(take_b, ub, ua), torch.where(take_b, tb, ta), torch.maximum(a[:, 7], b[:, 7]),
     ]  # fmt: skip
     (rma, ra0, at, atr, ra), (rmb, rb0, bt, btr, rb) = a.unbind(-1)[8:], b.unbind(-1)[8:]
@@ -149,6 +149,12 @@ def _shift(umax, c, m):
     return torch.where(_is_far(umax, c), torch.zeros_like(m), _rounding(umax, c, m))
 
 
+def _entropy(s0, s1, shift):
+    """Exactly 0 where the largest element (`shift` from what the sums count from) has all the mass and every other one none at all."""
+    one_hot = (s0 == torch.exp2(shift)) & (s1 == s0 * shift)
+    return torch.where(one_hot, 0.0, torch.clamp(torch.log(s0) - LN2 * (s1 / s0), min=0.0))
+
+
 def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
                     state_in, target_in, ref_logits=None):  # fmt: skip
     u = _capped(logits, cap_scale)
@@ -174,7 +180,6 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
     log_s0, log_ratio = torch.log(s0), torch.log(s0 / r0)
     far, shift = _is_far(umax, c), _shift(umax, c, m)
     peaked = s0 == torch.exp2(shift)  # the largest element has all the mass, to rounding
-    one_hot = peaked & (s1 == s0 * shift)
 
     def logprob(u, d, mass, far, largest):
         """Exactly 0 where the label has all the mass. Of far rows the difference of the logits goes into nats at once: bits may overflow first."""
@@ -188,7 +193,7 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
     policy_target = target[0] if target.dim() == 3 else target
     finished = {
         "logprob": lambda: logprob(policy_target, _bits(policy_target, umax, c) + shift.unsqueeze(-1), s0, far, umax),
-        "entropy": lambda: torch.where(one_hot, 0.0, torch.clamp(log_s0 - LN2 * (s1 / s0), min=0.0)),
+        "entropy": lambda: _entropy(s0, s1, shift),
         "logsumexp": lambda: torch.where(far, umax * (c * LN2), LN2 * m) + log_s0,
         "log_sum_sq_probs": lambda: torch.clamp(torch.log(s2) - 2 * log_s0, max=0.0),
         "mean_logit": lambda: sz / vocab_total / SUM_SHARE * (c * LN2),
@@ -221,8 +226,7 @@ def _gradient(logits, labels, mask, temperature_tensor, factor, cap_scale, tempe
     # A single element with all the mass: its probability is 1 to the bit.
     log2p = torch.where(peaked.unsqueeze(-1) & (u == umax.unsqueeze(-1)), 0.0, log2p)
     p = torch.exp2(log2p)
-    entropy = torch.clamp(torch.log(s0) - LN2 * (s1 / s0), min=0.0)
-    a = g_lse - g_lp - torch.where(g_h == 0, zero, g_h * entropy)
+    a = g_lse - g_lp - torch.where(g_h == 0, zero, g_h * _entropy(s0, s1, shift))
     p_log_p = torch.where((p == 0) | (g_h == 0).unsqueeze(-1), torch.zeros_like(p), p * log2p * LN2)
     dz = p * a.unsqueeze(-1) - p_log_p * g_h.unsqueeze(-1)
     defined = s0 > 0
@@ -233,9 +237,8 @@ def _gradient(logits, labels, mask, temperature_tensor, factor, cap_scale, tempe
         d, dr = _cross_bits(u, m, umax, c), _cross_bits(_capped(ref_logits, cap_scale), rm, ref_max, c)
         e, er = torch.exp2(d), torch.exp2(dr)
         reverse = torch.where((e == 0) | (g_p == 0).unsqueeze(-1), torch.zeros_like(e), e * (d - dr - (t / s0).unsqueeze(-1)))
-        kl = reverse * (g_p * LN2 / s0).unsqueeze(-1) + torch.where((g_r == 0).unsqueeze(-1), 0.0, e - er * (s0 / r0).unsqueeze(-1)) * (
-            g_r / s0
-        ).unsqueeze(-1)
+        forward = torch.where((g_r == 0).unsqueeze(-1), torch.zeros_like(e), e - er * (s0 / r0).unsqueeze(-1))
+        kl = reverse * (g_p * LN2 / s0).unsqueeze(-1) + forward * (g_r / s0).unsqueeze(-1)
         dz = dz + torch.where(with_kl.unsqueeze(-1), kl, torch.zeros_like(kl))
     if each is not None:
         local = labels - vocab_start

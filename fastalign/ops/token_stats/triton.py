@@ -115,7 +115,7 @@ def token_stats_fwd_kernel(
         q = start + place
         x = tl.load(window + q, mask=q < limit, other=float("-inf"))
         if shift != 0:
-            beyond = tl.load(window + q + SPAN, mask=(q + SPAN < limit) & (column < LANES), other=float("-inf"))
+            beyond = tl.load(window + q + SPAN, mask=(q < limit - SPAN) & (column < LANES), other=float("-inf"))
             x = tl.where(column < shift, beyond, x)
         u = tl.where(element(q, column, shift, SPAN) < vocab, capped(x, cap_scale, CAPPED), float("-inf"))
         d = far_bits(u, umax, c)

@@ -162,8 +162,8 @@ def token_stats_pair_fwd_kernel(
     r0, t, tr = tl.where(again, 0.0, r0), tl.where(again, 0.0, t), tl.where(again, 0.0, tr)
     for start in range(0, tl.where(again, vocab * scored, 0), TILE):
         q = start + place
-        x = _load_tile(logits, window, q, column, shift, offset, limit, vocab, SPAN, True)
-        y = _load_tile(ref, ref_window, q, column, shift, ref_offset, limit, vocab, SPAN, TOGETHER)
+        x = _load_tile(logits, window, q, 0, column, shift, offset, limit, vocab, SPAN, True)
+        y = _load_tile(ref, ref_window, q, 0, column, shift, ref_offset, limit, vocab, SPAN, TOGETHER)
         x = _rotate(x, window, q, column, shift, limit, SPAN, LANES)
         if TOGETHER:
             y = _rotate(y, ref_window, q, column, shift, limit, SPAN, LANES)
@@ -198,9 +198,11 @@ def token_stats_pair_fwd_kernel(
             am, a0, tl.load(before + 2), tl.load(before + 3), tl.load(before + 4), tl.load(before + 5), tl.load(before + 6).to(tl.int32),
             bm, b0, s1, s2, sz, umax, top,
         )  # fmt: skip
+        ref_am, ref_bm = tl.load(before + 8), rm
         rm, r0, t, tr = merge_ref(
-            m, am, a0, tl.load(before + 8), tl.load(before + 9), tl.load(before + 10), tl.load(before + 11), bm, b0, rm, r0, t, tr
+            m, am, a0, ref_am, tl.load(before + 9), tl.load(before + 10), tl.load(before + 11), bm, b0, ref_bm, r0, t, tr
         )
+        ref_umax = tl.where(rm == ref_am, tl.load(before + 12), ref_umax)
     s0, r0 = tl.where(bad != 0, float("nan"), s0), tl.where(bad != 0, float("nan"), r0)
     finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
                OUTPUTS)  # fmt: skip
