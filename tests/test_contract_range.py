@@ -153,7 +153,8 @@ def test_one_element_has_all_the_mass(backend, device, slow_backend, cap, temper
             out = getattr(fa.token_stats(leaf, labels.to(device), outputs=outputs, **options), outputs[0])
             assert bool((out == 0).all()), f"{outputs} alone with V = {vocab}"
             (grad,) = torch.autograd.grad(out.sum(), leaf)
-            assert float(grad.abs().max()) <= 4e-7 / temperature and bool((grad[~at] == 0).all())
+            # At 1e-7 exponents count from up to 16 bits beside the maximum, which the gradient of the entropy cancels in fp32.
+            assert float(grad.abs().max()) <= (4e-7 if temperature > 1e-3 else 3e-6) / temperature and bool((grad[~at] == 0).all())
 
 
 def test_label_goes_through_the_sweeps_softcap(backend, device):

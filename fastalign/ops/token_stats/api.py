@@ -387,11 +387,11 @@ def row_options(logits, temperature, logit_scale, softcap, ignore_index):
         options = RowOptions(LOG2E * logit_scale, 0.0, float(temperature), ignore_index)
     else:
         options = RowOptions(LOG2E * softcap, logit_scale / softcap, float(temperature), ignore_index)
-    if logits.dtype != torch.float64:
-        for number in (options.factor, options.temperature, options.factor / options.temperature, options.cap_scale if softcap else 1.0):
-            if not FP32_LOW <= number < FP32_HIGH:
-                raise ValueError(
-                    f"temperature={temperature!r}, logit_scale={logit_scale!r}, softcap={softcap!r} scale the logits by {number:g}; "
-                    f"legal: what fp32 holds, {FP32_LOW:.3g} to {FP32_HIGH:.3g}"
-                )
+    factor, cap_scale, divisor, _ = options
+    held = FP32_LOW <= factor < FP32_HIGH and FP32_LOW <= divisor < FP32_HIGH and FP32_LOW <= factor / divisor < FP32_HIGH
+    if not (held and (softcap is None or FP32_LOW <= cap_scale < FP32_HIGH)) and logits.dtype != torch.float64:
+        raise ValueError(
+            f"temperature={temperature!r}, logit_scale={logit_scale!r}, softcap={softcap!r}: legal are numbers and ratios of them that fp32 "
+            f"holds, {FP32_LOW:.3g} to {FP32_HIGH:.3g}"
+        )
     return options, tensor
