@@ -96,7 +96,7 @@ __device__ State<kSums> far_state(State<kSums> s, const T* const* x, int vocab, 
   constexpr int R = kRows<kSums>;
   const int lane = int(threadIdx.x % kWarp), top = __shfl_sync(kFullMask, policy(s).top, 0);
   RowOrigin<float> origin[R];
-#pragma unroll 1
+#pragma unroll
   for (int r = 0; r < R; ++r) {
     float largest = -INFINITY;
 #pragma unroll 1
