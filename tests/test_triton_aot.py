@@ -42,7 +42,15 @@ def backward(dtype, entropy=False, capped=False, in_place=False, logits=None):
     logits = torch.zeros(3, VOCAB, dtype=dtype) if logits is None else logits
     n = logits.shape[0]
     run = rows.token_stats_bwd_ if in_place else rows.token_stats_bwd
-    run(*row_args(logits, capped), 0, logits.shape[1], torch.zeros(n, 12), torch.zeros(n, 1), torch.zeros(n) if entropy else None, None)
+    run(
+        *row_args(logits, capped),
+        0,
+        logits.shape[1],
+        torch.zeros(n, STATE_WIDTH),
+        torch.zeros(n, 1),
+        torch.zeros(n) if entropy else None,
+        None,
+    )
 
 
 def pair_forward(dtype, outputs, capped=False, together=True):

@@ -107,18 +107,14 @@ def token_stats_fwd_kernel(
             s2 = fma(s2, f * f, tl.sum(e * e, 0))
         m = peak
 
-    # A far row once more, now that its maximum is known (math/row_state.h).
+    # A far row once more, now that its maximum is known (math/row_state.h), as slowly as the fewest registers allow.
     far = is_far(umax, c)
     s0, s1, s2 = tl.where(far, 0.0, s0), tl.where(far, 0.0, s1), tl.where(far, 0.0, s2)
     m = tl.where(far, umax * c, m)
-    for start in range(0, tl.where(far, vocab * scored, 0), TILE):
-        q = start + place
-        x = tl.load(window + q, mask=q < limit, other=float("-inf"))
-        if shift != 0:
-            beyond = tl.load(window + q + SPAN, mask=(q < limit - SPAN) & (column < LANES), other=float("-inf"))
-            x = tl.where(column < shift, beyond, x)
-        u = tl.where(element(q, column, shift, SPAN) < vocab, capped(x, cap_scale, CAPPED), float("-inf"))
-        d = far_bits(u, umax, c)
+    for start in range(0, tl.where(far, vocab * scored, 0), SPAN):
+        inside = start + column < vocab
+        x = tl.load(logits + offset + start + column, mask=inside, other=float("-inf"))
+        d = far_bits(tl.where(inside, capped(x, cap_scale, CAPPED), float("-inf")), umax, c)
         e = tl.exp2(d)
         s0 += tl.sum(e, 0)
         if SUMS >= ENTROPY:
@@ -278,7 +274,8 @@ def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale,
     numbers = (grad_base, vocab, pieces, 0 if labels is None else labels.shape[1], ignore_index, vocab_start, vocab_total, factor, cap_scale,
                temperature)  # fmt: skip
     options = {"IN_PLACE": in_place, "CAPPED": cap_scale != 0, "LANES": lanes, "BLOCK": block, "BLOCKS": blocks}
-    options |= ffi.launch_options(THREADS, device, BWD_REGISTERS if ref_logits is None else PAIR_BWD_REGISTERS)
+    slim = ref_logits is None and (cap_scale == 0 or g_entropy is None)
+    options |= ffi.launch_options(THREADS, device, BWD_REGISTERS if slim else PAIR_BWD_REGISTERS)
     upstream = (g_logprob, g_entropy, g_logsumexp)
     with ffi.triton_device(device):
         if ref_logits is None:

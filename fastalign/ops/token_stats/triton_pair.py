@@ -160,14 +160,10 @@ def token_stats_pair_fwd_kernel(
     again = far | ref_far
     s0, s1, s2 = tl.where(again, 0.0, s0), tl.where(again, 0.0, s1), tl.where(again, 0.0, s2)
     r0, t, tr = tl.where(again, 0.0, r0), tl.where(again, 0.0, t), tl.where(again, 0.0, tr)
-    for start in range(0, tl.where(again, vocab * scored, 0), TILE):
-        q = start + place
-        x = _load_tile(logits, window, q, 0, column, shift, offset, limit, vocab, SPAN, True)
-        y = _load_tile(ref, ref_window, q, 0, column, shift, ref_offset, limit, vocab, SPAN, TOGETHER)
-        x = _rotate(x, window, q, column, shift, limit, SPAN, LANES)
-        if TOGETHER:
-            y = _rotate(y, ref_window, q, column, shift, limit, SPAN, LANES)
-        inside = element(q, column, shift, SPAN) < vocab
+    for start in range(0, tl.where(again, vocab * scored, 0), SPAN):
+        inside = start + column < vocab
+        x = tl.load(logits + offset + start + column, mask=inside, other=float("-inf"))
+        y = tl.load(ref + ref_offset + start + column, mask=inside, other=float("-inf"))
         d = row_bits(tl.where(inside, capped(x, cap_scale, CAPPED), float("-inf")), m, umax, c)
         dr = row_bits(tl.where(inside, capped(y, cap_scale, CAPPED), float("-inf")), rm, ref_umax, c)
         e, er = tl.exp2(d), tl.exp2(dr)

@@ -19,7 +19,7 @@ from fastalign.triton_math import (
 THREADS = 128
 FWD_REGISTERS, PAIR_FWD_REGISTERS = 168, 168  # at least three programs per multiprocessor; see ffi.launch_options
 PAIR_EVERYTHING_REGISTERS = 232  # two: with a softcap and every output, a row is alive both raw and capped
-BWD_REGISTERS, PAIR_BWD_REGISTERS = 72, 80  # seven and six
+BWD_REGISTERS, PAIR_BWD_REGISTERS = 72, 80  # seven and six; six too for the entropy under a softcap
 LABELS = tl.constexpr(32)  # labels of a row that are handled at once
 COLUMNS = tl.constexpr(STATE_WIDTH)
 # Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
