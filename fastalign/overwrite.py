@@ -13,11 +13,14 @@ What makes it safe is checked at the moment of writing, not promised by the call
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 
 import torch
 from torch import Tensor
+
+from fastalign import ffi
 
 _warned = False
 
@@ -60,6 +63,9 @@ def is_ours_alone(tensor: Tensor) -> bool:
     if _use_count is None or torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     users, references = _users(tensor.untyped_storage())
+    if ffi.TRITON_INTERPRETED and references > _users_of_one[1]:  # the interpreter leaves storages in cycles of dead objects
+        gc.collect()
+        users, references = _users(tensor.untyped_storage())
     if tensor._is_view() and tensor._base.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
         users -= 1
     if (users, references) != _users_of_one:
