@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,9 +44,17 @@ def token_rewards(
     check_cu_seqlens_outside_ops(cu_seqlens, tokens)
     scored = logprobs != ref_logprobs if mask is None else mask & (logprobs != ref_logprobs)
     rewards = torch.where(scored, beta * (logprobs - ref_logprobs), 0.0)
-    # A sum over a prefix is a return to go on the reversed batch. A difference of sums over the whole batch would carry one sequence's inf or NaN
-    # into the next, and lose digits.
-    return TokenRewards(rewards, returns_to_go(rewards.flip(0), tokens - cu_seqlens.flip(0)).flip(0))
+    back = tokens - cu_seqlens.flip(0)
+
+    def prefix(x: Tensor) -> Tensor:
+        # A sum over a prefix is a return to go on the reversed batch. A difference of sums over the whole batch would carry one sequence's NaN into
+        # the next, and lose digits.
+        return returns_to_go(x.flip(0), back).flip(0)
+
+    # Of infinities a return to go knows only that they spoil a sum; how many of either sign stand before a token says what the sum is.
+    finite = prefix(torch.where(rewards.isinf(), 0.0, rewards))
+    above, below = (torch.where(prefix((rewards == sign * math.inf).to(rewards.dtype)) > 0, math.inf, 0.0) for sign in (1, -1))
+    return TokenRewards(rewards, finite + above - below)
 
 
 def rto_rewards(
