@@ -3,6 +3,14 @@
 #pragma once
 #include "cpu/pair_rows_impl.h"
 
+// On x86-64 these serve machines older than AVX2, and code that is long there is one copy, not one in each of a hundred kernels: half the time to
+// compile. Elsewhere they are the kernels.
+#if defined(__x86_64__)
+#define FA_APART __attribute__((noinline))
+#else
+#define FA_APART FA_INLINE
+#endif
+
 namespace fastalign {
 namespace cpu {
 namespace {
@@ -24,7 +32,7 @@ template <class Scalar> struct Simd {
   }
   static FA_INLINE F mul_add(F a, F b, F c) { return a * b + c; }
   static constexpr bool kScales = false;
-  template <class P> static FA_INLINE F exp2(F d, [[maybe_unused]] const P& polynomial) {
+  template <class P> static FA_INLINE F inline_exp2(F d, [[maybe_unused]] const P& polynomial) {
     if constexpr (kDouble) {
       F r{};
       for (int i = 0; i < kWidth; ++i) r[i] = std::exp2(d[i]);
@@ -40,14 +48,15 @@ template <class Scalar> struct Simd {
       return polynomial.of(d - n) * scale;
     }
   }
-  template <class P> static FA_INLINE void exp2_four(F (&d)[4], const P& polynomial) {
-    for (F& v : d) v = exp2(v, polynomial);
+  template <class P> static FA_APART F exp2(F d, const P& polynomial) { return inline_exp2(d, polynomial); }
+  template <class P> static FA_APART void exp2_four(F (&d)[4], const P& polynomial) {
+    for (F& v : d) v = inline_exp2(v, polynomial);
   }
   static FA_INLINE F bounded(F d) {
     const F lowest = set(kDouble ? A(-1100) : A(-127));
     return d < lowest ? lowest : d;
   }
-  static FA_INLINE F tanh(F y) {
+  static FA_APART F tanh(F y) {
     if constexpr (kDouble) {
       F r{};
       for (int i = 0; i < kWidth; ++i) r[i] = std::tanh(y[i]);
@@ -67,16 +76,22 @@ template <class Scalar> struct Simd {
     return r;
   }
 
-  template <class T> static FA_INLINE void load2(const T* p, F& a, F& b) {
+  static FA_INLINE void load2(const A* p, F& a, F& b) {
+    memcpy(&a, p, sizeof(F));
+    memcpy(&b, p + kWidth, sizeof(F));
+  }
+  static FA_INLINE void store2(A* p, F a, F b) {
+    memcpy(p, &a, sizeof(F));
+    memcpy(p + kWidth, &b, sizeof(F));
+  }
+  template <class T> static FA_APART void load2(const T* p, F& a, F& b) {
     A lanes[2 * kWidth];
     for (int i = 0; i < 2 * kWidth; ++i) lanes[i] = to_acc(p[i]);
-    memcpy(&a, lanes, sizeof(F));
-    memcpy(&b, lanes + kWidth, sizeof(F));
+    load2(lanes, a, b);
   }
-  template <class T> static FA_INLINE void store2(T* p, F a, F b) {
+  template <class T> static FA_APART void store2(T* p, F a, F b) {
     A lanes[2 * kWidth];
-    memcpy(lanes, &a, sizeof(F));
-    memcpy(lanes + kWidth, &b, sizeof(F));
+    store2(lanes, a, b);
     for (int i = 0; i < 2 * kWidth; ++i) from_acc(lanes[i], p + i);
   }
 };
