@@ -41,7 +41,7 @@ test: .venv-test/ready
 	@touch $@
 
 kernels:
-	@NINJA_STATUS="  kernels %f/%t: " $(VENV)/bin/python setup.py --quiet build_ext --inplace
+	@env -u MAKEFLAGS NINJA_STATUS="  kernels %f/%t: " $(VENV)/bin/python setup.py --quiet build_ext --inplace
 
 torch:
 	@$(VENV)/bin/python -m pip install --constraint constraints.txt torch numpy | $(SHOW)

@@ -68,22 +68,26 @@ def test_version(capsys):
     assert stop.value.code == 0 and capsys.readouterr().out == f"fastalign {fa.__version__}\n"
 
 
+def how_threads_wait(argv, **env):
+    """OMP_WAIT_POLICY and GOMP_SPINCOUNT once fastalign is imported by this command line."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    first = ["-m", *argv[2:]] if argv[0] == "-m" else ["-c"]
+    code = f"import os, sys; sys.orig_argv, sys.argv = ['python', *{argv}], {first}; import fastalign; print(*map(os.environ.get, {names}))"
+    environment = {k: v for k, v in os.environ.items() if k not in names} | env
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout.split()
+
+
 @pytest.mark.parametrize(
-    "argv,passive", [(["-m", "fastalign", "info"], True), (["-m", "fastalign", "bench", "--help"], False), (["-c", ""], False)]
+    "argv,spin", [(["-m", "fastalign", "info"], "20000"), (["-m", "fastalign", "bench", "--help"], "None"), (["-c", ""], "None")]
 )
-def test_only_commands_choose_how_threads_wait(argv, passive):
-    code = "import os, sys; sys.orig_argv, sys.argv = ['python', *{0}], {1}; import fastalign; print(os.environ.get('OMP_WAIT_POLICY'))"
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    command = [sys.executable, "-W", "ignore", "-c", code.format(argv, ["-m", *argv[2:]] if argv[0] == "-m" else ["-c"])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
-    assert done.stdout.strip() == ("passive" if passive else "None")
+def test_only_commands_choose_how_threads_wait(argv, spin):
+    assert how_threads_wait(argv) == ["None", spin]
 
 
 def test_a_wish_of_the_users_stays():
-    code = "import os, sys; sys.orig_argv = ['python', '-m', 'fastalign']; import fastalign; print(os.environ['OMP_WAIT_POLICY'])"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "OMP_WAIT_POLICY": "active"}, check=True)  # fmt: skip
-    assert done.stdout.strip() == "active"
+    assert how_threads_wait(["-m", "fastalign"], OMP_WAIT_POLICY="active") == ["active", "None"]
+    assert how_threads_wait(["-m", "fastalign"], GOMP_SPINCOUNT="7") == ["None", "7"]
 
 
 def test_every_command_has_help(capsys):
