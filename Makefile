@@ -3,7 +3,7 @@
 PYTHON ?= python3
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test clean kernels torch FORCE
+.PHONY: demo test clean kernels packages FORCE
 
 # Of all that pip says, what it is at.
 SHOW = awk '/^(Collecting|Installing)/ { print "  packages: " $$0; fflush() }'
@@ -26,25 +26,24 @@ test: .venv-test/ready
 # For the ahead-of-time stage, beside the pinned one; tests/run_all.py says what each is for. 3.3.1 has no wheels for Python 3.14.
 .venv-test/ready: TRITONS = 3.6.0 3.3.1
 
-# No isolation and no torch in the build: one torch, the one that constraints.txt names, and its installation goes on beside the compilers.
+# No isolation and no torch in the build: one torch, the one that constraints.txt names, and packages are installed while the compilers work.
 .venv-demo/ready .venv-test/ready: .venv-%/ready: Makefile constraints.txt pyproject.toml setup.py
-	@echo "[1/3] a virtual environment in .venv-$*"
+	@echo "[1/2] a virtual environment in .venv-$*"
 	@$(PYTHON) -m venv --clear .venv-$*
 	@.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel pybind11 ninja
-	@echo "[2/3] kernels and torch, side by side"
-	@$(MAKE) --no-print-directory -j2 kernels torch VENV=.venv-$*
-	@echo "[3/3] fastalign and what it needs"
-	@.venv-$*/bin/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]' | $(SHOW)
-	@for version in $(TRITONS); do \
-	  .venv-$*/bin/python -m pip install --quiet --no-deps --target .venv-$*/triton-$$version triton==$$version || exit 1; \
-	done
+	@echo "[2/2] kernels and packages, side by side"
+	@$(MAKE) --no-print-directory -j2 kernels packages VENV=.venv-$* EXTRAS=$(EXTRAS) TRITONS="$(TRITONS)"
 	@touch $@
 
 kernels:
 	@env -u MAKEFLAGS NINJA_STATUS="  kernels %f/%t: " $(VENV)/bin/python setup.py --quiet build_ext --inplace
 
-torch:
-	@$(VENV)/bin/python -m pip install --constraint constraints.txt torch numpy | $(SHOW)
+# fastalign itself without its kernels, which the other target puts in their place.
+packages:
+	@FASTALIGN_EXTENSION=0 $(VENV)/bin/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]' | $(SHOW)
+	@for version in $(TRITONS); do \
+	  $(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .venv-demo .venv-test fastalign/*.so

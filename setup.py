@@ -1,5 +1,6 @@
 """Builds fastalign/_C from csrc/ with ninja: g++ always, nvcc when it is found. No torch headers, no torch libraries.
 
+FASTALIGN_EXTENSION=1|0      compile fastalign/_C (default), or install the Python part alone: its backends are the reference and Triton
 FASTALIGN_CUDA=auto|0|1      compile the .cu files: where nvcc is found and torch or a GPU can use them (default), never, or fail without nvcc
 FASTALIGN_ARCHS="80;90;100"  compute capabilities to compile for; the last one also as PTX, for later GPUs
 """
@@ -161,5 +162,12 @@ class NinjaBuild(build_ext):
             raise SystemExit(f"building fastalign/_C failed; the compiler's message is above.{hint}")
 
 
+def extensions():
+    wanted = os.environ.get("FASTALIGN_EXTENSION", "1")
+    if wanted not in ("0", "1"):
+        raise SystemExit(f"FASTALIGN_EXTENSION={wanted!r}: legal values are 0 and 1")
+    return [Extension("fastalign._C", sources=[])] if wanted == "1" else []
+
+
 if __name__ == "__main__":
-    setup(version=VERSION, license="Apache-2.0", ext_modules=[Extension("fastalign._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+    setup(version=VERSION, license="Apache-2.0", ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})

@@ -75,6 +75,17 @@ def test_no_shared_code_in_files_for_one_instruction_set(source, tmp_path):
     assert [name for binding, name in symbols if not binding.islower()] == [f"fastalign::cpu::{isa}_{kind}"]
 
 
+def test_the_extension_can_be_left_out(monkeypatch):
+    for value, count in ((None, 1), ("1", 1), ("0", 0)):
+        monkeypatch.delenv("FASTALIGN_EXTENSION", raising=False)
+        if value is not None:
+            monkeypatch.setenv("FASTALIGN_EXTENSION", value)
+        assert len(SETUP["extensions"]()) == count
+    monkeypatch.setenv("FASTALIGN_EXTENSION", "no")
+    with pytest.raises(SystemExit, match="FASTALIGN_EXTENSION='no': legal values are 0 and 1"):
+        SETUP["extensions"]()
+
+
 def test_package_works_without_the_extension():
     code = """
 import sys, warnings

@@ -16,7 +16,7 @@ from fastalign.train.offline import train_dpo
 
 PROMPTS, HELD_OUT_PROMPTS, JUDGED = 384, 96, 256
 BETA, LEARNING_RATE, BATCH_SIZE = 0.5, 1e-4, 32
-CURVE_POINTS, SHOWN = 6, 4
+CURVE_POINTS, SHOWN = 4, 4
 
 
 def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
