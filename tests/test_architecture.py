@@ -87,4 +87,4 @@ def test_environment_variables_are_the_documented_ones():
 
     for path in [*FILES, ROOT / "setup.py"]:
         for name in re.findall(r"FASTALIGN_[A-Z_]+", path.read_text()):
-            assert name in ("FASTALIGN_BACKEND", "FASTALIGN_CUDA", "FASTALIGN_ARCHS"), (path, name)
+            assert name in ("FASTALIGN_BACKEND", "FASTALIGN_EXTENSION", "FASTALIGN_CUDA", "FASTALIGN_ARCHS"), (path, name)
