@@ -151,8 +151,10 @@ class Table:
 
     def calls(self, x: Any, ref: Any, y: Any, g: Any) -> dict[str, tuple[int, Callable[[], Any]]]:
         """name -> (passes over logits that the op cannot do without, the op alone: no autograd around it)"""
-        from fastalign.ops.token_stats.api import LOG2E, OUTPUT_BITS, RowOptions, token_stats_bwd, token_stats_fwd
-        from fastalign.ops.token_stats.kl import token_stats_fused
+        from fastalign.ops.token_stats.contract import OUTPUT_BITS
+        from fastalign.ops.token_stats.fused import token_stats_fused
+        from fastalign.ops.token_stats.op import RowOptions, token_stats_bwd, token_stats_fwd
+        from fastalign.rows.spec import LOG2E
 
         options, vocab, bit = RowOptions(LOG2E, 0.0, 1.0, -100), x.shape[1], OUTPUT_BITS
         logprob, both, kl = bit["logprob"], bit["logprob"] | bit["entropy"], bit["kl_policy_ref"]
@@ -297,7 +299,7 @@ class Table:
                             line["floor_ms"] = floor.graph_ms or floor.ms
 
     def sweep(self) -> None:
-        from fastalign import ffi
+        from fastalign.runtime import ffi
 
         shape = self.shapes[0]
         inputs = self.inputs(shape)

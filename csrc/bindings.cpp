@@ -124,7 +124,7 @@ std::vector<std::vector<std::string>> policy_names() {
 }  // namespace
 
 PYBIND11_MODULE(FA_MODULE, m) {
-  m.doc() = "fastalign's compiled kernels; called through fastalign/ffi.py only";
+  m.doc() = "fastalign's compiled kernels; called through fastalign/runtime/ffi.py only";
   m.def("build_info", &build_info);
   m.def("pair_scalar_names", &pair_scalar_names);
   m.def("pair_switch_names", &pair_switch_names);

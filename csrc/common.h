@@ -22,7 +22,7 @@ namespace fastalign {
 // The overload set that picks the argument's own precision, on host and device.
 using std::exp, std::exp2, std::expm1, std::fabs, std::fma, std::log, std::log1p, std::pow, std::tanh;
 
-// Codes shared with fastalign/ffi.py.
+// Codes shared with fastalign/runtime/ffi.py.
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 struct bf16 { uint16_t bits; };

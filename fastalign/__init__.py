@@ -2,36 +2,38 @@
 
 __version__ = "0.1.0"
 
-from fastalign import as_command as _as_command  # before torch is loaded
+from fastalign.runtime import as_command as _as_command  # before torch is loaded
 
 # isort: split
 import warnings as _warnings
 
-from fastalign import ffi as _ffi
-from fastalign import losses, policy_losses
-from fastalign.distributed import global_denominator
-from fastalign.dpo_rewards import TokenRewards, rto_rewards, token_rewards
-from fastalign.groups import GroupAdvantages, dynamic_sampling_mask, group_advantages, overlong_penalty
-from fastalign.list_preset import ListPreset
-from fastalign.metric import merge_metrics
-from fastalign.ops.gae.api import GAE, gae
-from fastalign.ops.kl_estimate.api import kl_estimate
-from fastalign.ops.listwise.api import listwise_loss, listwise_loss_from_sums
-from fastalign.ops.listwise.output import ListwiseOutput
-from fastalign.ops.policy.api import PolicyOutput, ValueOutput, policy_loss, value_loss
-from fastalign.ops.preference.api import PreferenceOutput, preference_loss, preference_loss_from_sums
-from fastalign.ops.preference.unpaired import UnpairedOutput, kto_baseline, unpaired_loss
-from fastalign.ops.sequence_sum.api import sequence_sum
-from fastalign.ops.token_stats.api import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
-from fastalign.ops.token_stats.kl import TokenKLLoss, token_kl, token_kl_loss
-from fastalign.packing import PackedBatch, pack, repad, shift_labels, unpad
-from fastalign.policy_losses import PolicyPreset
-from fastalign.preset import Preset
-from fastalign.registry import BackendError, backends, explain, use_backend
-from fastalign.rejection import rejection_sample
-from fastalign.reward import kwise_reward_loss, reward_loss
-from fastalign.rl import AdaptiveKLController, mean_sequence_kl, returns_to_go, shape_rewards, whiten
-from fastalign.rules import AlphaDPO, BCODelta, BetaDPO, wpo_weights
+from fastalign import losses
+from fastalign.losses import policy as policy_losses
+from fastalign.losses.list import ListPreset
+from fastalign.losses.pair import Preset
+from fastalign.losses.policy import PolicyPreset
+from fastalign.packing import PackedBatch, pack, repad, sequence_sum, shift_labels, unpad
+from fastalign.policy.advantages import GAE, gae, returns_to_go, whiten
+from fastalign.policy.groups import GroupAdvantages, dynamic_sampling_mask, group_advantages, overlong_penalty
+from fastalign.policy.implicit_rewards import TokenRewards, rto_rewards, token_rewards
+from fastalign.policy.kl_estimate import kl_estimate
+from fastalign.policy.loss import policy_loss, value_loss
+from fastalign.policy.output import PolicyOutput, ValueOutput
+from fastalign.policy.rejection import rejection_sample
+from fastalign.policy.rewards import AdaptiveKLController, mean_sequence_kl, shape_rewards
+from fastalign.preference.list import listwise_loss, listwise_loss_from_sums
+from fastalign.preference.list_output import ListwiseOutput
+from fastalign.preference.output import PreferenceOutput
+from fastalign.preference.pair import preference_loss, preference_loss_from_sums
+from fastalign.preference.reward_model import kwise_reward_loss, reward_loss
+from fastalign.preference.rules import AlphaDPO, BCODelta, BetaDPO, wpo_weights
+from fastalign.preference.unpaired import UnpairedOutput, kto_baseline, unpaired_loss
+from fastalign.rows.kl import TokenKLLoss, token_kl, token_kl_loss
+from fastalign.rows.stats import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
+from fastalign.runtime import ffi as _ffi
+from fastalign.runtime.dispatch import BackendError, backends, explain, use_backend
+from fastalign.runtime.distributed import global_denominator
+from fastalign.runtime.metric import merge_metrics
 
 # A command does not begin with a warning about what nothing here could use.
 if _missing := _ffi.missing_backends(of_use=_as_command.is_command()):

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastalign.cli import main
+from fastalign.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.checks import check_cu_seqlens, check_cu_seqlens_outside_ops, check_integer, check_integers, check_same_device, check_shape
+from fastalign.ops.sequence_sum.op import SequenceSumFunction
+from fastalign.runtime.checks import (
+    check_cu_seqlens,
+    check_cu_seqlens_outside_ops,
+    check_integer,
+    check_integers,
+    check_same_device,
+    check_shape,
+    per_token,
+    row_mask,
+)
 
 IGNORE_INDEX = -100
 
@@ -145,3 +155,43 @@ def repad(packed: Tensor, indices: Tensor, shape: Sequence[int]) -> Tensor:
         raise ValueError(f"packed has {packed.shape[0]} rows but indices has {indices.numel()} entries; they must match")
     out = packed.new_zeros((rows * columns, *packed.shape[1:]))
     return out.index_copy(0, indices, packed).view(rows, columns, *packed.shape[1:])
+
+
+def sequence_sum(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    mean: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """Per-sequence sums of packed per-token values: out[i] = sum of weights[n] * x[n] over the scored tokens n of sequence i.
+
+    Args:
+        x: [T], floating; differentiable.
+        cu_seqlens: [S + 1] int32, from 0 to T. Zero-length sequences give 0.
+        mask: [T] bool, row-aligned; False tokens are left out and get gradient 0, whatever they hold (NaN included).
+        weights: [T], any sign; not differentiated.
+        mean: divide by the number of scored tokens (at least 1), also when weights are given.
+        group: a process group over which every sequence's tokens are split (sequence parallel). All ranks pass the same S; sums and counts are
+            added across ranks, and every rank's loss may use the result: the gradient stays local (each rank differentiates its own copy of
+            the same loss once).
+
+    Returns:
+        [S] fp32 (fp64 for fp64 input). Fixed summation order: two runs are bitwise equal.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices; cu_seqlens not running monotonically from 0 to T (checked on the CPU).
+    """
+    x = per_token("x", x)
+    cu_seqlens = check_cu_seqlens(cu_seqlens, x)
+    mask = row_mask(mask, x)
+    if weights is not None:
+        weights = per_token("weights", weights, x).detach()
+    sums, counts = SequenceSumFunction.apply(x, cu_seqlens, mask, weights)
+    if group is not None:
+        from fastalign.runtime.distributed import sum_over_group
+
+        sums, counts = sum_over_group(sums, group), sum_over_group(counts, group)
+    return sums / counts.clamp(min=1.0) if mean else sums

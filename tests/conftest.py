@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import ffi, registry
+from fastalign.runtime import dispatch, ffi
 
 if ffi.TRITON_INTERPRETED:
     import fast_interpreter
@@ -57,7 +57,7 @@ def slow_backend(backend, device):
 
 @pytest.fixture
 def row_dtypes(backend):
-    return registry.row_dtypes()[backend]
+    return dispatch.row_dtypes()[backend]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
-"""The directions of design: train and adapters -> public names -> ops/*/api -> registry -> backends; native -> ffi -> _C. Held by AST."""
+"""The layers of docs/architecture.md, held by AST: adapters, train, bench, arena -> public names -> preference, policy -> rows, packing, losses -> ops
+-> runtime. An import goes down or stays in its room, never up."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastalign"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if p.is_dir() and p.name != "__pycache__")
+OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if p.is_dir() and p.name not in ("math", "__pycache__"))
 
 
 def imports(path):
@@ -21,7 +22,7 @@ def imports(path):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+            found |= {f"{node.module}.{a.name}" for a in node.names}
     return {name for name in found if name.split(".")[0] == "fastalign"}
 
 
@@ -29,36 +30,91 @@ def layer(path):
     return path.relative_to(PACKAGE).as_posix()
 
 
+# Rooms of each floor. On one floor they do not know each other, but for those of the top: the trainer is tried in the arena, all share a console.
+FLOORS = (
+    {"runtime"},
+    {"ops"},
+    {"losses", "rows", "packing"},
+    {"preference", "policy"},
+    {"__init__", "testing"},
+    {"train", "bench", "arena", "cli", "adapters", "__main__"},
+)
+TOP = FLOORS[-1]
+
+
+def room(name):
+    """Of a module's dotted name or of a file's path inside the package: its first part. The package itself is `__init__`."""
+    return name.removesuffix(".py").replace("/", ".").split(".")[0]
+
+
+def floor(name):
+    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
+
+
+def modules(names):
+    """Of imported names those of modules, without the package's own name: `ops.gae.op` of `fastalign.ops.gae.op.gae_fwd`."""
+    found = set()
+    for name in names:
+        parts = name.split(".")[1:]
+        while parts and not ((PACKAGE / "/".join(parts)).is_dir() or (PACKAGE / "/".join(parts)).with_suffix(".py").exists()):
+            parts.pop()
+        found.add(".".join(parts) or "__init__")
+    return found
+
+
 @pytest.mark.parametrize("path", FILES, ids=layer)
 def test_imports_follow_the_layers(path):
-    where, names = layer(path), imports(path)
-    if where.startswith("ops/") and where.count("/") == 2:
-        op = where.split("/")[1]
-        for name in names:
-            assert not name.startswith(("fastalign.train", "fastalign.adapters", "fastalign.cli")), name
-            if name.startswith("fastalign.ops.") and name.split(".")[2] != op:
-                assert name.split(".")[3] in ("api", "reference"), f"{where} imports another op's kernels: {name}"
-        if not where.endswith("native.py"):
-            assert not any(n.startswith("fastalign._C") for n in names)
-    if where.startswith(("train/", "adapters/", "bench/")):
-        private = ("fastalign._C", "fastalign.ops.", "fastalign.triton_math")
-        allowed = ("fastalign.ffi", "fastalign.registry") if where.startswith("bench/") else ()
-        for name in names:
-            assert not name.startswith(private), f"{where} reaches below the public API: {name}"
-            assert allowed or not name.startswith("fastalign.ffi"), name
-    if where in ("registry.py", "ffi.py", "checks.py", "packing.py", "losses.py"):
-        assert not any(n.startswith(("fastalign.train", "fastalign.adapters")) for n in names)
+    where = layer(path)
+    for name in modules(imports(path)) - {"_C"}:
+        if room(where) in TOP:  # what stands on the public names reaches below them for data, checks and metrics, never for kernels
+            below = ("ops", "runtime.ffi", "runtime.layout", "runtime.overwrite", "runtime.function")
+            allowed = {"bench": ("runtime.ffi",), "cli": ("runtime.ffi",)}.get(room(where), ())
+            assert not name.startswith(below) or name.startswith(allowed), f"{where} reaches below the public names: {name}"
+        elif name == "__init__":  # `from fastalign import x`: x was resolved to its module above, so this is a public name
+            assert floor(where) > floor("preference"), f"{where} imports the package itself"
+        else:
+            assert room(name) == room(where) or floor(name) < floor(where), f"{where} imports from above or beside it: {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if layer(p).startswith("ops/")], ids=layer)
+def test_ops_know_each_other_by_definition_only(path):
+    """An op may call another op or its reference, never its kernels."""
+    own = layer(path).split("/")[1]
+    for name in modules(imports(path)):
+        if name.startswith("ops.") and name.count(".") == 2 and name.split(".")[1] not in (own, "math"):
+            assert name.split(".")[2] in ("op", "params", "reference"), f"{layer(path)} imports another op's kernels: {name}"
+
+
+def test_no_import_circle():
+    """Imports at the top of files, followed file by file."""
+    edges = {}
+    for path in FILES:
+        top = ast.Module([n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))], [])
+        names = {f"{n.module}.{a.name}" for n in top.body if isinstance(n, ast.ImportFrom) and n.module for a in n.names}
+        own = layer(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        edges[own] = modules({n for n in names if n.startswith("fastalign.")}) - {own, "__init__"}
+
+    def visit(name, way):
+        assert name not in way, " -> ".join([*way, name])
+        for other in edges.get(name, ()):
+            if other not in done:
+                visit(other, (*way, name))
+        done.add(name)
+
+    done: set[str] = set()
+    for name in edges:
+        visit(name, ())
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_the_same_files(op):
-    assert {"api.py", "reference.py", "native.py", "triton.py"} <= {p.name for p in (PACKAGE / "ops" / op).glob("*.py")}
+    assert {"op.py", "reference.py", "native.py", "triton.py"} <= {p.name for p in (PACKAGE / "ops" / op).glob("*.py")}
 
 
 def test_pointers_and_the_extension_are_in_one_place():
     for path in FILES:
         text = path.read_text()
-        if layer(path) != "ffi.py":
+        if layer(path) != "runtime/ffi.py":
             assert ".data_ptr(" not in text and "fastalign._C" not in imports(path), layer(path)
             assert 'import_module("fastalign._C' not in text
 

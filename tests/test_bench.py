@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign.bench import SHAPES, command, eager, measure, packed_cases
-from fastalign.bench.case import Contestant
+from fastalign.bench import SHAPES, command, eager, measure
 from fastalign.bench.cases import make_case, own_backends
+from fastalign.bench.cases import packed as packed_cases
+from fastalign.bench.cases.case import Contestant
 from fastalign.bench.shapes import OPS, Rows, Sequences
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastalign as fa
-from fastalign import cli
+from fastalign.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ def test_a_backend_error_on_the_way_is_one_line(monkeypatch, capsys):
     def refuse(argv):
         raise fa.BackendError("fastalign::gae_fwd has no backend:\n  cpu: why")
 
-    monkeypatch.setattr("fastalign.info.main", refuse)
+    monkeypatch.setattr("fastalign.cli.info.main", refuse)
     assert cli.main(["info"]) == 2
     assert capsys.readouterr().err == "fastalign info: error: fastalign::gae_fwd has no backend: cpu: why\n"
 
@@ -50,7 +50,7 @@ def test_interruption_is_one_line(monkeypatch, capsys):
     def interrupt(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastalign.train.demo.main", interrupt)
+    monkeypatch.setattr("fastalign.arena.demo.main", interrupt)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "fastalign demo: interrupted\n"
 

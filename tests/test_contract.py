@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign.registry import BackendError
+from fastalign.runtime.dispatch import BackendError
 from fastalign.testing import assert_close, gradient, gradient_scale, make_labels, make_logits, token_stats_truth
 
 ALL = ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1")
@@ -434,7 +434,8 @@ def test_label_out_of_range(backend, device):  # row 14, F6
 
 @pytest.mark.parametrize("cuts", [(30,), (1, 2, 3), (16, 64, 80)])
 def test_vocabulary_shards_merge(backend, device, cuts):  # row 43 for one rank: the row state is a monoid
-    from fastalign.ops.token_stats.api import OUTPUT_BITS, RowOptions, token_stats_fwd
+    from fastalign.ops.token_stats.contract import OUTPUT_BITS
+    from fastalign.ops.token_stats.op import RowOptions, token_stats_fwd
 
     vocab, rows = 97, 5
     x = make_logits(rows, vocab, device=device)
@@ -453,7 +454,7 @@ def test_vocabulary_shards_merge(backend, device, cuts):  # row 43 for one rank:
 def test_no_vocabulary_sized_temporary(backend, device):  # A1: only kernels; the reference is the plain computation
     if backend == "reference":
         return
-    from fastalign import ffi
+    from fastalign.runtime import ffi
 
     taken, plain = [], ffi.empty
     try:

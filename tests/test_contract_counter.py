@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import ffi
+from fastalign.runtime import ffi
 from fastalign.testing import make_batch
 
 

@@ -403,7 +403,8 @@ def test_kl_inplace_backward_equals_out_of_place(backend, device, vocab, dtype):
 @pytest.mark.parametrize("cuts", [(30,), (1, 2, 3), (16, 64, 80)])
 @pytest.mark.parametrize("masked", [(), ("policy",), ("policy", "reference")])
 def test_vocabulary_shards_of_both_rows_merge(backend, device, cuts, masked):  # row 43 for one rank, both rows
-    from fastalign.ops.token_stats.api import OUTPUT_BITS, RowOptions, token_stats_bwd, token_stats_fwd
+    from fastalign.ops.token_stats.contract import OUTPUT_BITS
+    from fastalign.ops.token_stats.op import RowOptions, token_stats_bwd, token_stats_fwd
 
     vocab, rows = 97, 4
     x, ref = make_pair(rows, vocab, device=device)
@@ -469,7 +470,7 @@ def test_no_rows_and_one_word(backend, device):  # rows 1, 6
 def test_kl_makes_no_vocabulary_sized_temporary(backend, device):  # A1
     if backend == "reference":
         return
-    from fastalign import ffi
+    from fastalign.runtime import ffi
 
     taken, empty = [], ffi.empty
     try:

@@ -12,8 +12,9 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import fastalign as fa
-from fastalign.list_preset import KINDS, LIST_LINKS, MAX_LIST, ListPreset
-from fastalign.preset import SFT_NORMS
+from fastalign.losses.list import LIST_LINKS, ListPreset
+from fastalign.ops.listwise.params import KINDS, MAX_LIST
+from fastalign.ops.preference.params import SFT_NORMS
 from fastalign.testing import assert_close, gradient, make_batch
 
 # --- the papers -------------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import torch
 
 import fastalign as fa
 from fastalign import losses
-from fastalign.preset import LINKS, SFT_NORMS, TRANSFORMS, Preset
+from fastalign.losses.pair import Preset
+from fastalign.ops.preference.params import LINKS, SFT_NORMS, TRANSFORMS
 from fastalign.testing import assert_close, gradient, make_batch
 
 LN2 = math.log(2.0)

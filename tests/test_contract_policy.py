@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import fastalign as fa
+from fastalign.losses.policy import PRESETS, PolicyPreset
+from fastalign.ops.policy.params import AGGREGATIONS, KL_KINDS
 from fastalign.ops.policy.reference import STATS, VALUE_STATS
-from fastalign.policy_losses import AGGREGATIONS, KL_KINDS, PRESETS, PolicyPreset
 from fastalign.testing import assert_close
 
 LENGTHS = (7, 1, 0, 18, 4, 3)

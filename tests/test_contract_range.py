@@ -111,7 +111,8 @@ def test_kl_of_any_finite_logits(backend, device, swap):
 
 @pytest.mark.parametrize("cuts", [(30,), (1, 2, 3)])
 def test_vocabulary_shards_of_any_finite_logits_merge(backend, device, cuts):
-    from fastalign.ops.token_stats.api import OUTPUT_BITS, RowOptions, token_stats_fwd
+    from fastalign.ops.token_stats.contract import OUTPUT_BITS
+    from fastalign.ops.token_stats.op import RowOptions, token_stats_fwd
 
     x, names = rows()
     ref = x.roll(1, 1)

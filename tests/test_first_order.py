@@ -7,8 +7,8 @@ import torch
 from torch.autograd import forward_ad
 
 import fastalign as fa
-from fastalign import distributed
-from fastalign.function import Function
+from fastalign.runtime import distributed
+from fastalign.runtime.function import Function
 from fastalign.testing import make_batch, make_labels, make_logits
 
 BATCH = make_batch(3, dtype=torch.float64)

@@ -13,9 +13,10 @@ import torch
 import torch.multiprocessing
 
 import fastalign as fa
-from fastalign import losses, policy_losses
-from fastalign.frozen import FrozenDict
-from fastalign.ops.preference.unpaired import UNPAIRED
+from fastalign import losses
+from fastalign.losses import policy as policy_losses
+from fastalign.preference.unpaired import UNPAIRED
+from fastalign.runtime.frozen import FrozenDict
 from fastalign.testing import make_batch
 
 PRESETS = [*losses.PRESETS.values(), *losses.LISTWISE.values(), *policy_losses.PRESETS.values(), *UNPAIRED.values()]

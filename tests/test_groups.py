@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fastalign as fa
-from fastalign.groups import KINDS, dynamic_sampling_mask, group_advantages, overlong_penalty
+from fastalign.policy.groups import KINDS, dynamic_sampling_mask, group_advantages, overlong_penalty
 
 
 def loop(rewards, groups, kind, eps=1e-4, greedy=None, lengths=None):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import console, ffi, info
-from fastalign.registry import BACKENDS, OPS
+from fastalign.cli import console, info
+from fastalign.runtime import ffi
+from fastalign.runtime.dispatch import BACKENDS, OPS
 
 
 def test_output_names_versions_build_and_every_op(capsys):

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import ffi, losses
-from fastalign.list_preset import LIST_FIELDS, LIST_SCALAR_COUNT, MAX_LIST, ListParams, ListPreset
+from fastalign import losses
+from fastalign.losses.list import LIST_FIELDS, ListPreset
+from fastalign.ops.listwise.params import LIST_SCALAR_COUNT, MAX_LIST, ListParams
 from fastalign.ops.listwise.reference import TABLE_WIDTH
+from fastalign.runtime import ffi
 from fastalign.testing import make_batch
 
 PAIRS = 4

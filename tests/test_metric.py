@@ -12,8 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fastalign as fa
-from fastalign import losses, policy_losses
-from fastalign.metric import (
+from fastalign import losses
+from fastalign.losses import policy as policy_losses
+from fastalign.losses.pair import TENSOR_ONLY
+from fastalign.ops.policy.params import AGGREGATIONS
+from fastalign.runtime.metric import (
     Deviation,
     ExplainedVariance,
     Largest,
@@ -26,8 +29,6 @@ from fastalign.metric import (
     merge_metrics,
     variance_of,
 )
-from fastalign.policy_losses import AGGREGATIONS
-from fastalign.preset import TENSOR_ONLY
 from fastalign.testing import make_batch
 from fastalign.train.metrics import MetricSums
 

@@ -1,5 +1,5 @@
-"""What a new loss costs. Of existing parts: one row in fastalign/losses.py and its test (test_contract_packed.py adds a row while it runs). A new
-link or transform: one formula each in csrc/math/pair.h, fastalign/triton_math_pair.py and ops/preference/reference.py, and a name in fastalign/preset.py."""
+"""What a new loss costs. Of existing parts: one row in fastalign/losses/tables.py and its test (test_contract_packed.py adds a row while it runs). A new
+link or transform: one formula each in csrc/math/pair.h, fastalign/ops/math/pair.py and ops/preference/reference.py, and a name in its params.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import losses, preset
+from fastalign import losses
+from fastalign.losses import pair
+from fastalign.losses.pair import Preset
 from fastalign.ops.preference import reference
-from fastalign.preset import LINKS, TRANSFORMS, Preset
+from fastalign.ops.preference.params import LINKS, TRANSFORMS
 from fastalign.testing import gradient, make_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "fastalign").rglob("*.py"))
-FORMULAS = {"csrc/math/pair.h", "fastalign/triton_math_pair.py", "fastalign/ops/preference/reference.py"}
+FORMULAS = {"csrc/math/pair.h", "fastalign/ops/math/pair.py", "fastalign/ops/preference/reference.py"}
 
 
 def where(pattern):
@@ -41,7 +43,7 @@ def test_a_link_is_a_name_and_its_formulas(monkeypatch):
             return torch.log1p((h - 1) ** 2), 2 * (h - 1) / (1 + (h - 1) ** 2)
         return plain(kind, h, *rest)
 
-    monkeypatch.setattr(preset, "LINKS", (*LINKS, "cauchy"))
+    monkeypatch.setattr(pair, "LINKS", (*LINKS, "cauchy"))
     monkeypatch.setattr(reference, "link", link)
     batch = make_batch(4, dtype=torch.float64)
     lp, leaf = (batch.logprobs.clone().requires_grad_() for _ in range(2))
@@ -62,21 +64,24 @@ def test_every_formula_stands_in_three_files(function):
 
 # Words that other vocabularies have too.
 COMMON = {"alpha", "linear", "squared", "sigmoid", "exp", "logistic", "sft", "dpo"}
-# file: name. Rules are classes of their own (rules.py), lists have no exo and discopop, reward models have one preset.
+# file: name. Rules are classes of their own (rules.py), lists have an exo of their own, reward models have one preset; presets say what combines.
 SPECIAL = {
-    "preset.py: beta_dpo", "preset.py: alpha_dpo", "preset.py: bco", "rules.py: beta_dpo", "rules.py: alpha_dpo", "rules.py: bco",
-    "ops/preference/unpaired.py: bco", "ops/preference/api.py: wpo", "reward.py: bt_rm", "list_preset.py: exo", "list_preset.py: discopop",
+    "losses/pair.py: beta_dpo", "losses/pair.py: alpha_dpo", "losses/pair.py: bco", "preference/rules.py: beta_dpo",
+    "preference/rules.py: alpha_dpo", "preference/rules.py: bco", "preference/unpaired.py: bco", "preference/pair.py: wpo",
+    "preference/reward_model.py: bt_rm", "ops/listwise/params.py: exo",
 }  # fmt: skip
+MAY_NAME_PARTS = ("losses/pair.py", "losses/list.py")
 
 
 def test_names_are_data():
-    """Losses are named in losses.py, links and transforms in preset.py besides; no other code asks for one by its name."""
+    """Losses are named in losses/tables.py, links and transforms in ops/preference/params.py; no other code asks for one by its name."""
     parts = {*LINKS, *TRANSFORMS} - COMMON
     names = ({*losses.PRESETS} - COMMON) | parts
-    users = {"train", "adapters", "bench"}
-    files = [p for p in PACKAGE if not users & {*p.parts} and p.name != "losses.py"]
+    users = {"train", "adapters", "bench", "arena"}
+    files = [p for p in PACKAGE if not users & {*p.parts} and p.name != "tables.py"]
     found = {f"{p.relative_to(ROOT / 'fastalign')}: {s}" for p in files for s in strings(p) & names}
-    assert found - SPECIAL == {f"preset.py: {name}" for name in parts}
+    found -= {f"{file}: {name}" for file in MAY_NAME_PARTS for name in parts}
+    assert found - SPECIAL == {f"ops/preference/params.py: {name}" for name in parts}
 
 
 def test_kernels_know_no_loss():

@@ -12,7 +12,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastalign as fa
-from fastalign import overwrite
+from fastalign.runtime import overwrite
 from fastalign.testing import make_labels, make_logits
 
 ROWS, VOCAB = 6, 11

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import ffi, policy_losses
+from fastalign.losses import policy as policy_losses
+from fastalign.losses.policy import FIELDS, PRESETS, PolicyPreset
+from fastalign.ops.policy.params import SCALAR_COUNT, PolicyParams
 from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
-from fastalign.policy_losses import FIELDS, PRESETS, SCALAR_COUNT, PolicyParams, PolicyPreset
+from fastalign.runtime import ffi
 
 NORM = 9.0  # dr_grpo's constant
 OPTIONS = {"dr_grpo": {"norm_length": NORM}}

@@ -10,8 +10,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import fastalign as fa
-from fastalign import ffi, losses
-from fastalign.preset import FIELDS, HOST_FIELDS, SCALAR_COUNT, PairParams, Preset
+from fastalign import losses
+from fastalign.losses.pair import FIELDS, HOST_FIELDS, Preset
+from fastalign.ops.preference.params import SCALAR_COUNT, PairParams
+from fastalign.runtime import ffi
 from fastalign.testing import make_batch
 
 

@@ -16,7 +16,7 @@ WHY = {"reference": "reference (any device)", "cpu": "cpu (C++)", "triton": "tri
 
 def ops_table():
     """op x backend, with the storage types each accepts for its first tensor."""
-    from fastalign.registry import BACKENDS, OPS
+    from fastalign.runtime.dispatch import BACKENDS, OPS
 
     lines = ["| op | " + " | ".join(WHY[b] for b in BACKENDS) + " |", "|---" * (1 + len(BACKENDS)) + "|"]
     for name, op in OPS.items():

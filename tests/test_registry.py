@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import ffi, policy_losses, registry
-from fastalign.list_preset import LIST_SCALAR_COUNT
-from fastalign.preset import SCALAR_COUNT
+from fastalign.ops.listwise.params import LIST_SCALAR_COUNT
+from fastalign.ops.policy import params as policy_params
+from fastalign.ops.preference.params import SCALAR_COUNT
+from fastalign.runtime import dispatch, ffi
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ def test_priority_and_explain():
     x = make_logits(2, 9)
     text = fa.explain("token_logprobs", x)
     assert "cpu" in text.splitlines()[0] and "the CUDA kernels do not serve cpu tensors" in text or "without CUDA" in text
-    assert "chosen" in text and all(name in text for name in registry.BACKENDS)
+    assert "chosen" in text and all(name in text for name in dispatch.BACKENDS)
     assert fa.backends()["reference"] == fa.backends()["cpu"] == "available"
     with fa.use_backend("reference"):
         assert "reference" in fa.explain("sequence_sum", torch.ones(3)).splitlines()[0]
@@ -62,7 +63,7 @@ def test_cpu_calls_do_not_ask_for_a_device(monkeypatch):
         raise AssertionError("torch.cuda.is_available was asked")
 
     monkeypatch.setattr(torch.cuda, "is_available", refuse)
-    monkeypatch.setattr(registry.OPS["sequence_sum_fwd"], "_chosen", {})
+    monkeypatch.setattr(dispatch.OPS["sequence_sum_fwd"], "_chosen", {})
     assert fa.sequence_sum(torch.ones(2), torch.tensor([0, 2], dtype=torch.int32)).tolist() == [2.0]
 
 
@@ -72,7 +73,7 @@ def test_the_oldest_triton(version, able, tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(f"__version__ = {version!r}" if version else "")
     path = os.pathsep.join(filter(None, (str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH"))))
-    out = _python("import fastalign; print(fastalign.ffi.missing_backends(), fastalign.backends()['triton'])", PYTHONPATH=path)
+    out = _python("import fastalign; print(fastalign.runtime.ffi.missing_backends(), fastalign.backends()['triton'])", PYTHONPATH=path)
     assert out.returncode == 0, out.stderr
     oldest = ".".join(map(str, ffi.MIN_TRITON))
     refusal = f"triton {version} is older than {oldest}, the oldest that fastalign supports" if version else "triton is not importable"
@@ -85,14 +86,14 @@ def test_forced_backend_never_falls_back():
         fa.token_logprobs(make_logits(2, 9), make_labels(2, 9))
     with pytest.raises(ValueError, match="backend='cdua' is unknown; legal: reference, cpu, triton, cuda"):
         fa.use_backend("cdua")
-    assert registry.forced() is None
+    assert dispatch.forced() is None
 
 
 def test_plain_call_forces_for_good():
     fa.use_backend("reference")
-    assert registry.forced() == "reference"
+    assert dispatch.forced() == "reference"
     fa.use_backend(None)
-    assert registry.forced() is None
+    assert dispatch.forced() is None
 
 
 def _in_thread(work):
@@ -105,26 +106,26 @@ def test_threads_choose_for_themselves():
     entered, left = threading.Barrier(3, timeout=60), threading.Barrier(3, timeout=60)
 
     def work(name, first_out):
-        seen = [registry.forced()]
+        seen = [dispatch.forced()]
         with fa.use_backend(name):
             entered.wait()
-            seen.append(registry.forced())
+            seen.append(dispatch.forced())
             left.wait() if not first_out else None
         left.wait() if first_out else None
-        return [*seen, registry.forced()]
+        return [*seen, dispatch.forced()]
 
     with fa.use_backend("triton"), ThreadPoolExecutor(2) as pool:
         one, two = pool.submit(work, "reference", True), pool.submit(work, "cpu", False)
         entered.wait()
-        assert registry.forced() == "triton"
+        assert dispatch.forced() == "triton"
         left.wait()
         assert one.result() == ["triton", "reference", "triton"] and two.result() == ["triton", "cpu", "triton"]
-    assert registry.forced() is None and _in_thread(registry.forced) is None
+    assert dispatch.forced() is None and _in_thread(dispatch.forced) is None
     fa.use_backend("reference")
-    assert _in_thread(registry.forced) == "reference"
-    assert _in_thread(lambda: (fa.use_backend("cpu"), registry.forced())[1]) == "cpu" and registry.forced() == "reference"
+    assert _in_thread(dispatch.forced) == "reference"
+    assert _in_thread(lambda: (fa.use_backend("cpu"), dispatch.forced())[1]) == "cpu" and dispatch.forced() == "reference"
     fa.use_backend(None)
-    assert _in_thread(registry.forced) is None
+    assert _in_thread(dispatch.forced) is None
 
 
 def test_tasks_choose_for_themselves():
@@ -132,19 +133,19 @@ def test_tasks_choose_for_themselves():
         with fa.use_backend(name):
             for _ in range(steps):
                 await asyncio.sleep(0)
-                assert registry.forced() == name
+                assert dispatch.forced() == name
 
     async def together():
         await asyncio.gather(work("cpu", 5), work("reference", 9), work(None, 2))
 
     asyncio.run(together())
-    assert registry.forced() is None and _in_thread(registry.forced) is None
+    assert dispatch.forced() is None and _in_thread(dispatch.forced) is None
 
 
 def test_backward_runs_on_the_backend_of_forward(monkeypatch):
     """Also on another thread, as autograd's for a GPU is, and after the choice has ended or changed."""
-    ran, select = [], registry.Op.select
-    monkeypatch.setattr(registry.Op, "select", lambda self, x: (ran.append((self.name, registry.forced())), select(self, x))[1])
+    ran, select = [], dispatch.Op.select
+    monkeypatch.setattr(dispatch.Op, "select", lambda self, x: (ran.append((self.name, dispatch.forced())), select(self, x))[1])
     x = make_logits(2, 9).requires_grad_()
 
     def forward(name):
@@ -156,7 +157,7 @@ def test_backward_runs_on_the_backend_of_forward(monkeypatch):
             loss = forward(name)
             with fa.use_backend("triton"):
                 where(loss.backward)
-                assert registry.forced() == "triton"
+                assert dispatch.forced() == "triton"
             assert ran == [("token_stats_fwd", name), ("token_stats_bwd", name)]
             ran.clear()
     loss = _in_thread(lambda: forward("reference"))
@@ -203,13 +204,13 @@ print(fa.explain("token_logprobs", x).splitlines()[0])
 def _policy_samples(batch):
     lp, ref, cu, mask = batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask
     params = fa.policy_losses.get("gspo").params(advantages_per_sequence=True)
-    scalars, switches = list(params[: policy_losses.SCALAR_COUNT]), list(params[policy_losses.SCALAR_COUNT :])
+    scalars, switches = list(params[: policy_params.SCALAR_COUNT]), list(params[policy_params.SCALAR_COUNT :])
     one = torch.tensor(0.1)
     full = (lp, ref, torch.ones(6), cu, mask, ref, -lp, None, one, one, torch.tensor(6.0), scalars, switches, True)
     yield "policy_fwd", full
     yield "policy_fwd", (lp, None, lp, None, None, None, None, None, None, None, None, scalars, [0] * len(switches), False)
     yield "value_fwd", (lp, ref, ref, cu, mask, None, 0.2, 1, 1.0)
-    _, slopes, entropy_slopes, stats = registry.OPS["policy_fwd"](*full)
+    _, slopes, entropy_slopes, stats = dispatch.OPS["policy_fwd"](*full)
     yield "policy_bwd", (torch.ones(()), slopes, entropy_slopes, stats)
 
 
@@ -217,13 +218,13 @@ def _op_samples():
     x, labels = make_logits(3, 17), make_labels(3, 17).unsqueeze(-1)
     batch = make_batch(3)
     options = (1.44, 0.0, 1.0, -100)
-    state = registry.OPS["token_stats_fwd"](x, labels, None, None, *options, 63, 0, 17, None, None)[-2]
+    state = dispatch.OPS["token_stats_fwd"](x, labels, None, None, *options, 63, 0, 17, None, None)[-2]
     yield "token_stats_fwd", (x, labels, None, None, *options, 63, 0, 17, None, None)
     yield "token_stats_fwd", (x, None, None, torch.tensor(0.5), *options, 2, 0, 17, None, None)
     yield "token_stats_bwd", (x, labels, None, None, *options, 0, 17, state, torch.ones(3, 1), None, None)
     yield "token_stats_bwd_", (x.clone(), labels, None, None, *options, 0, 17, state, None, torch.ones(3), None)
     ref, ones = make_logits(3, 17, seed=1), torch.ones(3)
-    *_, both, _ = registry.OPS["token_stats_fwd"](x, labels, None, None, *options, 511, 0, 17, None, None, ref)
+    *_, both, _ = dispatch.OPS["token_stats_fwd"](x, labels, None, None, *options, 511, 0, 17, None, None, ref)
     yield "token_stats_fwd", (x, labels, None, None, *options, 511, 0, 17, None, None, ref)
     yield "token_stats_bwd", (x, labels, None, None, *options, 0, 17, both, torch.ones(3, 1), None, None, ref, ones, ones)
     yield "token_stats_fused", (x, None, None, None, *options, 128, ref, None, None, None, ones, None)
@@ -238,7 +239,7 @@ def _op_samples():
     tokens = (batch.logprobs, batch.ref_logprobs, None, batch.packed.cu_seqlens, None, batch.packed.mask, None)
     forward = (*tokens, None, *(None,) * 9, scalars, switches, 3, True)
     yield "preference_fwd", forward
-    _, _, table, sums = registry.OPS["preference_fwd"](*forward)
+    _, _, table, sums = dispatch.OPS["preference_fwd"](*forward)
     yield "preference_bwd", (torch.ones(()), *tokens[:2], *tokens[3:], sums, table, scalars, switches, True)
     tokens = (batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens)
     yield "gae_fwd", (*tokens, batch.packed.mask, torch.ones(6), torch.tensor(0.9), None, 0.0, 0.95)
@@ -251,11 +252,11 @@ def _op_samples():
 @pytest.mark.parametrize("index", range(len(list(_op_samples()))))
 def test_opcheck(index):
     name, args = list(_op_samples())[index]
-    torch.library.opcheck(registry.OPS[name].overload, args)
+    torch.library.opcheck(dispatch.OPS[name].overload, args)
 
 
 def test_every_op_is_checked():
-    assert {name for name, _ in _op_samples()} == set(registry.OPS)
+    assert {name for name, _ in _op_samples()} == set(dispatch.OPS)
 
 
 def test_compile_fullgraph():  # H1
@@ -324,7 +325,7 @@ def test_the_dispatcher_is_passed_by_where_nobody_listens(monkeypatch):
         raise AssertionError("through the dispatcher")
 
     for name in ("preference_fwd", "preference_bwd"):
-        monkeypatch.setattr(registry.OPS[name], "overload", refuse)
+        monkeypatch.setattr(dispatch.OPS[name], "overload", refuse)
     _small_loss().backward()
 
 
@@ -356,25 +357,25 @@ def test_tensor_subclasses_reach_the_dispatcher():
 
     seen = []
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    registry.OPS["sequence_sum_fwd"](torch.ones(2).as_subclass(Tagged), cu, None, None)
+    dispatch.OPS["sequence_sum_fwd"](torch.ones(2).as_subclass(Tagged), cu, None, None)
     assert any("sequence_sum_fwd" in name for name in seen)
 
 
 def test_transforms_are_not_passed_by():
     x, cu = torch.arange(6.0).view(3, 2), torch.tensor([0, 2], dtype=torch.int32)
-    sums = torch.vmap(lambda row: registry.OPS["sequence_sum_fwd"](row, cu, None, None)[0])(x)
+    sums = torch.vmap(lambda row: dispatch.OPS["sequence_sum_fwd"](row, cu, None, None)[0])(x)
     assert sums.flatten().tolist() == [1.0, 5.0, 9.0]
 
 
 def test_a_trace_holds_the_op():
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    traced = torch.jit.trace(lambda x: registry.OPS["sequence_sum_fwd"](x, cu, None, None)[0], torch.ones(2))
+    traced = torch.jit.trace(lambda x: dispatch.OPS["sequence_sum_fwd"](x, cu, None, None)[0], torch.ones(2))
     assert float(traced(torch.tensor([3.0, 4.0]))) == 7.0
 
 
 def test_without_torchs_private_names_all_goes_through_the_dispatcher(monkeypatch):
-    monkeypatch.setattr(registry, "_can_tell", False)
-    monkeypatch.setattr(registry.OPS["preference_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
+    monkeypatch.setattr(dispatch, "_can_tell", False)
+    monkeypatch.setattr(dispatch.OPS["preference_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
     with pytest.raises(KeyError, match="dispatched"):
         _small_loss()
 

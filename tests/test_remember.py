@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign import losses, policy_losses, remember
+from fastalign import losses
+from fastalign.losses import policy as policy_losses
+from fastalign.runtime import memo
 
 
 def loss(**options):
@@ -46,12 +48,12 @@ def test_the_same_object_comes_back_and_its_parameters_too():
 def test_the_memory_is_bounded(monkeypatch):
     calls = []
 
-    @remember.by_options
+    @memo.by_options
     def resolve(name, options):
         calls.append(options)
         return len(calls), {}
 
-    monkeypatch.setattr(remember, "_MOST", 3)
+    monkeypatch.setattr(memo, "_MOST", 3)
     for value in (0.1, 0.2, 0.3, 0.4, 0.1, 0.4):
         resolve("x", {"beta": value})
     assert len(calls) == 5  # 0.4 made room for itself, 0.1 was forgotten, 0.4 was not

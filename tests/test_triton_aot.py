@@ -13,12 +13,16 @@ import torch
 from triton_aot import OUT, TARGETS, compiling_for
 
 import fastalign
-from fastalign import losses, policy_losses
-from fastalign.list_preset import LIST_SCALAR_COUNT, ListPreset
+from fastalign import losses
+from fastalign.losses import policy as policy_losses
+from fastalign.losses.list import ListPreset
+from fastalign.losses.pair import Preset
+from fastalign.losses.policy import PolicyPreset
+from fastalign.ops.listwise.params import LIST_SCALAR_COUNT
+from fastalign.ops.policy import params as policy_params
 from fastalign.ops.policy.reference import STATS
+from fastalign.ops.preference.params import LINKS, SCALAR_COUNT, TRANSFORMS
 from fastalign.ops.token_stats.contract import STATE_WIDTH
-from fastalign.policy_losses import PolicyPreset
-from fastalign.preset import LINKS, SCALAR_COUNT, TRANSFORMS, Preset
 
 FOLDER = Path(fastalign.__file__).parent / "ops"
 MODULES = {p.parent.name: importlib.import_module(f"fastalign.ops.{p.parent.name}.triton") for p in sorted(FOLDER.glob("*/triton.py"))}
@@ -94,7 +98,7 @@ def policy_step(loss="ppo", sequences=False, full=False, backward=True, **option
     per_sequence = preset.needs_sequence_values
     p = preset.params(per_sequence, per_sequence)
     optional = (x, x, x, one, one, one) if full else (None,) * 6
-    scalars, switches = list(p[: policy_losses.SCALAR_COUNT]), list(p[policy_losses.SCALAR_COUNT :])
+    scalars, switches = list(p[: policy_params.SCALAR_COUNT]), list(p[policy_params.SCALAR_COUNT :])
     policy.policy_fwd(x, x, x, cu if sequences else None, x > 0, *optional, scalars, switches, full)
     if backward:
         policy.policy_bwd(one, x, x if full else x[:0], torch.zeros(len(STATS)))
@@ -295,7 +299,7 @@ def test_every_option_compiles():
             options = {"kl_kind": kind, "kl_bias_correction": kind == "k3", "is_mode": "mask", "is_max": 2.0}
             policy_step(sequences=True, full=True, backward=False, **options)
         policy_step("rloo", sequences=True, aggregation="seq_mean_token_sum_norm", norm_length=3.0, backward=False)
-        policy.policy_fwd(token, None, token, None, None, *(None,) * 6, [0.0] * policy_losses.SCALAR_COUNT, [0] * 8, False)
+        policy.policy_fwd(token, None, token, None, None, *(None,) * 6, [0.0] * policy_params.SCALAR_COUNT, [0] * 8, False)
         policy.value_fwd(token, None, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one[0], 0.0, 1, 1.0)
         pairs = torch.zeros(1, 2, dtype=torch.int32)
         preference("dpo", kl=token, weights=token, pairs=pairs, per_pair=(*(one,) * 6, one > 0, one[0], one[0]), kl_chosen=0.5)

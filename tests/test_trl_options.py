@@ -18,8 +18,10 @@ from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.rloo_config import RLOOConfig
 
 import fastalign as fa
-from fastalign import losses, peers, policy_losses
-from fastalign.preset import FIELDS
+from fastalign import losses
+from fastalign.losses import peers
+from fastalign.losses import policy as policy_losses
+from fastalign.losses.pair import FIELDS
 from fastalign.testing import make_batch
 
 # Settings of TRL's configurations that change what is learnt from given log-probs: the others are of models, data, generation, logging.

@@ -12,7 +12,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 import fastalign as fa
-from fastalign import policy_losses
+from fastalign.losses import policy as policy_losses
 
 B, T = 5, 9
 # our loss -> (TRL's attributes, our options besides the preset's)

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastalign import ffi
+from fastalign.runtime import ffi
 
 OUT = Path(__file__).parents[1].resolve() / "build" / "triton_aot"
 DRIVER = "_active" if hasattr(driver, "_active") else "active"  # where Triton keeps the driver in use; "active" before 3.5

@@ -1,13 +1,13 @@
 // The list kernel of every loss over ranked responses: one list in, the term and one slope per response out, in one evaluation of three steps:
 // what the whole list shares (list_head), one number per response (list_aux), the response's share of the term and its slope (list_item).
-// The steps of a list are run by one thread on the CPU and by a thread per response on the GPU.  Twins: fastalign/triton_math_list.py,
+// The steps of a list are run by one thread on the CPU and by a thread per response on the GPU.  Twins: fastalign/ops/math/list.py,
 // ops/listwise/reference.py.
 #pragma once
 #include "math/pair.h"
 
 namespace fastalign {
 
-// Order of the scalars and switches that travel from fastalign/list_preset.py (ListParams); checked against these names by the tests.
+// Order of the scalars and switches that travel from fastalign/losses/list.py (ListParams); checked against these names by the tests.
 #define FA_LIST_SCALARS(X) \
   X(length_norm) X(beta) X(target) X(reward_temperature) X(list_weight) X(sft_weight) X(sft_power)
 #define FA_LIST_SWITCHES(X) X(kind) X(link) X(pair_gain) X(pair_mean) X(sft_norm) X(drop_nonfinite) X(reduction)

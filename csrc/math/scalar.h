@@ -1,4 +1,4 @@
-// Scalar functions with their numerically safe forms. Host and device, fp32 and fp64. Twin: fastalign/triton_math.py.
+// Scalar functions with their numerically safe forms. Host and device, fp32 and fp64. Twin: fastalign/ops/math/scalar.py.
 #pragma once
 #include <type_traits>
 #include "common.h"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from fastalign import ffi, registry
 from fastalign.bench.cases import make_case
 from fastalign.bench.measure import Result, add_bandwidth, cache_bytes, ceiling_bytes, ceilings, measure, read_bandwidth
 from fastalign.bench.shapes import OPS, SHAPES
-from fastalign.console import Parser, table
+from fastalign.cli.console import Parser, table
+from fastalign.runtime import dispatch, ffi
 
 # Seconds of timing per case, samples at least and at most.
 EFFORT = {"cpu": (8.0, 5, 50), "cpu-quick": (1.5, 3, 20), "cuda": (5.0, 20, 100), "cuda-quick": (2.0, 20, 50), "tiny": (0.0, 2, 2)}
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--backend",
         action="append",
-        choices=registry.BACKENDS,
+        choices=dispatch.BACKENDS,
         metavar="NAME",
         help="only this backend of fastalign (repeatable); default: all that can serve the call, the reference only where it is alone",
     )
@@ -145,7 +145,7 @@ def _save(report: dict[str, Any], path: Path | None) -> None:
 def describe(device: torch.device) -> dict[str, Any]:
     """What the numbers belong to."""
     import fastalign
-    from fastalign import info
+    from fastalign.cli import info
 
     facts = {**info.versions(), **info.machine(), "extension": info.extension(), "cores": os.cpu_count()}
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["processor"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastalign.bench.timing import Sample, Timer, disturbed
 
 if TYPE_CHECKING:
-    from fastalign.bench.case import Case, Contestant
+    from fastalign.bench.cases.case import Case, Contestant
 
 # A sample of a short call repeats it until it takes about this long: the first call finds the caches full of other contestants' code and data, and
 # must not count for much.

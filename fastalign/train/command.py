@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastalign.console import Parser
+from fastalign.cli.console import Parser
 from fastalign.train import help
 from fastalign.train.config import RunConfig, TrainConfig, add_arguments, common_settings, flag_of, from_arguments
 from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.methods import METHODS as OFFLINE
-from fastalign.train.online import METHODS as ONLINE
-from fastalign.train.online.config import OnlineConfig
+from fastalign.train.methods.online import METHODS as ONLINE
+from fastalign.train.online_config import OnlineConfig
 
 
 class Command(NamedTuple):
@@ -30,7 +30,7 @@ class Command(NamedTuple):
 COMMANDS = {
     **{name: Command(entry.summary, "fastalign.train.offline:train", TrainConfig, entry.settings) for name, entry in OFFLINE.items()},
     **{
-        name: Command(entry.summary, "fastalign.train.online.run:train_online", OnlineConfig, entry.settings)
+        name: Command(entry.summary, "fastalign.train.online:train_online", OnlineConfig, entry.settings)
         for name, entry in ONLINE.items()
     },
 }

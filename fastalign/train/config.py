@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastalign.checks import shown
+from fastalign.runtime.checks import shown
 from fastalign.train.errors import UserError
 
 LARGEST = 1e30  # of any number: training computes in float32, which ends at 3.4e38

@@ -167,7 +167,10 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 def loss_options() -> frozenset[str]:
     """Every name that --set takes for some loss."""
-    from fastalign import list_preset, losses, policy_losses, preset
+    from fastalign import losses
+    from fastalign.losses import list as list_preset
+    from fastalign.losses import pair as preset
+    from fastalign.losses import policy as policy_losses
 
     own = {name for p in (*losses.PRESETS.values(), *losses.LISTWISE.values()) for name in p.options}
     fields = {f.name for kind in (preset.Preset, list_preset.ListPreset, policy_losses.PolicyPreset) for f in dataclasses.fields(kind)}

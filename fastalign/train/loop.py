@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastalign.train import checkpoint, files
-from fastalign.train import model as models
 from fastalign.train.config import RunConfig
 from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.metrics import RunLog
+from fastalign.train.models import packed as models
 from fastalign.train.optimise import Optimizer
 from fastalign.train.vain import Vain
 

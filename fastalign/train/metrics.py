@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastalign.metric import AnyMetric, Total, merge_metrics
+from fastalign.runtime.metric import AnyMetric, Total, merge_metrics
 from fastalign.train.config import RunConfig
 from fastalign.train.files import inside, replace_file, writing
 
-# name -> a form of fastalign.metric, or a mean as a plain pair (sum, count); tensors on the device
+# name -> a form of fastalign.runtime.metric, or a mean as a plain pair (sum, count); tensors on the device
 Metrics = Mapping[str, Any]
 
 # What the console shows of a record; the files have everything.

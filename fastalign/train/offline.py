@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-from fastalign.metric import Total
+from fastalign.runtime.metric import Total
 from fastalign.train import checkpoint
-from fastalign.train import model as models
 from fastalign.train.config import TrainConfig, check_kind
-from fastalign.train.data import Schedule, fingerprint, load_examples
+from fastalign.train.data.examples import Schedule, fingerprint, load_examples
+from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
 from fastalign.train.files import inside
 from fastalign.train.loop import Run, TrainResult
 from fastalign.train.methods import make_method
 from fastalign.train.methods.base import LogprobFn, Method, Split, join
 from fastalign.train.methods.dpo import PreferenceMethod
+from fastalign.train.methods.online import METHODS as ONLINE
 from fastalign.train.metrics import MetricSums
-from fastalign.train.online import METHODS as ONLINE
+from fastalign.train.models import packed as models
+from fastalign.train.models.reference import LiveReference, precompute, weights_fingerprint, weights_of
 from fastalign.train.optimise import Optimizer
-from fastalign.train.reference import LiveReference, precompute, weights_fingerprint, weights_of
-from fastalign.train.tokenise import TokenExample
 
 
 def train(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_emu import build
 
-from fastalign import ffi
+from fastalign.runtime import ffi
 
 GUARD = 64  # elements on either side of a tensor
 GUARD_BYTE = 0xA5

@@ -6,7 +6,7 @@ import pytest
 import test_contract_counter as counter
 import torch
 
-from fastalign import ffi
+from fastalign.runtime import ffi
 
 
 class Graph:

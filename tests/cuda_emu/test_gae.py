@@ -9,8 +9,8 @@ import test_contract_gae as contract
 import torch
 
 import fastalign as fa
-from fastalign import ffi
 from fastalign.ops.gae.native import TILE
+from fastalign.runtime import ffi
 
 WHERE = ("cuda", "cpu")  # the contract tests' backend and device arguments
 CU = [0, 3, 3, TILE, 2 * TILE, 4 * TILE + 1, 4 * TILE + 2, 7 * TILE + 2]  # sequences of a tile, just more, and several

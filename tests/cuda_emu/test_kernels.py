@@ -14,7 +14,7 @@ import torch
 from cuda_emu import build, plugin
 
 import fastalign as fa
-from fastalign import ffi
+from fastalign.runtime import ffi
 from fastalign.testing import make_labels, make_logits
 
 WHERE = ("cuda", "cpu")  # the contract tests' backend and device arguments

@@ -12,8 +12,9 @@ import torch
 from test_kernels import WHERE, assert_noticed, cluster  # noqa: F401
 
 import fastalign as fa
-from fastalign.ops.token_stats import kl as ops
-from fastalign.ops.token_stats.api import OUTPUT_BITS, RowOptions
+from fastalign.ops.token_stats import fused as ops
+from fastalign.ops.token_stats.contract import OUTPUT_BITS
+from fastalign.ops.token_stats.op import RowOptions
 from fastalign.testing import assert_close, make_labels, make_logits
 
 KLS = contract.KLS

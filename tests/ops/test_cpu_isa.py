@@ -10,7 +10,8 @@ import torch
 
 import fastalign as fa
 from fastalign import _C
-from fastalign.ops.token_stats.api import LOG2E, token_stats_bwd, token_stats_bwd_, token_stats_fwd
+from fastalign.ops.token_stats.op import token_stats_bwd, token_stats_bwd_, token_stats_fwd
+from fastalign.rows.spec import LOG2E
 from fastalign.testing import assert_close, gradient, gradient_scale, make_labels, make_logits, token_stats_truth
 
 ALL = ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1")

@@ -10,7 +10,7 @@ import pytest
 import transformers
 from tiny import make_lists, make_responses, make_rows, write_jsonl
 
-from fastalign import cli
+from fastalign.cli import main as cli
 from fastalign.train import TrainConfig
 from fastalign.train.config import _parse_option, flag_of
 from fastalign.train.methods import METHODS

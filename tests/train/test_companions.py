@@ -10,9 +10,9 @@ import pytest
 import transformers
 from tiny import make_model, make_responses, make_rows, make_tokenizer, write_jsonl
 
-from fastalign import cli
+from fastalign.cli import main as cli
 from fastalign.train import OnlineConfig, TrainConfig, UserError, train, train_dpo, train_online
-from fastalign.train.model import max_positions
+from fastalign.train.models.packed import max_positions
 
 PAIRS, RESPONSES, PROMPTS = make_rows(6), make_responses(6), [{"prompt": row["prompt"]} for row in make_rows(6)]
 BESIDE = [("dpo", "ref_model"), ("kto", "ref_model"), ("ppo", "ref_model"), ("ppo", "dpo_model"), ("ppo", "reward_model")]

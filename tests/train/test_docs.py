@@ -14,9 +14,9 @@ import transformers
 from tiny import make_lists, make_model, make_responses, make_rows, make_tokenizer, write_jsonl
 
 import fastalign as fa
-from fastalign import cli
-from fastalign.train import formats
+from fastalign.cli import main as cli
 from fastalign.train.command import COMMANDS
+from fastalign.train.data import formats
 from fastalign.train.help import GROUPS, PAGES
 
 ROOT = Path(__file__).resolve().parent.parent.parent

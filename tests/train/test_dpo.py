@@ -20,12 +20,12 @@ from fastalign.train import (
     token_pair,
     train_dpo,
 )
-from fastalign.train.data import load_examples
-from fastalign.train.formats import PREFERENCE
+from fastalign.train.data.examples import load_examples
+from fastalign.train.data.formats import PREFERENCE
 from fastalign.train.methods.base import Split
+from fastalign.train.models.reference import LiveReference, precompute, weights_fingerprint
 from fastalign.train.offline import accumulate
 from fastalign.train.optimise import learning_rate
-from fastalign.train.reference import LiveReference, precompute, weights_fingerprint
 
 LN2 = math.log(2)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny import make_model, make_rows, without_times, write_jsonl
 
-from fastalign import cli
+from fastalign.cli import main as cli
 from fastalign.train import TrainingError, UserError, checkpoint, files, train_dpo
 
 RUN = {"max_steps": 4, "save_every": 2, "batch_size": 4}
@@ -311,7 +311,7 @@ def test_a_full_disk_is_one_line(finished, tmp_path, capsys, monkeypatch, where)
         elif where == "record":
             patched.setattr(checkpoint, "write_record", full)
         else:
-            patched.setattr("fastalign.train.reference.save_file", full)
+            patched.setattr("fastalign.train.models.reference.save_file", full)
             arguments.append("--precompute-ref")
         assert cli.main(arguments) == 1
     error = capsys.readouterr().err

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastalign.train import DataError, UserError
-from fastalign.train.formats import parse_listwise, parse_preference, parse_unpaired, read_jsonl
+from fastalign.train.data.formats import parse_listwise, parse_preference, parse_unpaired, read_jsonl
 
 
 def user(text):

@@ -13,10 +13,10 @@ from tiny import make_lists, make_model, make_responses, make_rows, without_time
 
 import fastalign
 from fastalign.train import UserError, load_tokenizer, train
-from fastalign.train.formats import UNPAIRED
+from fastalign.train.data.formats import UNPAIRED
+from fastalign.train.data.tokenise import tokenise
 from fastalign.train.methods import METHODS, make_method
 from fastalign.train.methods.dpo import COLUMNS
-from fastalign.train.tokenise import tokenise
 
 LN2 = math.log(2)
 

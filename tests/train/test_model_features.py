@@ -9,12 +9,12 @@ from tiny import make_lists, make_model, make_responses, make_rows
 
 import fastalign
 from fastalign.train import OnlineConfig, PackedCausalLM, TrainConfig, UserError, train, train_online
-from fastalign.train.data import pack_examples
+from fastalign.train.data.examples import pack_examples
+from fastalign.train.data.tokenise import token_pair
 from fastalign.train.methods import make_method
 from fastalign.train.methods.base import Split
-from fastalign.train.model import Lengths
+from fastalign.train.models.packed import Lengths
 from fastalign.train.offline import accumulate
-from fastalign.train.tokenise import token_pair
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

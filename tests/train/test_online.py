@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny import make_model, make_rows, make_tokenizer, without_times
 
-from fastalign.train import OnlineConfig, TrainConfig, TrainingError, UserError, demo, sandbox, train, train_online
-from fastalign.train.demos import common, ppo
+from fastalign.arena import demo, review_task
+from fastalign.arena.demos import common, ppo
+from fastalign.train import OnlineConfig, TrainConfig, TrainingError, UserError, train, train_online
 
 PROMPTS = [{"prompt": f"the {'cat ' * (i % 4)}number {i}:", "wanted": "a"} for i in range(12)]
 TEXTS = ["the cat sat on the mat", "a dog is good", "that is bad"]
@@ -301,10 +302,10 @@ def test_reward_model(online, reward_model):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(reward_model)
     heads = load_file(result.output / "value_head.safetensors")["linear.weight"], theirs.score.weight
     assert torch.allclose(*heads, atol=1e-9) and heads[1].abs().max() > 0
-    from fastalign.train.model import PackedCausalLM
-    from fastalign.train.online.rewards import make_reward
-    from fastalign.train.online.rollout import Sampler
-    from fastalign.train.tokenise import TokenExample
+    from fastalign.train.data.tokenise import TokenExample
+    from fastalign.train.models.packed import PackedCausalLM
+    from fastalign.train.sampling.rewards import make_reward
+    from fastalign.train.sampling.rollout import Sampler
 
     config = OnlineConfig(reward_model=str(reward_model), max_new_tokens=5, tokens_per_batch=60)
     lm, tokenizer = PackedCausalLM(make_model()), make_tokenizer()
@@ -344,13 +345,13 @@ def save_tokenizer_with(tokenizer, moved, folder):
 
 def test_demo_from_start_to_end_in_small(tmp_path, monkeypatch, capsys):
     """All stages on a model that learns nothing, ranked by a reward that random bytes can differ in: every number and file is there."""
-    small = sandbox.make_model(sandbox.make_tokenizer(), seed=1, hidden=32, layers=1, heads=2)
-    monkeypatch.setattr(sandbox, "make_model", lambda tokenizer, seed: small)
-    monkeypatch.setattr(sandbox, "gold_reward", lambda text: len(text) % 7 / 6)
+    small = review_task.make_model(review_task.make_tokenizer(), seed=1, hidden=32, layers=1, heads=2)
+    monkeypatch.setattr(review_task, "make_model", lambda tokenizer, seed: small)
+    monkeypatch.setattr(review_task, "gold_reward", lambda text: len(text) % 7 / 6)
     monkeypatch.setattr(common, "SFT_STEPS", 1)
     for name, value in {"PROMPTS": 6, "HELD_OUT_PROMPTS": 4, "JUDGED": 4, "BATCH_SIZE": 4, "REWARD_STEPS": 2, "REWARD_BATCH": 4}.items():
         monkeypatch.setattr(ppo, name, value)
-    monkeypatch.setattr(sandbox, "MAX_NEW_TOKENS", 24)
+    monkeypatch.setattr(review_task, "MAX_NEW_TOKENS", 24)
     assert demo.main(["ppo", "--steps", "2", "--output", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert report["policies"].keys() == {"sft", "gold", "model"} and report["curves"].keys() == {"gold", "model"}

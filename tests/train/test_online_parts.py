@@ -13,20 +13,20 @@ import transformers
 from tiny import CHAT_TEMPLATE, make_model, make_tokenizer, write_jsonl
 
 import fastalign
-from fastalign import cli
+from fastalign.cli import main as cli
 from fastalign.train import DataError, OnlineConfig, UserError
+from fastalign.train.data.prompts import load_prompts, load_texts
+from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.methods.base import Scored
-from fastalign.train.model import PackedCausalLM
-from fastalign.train.online import METHODS
-from fastalign.train.online.actor import Actor
-from fastalign.train.online.advantages import Rewarded, estimate
-from fastalign.train.online.config import resolve
-from fastalign.train.online.online_dpo import best_against_worst
-from fastalign.train.online.policy_gradient import resolve_loss
-from fastalign.train.online.prompts import load_prompts, load_texts
-from fastalign.train.online.rollout import Rollout, Sampler
-from fastalign.train.online.task import split_evenly
-from fastalign.train.tokenise import TokenExample
+from fastalign.train.methods.online import METHODS
+from fastalign.train.methods.online_dpo import best_against_worst
+from fastalign.train.methods.online_task import split_evenly
+from fastalign.train.methods.policy_gradient import resolve_loss
+from fastalign.train.models.packed import PackedCausalLM
+from fastalign.train.online_config import resolve
+from fastalign.train.sampling.actor import Actor
+from fastalign.train.sampling.advantages import Rewarded, estimate
+from fastalign.train.sampling.rollout import Rollout, Sampler
 
 # --- advantages -------------------------------------------------------------------------------------------------------------------------
 

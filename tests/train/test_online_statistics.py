@@ -8,8 +8,8 @@ from test_online import online  # noqa: F401  (a fixture)
 from test_online_parts import SCORES, settings, step  # noqa: F401
 
 import fastalign
-from fastalign.metric import Deviation
-from fastalign.train.online.advantages import estimate
+from fastalign.runtime.metric import Deviation
+from fastalign.train.sampling.advantages import estimate
 
 PROMPTS = [{"prompt": p} for p in ("a:", "bc:", "review of it:", "d", "ee ee", "f f f f")]
 

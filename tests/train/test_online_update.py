@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from tiny import make_model
 
 from fastalign.train import OnlineConfig, train_online
-from fastalign.train.heads import ValueHead
-from fastalign.train.online import rollout, run
+from fastalign.train import online as run
+from fastalign.train.models.heads import ValueHead
 from fastalign.train.optimise import Optimizer
+from fastalign.train.sampling import rollout
 
 PROMPTS = [{"prompt": f"the {'cat ' * i}number {i}:"} for i in range(4)]
 TEXTS = ["the cat sat on the mat", "a dog is good"]

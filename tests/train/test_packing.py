@@ -9,8 +9,8 @@ from tiny import make_model
 
 import fastalign
 from fastalign.train import PackedCausalLM, UserError, token_pair
-from fastalign.train.attention import packed_attention
-from fastalign.train.data import Schedule, fingerprint, pack_examples
+from fastalign.train.data.examples import Schedule, fingerprint, pack_examples
+from fastalign.train.models.attention import packed_attention
 
 ATTENTION = ("packed", "sdpa", "eager")
 LENGTHS = (7, 12, 1, 9)

@@ -13,14 +13,14 @@ import torch
 import transformers
 from tiny import make_model, make_rows, make_tokenizer
 
-from fastalign import cli
+from fastalign.cli import main as cli
 from fastalign.train import OnlineConfig, TrainConfig, TrainingError, UserError, train, train_dpo, train_online
 from fastalign.train.config import from_arguments
+from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.methods import make_method
-from fastalign.train.online.rewards import FunctionReward, ModelReward
-from fastalign.train.online.rollout import Rollout
 from fastalign.train.optimise import Optimizer
-from fastalign.train.tokenise import TokenExample
+from fastalign.train.sampling.rewards import FunctionReward, ModelReward
+from fastalign.train.sampling.rollout import Rollout
 
 # --- rewards ----------------------------------------------------------------------------------------------------------------------------
 

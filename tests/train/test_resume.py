@@ -172,7 +172,7 @@ def test_paths_are_compared_by_what_they_lead_to(config, uninterrupted, model_di
     settings = {**SETTINGS, "model": "copy/../copy", "data": "link", "output": "out", "resume": True}
     other = make_model(seed=5)
     with monkeypatch.context() as changed:
-        changed.setattr("fastalign.train.model.load_model", lambda *args, **options: other)
+        changed.setattr("fastalign.train.models.packed.load_model", lambda *args, **options: other)
         with pytest.raises(UserError, match="the weights of --model are not those that the run was started with"):
             train_dpo(config(**settings))
     reference = tmp_path / "reference"

@@ -12,20 +12,21 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastalign
-from fastalign.train import TrainConfig, comparison, demo, sandbox
-from fastalign.train.demos import common, dpo, tdpo
-from fastalign.train.tokenise import token_pair
+from fastalign.arena import comparison, demo, review_task
+from fastalign.arena.demos import common, dpo, tdpo
+from fastalign.train import TrainConfig
+from fastalign.train.data.tokenise import token_pair
 
 
 @pytest.fixture(scope="module")
 def byte_tokenizer():
-    return sandbox.make_tokenizer()
+    return review_task.make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def small(byte_tokenizer):
     """A model with random weights, too small to learn much."""
-    return sandbox.make_model(byte_tokenizer, seed=1, hidden=32, layers=1, heads=2)
+    return review_task.make_model(byte_tokenizer, seed=1, hidden=32, layers=1, heads=2)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------------------------
@@ -46,16 +47,16 @@ def small(byte_tokenizer):
     ],
 )
 def test_gold_reward(text, reward):
-    assert sandbox.gold_reward(text) == pytest.approx(reward, abs=1e-12)
+    assert review_task.gold_reward(text) == pytest.approx(reward, abs=1e-12)
 
 
 def test_reviews_are_seeded_fluent_and_balanced():
-    reviews = sandbox.make_reviews(2000, seed=3)
-    assert reviews == sandbox.make_reviews(2000, seed=3) != sandbox.make_reviews(2000, seed=4)
-    sixths = [6 * sandbox.gold_reward(r.completion) for r in reviews]
+    reviews = review_task.make_reviews(2000, seed=3)
+    assert reviews == review_task.make_reviews(2000, seed=3) != review_task.make_reviews(2000, seed=4)
+    sixths = [6 * review_task.gold_reward(r.completion) for r in reviews]
     assert all(abs(x - round(x)) < 1e-9 for x in sixths)  # all words are known
-    assert 0.45 < sum(sandbox.gold_reward(r.completion) for r in reviews) / 2000 < 0.55
-    assert max(len(r.completion.encode()) for r in reviews) < sandbox.MAX_NEW_TOKENS
+    assert 0.45 < sum(review_task.gold_reward(r.completion) for r in reviews) / 2000 < 0.55
+    assert max(len(r.completion.encode()) for r in reviews) < review_task.MAX_NEW_TOKENS
 
 
 def test_tokenizer_has_one_token_per_byte_and_round_trips(byte_tokenizer, tmp_path):
@@ -74,17 +75,17 @@ def test_model_saves_and_loads(byte_tokenizer, small, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(20).unsqueeze(0)
     assert torch.equal(loaded(ids).logits, small(ids).logits)
-    again = sandbox.make_model(byte_tokenizer, seed=1, hidden=32, layers=1, heads=2)
+    again = review_task.make_model(byte_tokenizer, seed=1, hidden=32, layers=1, heads=2)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), small.parameters()))
 
 
 def test_sft_learns_from_completions_only(byte_tokenizer, small):
     model = copy.deepcopy(small)
-    losses = sandbox.train_sft(model, byte_tokenizer, sandbox.make_reviews(64, seed=0), steps=25, batch_size=16, learning_rate=1e-2)
+    losses = review_task.train_sft(model, byte_tokenizer, review_task.make_reviews(64, seed=0), steps=25, batch_size=16, learning_rate=1e-2)
     assert len(losses) == 25 and losses[0] == pytest.approx(5.55, abs=0.2) and losses[-1] < 3.2  # ln 258 at the start
     assert model.config._attn_implementation == small.config._attn_implementation
-    example = sandbox.Example("review of the mug:", " it is dull.")
-    batch = sandbox._pack(byte_tokenizer, [example])
+    example = review_task.Example("review of the mug:", " it is dull.")
+    batch = review_task._pack(byte_tokenizer, [example])
     assert batch.labels[batch.mask].tolist() == byte_tokenizer(example.completion)["input_ids"] + [byte_tokenizer.eos_token_id]
 
 
@@ -95,7 +96,7 @@ def test_generate_is_seeded_and_leaves_the_global_generator_alone(byte_tokenizer
     prompts = ["review of the lamp:", "short", "review of the kettle:"]
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, same, other = (sandbox.generate(small, byte_tokenizer, prompts, seed=s, max_new_tokens=12) for s in (1, 1, 2))
+    first, same, other = (review_task.generate(small, byte_tokenizer, prompts, seed=s, max_new_tokens=12) for s in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert first == same != other
     for prompt, sample in zip(prompts, first):
@@ -108,13 +109,13 @@ def test_generate_is_seeded_and_leaves_the_global_generator_alone(byte_tokenizer
 def test_padding_does_not_change_greedy_samples(byte_tokenizer, small):
     prompts = ["review of the lamp:", "a"]
     options = {"seed": 0, "max_new_tokens": 8, "do_sample": False}
-    together = sandbox.generate(small, byte_tokenizer, prompts, **options)
-    assert together == [sandbox.generate(small, byte_tokenizer, [p], **options)[0] for p in prompts]
+    together = review_task.generate(small, byte_tokenizer, prompts, **options)
+    assert together == [review_task.generate(small, byte_tokenizer, [p], **options)[0] for p in prompts]
 
 
 def test_scores_are_the_models_logprobs(byte_tokenizer, small):
-    samples = sandbox.generate(small, byte_tokenizer, ["review of the pen:", "x"], seed=3, max_new_tokens=6)
-    for sample, scores in zip(samples, sandbox.score_samples(small, samples, batch_size=2)):
+    samples = review_task.generate(small, byte_tokenizer, ["review of the pen:", "x"], seed=3, max_new_tokens=6)
+    for sample, scores in zip(samples, review_task.score_samples(small, samples, batch_size=2)):
         ids = torch.tensor([sample.prompt + sample.completion])
         with torch.no_grad():
             want = F.log_softmax(small(ids).logits[0, :-1].double(), -1).gather(-1, ids[0, 1:, None])[:, 0]
@@ -122,11 +123,11 @@ def test_scores_are_the_models_logprobs(byte_tokenizer, small):
 
 
 def test_sampled_kl(byte_tokenizer, small):
-    other = sandbox.make_model(byte_tokenizer, seed=2, hidden=32, layers=1, heads=2)
-    samples = sandbox.generate(small, byte_tokenizer, ["a", "b"] * 16, seed=3, max_new_tokens=10)
-    assert set(sandbox.sampled_kl(small, small, samples).values()) == {0.0}
-    kl = sandbox.sampled_kl(small, other, samples)
-    d = [p.double() - q.double() for p, q in zip(sandbox.score_samples(small, samples), sandbox.score_samples(other, samples))]
+    other = review_task.make_model(byte_tokenizer, seed=2, hidden=32, layers=1, heads=2)
+    samples = review_task.generate(small, byte_tokenizer, ["a", "b"] * 16, seed=3, max_new_tokens=10)
+    assert set(review_task.sampled_kl(small, small, samples).values()) == {0.0}
+    kl = review_task.sampled_kl(small, other, samples)
+    d = [p.double() - q.double() for p, q in zip(review_task.score_samples(small, samples), review_task.score_samples(other, samples))]
     k3 = [torch.expm1(-x) + x for x in d]
     assert kl["k1_per_sequence"] == pytest.approx(float(torch.stack([x.sum() for x in d]).mean()), rel=1e-4)
     assert kl["k3_per_token"] == pytest.approx(float(torch.cat(k3).mean()), rel=1e-4)
@@ -134,15 +135,15 @@ def test_sampled_kl(byte_tokenizer, small):
 
 
 def test_pairs_are_ranked_by_the_reward(byte_tokenizer, small, monkeypatch):
-    monkeypatch.setattr(sandbox, "gold_reward", lambda text: len(text) % 5 / 4)
-    pairs = sandbox.sample_pairs(small, byte_tokenizer, sandbox.make_prompts(6, 0), seed=1, per_prompt=3, max_new_tokens=9)
+    monkeypatch.setattr(review_task, "gold_reward", lambda text: len(text) % 5 / 4)
+    pairs = review_task.sample_pairs(small, byte_tokenizer, review_task.make_prompts(6, 0), seed=1, per_prompt=3, max_new_tokens=9)
     assert pairs
     for pair in pairs:
         chosen, rejected = (byte_tokenizer.decode(side, skip_special_tokens=True) for side in pair.completions)
-        assert sandbox.gold_reward(chosen) > sandbox.gold_reward(rejected)
+        assert review_task.gold_reward(chosen) > review_task.gold_reward(rejected)
         assert byte_tokenizer.decode(pair.prompt).startswith("review of the ")
-    monkeypatch.setattr(sandbox, "gold_reward", lambda text: 0.5)
-    assert sandbox.sample_pairs(small, byte_tokenizer, sandbox.make_prompts(3, 0), seed=1, per_prompt=2, max_new_tokens=4) == []
+    monkeypatch.setattr(review_task, "gold_reward", lambda text: 0.5)
+    assert review_task.sample_pairs(small, byte_tokenizer, review_task.make_prompts(3, 0), seed=1, per_prompt=2, max_new_tokens=4) == []
 
 
 # --- the two loss heads -----------------------------------------------------------------------------------------------------------------
@@ -204,8 +205,8 @@ def small_demo(monkeypatch, byte_tokenizer, small):
     ):
         for name, size in sizes.items():
             monkeypatch.setattr(module, name, size)
-    monkeypatch.setattr(sandbox, "make_model", lambda tokenizer, seed: copy.deepcopy(small))
-    monkeypatch.setattr(sandbox, "gold_reward", lambda text: len(text) % 7 / 6)
+    monkeypatch.setattr(review_task, "make_model", lambda tokenizer, seed: copy.deepcopy(small))
+    monkeypatch.setattr(review_task, "gold_reward", lambda text: len(text) % 7 / 6)
     monkeypatch.setattr(comparison, "time_steps", functools.partial(comparison.time_steps, steps=3))
     monkeypatch.setattr(comparison, "time_head_large", functools.partial(comparison.time_head_large, vocab=300, rounds=1))
 

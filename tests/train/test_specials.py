@@ -8,15 +8,16 @@ import transformers
 from chat import CHAT_SPECIALS, TEMPLATES, assistant, byte_tokenizer, user
 from tiny import make_model
 
-import fastalign.train.scorer as scorer
-from fastalign.train import DataError, OnlineConfig, PackedCausalLM, TrainConfig, UserError, sandbox, train, train_online
-from fastalign.train.formats import LISTWISE, PREFERENCE, UNPAIRED
-from fastalign.train.model import load_stops
-from fastalign.train.online.prompts import load_prompts, load_texts
-from fastalign.train.online.rewards import ModelReward
-from fastalign.train.online.rollout import Rollout, Sampler
-from fastalign.train.specials import stops
-from fastalign.train.tokenise import ExampleTokenizer, TokenExample, tokenise
+import fastalign.train.models.scorer as scorer
+from fastalign.arena import review_task
+from fastalign.train import DataError, OnlineConfig, PackedCausalLM, TrainConfig, UserError, train, train_online
+from fastalign.train.data.formats import LISTWISE, PREFERENCE, UNPAIRED
+from fastalign.train.data.prompts import load_prompts, load_texts
+from fastalign.train.data.specials import stops
+from fastalign.train.data.tokenise import ExampleTokenizer, TokenExample, tokenise
+from fastalign.train.models.packed import load_stops
+from fastalign.train.sampling.rewards import ModelReward
+from fastalign.train.sampling.rollout import Rollout, Sampler
 
 
 def tokens(tokenizer, form, row, **options):
@@ -171,9 +172,9 @@ def test_texts_to_mix_in(text, bos, eos):
 
 def test_the_sandbox_goes_the_same_way():
     tokenizer = byte_tokenizer(bos=True, eos=True, pad_token="</s>")
-    batch = sandbox._pack(tokenizer, [sandbox.Example("hi:", " yes")])
+    batch = review_task._pack(tokenizer, [review_task.Example("hi:", " yes")])
     assert tokenizer.decode(batch.input_ids) == "<s>hi: yes</s>"
-    (sample,) = sandbox.generate(make_model(len(tokenizer)).eval(), tokenizer, ["hi:"], seed=0, max_new_tokens=2)
+    (sample,) = review_task.generate(make_model(len(tokenizer)).eval(), tokenizer, ["hi:"], seed=0, max_new_tokens=2)
     assert tokenizer.decode(sample.prompt) == "<s>hi:"
 
 

@@ -8,11 +8,11 @@ import tokenizers
 import transformers
 from chat import CHAT_SPECIALS, HARMFUL, TEMPLATES, assistant, byte_tokenizer, system, user
 
-from fastalign import cli
+from fastalign.cli import main as cli
 from fastalign.train import DataError, OnlineConfig, UserError
-from fastalign.train.formats import LISTWISE, PREFERENCE, UNPAIRED, parse_prompt
-from fastalign.train.online.prompts import load_prompts
-from fastalign.train.tokenise import ExampleTokenizer, tokenise
+from fastalign.train.data.formats import LISTWISE, PREFERENCE, UNPAIRED, parse_prompt
+from fastalign.train.data.prompts import load_prompts
+from fastalign.train.data.tokenise import ExampleTokenizer, tokenise
 
 PROMPT = [system("obey me"), user("first question"), assistant("first answer"), user("a longer SECRET")]
 ANSWERS = ([assistant("certainly, yes")], [assistant("no")])

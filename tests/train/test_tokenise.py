@@ -7,8 +7,8 @@ import torch
 from tiny import CHAT_TEMPLATE, make_rows, make_tokenizer
 
 from fastalign.train import DataError, UserError, plain_template, token_pair
-from fastalign.train.formats import PREFERENCE, parse_preference
-from fastalign.train.tokenise import ExampleTokenizer, fit, tokenise
+from fastalign.train.data.formats import PREFERENCE, parse_preference
+from fastalign.train.data.tokenise import ExampleTokenizer, fit, tokenise
 
 
 def encode(tokenizer, row):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastalign import ffi
+from fastalign.runtime import ffi
 
 TILE = 1024  # kGaeTile of csrc/ops.h
 

@@ -1,12 +1,15 @@
 """Generalised advantage estimation in Triton: a program per sequence goes against time, block by block, with a scan of affine maps inside a block
-(the formulas are in fastalign/triton_math.py). The last program to finish merges the moments of all sequences in index order."""
+(the formulas are in fastalign/ops/math/scalar.py). The last program to finish merges the moments of all sequences in index order."""
 
 import torch
 import triton
 import triton.language as tl
 
-from fastalign import ffi
-from fastalign.triton_math import compose, fma, gae_map, merge_lanes, merge_parts, push_moments, sequence_bounds
+from fastalign.ops.math.affine import compose, gae_map
+from fastalign.ops.math.moments import merge_lanes, merge_parts, push_moments
+from fastalign.ops.math.scalar import fma
+from fastalign.ops.math.segment import sequence_bounds
+from fastalign.runtime import ffi
 
 TOKENS = 1024  # of a sequence, at a time
 PARTS = 256  # moments of sequences, at a time

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastalign import ffi
+from fastalign.runtime import ffi
 
 
 def kl_estimate_fwd(backend, logprobs, ref_logprobs, kind, with_slope):

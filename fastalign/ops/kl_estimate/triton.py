@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from fastalign import ffi, triton_math
+from fastalign.ops.math import scalar as triton_math
+from fastalign.runtime import ffi
 
 BLOCK = 1024
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastalign import ffi
 from fastalign.ops.listwise.reference import TABLE_WIDTH
+from fastalign.runtime import ffi
 
 
 def listwise_fwd(backend, sums, list_offsets, scores, beta, num_items, num_sft_tokens, scalars, switches):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastalign.list_preset import MAX_LIST, ListParams
+from fastalign.ops.listwise.params import MAX_LIST, ListParams
 from fastalign.ops.preference.reference import link, softplus
 
 SUM_WIDTH, TABLE_WIDTH = 6, 9

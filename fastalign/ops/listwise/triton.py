@@ -1,14 +1,14 @@
 """The list kernel in Triton: a program per list, and the last one to finish applies the normalisers, which count all lists, and reduces the loss,
-both in a fixed order. The formulas are in fastalign/triton_math_list.py."""
+both in a fixed order. The formulas are in fastalign/ops/math/list.py."""
 
 import triton
 import triton.language as tl
 
-from fastalign import ffi
-from fastalign.list_preset import MAX_LIST, ListParams
+from fastalign.ops.listwise.params import MAX_LIST, ListParams
 from fastalign.ops.listwise.reference import SUM_WIDTH, TABLE_WIDTH
-from fastalign.triton_math import at_least_one, div, is_finite, power
-from fastalign.triton_math_list import all_finite, evaluate_list
+from fastalign.ops.math.list import all_finite, evaluate_list
+from fastalign.ops.math.scalar import at_least_one, div, is_finite, power
+from fastalign.runtime import ffi
 
 BLOCK = 256  # sequences or lists that the last program looks at together
 SUMS, TABLE, LONGEST = tl.constexpr(SUM_WIDTH), tl.constexpr(TABLE_WIDTH), tl.constexpr(MAX_LIST)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastalign import ffi
 from fastalign.ops.policy.reference import MOMENTS, STATS, TILE, VALUE_MOMENTS, VALUE_STATS
+from fastalign.runtime import ffi
 
 
 def _scratch(backend, like, cu_seqlens, width):

@@ -7,9 +7,9 @@ import math
 import torch
 
 from fastalign.ops.kl_estimate.reference import value_and_slope
+from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.sequence_sum.reference import _segments
-from fastalign.policy_losses import PolicyParams
-from fastalign.slopes import times_slope
+from fastalign.ops.slopes import times_slope
 
 # Columns of the statistics, sums over the scored tokens of this call; csrc/math/policy.h holds the same list.
 STATS = (

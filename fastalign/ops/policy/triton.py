@@ -1,17 +1,19 @@
 """The policy and value losses in Triton. Forward, one launch: a program per sequence (or per tile of tokens, where sequences do not matter) reads its
 tokens once for their number and log-ratio if the loss needs these first, then writes their slopes and one row of sums; the last program to finish
-adds the rows in index order. Backward is elementwise. The formulas are in fastalign/triton_math_policy.py."""
+adds the rows in index order. Backward is elementwise. The formulas are in fastalign/ops/math/policy.py."""
 
 import torch
 import triton
 import triton.language as tl
 
-from fastalign import ffi
+from fastalign.ops.math.moments import merge_lanes, merge_parts, push_moments
+from fastalign.ops.math.policy import clamp_kl, clamp_log_ratio, kl_term, log_ratio, sequence_term, surrogate, token_divisor, value_error
+from fastalign.ops.math.scalar import at_least_one, div, exp, is_finite, times_slope
+from fastalign.ops.math.segment import sequence_bounds
 from fastalign.ops.policy.native import nothing
+from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.policy.reference import MOMENTS, STATS, TILE, VALUE_MOMENTS, VALUE_STATS
-from fastalign.policy_losses import PolicyParams
-from fastalign.triton_math import at_least_one, div, exp, is_finite, merge_lanes, merge_parts, push_moments, sequence_bounds, times_slope
-from fastalign.triton_math_policy import clamp_kl, clamp_log_ratio, kl_term, log_ratio, sequence_term, surrogate, token_divisor, value_error
+from fastalign.runtime import ffi
 
 BLOCK, ROWS = 512, 64  # tokens, and rows of sums, at a time
 WIDTH = tl.constexpr(16)  # of a row, padded

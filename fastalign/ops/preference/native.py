@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastalign import ffi
 from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
+from fastalign.runtime import ffi
 
 
 def preference_fwd(backend, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, beta, omega, soft_labels, gamma_ext, target,

@@ -6,9 +6,9 @@ import math
 
 import torch
 
+from fastalign.ops.preference.params import PairParams
 from fastalign.ops.sequence_sum.reference import _segments, covered, segment_sums
-from fastalign.preset import PairParams
-from fastalign.slopes import times_slope
+from fastalign.ops.slopes import times_slope
 
 SUM_WIDTH, TABLE_WIDTH = 6, 11
 

@@ -1,14 +1,15 @@
 """The pair kernel in Triton. Forward, one launch: a program per pair side sums its sequence, and the last one to finish evaluates the table of
-all pairs in index order. Backward: a program per sequence walks the pairs in index order. The formulas are in fastalign/triton_math_pair.py."""
+all pairs in index order. Backward: a program per sequence walks the pairs in index order. The formulas are in fastalign/ops/math/pair.py."""
 
 import triton
 import triton.language as tl
 
-from fastalign import ffi
+from fastalign.ops.math.pair import evaluate_pair
+from fastalign.ops.math.scalar import at_least_one, div, is_finite, times_slope
+from fastalign.ops.math.segment import sequence_bounds, sequence_share
+from fastalign.ops.preference.params import PairParams
 from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
-from fastalign.preset import PairParams
-from fastalign.triton_math import at_least_one, div, is_finite, sequence_bounds, sequence_share, times_slope
-from fastalign.triton_math_pair import evaluate_pair
+from fastalign.runtime import ffi
 
 TOKENS = 1024  # of a sequence, at a time
 PAIRS = 128  # of the table, at a time

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastalign import ffi
+from fastalign.runtime import ffi
 
 
 def sequence_sum_fwd(backend, x, cu_seqlens, mask, weights):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastalign.slopes import times_slope
+from fastalign.ops.slopes import times_slope
 
 
 def _segments(cu_seqlens, tokens):

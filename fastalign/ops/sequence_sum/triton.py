@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from fastalign import ffi
-from fastalign.triton_math import sequence_bounds, sequence_share, times_slope
+from fastalign.ops.math.scalar import times_slope
+from fastalign.ops.math.segment import sequence_bounds, sequence_share
+from fastalign.runtime import ffi
 
 BLOCK = 2048  # tokens at a time
 TENSORS = ["x", "grad", "cu_seqlens", "mask", "weights"]  # their alignment compiles nothing anew

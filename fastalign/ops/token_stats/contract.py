@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fastalign import ffi
-from fastalign.layout import refuse
+from fastalign.runtime import ffi
+from fastalign.runtime.layout import refuse
 
 # Bits of the op's `outputs` argument, in the order of its results; the same numbers stand in csrc/math/row_state.h (RowOutput).
 OUTPUT_BITS = {

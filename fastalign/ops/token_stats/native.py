@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastalign import ffi
 from fastalign.ops.token_stats.contract import forward_shapes
+from fastalign.runtime import ffi
 
 
 def _forward(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,

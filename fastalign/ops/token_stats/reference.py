@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from fastalign import ffi
+from fastalign.ops.slopes import times_slope
 from fastalign.ops.token_stats.contract import OUTPUT_BITS, PER_LABEL
-from fastalign.slopes import times_slope
+from fastalign.runtime import ffi
 
 LN2 = math.log(2.0)
 SUM_SHARE = 2.0**-24  # of the sum of the logits: what the state holds

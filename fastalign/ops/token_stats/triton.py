@@ -17,7 +17,8 @@ import math
 import triton
 import triton.language as tl
 
-from fastalign import ffi
+from fastalign.ops.math.rows import far_bits, is_far, merge, reference_point, rescale, s1_shift
+from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow
 from fastalign.ops.token_stats import triton_pair
 from fastalign.ops.token_stats.contract import OUTPUT_BITS, forward_shapes
 from fastalign.ops.token_stats.triton_rows import (
@@ -46,7 +47,7 @@ from fastalign.ops.token_stats.triton_rows import (
     row_offset,
     row_scored,
 )  # fmt: skip
-from fastalign.triton_math import LN2, SUM_SHARE, div, far_bits, fma, is_far, merge, narrow, reference_point, rescale, s1_shift
+from fastalign.runtime import ffi
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)

@@ -6,6 +6,22 @@ read in the same 16-byte groups; elsewhere element by element, into the same pla
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.rows import (
+    has_kl_gradient,
+    is_far,
+    is_peaked,
+    merge,
+    merge_ref,
+    move_cross,
+    reference_distance,
+    reference_point,
+    rescale,
+    row_bits,
+    row_kl_policy_ref,
+    row_kl_ref_policy,
+    s1_shift,
+)
+from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow, times_slope
 from fastalign.ops.token_stats.triton_rows import (
     COLUMNS,
     ENTROPY,
@@ -24,27 +40,6 @@ from fastalign.ops.token_stats.triton_rows import (
     row_coefficients,
     row_offset,
     row_scored,
-)  # fmt: skip
-from fastalign.triton_math import (
-    LN2,
-    SUM_SHARE,
-    div,
-    fma,
-    has_kl_gradient,
-    is_far,
-    is_peaked,
-    merge,
-    merge_ref,
-    move_cross,
-    narrow,
-    reference_distance,
-    reference_point,
-    rescale,
-    row_bits,
-    row_kl_policy_ref,
-    row_kl_ref_policy,
-    s1_shift,
-    times_slope,
 )  # fmt: skip
 
 

@@ -3,18 +3,9 @@
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.rows import is_far, row_entropy, row_log_sum_sq, row_logprob, row_logsumexp
+from fastalign.ops.math.scalar import LN2, SUM_SHRINKS_BY, div, tanh
 from fastalign.ops.token_stats.contract import OUTPUT_BITS, STATE_WIDTH
-from fastalign.triton_math import (
-    LN2,
-    SUM_SHRINKS_BY,
-    div,
-    is_far,
-    row_entropy,
-    row_log_sum_sq,
-    row_logprob,
-    row_logsumexp,
-    tanh,
-)
 
 THREADS = 128
 FWD_REGISTERS, PAIR_FWD_REGISTERS = 168, 168  # at least three programs per multiprocessor; see ffi.launch_options

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import torch
 
 import fastalign
-from fastalign.train import model as models
 from fastalign.train.config import TrainConfig, check_kind, check_settings
-from fastalign.train.data import Batch, pack_examples
+from fastalign.train.data.examples import Batch, pack_examples
+from fastalign.train.data.formats import Format
+from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
-from fastalign.train.formats import Format
 from fastalign.train.methods import METHODS
 from fastalign.train.metrics import Metrics
-from fastalign.train.tokenise import TokenExample
+from fastalign.train.models import packed as models
 
 LogprobFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TOKEN_METRICS = ("entropy", "mean_logit", "is_top1")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 import fastalign
-from fastalign.checks import check_number, shown
+from fastalign.runtime.checks import check_number, shown
 from fastalign.train.config import TrainConfig, check_booleans
+from fastalign.train.data.formats import PREFERENCE
+from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
-from fastalign.train.formats import PREFERENCE
 from fastalign.train.methods.base import LogprobFn, Method, Scored, Split, token_metrics
 from fastalign.train.metrics import Metrics
-from fastalign.train.tokenise import TokenExample
 from fastalign.train.vain import note_examples
 
 RULES = {rule.rule: rule for rule in (fastalign.BetaDPO, fastalign.AlphaDPO, fastalign.BCODelta)}

@@ -11,14 +11,14 @@ import torch
 
 import fastalign
 from fastalign.train.config import TrainConfig, check_booleans
-from fastalign.train.data import Batch
+from fastalign.train.data.examples import Batch
+from fastalign.train.data.formats import UNPAIRED
+from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
-from fastalign.train.formats import UNPAIRED
-from fastalign.train.heads import ValueHead
 from fastalign.train.methods.base import Scored, Split
 from fastalign.train.methods.kto import UnpairedMethod
 from fastalign.train.metrics import Metrics
-from fastalign.train.tokenise import TokenExample
+from fastalign.train.models.heads import ValueHead
 
 
 class DRO(UnpairedMethod):

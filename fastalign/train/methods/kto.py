@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 import fastalign
-from fastalign.metric import Total
+from fastalign.runtime.metric import Total
 from fastalign.train.config import TrainConfig
-from fastalign.train.data import pack_examples
+from fastalign.train.data.examples import pack_examples
+from fastalign.train.data.formats import UNPAIRED
+from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
-from fastalign.train.formats import UNPAIRED
 from fastalign.train.methods.base import Method, Scored, Split, join, token_metrics
 from fastalign.train.metrics import Metrics
-from fastalign.train.tokenise import TokenExample
 
 
 class UnpairedMethod(Method):

@@ -9,11 +9,11 @@ import torch
 
 import fastalign
 from fastalign.train.config import TrainConfig, check_booleans
+from fastalign.train.data.formats import LISTWISE
+from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
-from fastalign.train.formats import LISTWISE
 from fastalign.train.methods.base import Method, Scored, Split
 from fastalign.train.metrics import Metrics
-from fastalign.train.tokenise import TokenExample
 from fastalign.train.vain import note_examples
 
 

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 
 import fastalign
-from fastalign.metric import extremes_of
-from fastalign.peers import preference_hint
-from fastalign.train import model as models
+from fastalign.losses.peers import preference_hint
+from fastalign.runtime.metric import extremes_of
 from fastalign.train.config import TrainConfig
-from fastalign.train.data import Batch
+from fastalign.train.data.examples import Batch
+from fastalign.train.data.formats import LISTWISE, PREFERENCE
+from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
-from fastalign.train.formats import LISTWISE, PREFERENCE
 from fastalign.train.methods.base import Method, Scored, Split
 from fastalign.train.methods.listwise import list_inputs, note_lists
 from fastalign.train.metrics import Metrics
-from fastalign.train.scorer import PackedScorer, load_scorer, with_padding
-from fastalign.train.tokenise import TokenExample
+from fastalign.train.models import packed as models
+from fastalign.train.models.scorer import PackedScorer, load_scorer, with_padding
 from fastalign.train.vain import note_examples
 
 _COLUMNS = {"margin": "margin", "soft_label": "soft_labels"}

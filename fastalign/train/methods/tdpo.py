@@ -8,7 +8,7 @@ import torch
 
 import fastalign
 from fastalign.train.config import TrainConfig
-from fastalign.train.data import Batch
+from fastalign.train.data.examples import Batch
 from fastalign.train.errors import UserError
 from fastalign.train.methods.base import Scored, Split
 from fastalign.train.methods.dpo import PreferenceMethod

@@ -1,0 +1,1 @@
+"""A task with a known reward on which methods are judged, and the demonstrations on it."""

@@ -1,0 +1,33 @@
+"""What the list kernel is told by number: codes of names, and a preset's numbers in order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_LIST = 64  # responses per list: a block of 64 threads on the GPU
+# The position of a name is its code in csrc/math/list.h and fastalign/ops/math/list.py.
+KINDS = ("pairwise", "plackett_luce", "pro", "infonca", "nca", "exo")
+PAIR_GAINS = ("one", "lambda")
+
+
+class ListParams(NamedTuple):
+    """A preset as the kernels take it, in the order of FA_LIST_SCALARS and FA_LIST_SWITCHES of csrc/math/list.h."""
+
+    length_norm: float
+    beta: float
+    target: float
+    reward_temperature: float
+    list_weight: float
+    sft_weight: float
+    sft_power: float
+    # switches
+    kind: int
+    link: int
+    pair_gain: int
+    pair_mean: int
+    sft_norm: int
+    drop_nonfinite: int
+    reduction: int
+
+
+LIST_SCALAR_COUNT = ListParams._fields.index("kind")

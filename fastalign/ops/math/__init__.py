@@ -1,0 +1,1 @@
+"""The formulas of csrc/math as @triton.jit functions."""

@@ -1,0 +1,144 @@
+"""csrc/math/pair.h as @triton.jit functions; the rules of fastalign/ops/math/scalar.py hold."""
+
+import triton
+import triton.language as tl
+
+from fastalign.ops.math.scalar import div, exp, expm1, log1mexp, log1p, power, relu, sigmoid, softplus
+
+
+@triton.jit
+def exp80(x):
+    return exp(tl.where(x > 80.0, 80.0, x))
+
+
+@triton.jit
+def transform(KIND: tl.constexpr, a, alpha):
+    """phi(a), phi'(a): identity, logsig, negexp, alpha, logodds."""
+    if KIND == 1:
+        value, slope = -softplus(-a), sigmoid(-a)
+    elif KIND == 2:
+        slope = exp80(-a)
+        value = -slope
+    elif KIND == 3:
+        x = -alpha * a
+        x = tl.where(x > 80.0, 80.0, x)
+        value, slope = div(-expm1(x), alpha), exp(x)
+    elif KIND == 4:
+        held = a >= -1e-6
+        x = tl.where(held, -1e-6, a)
+        value, slope = x - log1mexp(x), tl.where(held, 0.0, div(-1.0, expm1(x)))
+    else:
+        value, slope = a, tl.zeros_like(a) + 1.0
+    return value, slope
+
+
+@triton.jit
+def link(KIND: tl.constexpr, h, t, tau, prob):
+    """f(h), f'(h): logistic, hinge, squared, exp, truncquad, savage, sigmoid, linear, exo, discopop."""
+    if KIND == 1:
+        value, slope = relu(t - h), tl.where(h < t, -1.0, tl.where(h == h, 0.0, h))
+    elif KIND == 2:
+        value, slope = (h - t) * (h - t), 2.0 * (h - t)
+    elif KIND == 3:
+        value = exp80(-h)
+        slope = -value
+    elif KIND == 4:
+        r = relu(t - h)
+        value, slope = r * r, -2.0 * r
+    elif KIND == 5:
+        s = sigmoid(-h)
+        value, slope = s * s, -2.0 * sigmoid(h) * s * s
+    elif KIND == 6:
+        value = sigmoid(-h)
+        slope = -sigmoid(h) * value
+    elif KIND == 7:
+        value, slope = -h, tl.zeros_like(h) - 1.0
+    elif KIND == 8:
+        s, n, log_p, log_n = sigmoid(h), sigmoid(-h), tl.log(prob), log1p(-prob)
+        value = s * (-softplus(-h) - log_p) + n * (-softplus(h) - log_n)
+        slope = s * n * (h - (log_p - log_n))
+    elif KIND == 9:
+        x = div(h, tau)
+        s, n, soft = sigmoid(x), sigmoid(-x), softplus(-h)
+        se, sne = exp80(-h - softplus(-x)), exp80(-h - softplus(-x) - softplus(x))
+        value, slope = n * soft + se, -n * sigmoid(-h) - se + div(sne - s * n * soft, tau)
+    else:
+        value, slope = softplus(-h), -sigmoid(-h)
+    return value, slope
+
+
+@triton.jit
+def weigh_labels(LINK: tl.constexpr, LABELS: tl.constexpr, LABEL_ENTROPY: tl.constexpr, h, target, tau, soft, label_smoothing):
+    """The pair term c_pos f(h) + c_neg f(-h) and its slope; labels: hard, smooth, robust, soft. Exo takes the label as its target instead."""
+    value, slope = link(LINK, h, target, tau, soft)
+    if LABELS != 0 and LINK != 8:
+        c_pos, c_neg = soft, 1.0 - soft
+        if LABELS == 2:
+            d = 1.0 - 2.0 * label_smoothing
+            c_pos, c_neg = div(soft, d), div(-label_smoothing, d) + tl.zeros_like(soft)
+        back, back_slope = link(LINK, -h, target, tau, soft)
+        value = c_pos * value + tl.where(c_neg == 0, 0.0, c_neg * back)
+        slope = c_pos * slope - tl.where(c_neg == 0, 0.0, c_neg * back_slope)
+    if LABEL_ENTROPY:  # cross-entropy minus the label's own entropy: a KL divergence
+        n = 1.0 - soft
+        value += tl.where(soft > 0, soft * tl.log(soft), 0.0) + tl.where(n > 0, n * tl.log(n), 0.0)
+    return value, slope
+
+
+@triton.jit
+def point_term(LINK: tl.constexpr, u, target, tau, prob, k_pos, k_neg):
+    """k_pos psi(u) + k_neg psi(-u) and its slope in u."""
+    up, up_slope = link(LINK, u, target, tau, prob)
+    down, down_slope = link(LINK, -u, target, tau, prob)
+    value = tl.where(k_pos == 0, 0.0, k_pos * up) + tl.where(k_neg == 0, 0.0, k_neg * down)
+    slope = tl.where(k_pos == 0, 0.0, k_pos * up_slope) - tl.where(k_neg == 0, 0.0, k_neg * down_slope)
+    return value, slope
+
+
+@triton.jit
+def evaluate_pair(
+    ratio_w, length_w, kl_w, ratio_l, length_l, kl_l,               # sums of the two sides
+    beta, omega, soft_label, gamma_ext, target, anchor,             # per pair
+    length_norm, transform_alpha, beta_rejected, gamma, gamma_beta_ratio, len_coef, pos_penalty, kl_chosen, kl_rejected, tau, label_smoothing,
+    pair_weight, point_beta, point_beta_power, point_target, chosen_pos, chosen_neg, rejected_pos, rejected_neg,
+    TRANSFORM: tl.constexpr, LINK: tl.constexpr, LABELS: tl.constexpr, LABEL_ENTROPY: tl.constexpr, DETACH_KL_CHOSEN: tl.constexpr,
+    POINT_LINK: tl.constexpr, POINT_SOFT_TARGET: tl.constexpr,
+):  # fmt: skip
+    """Loss of a pair, its slopes in (ratio_w, ratio_l, kl_w, kl_l), the two rewards and the logit; before the normalisers."""
+    beta_l = tl.where(beta_rejected == beta_rejected, beta_rejected, beta)  # NaN: the same as beta
+    norm_w, norm_l = power(tl.maximum(length_w, 1.0), length_norm), power(tl.maximum(length_l, 1.0), length_norm)
+    a_w, a_l = div(ratio_w, norm_w), div(ratio_l, norm_l)
+    g_w, dg_w = transform(TRANSFORM, a_w, transform_alpha)
+    g_l, dg_l = transform(TRANSFORM, a_l, transform_alpha)
+
+    # Options that are off must not touch infinite sums: selected, not multiplied by 0.
+    with_kl = (kl_chosen != 0.0) | (kl_rejected != 0.0)
+    margin = gamma + beta * gamma_beta_ratio + gamma_ext - len_coef * (length_w - length_l)
+    margin += tl.where(pos_penalty != 0.0, beta * pos_penalty * relu(-a_w), 0.0)
+    margin += tl.where(with_kl, beta * (kl_rejected * kl_l - kl_chosen * kl_w), 0.0)
+    h = beta * g_w - beta_l * g_l - margin
+
+    soft = soft_label if LABELS == 3 else tl.zeros_like(h) + (1.0 - label_smoothing)
+    loss, dh = weigh_labels(LINK, LABELS, LABEL_ENTROPY, h, target, tau, soft, label_smoothing)
+    loss, dh = tl.where(pair_weight != 0.0, loss * pair_weight, 0.0), tl.where(pair_weight != 0.0, dh * pair_weight, 0.0)
+    slope_w, slope_l = dh * beta * dg_w, -dh * beta_l * dg_l
+    slope_w += tl.where(pos_penalty != 0.0, tl.where(a_w < 0, dh * beta * pos_penalty, 0.0), 0.0)
+
+    if POINT_LINK >= 0:
+        beta_pt = tl.where(point_beta == point_beta, point_beta, beta)
+        scale = power(beta_pt, point_beta_power)
+        t_w = soft_label - 0.5 if POINT_SOFT_TARGET else point_target
+        t_l = 0.5 - soft_label if POINT_SOFT_TARGET else point_target
+        prob = tl.zeros_like(h) + (1.0 - label_smoothing)
+        value_w, du_w = point_term(POINT_LINK, beta_pt * g_w - anchor, t_w, tau, prob, chosen_pos, chosen_neg)
+        value_l, du_l = point_term(POINT_LINK, beta_pt * g_l - anchor, t_l, tau, prob, rejected_pos, rejected_neg)
+        loss += scale * value_w + scale * value_l
+        slope_w += scale * du_w * beta_pt * dg_w
+        slope_l += scale * du_l * beta_pt * dg_l
+
+    d_kl_w = tl.where(with_kl, omega * dh * beta * kl_chosen, 0.0)
+    if DETACH_KL_CHOSEN:
+        d_kl_w = tl.zeros_like(h)
+    d_kl_l = tl.where(with_kl, -omega * dh * beta * kl_rejected, 0.0)
+    reward_w, reward_l = beta * (a_w + tl.where(with_kl, kl_w, 0.0)), beta_l * (a_l + tl.where(with_kl, kl_l, 0.0))
+    return omega * loss, div(omega * slope_w, norm_w), div(omega * slope_l, norm_l), d_kl_w, d_kl_l, reward_w, reward_l, h

@@ -1,0 +1,106 @@
+"""csrc/math/policy.h as @triton.jit functions; the rules of fastalign/ops/math/scalar.py hold."""
+
+import triton
+import triton.language as tl
+
+from fastalign.ops.math.scalar import div, exp, kl_estimate, sigmoid
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def log_ratio(logprob, old_logprob):
+    return tl.where(logprob == old_logprob, 0.0, logprob - old_logprob)
+
+
+@triton.jit
+def clamp_log_ratio(SURROGATE: tl.constexpr, x):
+    return clamp(x, -18.420680743952367 if SURROGATE == 5 else -20.0, 20.0)
+
+
+@triton.jit
+def sequence_term(SURROGATE: tl.constexpr, lr, advantage, ratio_min, ratio_max):
+    """What a sequence sums of a token."""
+    if SURROGATE == 5:
+        term = clamp(lr, -20.0, 20.0)
+    elif SURROGATE == 4:
+        term = tl.where(advantage > 0, tl.where(lr > ratio_max, ratio_max, lr), tl.where(lr < ratio_min, ratio_min, lr))
+    else:
+        term = lr
+    return term
+
+
+@triton.jit
+def surrogate(
+    SURROGATE: tl.constexpr, logprob, lr, log_rho, rho, a, ratio_min, ratio_max, dual_clip, tau_pos, tau_neg, k_pos, lam_pos, k_neg, lam_neg
+):
+    """Value and slope of a token's surrogate, and which bound holds: low, high, dual."""
+    positive, negative, never = a > 0, a < 0, rho < -1.0
+    low, high, dual = never, never, never
+    if SURROGATE == 1:
+        value, slope = -a * logprob, -a
+    elif SURROGATE == 2:
+        low, high = rho < ratio_min, rho > ratio_max
+        w = clamp(rho, ratio_min, ratio_max)
+        value, slope = -w * a * logprob, -w * a
+    elif SURROGATE == 3:
+        tau = tl.where(positive, tau_pos, tau_neg)
+        x = tau * (rho - 1.0)
+        s = sigmoid(x)
+        value, slope = -a * div(4.0 + tl.zeros_like(tau), tau) * s, -4.0 * a * rho * s * sigmoid(-x)
+    elif SURROGATE == 4:
+        low, high = (lr < ratio_min) & negative, (lr > ratio_max) & positive
+        value, slope = -a * rho, tl.where(low | high, 0.0, -a * rho)
+    elif SURROGATE == 5:
+        k, lam = tl.where(negative, k_neg, k_pos), tl.where(negative, lam_neg, lam_pos)
+        phi = exp(lam + k * log_rho - lam * rho)
+        value, slope = -phi * a * logprob, -phi * a
+    else:
+        low, high, dual = negative & (rho < ratio_min), positive & (rho > ratio_max), negative & (rho > dual_clip)
+        held = tl.where(dual, dual_clip, tl.where(high, ratio_max, tl.where(low, ratio_min, rho)))
+        value, slope = -a * held, tl.where(low | high | dual, 0.0, -a * rho)
+    return value, slope, low, high, dual
+
+
+@triton.jit
+def kl_term(KIND: tl.constexpr, logprob, ref_logprob):
+    """Value and slope of the KL estimate; kind 4, k3+, has the slope of k2."""
+    value, slope = kl_estimate(2 if KIND == 4 else KIND, logprob, ref_logprob)
+    if KIND == 4:
+        slope = log_ratio(logprob, ref_logprob)
+    return value, slope
+
+
+@triton.jit
+def clamp_kl(KIND: tl.constexpr, value, slope, bound):
+    """What the loss adds of an estimate: clamped to +-bound, without gradient where it is; k3+ keeps the slope of k2."""
+    held = clamp(value, -bound, bound)
+    if KIND != 4:
+        slope = tl.where((value > bound) | (value < -bound), 0.0, slope)
+    return held, slope
+
+
+@triton.jit
+def value_error(value, old_value, target, clip, CLIPPED: tl.constexpr):
+    """Half the squared error, its slope, the error, and whether the clipped branch holds."""
+    error = value - target
+    square, slope, clipped = error * error, error, tl.abs(error) < 0.0  # never
+    if CLIPPED:
+        held = clamp(value, old_value - clip, old_value + clip) - target
+        clipped = held * held > square
+        square, slope = tl.where(clipped, held * held, square), tl.where(clipped, 0.0, error)
+    return 0.5 * square, slope, error, clipped
+
+
+@triton.jit
+def token_divisor(AGGREGATION: tl.constexpr, length, norm_length):
+    """What a token's term is divided by, before the number of items."""
+    divisor = tl.full([], 1.0, tl.float32)
+    if AGGREGATION == 1:
+        divisor = tl.maximum(length, 1.0)
+    elif AGGREGATION == 3:
+        divisor *= norm_length
+    return divisor

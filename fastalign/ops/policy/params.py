@@ -1,0 +1,44 @@
+"""What the policy kernel is told by number: codes of names, and a preset's numbers in order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# The position of a name is its code in csrc/math/policy.h and fastalign/ops/math/policy.py.
+SURROGATES = ("clip", "reinforce", "cispo", "sapo", "gmpo", "vespo")
+RATIOS = ("token", "seq_mean", "seq_mean_token", "seq_sum")
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "token_sum")
+KL_KINDS = ("k1", "k2", "k3", "abs", "k3+")  # k3+: the value of k3 with the gradient of k2
+IS_MODES = (None, "truncate", "mask")
+
+
+class PolicyParams(NamedTuple):
+    """A preset and a call's layout as the kernels take them, in the order of FA_POLICY_SCALARS and FA_POLICY_SWITCHES of csrc/math/policy.h."""
+
+    ratio_min: float  # of gmpo: bounds of the log-ratio
+    ratio_max: float
+    dual_clip: float  # inf: none
+    tau_pos: float
+    tau_neg: float
+    k_pos: float
+    lam_pos: float
+    k_neg: float
+    lam_neg: float
+    kl_coef: float
+    entropy_coef: float
+    is_min: float
+    is_max: float
+    norm_length: float
+    kl_clamp: float  # inf: none
+    # switches
+    surrogate: int
+    ratio: int
+    aggregation: int
+    kl_kind: int
+    kl_bias_correction: int
+    is_mode: int
+    advantages_per_sequence: int
+    is_per_sequence: int
+
+
+SCALAR_COUNT = PolicyParams._fields.index("surrogate")

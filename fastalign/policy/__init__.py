@@ -1,0 +1,1 @@
+"""Between sampling and the policy loss, over packed tokens."""

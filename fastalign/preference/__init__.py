@@ -1,0 +1,1 @@
+"""Losses of pairs, lists and single responses."""

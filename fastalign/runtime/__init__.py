@@ -1,0 +1,1 @@
+"""Pointers, dispatch, checks, and what crosses processes: everything below the ops."""

@@ -1,0 +1,1 @@
+"""Models as the trainer runs them: packed, with heads, as references."""
