@@ -151,34 +151,40 @@ class Table:
 
     def calls(self, x: Any, ref: Any, y: Any, g: Any) -> dict[str, tuple[int, Callable[[], Any]]]:
         """name -> (passes over logits that the op cannot do without, the op alone: no autograd around it)"""
-        from fastalign.ops.token_stats.contract import OUTPUT_BITS
+        from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients, Rows, TokenStatsBwd, TokenStatsFused, TokenStatsFwd
         from fastalign.ops.token_stats.fused import token_stats_fused
-        from fastalign.ops.token_stats.op import RowOptions, token_stats_bwd, token_stats_fwd
+        from fastalign.ops.token_stats.op import token_stats_bwd, token_stats_fwd
         from fastalign.rows.spec import LOG2E
 
-        options, vocab, bit = RowOptions(LOG2E, 0.0, 1.0, -100), x.shape[1], OUTPUT_BITS
+        bit = OUTPUT_BITS
         logprob, both, kl = bit["logprob"], bit["logprob"] | bit["entropy"], bit["kl_policy_ref"]
         pair = logprob | bit["ref_logprob"] | kl
         every = sum(bit[name] for name in ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1"))
 
-        def forward(outputs: int, other: Any = None) -> Any:
-            return token_stats_fwd(x, y, None, None, *options, outputs, 0, vocab, None, None, other)
+        def rows(labels: Any = None, other: Any = None) -> Rows:
+            return Rows(x, other, labels, None, None, LOG2E, 0.0, 1.0, -100, 0, x.shape[1])
 
-        def backward(state: Any, labels: Any, *upstream: Any) -> Callable[[], Any]:
-            return lambda: token_stats_bwd(x, labels, None, None, *options, 0, vocab, state, *upstream)
+        def forward(outputs: int, other: Any = None) -> Any:
+            return token_stats_fwd(TokenStatsFwd(rows(y, other), outputs, None, None))
+
+        def backward(state: Any, rows: Rows, **upstream: Any) -> Callable[[], Any]:
+            return lambda: token_stats_bwd(TokenStatsBwd(rows, state, RowGradients(**upstream)))
+
+        def fused(rows: Rows, outputs: int, **upstream: Any) -> Callable[[], Any]:
+            return lambda: token_stats_fused(TokenStatsFused(rows, outputs, RowGradients(**upstream)))
 
         state, pair_state = forward(both)[-2], forward(pair, ref)[-2]
         return {
             "logprob": (1, lambda: forward(logprob)),
             "logprob+entropy": (1, lambda: forward(both)),
             "all outputs": (1, lambda: forward(every)),
-            "backward logprob": (2, backward(state, y, g[:, None], None, None)),
-            "backward logprob+entropy": (2, backward(state, y, g[:, None], g, None)),
+            "backward logprob": (2, backward(state, rows(y), g_logprob=g[:, None])),
+            "backward logprob+entropy": (2, backward(state, rows(y), g_logprob=g[:, None], g_entropy=g)),
             "kl": (2, lambda: forward(kl, ref)),
             "logprobs+kl": (2, lambda: forward(pair, ref)),
-            "backward kl": (3, backward(pair_state, None, None, None, None, ref, g, None)),
-            "fused kl": (3, lambda: token_stats_fused(x, None, None, None, *options, kl, ref, None, None, None, g, None)),
-            "fused logprob": (2, lambda: token_stats_fused(x, y, None, None, *options, logprob, None, g[:, None], None, None, None, None)),
+            "backward kl": (3, backward(pair_state, rows(None, ref), g_kl_policy_ref=g)),
+            "fused kl": (3, fused(rows(None, ref), kl, g_kl_policy_ref=g)),
+            "fused logprob": (2, fused(rows(y), logprob, g_logprob=g[:, None])),
         }
 
     def check(self, x: Any, ref: Any, y: Any) -> dict[str, Any]:

@@ -36,29 +36,27 @@ void check_params(const std::vector<double>& scalars, const std::vector<int>& sw
 
 // Arguments that come as one tuple, since one op takes two sets of them: Arguments<decltype(f)> is the tuple that std::apply(f, ...) takes.
 template <class F> struct ArgumentsOf;
-template <class R, class... A> struct ArgumentsOf<R(A...)> { using type = std::tuple<A...>; };
+template <class R, class... A> struct ArgumentsOf<R(A...)> { using type = std::tuple<std::decay_t<A>...>; };
 template <class F> using Arguments = typename ArgumentsOf<F>::type;
 
 // clang-format off: argument lists, which it would set one name per line
-TokenStatsArgs token_stats_args(RowsTuple logits, RowsTuple ref, int dtype, uintptr_t labels, int64_t targets, uintptr_t mask,
-                                int64_t ignore_index, double factor, double cap_scale, uintptr_t temperature_ptr, double temperature,
-                                int64_t vocab_start, int64_t vocab_total, int outputs, uintptr_t state_in, uintptr_t target_in,
-                                uintptr_t logprob, uintptr_t entropy, uintptr_t logsumexp, uintptr_t log_sum_sq, uintptr_t mean_logit,
-                                uintptr_t is_top1, uintptr_t ref_logprob, uintptr_t kl_policy_ref, uintptr_t kl_ref_policy, uintptr_t state,
-                                uintptr_t target) {
+RowArgs row_args(RowsTuple logits, RowsTuple ref, int dtype, uintptr_t labels, int64_t targets, uintptr_t mask, int64_t ignore_index,
+                 double factor, double cap_scale, uintptr_t temperature_ptr, double temperature, int64_t vocab_start, int64_t vocab_total) {
   return {rows_view(logits), rows_view(ref), dtype, ptr<int64_t>(labels), targets, ptr<uint8_t>(mask), ignore_index, factor, cap_scale,
-          ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total, outputs, ptr<void>(state_in), ptr<void>(target_in),
-          ptr<void>(logprob), ptr<void>(entropy), ptr<void>(logsumexp), ptr<void>(log_sum_sq), ptr<void>(mean_logit), ptr<void>(is_top1),
-          ptr<void>(ref_logprob), ptr<void>(kl_policy_ref), ptr<void>(kl_ref_policy), ptr<void>(state), ptr<void>(target)};
+          ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total};
 }
-TokenStatsBackwardArgs token_stats_backward_args(RowsTuple logits, RowsTuple grad, int dtype, uintptr_t labels, int64_t targets,
-                                                 uintptr_t mask, int64_t ignore_index, double factor, double cap_scale,
-                                                 uintptr_t temperature_ptr, double temperature, int64_t vocab_start, int64_t vocab_total,
-                                                 uintptr_t state, uintptr_t g_logprob, uintptr_t g_entropy, uintptr_t g_logsumexp,
-                                                 RowsTuple ref, uintptr_t g_kl_policy_ref, uintptr_t g_kl_ref_policy) {
-  return {rows_view(logits), rows_view(grad), dtype, ptr<int64_t>(labels), targets, ptr<uint8_t>(mask), ignore_index, factor, cap_scale,
-          ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total, ptr<void>(state), ptr<void>(g_logprob), ptr<void>(g_entropy),
-          ptr<void>(g_logsumexp), rows_view(ref), ptr<void>(g_kl_policy_ref), ptr<void>(g_kl_ref_policy)};
+using RowTuple = Arguments<decltype(row_args)>;
+TokenStatsArgs token_stats_args(const RowTuple& row, int outputs, uintptr_t state_in, uintptr_t target_in, uintptr_t logprob,
+                                uintptr_t entropy, uintptr_t logsumexp, uintptr_t log_sum_sq, uintptr_t mean_logit, uintptr_t is_top1,
+                                uintptr_t ref_logprob, uintptr_t kl_policy_ref, uintptr_t kl_ref_policy, uintptr_t state, uintptr_t target) {
+  return {std::apply(row_args, row), outputs, ptr<void>(state_in), ptr<void>(target_in), ptr<void>(logprob), ptr<void>(entropy),
+          ptr<void>(logsumexp), ptr<void>(log_sum_sq), ptr<void>(mean_logit), ptr<void>(is_top1), ptr<void>(ref_logprob),
+          ptr<void>(kl_policy_ref), ptr<void>(kl_ref_policy), ptr<void>(state), ptr<void>(target)};
+}
+TokenStatsBackwardArgs token_stats_backward_args(const RowTuple& row, RowsTuple grad, uintptr_t state, uintptr_t g_logprob, uintptr_t g_entropy,
+                                                 uintptr_t g_logsumexp, uintptr_t g_kl_policy_ref, uintptr_t g_kl_ref_policy) {
+  return {std::apply(row_args, row), rows_view(grad), ptr<void>(state), ptr<void>(g_logprob), ptr<void>(g_entropy), ptr<void>(g_logsumexp),
+          ptr<void>(g_kl_policy_ref), ptr<void>(g_kl_ref_policy)};
 }
 // clang-format on
 

@@ -11,7 +11,8 @@ struct RowsView {
   int64_t rows, inner, stride_outer, stride_inner, vocab;
 };
 
-struct TokenStatsArgs {
+// What both directions are told of the rows.
+struct RowArgs {
   RowsView logits, ref;         // ref: the reference logits, same dtype, rows and vocab, strides of their own; data null: none
   int dtype;
   const int64_t* labels;        // [rows, targets], or null
@@ -22,6 +23,9 @@ struct TokenStatsArgs {
   const void* temperature_ptr;  // 0-dim tensor in the accumulation dtype, or null: `temperature`
   double temperature;
   int64_t vocab_start, vocab_total;
+};
+
+struct TokenStatsArgs : RowArgs {
   int outputs;                  // RowOutput bits
   const void* state_in;         // [rows, kStateWidth]: states of the shards before this one, merged in; or null
   const void* target_in;        // [rows, targets], with ref [2, rows, targets]: u of the targets found so far (-inf: not yet); or null
@@ -30,21 +34,12 @@ struct TokenStatsArgs {
       *kl_policy_ref, *kl_ref_policy, *state, *target;
 };
 
-struct TokenStatsBackwardArgs {
-  RowsView logits, grad;        // same dtype; grad may be the same memory as logits (in place)
-  int dtype;
-  const int64_t* labels;
-  int64_t targets;
-  const uint8_t* mask;
-  int64_t ignore_index;
-  double factor, cap_scale;
-  const void* temperature_ptr;
-  double temperature;
-  int64_t vocab_start, vocab_total;
+// ref is read only where a KL has an upstream gradient.
+struct TokenStatsBackwardArgs : RowArgs {
+  RowsView grad;                // logits' dtype; may be the same memory (in place)
   const void* state;            // [rows, kStateWidth]
-  const void *g_logprob /* [rows, targets] */, *g_entropy /* [rows] */, *g_logsumexp /* [rows] */;  // accumulation dtype or null
-  RowsView ref;                 // as in the forward op; read only where a KL has an upstream gradient
-  const void *g_kl_policy_ref, *g_kl_ref_policy;  // [rows] or null
+  // accumulation dtype or null; all [rows] but for the first, [rows, targets]
+  const void *g_logprob, *g_entropy, *g_logsumexp, *g_kl_policy_ref, *g_kl_ref_policy;
 };
 
 // Forward and backward of one call, for upstream gradients that are known beforehand: the rows may be read once. backward.state is

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from row_calls import rows_of
 
 import fastalign as fa
 from fastalign.runtime.dispatch import BackendError
@@ -434,19 +435,20 @@ def test_label_out_of_range(backend, device):  # row 14, F6
 
 @pytest.mark.parametrize("cuts", [(30,), (1, 2, 3), (16, 64, 80)])
 def test_vocabulary_shards_merge(backend, device, cuts):  # row 43 for one rank: the row state is a monoid
-    from fastalign.ops.token_stats.contract import OUTPUT_BITS
-    from fastalign.ops.token_stats.op import RowOptions, token_stats_fwd
+    from fastalign.ops.token_stats.contract import OUTPUT_BITS, TokenStatsFwd
+    from fastalign.ops.token_stats.op import token_stats_fwd
 
     vocab, rows = 97, 5
     x = make_logits(rows, vocab, device=device)
     x[0, : cuts[0]] = -math.inf
     labels = torch.tensor([[vocab - 1], [cuts[0] - 1], [cuts[0]], [0], [-100]], device=device)
-    options, bits = RowOptions(1.4426950408889634, 0.0, 1.0, -100), sum(OUTPUT_BITS[name] for name in ALL)
-    whole = token_stats_fwd(x, labels, None, None, *options, bits, 0, vocab, None, None)
+    bits = sum(OUTPUT_BITS[name] for name in ALL)
+    whole = token_stats_fwd(TokenStatsFwd(rows_of(x, labels), bits, None, None))
     state = target = None
     edges = [0, *cuts, vocab]
     for lo, hi in zip(edges, edges[1:]):
-        *outputs, state, target = token_stats_fwd(x[:, lo:hi].contiguous(), labels, None, None, *options, bits, lo, vocab, state, target)
+        part = rows_of(x[:, lo:hi].contiguous(), labels, start=lo, total=vocab)
+        *outputs, state, target = token_stats_fwd(TokenStatsFwd(part, bits, state, target))
     for name, got, want in zip(ALL, outputs, whole):
         assert_close(got, want.double(), what=name)
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from row_calls import rows_of
 
 import fastalign as fa
 from fastalign.testing import assert_close, gradient, make_labels, make_logits
@@ -403,8 +404,8 @@ def test_kl_inplace_backward_equals_out_of_place(backend, device, vocab, dtype):
 @pytest.mark.parametrize("cuts", [(30,), (1, 2, 3), (16, 64, 80)])
 @pytest.mark.parametrize("masked", [(), ("policy",), ("policy", "reference")])
 def test_vocabulary_shards_of_both_rows_merge(backend, device, cuts, masked):  # row 43 for one rank, both rows
-    from fastalign.ops.token_stats.contract import OUTPUT_BITS
-    from fastalign.ops.token_stats.op import RowOptions, token_stats_bwd, token_stats_fwd
+    from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients, TokenStatsBwd, TokenStatsFwd
+    from fastalign.ops.token_stats.op import token_stats_bwd, token_stats_fwd
 
     vocab, rows = 97, 4
     x, ref = make_pair(rows, vocab, device=device)
@@ -413,27 +414,23 @@ def test_vocabulary_shards_of_both_rows_merge(backend, device, cuts, masked):  #
     if "reference" in masked:
         ref[0, : cuts[0]] = -math.inf
     labels = torch.tensor([[vocab - 1], [cuts[0] - 1], [0], [-100]], device=device)
-    options, bits = RowOptions(1.4426950408889634, 0.0, 1.0, -100), sum(OUTPUT_BITS.values())
-    fixed = (labels, None, None, *options)
-    whole = token_stats_fwd(x, *fixed, bits, 0, vocab, None, None, ref)
+    bits = sum(OUTPUT_BITS.values())
+    whole = token_stats_fwd(TokenStatsFwd(rows_of(x, labels, ref=ref), bits, None, None))
     state = target = None
     edges = [0, *cuts, vocab]
-    for lo, hi in zip(edges, edges[1:]):
-        *outputs, state, target = token_stats_fwd(
-            x[:, lo:hi].contiguous(), *fixed, bits, lo, vocab, state, target, ref[:, lo:hi].contiguous()
-        )
+    parts = [
+        rows_of(x[:, lo:hi].contiguous(), labels, ref=ref[:, lo:hi].contiguous(), start=lo, total=vocab)
+        for lo, hi in zip(edges, edges[1:])
+    ]
+    for part in parts:
+        *outputs, state, target = token_stats_fwd(TokenStatsFwd(part, bits, state, target))
     for name, got, want in zip(OUTPUT_BITS, outputs, whole):
         assert_close(got, want.double(), what=name, scale=8.0)
-    upstream = [torch.linspace(-1, 1, rows, device=device) * k for k in (1.0, 0.5, -0.7)]
-    args = (state, upstream[0].unsqueeze(-1), None, None)
-    got = torch.cat(
-        [
-            token_stats_bwd(x[:, lo:hi].contiguous(), *fixed, lo, vocab, *args, ref[:, lo:hi].contiguous(), *upstream[1:])
-            for lo, hi in zip(edges, edges[1:])
-        ],
-        -1,
-    )
-    assert_close(got, token_stats_bwd(x, *fixed, 0, vocab, whole[-2], *args[1:], ref, *upstream[1:]).double(), scale=16.0)
+    g = [torch.linspace(-1, 1, rows, device=device) * k for k in (1.0, 0.5, -0.7)]
+    upstream = RowGradients(g_logprob=g[0].unsqueeze(-1), g_kl_policy_ref=g[1], g_kl_ref_policy=g[2])
+    got = torch.cat([token_stats_bwd(TokenStatsBwd(part, state, upstream)) for part in parts], -1)
+    want = token_stats_bwd(TokenStatsBwd(rows_of(x, labels, ref=ref), whole[-2], upstream))
+    assert_close(got, want.double(), scale=16.0)
 
 
 def test_ref_logprobs_of_several_labels(backend, device):  # A9

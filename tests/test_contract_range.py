@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from row_calls import rows_of
 
 import fastalign as fa
 from fastalign.testing import assert_close
@@ -111,18 +112,19 @@ def test_kl_of_any_finite_logits(backend, device, swap):
 
 @pytest.mark.parametrize("cuts", [(30,), (1, 2, 3)])
 def test_vocabulary_shards_of_any_finite_logits_merge(backend, device, cuts):
-    from fastalign.ops.token_stats.contract import OUTPUT_BITS
-    from fastalign.ops.token_stats.op import RowOptions, token_stats_fwd
+    from fastalign.ops.token_stats.contract import OUTPUT_BITS, TokenStatsFwd
+    from fastalign.ops.token_stats.op import token_stats_fwd
 
     x, names = rows()
     ref = x.roll(1, 1)
     labels = (torch.arange(len(x)) % x.shape[1]).unsqueeze(-1).to(device)
-    fixed = (labels, None, None, *RowOptions(1.4426950408889634, 0.0, 1.0, -100), sum(OUTPUT_BITS.values()))
+    bits = sum(OUTPUT_BITS.values())
     x, ref, vocab, edges = x.to(device), ref.to(device), x.shape[1], [0, *cuts, x.shape[1]]
-    whole = token_stats_fwd(x, *fixed, 0, vocab, None, None, ref)
+    whole = token_stats_fwd(TokenStatsFwd(rows_of(x, labels, ref=ref), bits, None, None))
     state = target = None
     for lo, hi in zip(edges, edges[1:]):
-        *outputs, state, target = token_stats_fwd(x[:, lo:hi].contiguous(), *fixed, lo, vocab, state, target, ref[:, lo:hi].contiguous())
+        part = rows_of(x[:, lo:hi].contiguous(), labels, ref=ref[:, lo:hi].contiguous(), start=lo, total=vocab)
+        *outputs, state, target = token_stats_fwd(TokenStatsFwd(part, bits, state, target))
     for name, got, want in zip(OUTPUT_BITS, outputs, whole):
         finite = torch.isfinite(want)
         assert torch.equal(got[~finite], want[~finite]), name

@@ -110,6 +110,6 @@ def test_what_the_parameters_need_is_asked_for():
     x = torch.randn(3, 17)
     for outputs, words in ((1, "labels"), (32, "labels"), (128, "ref_logits")):
         with pytest.raises(ValueError, match=words):
-            torch.ops.fastalign.token_stats_fwd(x, None, None, None, 1.44, 0.0, 1.0, -100, outputs, 0, 17, None, None)
+            torch.ops.fastalign.token_stats_fwd(x, None, None, None, None, 1.44, 0.0, 1.0, -100, 0, 17, outputs, None, None)
     with pytest.raises(ValueError, match="strides"):
         torch.ops.fastalign.scale_rows_(torch.randn(17, 3).T, torch.tensor(0.5))

@@ -12,11 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from row_calls import rows_of
 
 import fastalign as fa
-from fastalign.ops.listwise.params import LIST_SCALAR_COUNT
+from fastalign.ops.gae.op import GaeFwd
+from fastalign.ops.kl_estimate.op import KlEstimateFwd
+from fastalign.ops.listwise.op import ListTensors, ListwiseFwd
 from fastalign.ops.policy import params as policy_params
-from fastalign.ops.preference.params import SCALAR_COUNT
+from fastalign.ops.policy.op import PolicyBwd, PolicyFwd, ValueFwd
+from fastalign.ops.policy.params import PolicyParams
+from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceBwd, PreferenceFwd
+from fastalign.ops.sequence_sum.op import SequenceSumBwd, SequenceSumFwd
+from fastalign.ops.token_stats.contract import RowGradients, ScaleRows, TokenStatsBwd, TokenStatsFused, TokenStatsFwd
 from fastalign.runtime import dispatch, ffi
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
 
@@ -201,52 +208,63 @@ print(fa.explain("token_logprobs", x).splitlines()[0])
     assert out.stdout.strip().endswith("cpu" if blocked == "triton" else "reference")
 
 
+def _op_samples():
+    """(op, its arguments one by one)."""
+    for name, a in _samples():
+        yield name, dispatch.OPS[name].declaration.flatten(a)
+
+
 def _policy_samples(batch):
     lp, ref, cu, mask = batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask
-    params = fa.policy_losses.get("gspo").params(advantages_per_sequence=True)
-    scalars, switches = list(params[: policy_params.SCALAR_COUNT]), list(params[policy_params.SCALAR_COUNT :])
     one = torch.tensor(0.1)
-    full = (lp, ref, torch.ones(6), cu, mask, ref, -lp, None, one, one, torch.tensor(6.0), scalars, switches, True)
+    gspo = fa.policy_losses.get("gspo").params(advantages_per_sequence=True)
+    full = PolicyFwd(lp, ref, torch.ones(6), cu, mask, ref, -lp, None, one, one, torch.tensor(6.0), gspo, True)
     yield "policy_fwd", full
-    yield "policy_fwd", (lp, None, lp, None, None, None, None, None, None, None, None, scalars, [0] * len(switches), False)
-    yield "value_fwd", (lp, ref, ref, cu, mask, None, 0.2, 1, 1.0)
-    _, slopes, entropy_slopes, stats = dispatch.OPS["policy_fwd"](*full)
-    yield "policy_bwd", (torch.ones(()), slopes, entropy_slopes, stats)
+    plain = PolicyParams(*gspo[: policy_params.SCALAR_COUNT], *[0] * (len(gspo) - policy_params.SCALAR_COUNT))
+    yield "policy_fwd", PolicyFwd(lp, None, lp, None, None, None, None, None, None, None, None, plain, False)
+    yield "value_fwd", ValueFwd(lp, ref, ref, cu, mask, None, 0.2, 1, 1.0)
+    _, slopes, entropy_slopes, stats = dispatch.OPS["policy_fwd"](full)
+    yield "policy_bwd", PolicyBwd(torch.ones(()), slopes, entropy_slopes, stats)
 
 
-def _op_samples():
-    x, labels = make_logits(3, 17), make_labels(3, 17).unsqueeze(-1)
+def _row_samples():
+    x, labels, ref, ones = make_logits(3, 17), make_labels(3, 17).unsqueeze(-1), make_logits(3, 17, seed=1), torch.ones(3)
+    plain, pair = rows_of(x, labels), rows_of(x, labels, ref=ref)
+    forward = TokenStatsFwd(plain, 63, None, None)
+    state = dispatch.OPS["token_stats_fwd"](forward)[-2]
+    yield "token_stats_fwd", forward
+    yield "token_stats_fwd", TokenStatsFwd(rows_of(x, temperature=torch.tensor(0.5)), 2, None, None)
+    yield "token_stats_bwd", TokenStatsBwd(plain, state, RowGradients(torch.ones(3, 1)))
+    yield "token_stats_bwd_", TokenStatsBwd(rows_of(x.clone(), labels), state, RowGradients(g_entropy=ones))
+    both = TokenStatsFwd(pair, 511, None, None)
+    *_, state, _ = dispatch.OPS["token_stats_fwd"](both)
+    yield "token_stats_fwd", both
+    upstream = RowGradients(torch.ones(3, 1), g_kl_policy_ref=ones, g_kl_ref_policy=ones)
+    yield "token_stats_bwd", TokenStatsBwd(pair, state, upstream)
+    yield "token_stats_fused", TokenStatsFused(rows_of(x, ref=ref), 128, RowGradients(g_kl_policy_ref=ones))
+    yield "token_stats_fused_", TokenStatsFused(rows_of(x.clone(), ref=ref), 256, RowGradients(g_kl_ref_policy=ones))
+    yield "scale_rows_", ScaleRows(x.clone(), torch.tensor(0.5))
+
+
+def _samples():
     batch = make_batch(3)
-    options = (1.44, 0.0, 1.0, -100)
-    state = dispatch.OPS["token_stats_fwd"](x, labels, None, None, *options, 63, 0, 17, None, None)[-2]
-    yield "token_stats_fwd", (x, labels, None, None, *options, 63, 0, 17, None, None)
-    yield "token_stats_fwd", (x, None, None, torch.tensor(0.5), *options, 2, 0, 17, None, None)
-    yield "token_stats_bwd", (x, labels, None, None, *options, 0, 17, state, torch.ones(3, 1), None, None)
-    yield "token_stats_bwd_", (x.clone(), labels, None, None, *options, 0, 17, state, None, torch.ones(3), None)
-    ref, ones = make_logits(3, 17, seed=1), torch.ones(3)
-    *_, both, _ = dispatch.OPS["token_stats_fwd"](x, labels, None, None, *options, 511, 0, 17, None, None, ref)
-    yield "token_stats_fwd", (x, labels, None, None, *options, 511, 0, 17, None, None, ref)
-    yield "token_stats_bwd", (x, labels, None, None, *options, 0, 17, both, torch.ones(3, 1), None, None, ref, ones, ones)
-    yield "token_stats_fused", (x, None, None, None, *options, 128, ref, None, None, None, ones, None)
-    yield "token_stats_fused_", (x.clone(), None, None, None, *options, 256, ref, None, None, None, None, ones)
-    yield "scale_rows_", (x.clone(), torch.tensor(0.5))
-    yield "sequence_sum_fwd", (batch.logprobs, batch.packed.cu_seqlens, batch.packed.mask, None)
-    yield "sequence_sum_bwd", (torch.ones(6), batch.packed.cu_seqlens, None, None, batch.logprobs.shape[0])
-    yield "kl_estimate_fwd", (batch.logprobs, batch.ref_logprobs, 2, True)
-    yield "kl_estimate_fwd", (batch.logprobs, batch.ref_logprobs, 2, False)
+    lp, ref, cu, mask = batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask
+    yield from _row_samples()
+    yield "sequence_sum_fwd", SequenceSumFwd(lp, cu, mask, None)
+    yield "sequence_sum_bwd", SequenceSumBwd(torch.ones(6), cu, None, None, lp.shape[0])
+    yield "kl_estimate_fwd", KlEstimateFwd(lp, ref, 2, True)
+    yield "kl_estimate_fwd", KlEstimateFwd(lp, ref, 2, False)
     params = fa.losses.get("dpo").params()
-    scalars, switches = list(params[:SCALAR_COUNT]), list(params[SCALAR_COUNT:])
-    tokens = (batch.logprobs, batch.ref_logprobs, None, batch.packed.cu_seqlens, None, batch.packed.mask, None)
-    forward = (*tokens, None, *(None,) * 9, scalars, switches, 3, True)
+    tokens = PairTokens(lp, ref, cu_seqlens=cu, mask=mask)
+    forward = PreferenceFwd(tokens, None, PairTensors(), params, 3, True)
     yield "preference_fwd", forward
-    _, _, table, sums = dispatch.OPS["preference_fwd"](*forward)
-    yield "preference_bwd", (torch.ones(()), *tokens[:2], *tokens[3:], sums, table, scalars, switches, True)
-    tokens = (batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens)
-    yield "gae_fwd", (*tokens, batch.packed.mask, torch.ones(6), torch.tensor(0.9), None, 0.0, 0.95)
+    _, _, table, sums = dispatch.OPS["preference_fwd"](forward)
+    yield "preference_bwd", PreferenceBwd(torch.ones(()), tokens, sums, table, params, True)
+    yield "gae_fwd", GaeFwd(lp, ref, cu, mask, torch.ones(6), torch.tensor(0.9), None, 0.0, 0.95)
     yield from _policy_samples(batch)
+    offsets, given = torch.tensor([0, 2, 6], dtype=torch.int32), ListTensors(num_items=torch.tensor(2.0))
     ranked = fa.losses.get_listwise("rrhf").params()
-    lists = (sums.flatten(0, 1), torch.tensor([0, 2, 6], dtype=torch.int32), torch.arange(6.0), None, torch.tensor(2.0), None)
-    yield "listwise_fwd", (*lists, list(ranked[:LIST_SCALAR_COUNT]), list(ranked[LIST_SCALAR_COUNT:]))
+    yield "listwise_fwd", ListwiseFwd(sums.flatten(0, 1), offsets, torch.arange(6.0), given, ranked)
 
 
 @pytest.mark.parametrize("index", range(len(list(_op_samples()))))
@@ -357,13 +375,13 @@ def test_tensor_subclasses_reach_the_dispatcher():
 
     seen = []
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    dispatch.OPS["sequence_sum_fwd"](torch.ones(2).as_subclass(Tagged), cu, None, None)
+    dispatch.OPS["sequence_sum_fwd"](SequenceSumFwd(torch.ones(2).as_subclass(Tagged), cu, None, None))
     assert any("sequence_sum_fwd" in name for name in seen)
 
 
 def test_transforms_are_not_passed_by():
     x, cu = torch.arange(6.0).view(3, 2), torch.tensor([0, 2], dtype=torch.int32)
-    sums = torch.vmap(lambda row: dispatch.OPS["sequence_sum_fwd"](row, cu, None, None)[0])(x)
+    sums = torch.vmap(lambda row: dispatch.OPS["sequence_sum_fwd"](SequenceSumFwd(row, cu, None, None))[0])(x)
     assert sums.flatten().tolist() == [1.0, 5.0, 9.0]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sass
 import torch
+from row_calls import rows_of
 from triton_aot import OUT, TARGETS, compiling_for
 
 import fastalign
@@ -18,11 +19,17 @@ from fastalign.losses import policy as policy_losses
 from fastalign.losses.list import ListPreset
 from fastalign.losses.pair import Preset
 from fastalign.losses.policy import PolicyPreset
-from fastalign.ops.listwise.params import LIST_SCALAR_COUNT
+from fastalign.ops.gae.op import GaeFwd
+from fastalign.ops.kl_estimate.op import KlEstimateFwd
+from fastalign.ops.listwise.op import ListTensors, ListwiseFwd
 from fastalign.ops.policy import params as policy_params
+from fastalign.ops.policy.op import PolicyBwd, PolicyFwd, ValueFwd
+from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.policy.reference import STATS
-from fastalign.ops.preference.params import LINKS, SCALAR_COUNT, TRANSFORMS
-from fastalign.ops.token_stats.contract import STATE_WIDTH
+from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceBwd, PreferenceFwd
+from fastalign.ops.preference.params import LINKS, TRANSFORMS
+from fastalign.ops.sequence_sum.op import SequenceSumBwd, SequenceSumFwd
+from fastalign.ops.token_stats.contract import STATE_WIDTH, RowGradients, RowOptions, ScaleRows, TokenStatsBwd, TokenStatsFwd
 
 FOLDER = Path(fastalign.__file__).parent / "ops"
 MODULES = {p.parent.name: importlib.import_module(f"fastalign.ops.{p.parent.name}.triton") for p in sorted(FOLDER.glob("*/triton.py"))}
@@ -32,62 +39,58 @@ ALL_BITS = 63  # all that need no reference
 VOCAB = 1001  # odd: no row but the first is aligned, and nothing about sizes is known to the compiler
 
 
-def row_args(logits, capped=False, skip=0):
+def row_args(logits, capped=False, skip=0, ref=None):
     labels = torch.zeros(logits.shape[0] + skip, 1, dtype=torch.long)[skip:]
-    return logits, labels, None, None, 1.44, 0.1 if capped else 0.0, 1.0, -100
+    return rows_of(logits, labels, ref=ref, options=RowOptions(1.44, 0.1 if capped else 0.0, 1.0, -100))
 
 
 def forward(dtype, outputs, capped=False, logits=None, skip=0):
     logits = torch.zeros(3, VOCAB, dtype=dtype) if logits is None else logits
-    return rows.token_stats_fwd(*row_args(logits, capped, skip), outputs, 0, logits.shape[1], None, None)
+    return rows.token_stats_fwd(TokenStatsFwd(row_args(logits, capped, skip), outputs, None, None))
 
 
 def backward(dtype, entropy=False, capped=False, in_place=False, logits=None):
     logits = torch.zeros(3, VOCAB, dtype=dtype) if logits is None else logits
     n = logits.shape[0]
     run = rows.token_stats_bwd_ if in_place else rows.token_stats_bwd
-    run(
-        *row_args(logits, capped),
-        0,
-        logits.shape[1],
-        torch.zeros(n, STATE_WIDTH),
-        torch.zeros(n, 1),
-        torch.zeros(n) if entropy else None,
-        None,
-    )
+    upstream = RowGradients(torch.zeros(n, 1), torch.zeros(n) if entropy else None)
+    run(TokenStatsBwd(row_args(logits, capped), torch.zeros(n, STATE_WIDTH), upstream))
+
+
+def pair_rows(dtype, capped, together):
+    logits = torch.zeros(3, VOCAB, dtype=dtype)
+    ref = torch.zeros_like(logits) if together else torch.zeros(3, VOCAB + 2, dtype=dtype)[:, 1:-1]
+    return row_args(logits, capped, ref=ref)
 
 
 def pair_forward(dtype, outputs, capped=False, together=True):
-    logits = torch.zeros(3, VOCAB, dtype=dtype)
-    ref = torch.zeros_like(logits) if together else torch.zeros(3, VOCAB + 2, dtype=dtype)[:, 1:-1]
-    return rows.token_stats_fwd(*row_args(logits, capped), outputs, 0, VOCAB, None, None, ref)
+    return rows.token_stats_fwd(TokenStatsFwd(pair_rows(dtype, capped, together), outputs, None, None))
 
 
 def pair_backward(dtype, entropy=False, capped=False, in_place=False, together=True, reverse=True, forward=True):
-    logits, n = torch.zeros(3, VOCAB, dtype=dtype), torch.zeros(3)
-    ref = torch.zeros_like(logits) if together else torch.zeros(3, VOCAB + 2, dtype=dtype)[:, 1:-1]
+    n = torch.zeros(3)
     run = rows.token_stats_bwd_ if in_place else rows.token_stats_bwd
-    upstream = (torch.zeros(3, 1), n if entropy else None, None, ref, n if reverse else None, n if forward else None)
-    run(*row_args(logits, capped), 0, VOCAB, torch.zeros(3, STATE_WIDTH), *upstream)
+    upstream = RowGradients(torch.zeros(3, 1), n if entropy else None, None, n if reverse else None, n if forward else None)
+    run(TokenStatsBwd(pair_rows(dtype, capped, together), torch.zeros(3, STATE_WIDTH), upstream))
 
 
-def preference(loss, stages="both", kl=None, weights=None, pairs=None, per_pair=(None,) * 9, reduction="mean", **options):
+def preference(loss, stages="both", kl=None, weights=None, pairs=None, given=None, reduction="mean", **options):
     preset = losses.get(loss) if isinstance(loss, str) else loss
     p, cu, x = preset.replace(**options).params(reduction), torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(9)
-    scalars, switches = list(p[:SCALAR_COUNT]), list(p[SCALAR_COUNT:])
-    given = torch.zeros(1, 2, 6) if stages == "table" else None
-    tokens = (None,) * 7 if stages == "table" else (x, x, kl, cu, pairs, x > 0, weights)
-    pair.preference_fwd(*tokens, given, *per_pair, scalars, switches, 1, stages != "sums")
+    tokens = PairTokens(x, x, kl, cu, pairs, x > 0, weights)
+    sums = torch.zeros(1, 2, 6)
+    if stages == "table":
+        pair.preference_fwd(PreferenceFwd(PairTokens(), sums, given or PairTensors(), p, 1, True))
+    else:
+        pair.preference_fwd(PreferenceFwd(tokens, None, given or PairTensors(), p, 1, stages == "both"))
     if stages == "both":
-        pair.preference_bwd(torch.zeros(()), x, x, cu, pairs, x > 0, weights, torch.zeros(1, 2, 6), torch.zeros(1, 11), scalars, switches,
-                            kl is not None)  # fmt: skip
+        pair.preference_bwd(PreferenceBwd(torch.zeros(()), tokens._replace(kl=None), sums, torch.zeros(1, 11), p, kl is not None))
 
 
 def listwise(loss, beta=None, counts=None, reduction="mean", **options):
     p = (losses.get_listwise(loss) if isinstance(loss, str) else loss).replace(**options).params(reduction)
-    x = torch.zeros(3)
-    ranked.listwise_fwd(torch.zeros(3, 6), torch.tensor([0, 3], dtype=torch.int32), x, beta, counts, counts, list(p[:LIST_SCALAR_COUNT]),
-                        list(p[LIST_SCALAR_COUNT:]))  # fmt: skip
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
+    ranked.listwise_fwd(ListwiseFwd(torch.zeros(3, 6), offsets, torch.zeros(3), ListTensors(beta, counts, counts), p))
 
 
 def policy_step(loss="ppo", sequences=False, full=False, backward=True, **options):
@@ -96,12 +99,11 @@ def policy_step(loss="ppo", sequences=False, full=False, backward=True, **option
     preset = policy_losses.get(loss) if isinstance(loss, str) else loss
     preset = preset.replace(**options)
     per_sequence = preset.needs_sequence_values
-    p = preset.params(per_sequence, per_sequence)
     optional = (x, x, x, one, one, one) if full else (None,) * 6
-    scalars, switches = list(p[: policy_params.SCALAR_COUNT]), list(p[policy_params.SCALAR_COUNT :])
-    policy.policy_fwd(x, x, x, cu if sequences else None, x > 0, *optional, scalars, switches, full)
+    p = preset.params(per_sequence, per_sequence)
+    policy.policy_fwd(PolicyFwd(x, x, x, cu if sequences else None, x > 0, *optional, p, full))
     if backward:
-        policy.policy_bwd(one, x, x if full else x[:0], torch.zeros(len(STATS)))
+        policy.policy_bwd(PolicyBwd(one, x, x if full else x[:0], torch.zeros(len(STATS))))
 
 
 def launch_all():
@@ -126,22 +128,22 @@ def launch_all():
         (torch.float16, {"reverse": False}), (torch.float32, {"in_place": True}),
     ):  # fmt: skip
         pair_backward(dtype, **options)
-    rows.scale_rows_(torch.zeros(3, VOCAB, dtype=torch.bfloat16), torch.ones(()))
+    rows.scale_rows_(ScaleRows(torch.zeros(3, VOCAB, dtype=torch.bfloat16), torch.ones(())))
     x, cu = torch.zeros(9), torch.tensor([0, 5, 9], dtype=torch.int32)
-    sums.sequence_sum_fwd(x, cu, x > 0, x)
-    sums.sequence_sum_bwd(torch.zeros(2), cu, x > 0, x, 9)
-    estimate.kl_estimate_fwd(x, x, 2, True)
+    sums.sequence_sum_fwd(SequenceSumFwd(x, cu, x > 0, x))
+    sums.sequence_sum_bwd(SequenceSumBwd(torch.zeros(2), cu, x > 0, x, 9))
+    estimate.kl_estimate_fwd(KlEstimateFwd(x, x, 2, True))
     preference("dpo")
     preference("simpo")
     preference("exo_pair", "table")
     preference("slic_hf", "sums")
     listwise("lipo")
     listwise("pro")
-    gae.gae_fwd(x, x, cu, x > 0, None, None, None, 1.0, 0.95)
+    gae.gae_fwd(GaeFwd(x, x, cu, x > 0, None, None, None, 1.0, 0.95))
     policy_step()
     policy_step("gspo", sequences=True, full=True, is_mode="truncate", is_max=2.0)
     policy_step("vespo", sequences=True)
-    policy.value_fwd(x, x, x, None, x > 0, None, 0.2, 0, 1.0)
+    policy.value_fwd(ValueFwd(x, x, x, None, x > 0, None, 0.2, 0, 1.0))
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -265,7 +267,8 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
             listwise("rrhf", list_weight=1.0 + beta, sft_weight=beta)
         for n, discount in ((16, 0.5), (17, 0.0), (1024, 1.0)):
             token = torch.zeros(n + 1)[1:]
-            gae.gae_fwd(token, token, torch.tensor([0, n], dtype=torch.int32), None, None, None, None, discount, discount)
+            offsets = torch.tensor([0, n], dtype=torch.int32)
+            gae.gae_fwd(GaeFwd(token, token, offsets, None, None, None, None, discount, discount))
             policy_step(kl_coef=discount, clip_low=discount, dual_clip=1.5 + discount)
     assert {name: len({k.hash for k in group}) for name, group in by_name(kernels).items()} == {
         "token_stats_fwd_kernel": 1,
@@ -281,17 +284,19 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
 def test_every_option_compiles():
     """The interpreter accepts what the compiler refuses (types that change in a branch, say): optional tensors, links, transforms, labels."""
     x, y, state = torch.zeros(3, VOCAB), torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, STATE_WIDTH)
-    options, row, token, one = (1.44, 0.0, 1.0, -100), torch.zeros(3), torch.zeros(9), torch.zeros(1)
+    options, row, token, one = RowOptions(1.44, 0.0, 1.0, -100), torch.zeros(3), torch.zeros(9), torch.zeros(1)
     with compiling_for("sm_90") as kernels:
-        rows.token_stats_fwd(x, None, None, None, *options, 2, 0, VOCAB, None, None)
-        rows.token_stats_fwd(x, y, row > 0, one[0], *options, 31, 0, VOCAB, state, torch.zeros(3, 2))
-        rows.token_stats_bwd(x, None, None, None, *options, 0, VOCAB, state, None, row, None)
-        rows.token_stats_bwd(x, y, row > 0, one[0], *options, 0, VOCAB, state, torch.zeros(3, 2), row, row)
+        bare, full = rows_of(x, options=options), rows_of(x, y, mask=row > 0, temperature=one[0], options=options)
+        rows.token_stats_fwd(TokenStatsFwd(bare, 2, None, None))
+        rows.token_stats_fwd(TokenStatsFwd(full, 31, state, torch.zeros(3, 2)))
+        rows.token_stats_bwd(TokenStatsBwd(bare, state, RowGradients(g_entropy=row)))
+        rows.token_stats_bwd(TokenStatsBwd(full, state, RowGradients(torch.zeros(3, 2), row, row)))
         for kind in range(4):
-            estimate.kl_estimate_fwd(token, token, kind, True)
-        sums.sequence_sum_fwd(token, torch.tensor([0, 9], dtype=torch.int32), None, None)
-        gae.gae_fwd(token, token, torch.tensor([0, 9], dtype=torch.int32), None, None, None, None, 1.0, 0.95)
-        gae.gae_fwd(token, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one, one[0], one[0], 0.0, 0.0)
+            estimate.kl_estimate_fwd(KlEstimateFwd(token, token, kind, True))
+        offsets = torch.tensor([0, 9], dtype=torch.int32)
+        sums.sequence_sum_fwd(SequenceSumFwd(token, offsets, None, None))
+        gae.gae_fwd(GaeFwd(token, token, offsets, None, None, None, None, 1.0, 0.95))
+        gae.gae_fwd(GaeFwd(token, token, offsets, token > 0, one, one[0], one[0], 0.0, 0.0))
         for kind in policy_losses.SURROGATES:
             ratio = {"gmpo": "seq_mean", "vespo": "seq_sum"}.get(kind, "token")
             policy_step(PolicyPreset(surrogate=kind, ratio=ratio), sequences=ratio != "token", backward=False)
@@ -299,10 +304,11 @@ def test_every_option_compiles():
             options = {"kl_kind": kind, "kl_bias_correction": kind == "k3", "is_mode": "mask", "is_max": 2.0}
             policy_step(sequences=True, full=True, backward=False, **options)
         policy_step("rloo", sequences=True, aggregation="seq_mean_token_sum_norm", norm_length=3.0, backward=False)
-        policy.policy_fwd(token, None, token, None, None, *(None,) * 6, [0.0] * policy_params.SCALAR_COUNT, [0] * 8, False)
-        policy.value_fwd(token, None, token, torch.tensor([0, 9], dtype=torch.int32), token > 0, one[0], 0.0, 1, 1.0)
+        zeros = PolicyParams(*[0.0] * policy_params.SCALAR_COUNT, *[0] * 8)
+        policy.policy_fwd(PolicyFwd(token, None, token, None, None, *(None,) * 6, zeros, False))
+        policy.value_fwd(ValueFwd(token, None, token, offsets, token > 0, one[0], 0.0, 1, 1.0))
         pairs = torch.zeros(1, 2, dtype=torch.int32)
-        preference("dpo", kl=token, weights=token, pairs=pairs, per_pair=(*(one,) * 6, one > 0, one[0], one[0]), kl_chosen=0.5)
+        preference("dpo", kl=token, weights=token, pairs=pairs, given=PairTensors(*(one,) * 6, one > 0, one[0], one[0]), kl_chosen=0.5)
         preference("dpo", reduction="none", sft_weight=0.5, sft_norm="seq_mean", sft_include_prompt=True, nonfinite="drop")
         for kind in LINKS:
             smoothing = 0.01 if kind == "exo" else 0.0

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastalign.ops.gae.op import gae_fwd
+from fastalign.ops.gae.op import GaeFwd, gae_fwd
 from fastalign.runtime.checks import (
     check_cu_seqlens,
     check_number,
@@ -82,7 +82,7 @@ def gae(
         bootstrap = bootstrap.detach().to(rewards.dtype).contiguous()
     gamma_tensor, gamma = _discount("gamma", gamma, rewards)
     lam_tensor, lam = _discount("lam", lam, rewards)
-    advantages, returns, moments = gae_fwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam)
+    advantages, returns, moments = gae_fwd(GaeFwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam))
     return GAE(advantages, returns, *moments.unbind())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.ops.kl_estimate.op import KINDS, KlEstimateFunction, kl_estimate_fwd
+from fastalign.ops.kl_estimate.op import KINDS, KlEstimateFunction, KlEstimateFwd, kl_estimate_fwd
 from fastalign.runtime.checks import check_choice, check_floating, check_number, check_same_device, check_shape
 from fastalign.runtime.function import forward_mode
 
@@ -42,7 +42,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3", *, cla
     if (torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad)) or forward_mode():
         value = KlEstimateFunction.apply(*flat, KINDS.index(kind))
     else:  # a metric, a reward: no slope
-        value = kl_estimate_fwd(*(x.detach() for x in flat), KINDS.index(kind), False)[0]
+        value = kl_estimate_fwd(KlEstimateFwd(*(x.detach() for x in flat), KINDS.index(kind), False))[0]
     if clamp is not None:
         value = value.clamp(-clamp, clamp)
     return value.view(logprobs.shape)

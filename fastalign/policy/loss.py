@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.losses.policy import PolicyPreset, resolve
-from fastalign.ops.policy.op import PolicyFunction, ValueFunction
+from fastalign.ops.policy.op import PolicyFunction, PolicyFwd, ValueFunction, ValueFwd
 from fastalign.ops.policy.params import AGGREGATIONS
 from fastalign.policy.output import PolicyOutput, ValueOutput
 from fastalign.runtime.checks import (
@@ -127,12 +127,21 @@ def policy_loss(
         entropy = per_token("entropy", entropy, logprobs)
     # Without anything per sequence the kernels cut the tokens as they like.
     boundaries = cu_seqlens if preset.needs_sequences or per_sequence or is_per_sequence else _unused(cu_seqlens, logprobs)
-    tensors = (
-        old_logprobs, advantages, boundaries, row_mask(mask, logprobs), ref_logprobs, is_weight,
+    arguments = PolicyFwd(
+        logprobs,
+        old_logprobs,
+        advantages,
+        boundaries,
+        row_mask(mask, logprobs),
+        ref_logprobs,
+        entropy,
+        is_weight,
         *(one_element(n, coefficients[n], logprobs) if n in coefficients else None for n in ("kl_coef", "entropy_coef")),
         _num_items(num_items, preset.aggregation, logprobs),
-    )  # fmt: skip
-    value, stats = PolicyFunction.apply(logprobs, entropy, tensors, preset.params(per_sequence, is_per_sequence))
+        preset.params(per_sequence, is_per_sequence),
+        with_entropy_grad=False,
+    )
+    value, stats = PolicyFunction.apply(logprobs, entropy, arguments)
     return PolicyOutput(value, stats, preset, frozenset(given))
 
 
@@ -187,10 +196,18 @@ def value_loss(
     if cu_seqlens is not None:
         cu_seqlens = check_cu_seqlens(cu_seqlens, values)
         cu_seqlens = cu_seqlens if aggregation.startswith("seq_") else _unused(cu_seqlens, values)
-    value, stats = ValueFunction.apply(
-        values, old_values, returns, cu_seqlens, row_mask(mask, values), _num_items(num_items, aggregation, values),
-        0.0 if clip is None else float(clip), AGGREGATIONS.index(aggregation), 1.0 if norm_length is None else float(norm_length),
-    )  # fmt: skip
+    arguments = ValueFwd(
+        values,
+        old_values,
+        returns,
+        cu_seqlens,
+        row_mask(mask, values),
+        _num_items(num_items, aggregation, values),
+        clip=0.0 if clip is None else float(clip),
+        aggregation=AGGREGATIONS.index(aggregation),
+        norm_length=1.0 if norm_length is None else float(norm_length),
+    )
+    value, stats = ValueFunction.apply(values, arguments)
     return ValueOutput(value, stats, aggregation)
 
 

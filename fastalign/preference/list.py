@@ -10,7 +10,7 @@ from torch import Tensor
 from fastalign.losses.list import ListPreset
 from fastalign.losses.options import resolve_listwise
 from fastalign.losses.pair import Preset
-from fastalign.ops.listwise.op import ListwiseFromSumsFunction, ListwiseFunction
+from fastalign.ops.listwise.op import ListTensors, ListwiseFromSumsFunction, ListwiseFunction
 from fastalign.ops.preference.params import REDUCTIONS
 from fastalign.preference.list_output import ListwiseOutput
 from fastalign.runtime.checks import (
@@ -77,10 +77,10 @@ def listwise_loss(
         raise ValueError(f"loss {preset.name!r} needs ref_logprobs")
     ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach() if preset.reference else None
     count = cu_seqlens.shape[0] - 1
-    lists, scores, extra = _list_inputs(list_offsets, scores, tensors, num_items, num_sft_tokens, count, logprobs)
+    lists, scores, given = _list_inputs(list_offsets, scores, tensors, num_items, num_sft_tokens, count, logprobs)
     pair = _SUMS[ref is not None].params()
     value, rewards, table, sums = ListwiseFunction.apply(
-        logprobs, ref, cu_seqlens, row_mask(mask, logprobs), lists, scores, extra, pair, preset.params(reduction), count
+        logprobs, ref, cu_seqlens, row_mask(mask, logprobs), lists, scores, given, pair, preset.params(reduction), count
     )
     return ListwiseOutput(value, rewards, preset, lists, table, sums)
 
@@ -124,15 +124,15 @@ def listwise_loss_from_sums(
     ratio = torch.where(policy == ref_totals, 0.0, policy - ref_totals.detach()) if preset.reference else policy
     length = torch.ones_like(policy) if lengths is None else lengths.detach().to(policy.dtype)
     sums = torch.stack([policy, ratio.to(policy.dtype), length, torch.zeros_like(policy), policy, length], -1)
-    lists, scores, extra = _list_inputs(list_offsets, scores, tensors, num_items, num_sft_tokens, count, totals)
-    value, rewards, table = ListwiseFromSumsFunction.apply(totals, sums, lists, scores, extra, preset.params(reduction))
+    lists, scores, given = _list_inputs(list_offsets, scores, tensors, num_items, num_sft_tokens, count, totals)
+    value, rewards, table = ListwiseFromSumsFunction.apply(totals, sums, lists, scores, given, preset.params(reduction))
     return ListwiseOutput(value, rewards, preset, lists, table, sums)
 
 
 def _list_inputs(
     list_offsets: Tensor, scores: Tensor, tensors: dict[str, Tensor], num_items: Any, num_sft_tokens: Any, count: int, like: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Offsets, scores, and (beta, num_items, num_sft_tokens), as the op takes them; constants of the loss."""
+) -> tuple[Tensor, Tensor, ListTensors]:
+    """Offsets, scores, and what else the op takes; constants of the loss."""
     list_offsets = check_cu_seqlens(list_offsets, like, name="list_offsets", total="sequences")
     check_shape("scores", scores, (count,))
     check_same_device("scores", scores, "the log-probs", like)
@@ -145,4 +145,4 @@ def _list_inputs(
         beta = beta.detach().to(like.dtype).contiguous()
         beta = beta.reshape(()) if tuple(beta.shape) != (lists,) else beta
     counts = [global_count(name, value, like) for name, value in (("num_items", num_items), ("num_sft_tokens", num_sft_tokens))]
-    return list_offsets, scores.detach().to(like.dtype).contiguous(), (beta, *counts)
+    return list_offsets, scores.detach().to(like.dtype).contiguous(), ListTensors(beta, *counts)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.pair import TENSOR_FIELDS, TENSOR_ONLY, Preset
-from fastalign.ops.preference.op import PAIR_TENSORS, PairSumsFunction, PreferenceFromSumsFunction, PreferenceFunction
+from fastalign.ops.preference.op import (
+    PAIR_TENSORS,
+    PairSumsFunction,
+    PairTensors,
+    PairTokens,
+    PreferenceFromSumsFunction,
+    PreferenceFunction,
+)
 from fastalign.ops.preference.params import REDUCTIONS
 from fastalign.preference import mixture as compose
 from fastalign.preference.output import PreferenceOutput
@@ -25,7 +32,7 @@ from fastalign.runtime.checks import (
     row_mask,
 )
 
-assert {*TENSOR_ONLY, *TENSOR_FIELDS} == {*PAIR_TENSORS, "valid"}
+assert {*TENSOR_ONLY, *TENSOR_FIELDS} == {*PAIR_TENSORS}
 
 
 def preference_loss(
@@ -98,12 +105,12 @@ def preference_loss(
             raise ValueError(f"pairs must be integers of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
         check_same_device("pairs", pairs, "logprobs", logprobs)
         pairs, count = as_int32(pairs), pairs.shape[0]
-    tokens = (logprobs, ref, kl, cu_seqlens, pairs, mask, weights)
+    tokens = PairTokens(logprobs, ref, kl, cu_seqlens, pairs, mask, weights)
     if compose.is_plain(components, state):
-        extra = pair_extra(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
-        value, table, sums = PreferenceFunction.apply(*tokens, extra, presets[0].params(reduction), count)
+        given = pair_tensors(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
+        value, table, sums = PreferenceFunction.apply(logprobs, kl, tokens, given, presets[0].params(reduction), count)
         return PreferenceOutput(value, presets[0], table, sums, presets[0].sft_weight != 0, (), tensors.get("target"))
-    sums = PairSumsFunction.apply(*tokens, compose.shared_params(presets), count)
+    sums = PairSumsFunction.apply(logprobs, kl, tokens, compose.shared_params(presets), count)
     return _from_sums(components, sums, tensors, state, reduction, num_items, num_sft_tokens)
 
 
@@ -121,9 +128,9 @@ def _from_sums(
     rules = compose.rules_of(components, state)
     with_reference = any(p.needs_reference for p, _ in components)
     for preset, weight in components:
-        own, given = compose.prepare(preset, sums, tensors, rules.get(preset.rule), with_reference)
-        extra = pair_extra(preset, given, sums.shape[0], num_items, num_sft_tokens, sums)
-        value, table = PreferenceFromSumsFunction.apply(own, extra, preset.params(reduction))
+        own, own_tensors = compose.prepare(preset, sums, tensors, rules.get(preset.rule), with_reference)
+        given = pair_tensors(preset, own_tensors, sums.shape[0], num_items, num_sft_tokens, sums)
+        value, table = PreferenceFromSumsFunction.apply(own, given, preset.params(reduction))
         total = weight * value if total is None else total + weight * value
         if first is None:
             first = preset, compose.own_rewards(preset, table, sums, tensors), sums.detach()
@@ -205,10 +212,10 @@ def preference_loss_from_sums(
     return _from_sums(components, torch.stack(sides, 1), tensors, state, reduction, num_items, num_sft_tokens)
 
 
-def pair_extra(
+def pair_tensors(
     preset: Preset, tensors: dict[str, Tensor], count: int, num_items: Any, num_sft_tokens: Any, like: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The op's tensors per pair, `valid`, and the two global counts, in the op's order; constants of the loss."""
+) -> PairTensors:
+    """What a call gives per pair and the two global counts; constants of the loss."""
     if preset.needs_soft_labels and "soft_labels" not in tensors:
         raise ValueError(f"loss {preset.name!r} needs soft_labels, a tensor [P]")
     if missing := [name for name in preset.requires if name not in tensors]:
@@ -216,8 +223,8 @@ def pair_extra(
         raise ValueError(f"loss {preset.name!r} needs {', '.join(missing)}, a tensor [P]{hint}")
     if "soft_labels" in tensors and not preset.takes_soft_labels:
         raise ValueError(f"loss {preset.name!r} does not use soft_labels (labels='soft' does)")
-    out: list[Tensor | None] = []
-    for name in (*PAIR_TENSORS, "valid"):
+    out: dict[str, Tensor] = {}
+    for name in PAIR_TENSORS:
         t = tensors.get(name)
         if t is not None:
             may_be_scalar = name in TENSOR_FIELDS or name in ("omega", "gamma_ext")
@@ -226,6 +233,6 @@ def pair_extra(
             check_same_device(name, t, "the log-probs", like)
             t = t.detach().to(torch.bool if name == "valid" else like.dtype).contiguous()
             t = t.reshape(()) if t.dim() and tuple(t.shape) != (count,) else t
-        out.append(t)
-    out += [global_count(name, value, like) for name, value in (("num_items", num_items), ("num_sft_tokens", num_sft_tokens))]
-    return tuple(out)
+            out[name] = t
+    counts = {name: global_count(name, value, like) for name, value in (("num_items", num_items), ("num_sft_tokens", num_sft_tokens))}
+    return PairTensors(**out, **counts)

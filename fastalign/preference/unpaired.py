@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastalign.losses import peers
 from fastalign.losses.pair import Preset
-from fastalign.ops.preference.op import PairSumsFunction, PreferenceFromSumsFunction, PreferenceFunction
+from fastalign.ops.preference.op import PairSumsFunction, PairTokens, PreferenceFromSumsFunction, PreferenceFunction
 from fastalign.ops.preference.params import REDUCTIONS
 from fastalign.packing import sequence_sum
-from fastalign.preference.pair import pair_extra
+from fastalign.preference.pair import pair_tensors
 from fastalign.preference.rules import BCODelta, PairValues
 from fastalign.runtime import memo
 from fastalign.runtime.checks import (
@@ -153,9 +153,9 @@ def unpaired_loss(
     is_chosen = torch.ones_like(desirable) if loss == "dro" else desirable
     sides = torch.stack([is_chosen, ~is_chosen], -1)
     pairs = torch.where(sides, torch.arange(count, device=logprobs.device).unsqueeze(-1), count).int()
-    tokens = (logprobs, ref, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), pairs, row_mask(mask, logprobs), None)
+    tokens = PairTokens(logprobs, ref, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), pairs, row_mask(mask, logprobs))
     if loss == "dro":
-        sums = PairSumsFunction.apply(*tokens, UNPAIRED["kto"].params(), count)
+        sums = PairSumsFunction.apply(logprobs, None, tokens, UNPAIRED["kto"].params(), count)
         return _dro(sums, desirable, num_items, reduction, **options)
 
     if loss == "bco" and (baseline is None) == (state is None):
@@ -173,15 +173,15 @@ def unpaired_loss(
     if state is None:
         anchor = _constant("baseline", baseline, logprobs) * (beta if loss == "kto" else 1.0)
         tensors["gamma_ext"] = torch.where(desirable, anchor, -anchor)
-        extra = pair_extra(preset, tensors, count, num_items, None, logprobs)
-        value, table, sums = PreferenceFunction.apply(*tokens, extra, preset.params(reduction), count)
+        given = pair_tensors(preset, tensors, count, num_items, None, logprobs)
+        value, table, sums = PreferenceFunction.apply(logprobs, None, tokens, given, preset.params(reduction), count)
     else:  # delta needs all sums before the first loss
-        sums = PairSumsFunction.apply(*tokens, preset.params(), count)
+        sums = PairSumsFunction.apply(logprobs, None, tokens, preset.params(), count)
         seen = sums.detach().sum(1, keepdim=True)
         anchor = state(None, PairValues(seen, seen[:, 0, 2] > 0, beta))["anchor"]
         tensors["gamma_ext"] = torch.where(desirable, anchor, -anchor)
-        extra = pair_extra(preset, tensors, count, num_items, None, logprobs)
-        value, table = PreferenceFromSumsFunction.apply(sums, extra, preset.params(reduction))
+        given = pair_tensors(preset, tensors, count, num_items, None, logprobs)
+        value, table = PreferenceFromSumsFunction.apply(sums, given, preset.params(reduction))
     # Of a pair's two rewards and sums the empty side's are 0.
     return UnpairedOutput(value, table[:, 5] + table[:, 6], sums.detach()[:, :, 0].sum(-1), desirable, table[:, 8] > 0, anchor)
 

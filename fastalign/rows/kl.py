@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.ops.token_stats.contract import Rows
 from fastalign.ops.token_stats.fused import DIRECTIONS, TokenKLLossFunction
 from fastalign.rows.spec import check_ref, check_rows, row_options
 from fastalign.rows.stats import token_stats
@@ -93,5 +94,6 @@ def token_kl_loss(
     if inplace:
         overwrite.check_overwritable(logits, "inplace")
         inplace = overwrite.may_overwrite(logits, "inplace")
-    loss, kl = TokenKLLossFunction.apply(logits, ref_logits, mask, temperature_tensor, options, direction, coef, with_grad, inplace)
+    rows = Rows(logits, ref_logits, None, mask, temperature_tensor, *options, 0, logits.shape[-1])
+    loss, kl = TokenKLLossFunction.apply(logits, rows, direction, coef, with_grad, inplace)
     return TokenKLLoss(loss, kl.view(rows_shape))

@@ -7,10 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastalign.ops.token_stats.contract import (
-    MAX_VOCAB,
-)  # fmt: skip
-from fastalign.ops.token_stats.op import RowOptions
+from fastalign.ops.token_stats.contract import MAX_VOCAB, RowOptions
 from fastalign.runtime import ffi
 from fastalign.runtime.checks import (
     check_device,

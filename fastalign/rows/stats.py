@@ -13,6 +13,7 @@ from fastalign.ops.token_stats.contract import (
     NEED_REF,
     OUTPUT_BITS,
     PER_LABEL,
+    Rows,
 )  # fmt: skip
 from fastalign.ops.token_stats.op import TokenStatsFunction
 from fastalign.rows.spec import check_ref, check_rows, row_options
@@ -124,7 +125,8 @@ def token_stats(
         bits |= OUTPUT_BITS[name]
     if not any(name in NEED_REF for name in outputs):
         ref_logits = None
-    results = TokenStatsFunction.apply(logits, ref_logits, flat_labels, mask, temperature_tensor, options, bits, inplace_backward)
+    rows = Rows(logits, ref_logits, flat_labels, mask, temperature_tensor, *options, 0, logits.shape[-1])
+    results = TokenStatsFunction.apply(logits, rows, bits, inplace_backward)
     named: dict[str, Any] = {}
     for name, value in zip(OUTPUT_BITS, results):
         if name in outputs:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastalign.runtime import as_command, ffi, layout
+from fastalign.runtime.arguments import Declaration
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # CUDA C++ before Triton on NVIDIA; Triton alone on ROCm, where the extension has no kernels.
@@ -130,39 +131,39 @@ class BackendError(RuntimeError):
 class Op:
     """One registered operator.
 
-    `kernels` maps a backend to "module:function" or "module:function:first argument"; `dtypes` maps a backend to the storage types
-    it accepts for the first tensor; `layout` says which tensors it takes (layout.py) and `rules` what else must hold of its arguments, both looked at
-    where a call comes through the dispatcher; `check` validates tensor values (CPU always, CUDA under `debug_checks`) and raises."""
+    `arguments` is the NamedTuple class that declares them (arguments.py), `results` what the schema returns; `fake`, `rules`, `check` and the kernels
+    take one such object. `kernels` maps a backend to "module:function" or "module:function:first argument"; `dtypes` maps a backend to the storage
+    types it accepts for the first tensor; `rules` say what else than the layout must hold where a call comes through the dispatcher; `check` validates
+    tensor values (CPU always, CUDA under `debug_checks`) and raises."""
 
     name: str
-    schema: str
-    fake: Callable[..., Any]
+    arguments: Any
+    results: str
+    fake: Callable[[Any], Any]
     kernels: dict[str, str]
     dtypes: dict[str, tuple[torch.dtype, ...]]
-    layout: str
-    rules: Callable[..., None] | None = None
-    check: Callable[..., None] | None = None
-    mutates: bool = False
+    rules: Callable[[Any], None] | None = None
+    check: Callable[[Any], None] | None = None
+    writes: str = ""  # the tensor that is written in place
     _loaded: dict[str, Callable[..., Any]] = field(default_factory=dict)
     _chosen: dict[tuple, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _library.define(f"{self.name}{self.schema}")
+        self.declaration = Declaration(self.arguments, self.writes)
+        _library.define(f"{self.name}({self.declaration.schema}) -> {self.results}")
         _library.impl(self.name, self._run_raw, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastalign::{self.name}", self.fake, lib=_library)
+        torch.library.register_fake(f"fastalign::{self.name}", self._fake_raw, lib=_library)
         self.overload = getattr(torch.ops.fastalign, self.name).default
-        arguments = self.overload._schema.arguments
-        self._names = [a.name for a in arguments]
-        written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        self._entries = layout.parse(self.layout, self._names, written)
-        if not written:
+        self._names = [leaf.name for leaf in self.declaration.leaves]
+        self._entries = layout.parse(self.declaration.layout, self._names, (self.writes,))
+        if not self.writes:
             torch.library.register_autograd(f"fastalign::{self.name}", self._no_derivative, lib=_library)
         OPS[self.name] = self
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, a: Any) -> Any:
         """Through torch's dispatcher where anything may listen to it (tracing, dispatch modes, tensor subclasses, transforms, the profiler); else
         straight to the kernel, which saves the dispatcher's conversion of every argument, twice (20 to 60 us)."""
-        return self._run(*args) if _nobody_listens() and ffi.are_plain(args) else self.overload(*args)
+        return self._run(a) if _nobody_listens() and ffi.are_plain(a) else self.overload(*self.declaration.flatten(a))
 
     def _no_derivative(self, ctx: Any, *grads: Any) -> NoReturn:
         """The derivatives are those of the public functions; a graph that holds the bare op would lose them without a word."""
@@ -173,16 +174,19 @@ class Op:
 
     def _run_raw(self, *args: Any) -> Any:
         """What the dispatcher calls, whoever called that: nothing about the tensors is known."""
-        args = layout.conform(self._entries, self._names, args)
+        a = self.declaration.build(layout.conform(self._entries, self._names, args))
         if self.rules is not None:
-            self.rules(*args)
-        return self._run(*args)
+            self.rules(a)
+        return self._run(a)
 
-    def _run(self, *args: Any) -> Any:
-        tensor = next(a for a in args if isinstance(a, torch.Tensor))
+    def _fake_raw(self, *args: Any) -> Any:
+        return self.fake(self.declaration.build(args))
+
+    def _run(self, a: Any) -> Any:
+        tensor = ffi.first_tensor(a)
         if self.check is not None and (tensor.device.type == "cpu" or _debug_checks):
-            self.check(*args)
-        return self.select(tensor)(*args)
+            self.check(a)
+        return self.select(tensor)(a)
 
     def select(self, tensor: torch.Tensor) -> Callable[..., Any]:
         """The kernel that serves `tensor`'s device and dtype, or BackendError with the reasons."""

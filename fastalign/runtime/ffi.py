@@ -108,20 +108,35 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-_PLAIN = frozenset((type(None), int, float, bool, list))
+_PLAIN = {type(None), int, float, bool, list}
+
+
+def holds_no_tensor(cls: type) -> None:
+    """Makes it known that a class of arguments is numbers throughout."""
+    _PLAIN.add(cls)
 
 
 def are_plain(args: tuple[Any, ...]) -> bool:
     """Whether the tensors among them are of torch's own types and their memory holds their values: not so for lazily negated ones, zeros without
-    memory and functional tensors, which the dispatcher resolves. Numbers, lists and None count as plain."""
+    memory and functional tensors, which the dispatcher resolves. Numbers, lists and None count as plain; a tuple is looked into."""
     for a in args:
         kind = type(a)
         if kind in _TENSORS:
             if a.is_neg() or (not a.data_ptr() and a.numel() and not a.is_meta):
                 return False
-        elif kind not in _PLAIN and isinstance(a, torch.Tensor):
+        elif kind not in _PLAIN and (isinstance(a, torch.Tensor) or (isinstance(a, tuple) and not are_plain(a))):
             return False
     return True
+
+
+def first_tensor(args: tuple[Any, ...]) -> Any:
+    """The first tensor among them; a tuple is looked into."""
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            return a
+        if type(a) not in _PLAIN and isinstance(a, tuple) and (found := first_tensor(a)) is not None:
+            return found
+    return None
 
 
 def ptr(tensor: torch.Tensor | None) -> int:
@@ -134,6 +149,11 @@ def pair_ptr(tensor: torch.Tensor | None) -> tuple[int, int]:
     if tensor is None:
         return 0, 0
     return tensor.data_ptr() if tensor.numel() else 0, 0 if tensor.dim() == 0 or tensor.numel() == 1 else tensor.stride(0)
+
+
+def numbers(params: Any, floats: int) -> tuple[list[float], list[int]]:
+    """The parameters of a loss as the extension takes them: its floats, and the integers behind them."""
+    return list(params[:floats]), list(params[floats:])
 
 
 def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:

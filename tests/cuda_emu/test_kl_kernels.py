@@ -9,12 +9,14 @@ import pytest
 import test_contract_kl as contract
 import test_contract_kl_loss as kl_loss
 import torch
+from row_calls import rows_of
 from test_kernels import WHERE, assert_noticed, cluster  # noqa: F401
 
 import fastalign as fa
 from fastalign.ops.token_stats import fused as ops
-from fastalign.ops.token_stats.contract import OUTPUT_BITS
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients, ScaleRows, TokenStatsFused
 from fastalign.ops.token_stats.op import RowOptions
+from fastalign.runtime import dispatch
 from fastalign.testing import assert_close, make_labels, make_logits
 
 KLS = contract.KLS
@@ -34,19 +36,11 @@ def upstream(labels, dtype, with_ref=True):
 
 def fused(logits, ref, labels, bits=BITS, options=OPTIONS, inplace=False, mask=None):
     """[every output, the gradient] of the op, in one list."""
-    args = (
-        logits,
-        labels,
-        mask,
-        None,
-        *options,
-        bits,
-        ref,
-        *upstream(labels, torch.float64 if logits.dtype == torch.float64 else torch.float32, ref is not None),
-    )
+    g = upstream(labels, torch.float64 if logits.dtype == torch.float64 else torch.float32, ref is not None)
+    a = TokenStatsFused(rows_of(logits, labels, ref=ref, mask=mask, options=options), bits, RowGradients(*g))
     if inplace:
-        return [*ops.token_stats_fused_(*args), logits]
-    return list(ops.token_stats_fused(*args))
+        return [*ops.token_stats_fused_(a), logits]
+    return list(ops.token_stats_fused(a))
 
 
 def same(got, want):
@@ -129,7 +123,7 @@ def test_what_one_read_does_not_serve(emulated):
 
 def test_bad_label_and_bad_rows_in_one_read(emulated, monkeypatch):
     """On a GPU labels are not checked: the row is NaN, its neighbours are not touched."""
-    monkeypatch.setattr(fa.registry.OPS["token_stats_fused"], "check", None)
+    monkeypatch.setattr(dispatch.OPS["token_stats_fused"], "check", None)
     x, ref = contract.make_pair(4, 300)
     labels = torch.tensor([[3], [300], [5], [7]])
     clean = fused(x, ref, torch.tensor([[3], [4], [5], [7]]))
@@ -188,9 +182,9 @@ def test_scale_rows(emulated, vocab, dtype):
         x, buffer = placed(make_logits(3, vocab, dtype=dtype), shift, 4, 77.0)
         want = (x.float() * 0.3).to(dtype)
         before = buffer.clone()
-        ops.scale_rows_(x, torch.tensor(1.0))
+        ops.scale_rows_(ScaleRows(x, torch.tensor(1.0)))
         assert torch.equal(buffer, before)
-        ops.scale_rows_(x, torch.tensor(0.3))
+        ops.scale_rows_(ScaleRows(x, torch.tensor(0.3)))
         assert torch.equal(x, want)
         x.fill_(77.0)
         assert bool((buffer == 77.0).all())

@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+from row_calls import rows_of
 
 import fastalign as fa
 from fastalign import _C
+from fastalign.ops.token_stats.contract import RowGradients, RowOptions, TokenStatsBwd, TokenStatsFwd
 from fastalign.ops.token_stats.op import token_stats_bwd, token_stats_bwd_, token_stats_fwd
 from fastalign.rows.spec import LOG2E
 from fastalign.testing import assert_close, gradient, gradient_scale, make_labels, make_logits, token_stats_truth
@@ -39,11 +41,12 @@ def threads():
 def forward(logits, labels, outputs=63, cap_scale=0.0):
     """Every result of the op: the six outputs, the states and the targets."""
     factor = LOG2E * (1.0 / cap_scale if cap_scale else 1.0)
-    return token_stats_fwd(logits, labels, None, None, factor, cap_scale, 1.0, -100, outputs, 0, logits.shape[-1], None, None)
+    rows = rows_of(logits, labels, options=RowOptions(factor, cap_scale, 1.0, -100))
+    return token_stats_fwd(TokenStatsFwd(rows, outputs, None, None))
 
 
 def backward(op, logits, labels, state, g_logprob, g_entropy):
-    return op(logits, labels, None, None, LOG2E, 0.0, 1.0, -100, 0, logits.shape[-1], state, g_logprob, g_entropy, None)
+    return op(TokenStatsBwd(rows_of(logits, labels), state, RowGradients(g_logprob, g_entropy)))
 
 
 def test_available(isa):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from fastalign.runtime.arguments import In, Maybe
 from fastalign.runtime.checks import (
     check_cu_seqlens_values,
     check_number,
@@ -11,19 +14,34 @@ from fastalign.runtime.checks import (
 from fastalign.runtime.dispatch import Op, scalar_dtypes, standard_kernels
 
 
-def _check_values(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam):
-    check_cu_seqlens_values(cu_seqlens, rewards.numel())
-    for name, tensor in (("gamma", gamma_tensor), ("lam", lam_tensor)):
+class GaeFwd(NamedTuple):
+    """A tensor for gamma or lam stands in place of the number."""
+
+    rewards: In("T")
+    values: In("T")
+    cu_seqlens: In("S+1", "int32")
+    mask: Maybe("T", "bool")
+    bootstrap: Maybe("S")
+    gamma_tensor: Maybe("")
+    lam_tensor: Maybe("")
+    gamma: float
+    lam: float
+
+
+def _check_values(a: GaeFwd) -> None:
+    check_cu_seqlens_values(a.cu_seqlens, a.rewards.numel())
+    for name, tensor in (("gamma", a.gamma_tensor), ("lam", a.lam_tensor)):
         if tensor is not None:
             check_number(name, float(tensor), low=0.0, high=1.0)
 
 
 gae_fwd = Op(
     "gae_fwd",
-    "(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, Tensor? bootstrap, Tensor? gamma_tensor, Tensor? lam_tensor, float gamma,"
-    " float lam) -> (Tensor, Tensor, Tensor)",
-    lambda rewards, *rest: (torch.empty_like(rewards), torch.empty_like(rewards), rewards.new_empty(3)),
-    standard_kernels("gae", "gae_fwd"), scalar_dtypes(),
-    "rewards[T] values[T] cu_seqlens[S+1]:int32 mask[T]:bool bootstrap[S] gamma_tensor[] lam_tensor[]", check=_check_values,
-)  # fmt: skip
-# Results: advantages [T], returns [T], moments [3] (count, mean, m2). A tensor for gamma or lam stands in place of the number.
+    GaeFwd,
+    "(Tensor, Tensor, Tensor)",
+    lambda a: (torch.empty_like(a.rewards), torch.empty_like(a.rewards), a.rewards.new_empty(3)),
+    standard_kernels("gae", "gae_fwd"),
+    scalar_dtypes(),
+    check=_check_values,
+)
+# Results: advantages [T], returns [T], moments [3] (count, mean, m2).

@@ -5,28 +5,28 @@ from __future__ import annotations
 import torch
 
 
-def gae_fwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam):
-    gamma = gamma if gamma_tensor is None else gamma_tensor
-    lam = lam if lam_tensor is None else lam_tensor
-    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
-    begin, end = (bound.long().clamp(0, rewards.shape[0]) for bound in (cu_seqlens[:-1], cu_seqlens[1:]))
-    next_value = torch.zeros_like(end, dtype=rewards.dtype) if bootstrap is None else bootstrap
+def gae_fwd(a):
+    gamma = a.gamma if a.gamma_tensor is None else a.gamma_tensor
+    lam = a.lam if a.lam_tensor is None else a.lam_tensor
+    advantages, returns = torch.zeros_like(a.rewards), torch.zeros_like(a.rewards)
+    begin, end = (bound.long().clamp(0, a.rewards.shape[0]) for bound in (a.cu_seqlens[:-1], a.cu_seqlens[1:]))
+    next_value = torch.zeros_like(end, dtype=a.rewards.dtype) if a.bootstrap is None else a.bootstrap
     next_advantage = torch.zeros_like(next_value)
     for step in range(int((end - begin).max()) if end.numel() else 0):
         t = end - 1 - step
         inside = t >= begin
         t = torch.where(inside, t, 0)
-        scored = inside if mask is None else inside & mask[t]
+        scored = inside if a.mask is None else inside & a.mask[t]
         # Unscored tokens are skipped, not counted as steps: the state passes them unchanged.
-        delta = rewards[t] + gamma * next_value - values[t]
+        delta = a.rewards[t] + gamma * next_value - a.values[t]
         next_advantage = torch.where(scored, delta + gamma * lam * next_advantage, next_advantage)
-        next_value = torch.where(scored, values[t], next_value)
+        next_value = torch.where(scored, a.values[t], next_value)
         here = t[scored]
         advantages[here] = next_advantage[scored]
         returns[here] = (next_advantage + next_value)[scored]
     nothing = advantages - advantages  # NaN where something is not finite, at this token or after it
     advantages, returns = advantages + nothing, returns + nothing
-    return advantages, returns, moments(advantages, mask)
+    return advantages, returns, moments(advantages, a.mask)
 
 
 def moments(x, mask):

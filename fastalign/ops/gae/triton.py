@@ -78,15 +78,15 @@ def gae_fwd_kernel(
         tl.store(moments + 2, all_m2.to(tl.float32))
 
 
-def gae_fwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam):
-    tokens, sequences, dtype, device = rewards.shape[0], cu_seqlens.shape[0] - 1, rewards.dtype, rewards.device
+def gae_fwd(a):
+    tokens, sequences, dtype, device = a.rewards.shape[0], a.cu_seqlens.shape[0] - 1, a.rewards.dtype, a.rewards.device
     advantages, returns = (ffi.empty((tokens,), dtype, device) for _ in range(2))
     moments, parts = ffi.empty((3,), dtype, device), ffi.empty((sequences, 3), torch.float64, device)
     if sequences == 0:
         return advantages, returns, moments.zero_()
     with ffi.triton_device(device):
         gae_fwd_kernel[(sequences,)](
-            rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam, advantages, returns, moments, parts,
-            ffi.counter(rewards), tokens, TOKENS=TOKENS, PARTS=PARTS, **ffi.launch_options(256, device),
+            a.rewards, a.values, a.cu_seqlens, a.mask, a.bootstrap, a.gamma_tensor, a.lam_tensor, a.gamma, a.lam, advantages, returns, moments, parts,
+            ffi.counter(a.rewards), tokens, TOKENS=TOKENS, PARTS=PARTS, **ffi.launch_options(256, device),
         )  # fmt: skip
     return advantages, returns, moments

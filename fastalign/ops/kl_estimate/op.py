@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fastalign.ops.slopes import times_slope
+from fastalign.runtime.arguments import In
 from fastalign.runtime.dispatch import Op, scalar_dtypes, standard_kernels
 from fastalign.runtime.function import Function
 
 KINDS = ("k1", "k2", "k3", "abs")  # the position is the code in csrc/math/scalar.h (KlKind)
 
+
+class KlEstimateFwd(NamedTuple):
+    logprobs: In("N")
+    ref_logprobs: In("N")
+    kind: int
+    with_slope: bool
+
+
 kl_estimate_fwd = Op(
-    "kl_estimate_fwd", "(Tensor logprobs, Tensor ref_logprobs, int kind, bool with_slope) -> (Tensor, Tensor)",
-    lambda logprobs, ref_logprobs, kind, with_slope: (
-        torch.empty_like(logprobs), torch.empty_like(logprobs) if with_slope else logprobs.new_empty(0)
-    ),
-    standard_kernels("kl_estimate", "kl_estimate_fwd"), scalar_dtypes(), "logprobs[N] ref_logprobs[N]",
-)  # fmt: skip
+    "kl_estimate_fwd",
+    KlEstimateFwd,
+    "(Tensor, Tensor)",
+    lambda a: (torch.empty_like(a.logprobs), a.logprobs.new_empty(a.logprobs.shape[0] if a.with_slope else 0)),
+    standard_kernels("kl_estimate", "kl_estimate_fwd"),
+    scalar_dtypes(),
+)
 # Results: value and d value / d logprobs, both [n]; the latter empty(0) if not `with_slope`.
 
 
@@ -25,7 +37,7 @@ class KlEstimateFunction(Function):
 
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, kind):
-        value, slope = kl_estimate_fwd(logprobs, ref_logprobs, kind, True)
+        value, slope = kl_estimate_fwd(KlEstimateFwd(logprobs, ref_logprobs, kind, True))
         ctx.save_for_backward(slope)
         return value
 

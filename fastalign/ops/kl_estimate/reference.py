@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def kl_estimate_fwd(logprobs, ref_logprobs, kind, with_slope):
-    value, slope = value_and_slope(logprobs, ref_logprobs, kind)
-    return value, slope if with_slope else slope.new_empty(0)
+def kl_estimate_fwd(a):
+    value, slope = value_and_slope(a.logprobs, a.ref_logprobs, a.kind)
+    return value, slope if a.with_slope else slope.new_empty(0)
 
 
 def value_and_slope(logprobs, ref_logprobs, kind):

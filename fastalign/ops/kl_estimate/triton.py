@@ -18,12 +18,12 @@ def kl_estimate_kernel(logprobs, ref_logprobs, value, slope, n: tl.int64, KIND: 
         tl.store(slope + i, s, mask=i < n)
 
 
-def kl_estimate_fwd(logprobs, ref_logprobs, kind, with_slope):
-    n, device, shape = logprobs.numel(), logprobs.device, tuple(logprobs.shape)
-    value, slope = ffi.empty(shape, logprobs.dtype, device), ffi.empty(shape if with_slope else (0,), logprobs.dtype, device)
+def kl_estimate_fwd(a):
+    n, device, shape = a.logprobs.numel(), a.logprobs.device, tuple(a.logprobs.shape)
+    value, slope = ffi.empty(shape, a.logprobs.dtype, device), ffi.empty(shape if a.with_slope else (0,), a.logprobs.dtype, device)
     if n:
         with ffi.triton_device(device):
             kl_estimate_kernel[(triton.cdiv(n, BLOCK),)](
-                logprobs, ref_logprobs, value, slope if with_slope else None, n, KIND=kind, BLOCK=BLOCK, **ffi.launch_options(256, device)
+                a.logprobs, a.ref_logprobs, value, slope if a.with_slope else None, n, KIND=a.kind, BLOCK=BLOCK, **ffi.launch_options(256, device)
             )
     return value, slope

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from fastalign.ops.listwise.params import LIST_SCALAR_COUNT, MAX_LIST
-from fastalign.ops.preference.op import preference_fwd
-from fastalign.ops.preference.params import REDUCTIONS, SCALAR_COUNT
-from fastalign.ops.sequence_sum.op import sequence_sum_bwd
+from fastalign.ops.listwise.params import MAX_LIST, ListParams
+from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceFwd, preference_fwd
+from fastalign.ops.preference.params import REDUCTIONS
+from fastalign.ops.sequence_sum.op import SequenceSumBwd, sequence_sum_bwd
 from fastalign.ops.slopes import times_slope
+from fastalign.runtime.arguments import In, Maybe
 from fastalign.runtime.checks import (
     check_cu_seqlens_values,
 )
@@ -18,40 +21,56 @@ from fastalign.runtime.function import Function
 TABLE_WIDTH = 9
 
 
-def _check_values(sums, list_offsets, scores, *rest):
+class ListTensors(NamedTuple):
+    """beta per list or once for all, in place of the parameters' number; and the two global counts."""
+
+    beta: Maybe("L?") = None
+    num_items: Maybe("") = None
+    num_sft_tokens: Maybe("") = None
+
+
+class ListwiseFwd(NamedTuple):
+    sums: In("S,6")
+    list_offsets: In("L+1", "int32")
+    scores: In("S")
+    given: ListTensors
+    params: ListParams
+
+
+def _check_values(a: ListwiseFwd) -> None:
     """Offsets monotone from 0 to S, no list longer than a block, finite scores."""
-    check_cu_seqlens_values(list_offsets, sums.shape[0], name="list_offsets", total="sequences")
-    sizes = list_offsets.diff()
+    check_cu_seqlens_values(a.list_offsets, a.sums.shape[0], name="list_offsets", total="sequences")
+    sizes = a.list_offsets.diff()
     if sizes.numel() and int(sizes.max()) > MAX_LIST:
         raise ValueError(f"list {int(sizes.argmax())} holds {int(sizes.max())} responses; legal: up to {MAX_LIST}")
-    if not bool(torch.isfinite(scores).all()):
-        where = int((~torch.isfinite(scores)).nonzero()[0])
-        raise ValueError(f"scores[{where}] is {float(scores[where])}; legal: finite numbers")
+    if not bool(torch.isfinite(a.scores).all()):
+        where = int((~torch.isfinite(a.scores)).nonzero()[0])
+        raise ValueError(f"scores[{where}] is {float(a.scores[where])}; legal: finite numbers")
 
 
-def _fake(sums, list_offsets, *rest):
-    sequences, lists = sums.shape[0], list_offsets.shape[0] - 1
-    return tuple(sums.new_empty(s) for s in ((), (lists,), (sequences,), (sequences,), (lists, TABLE_WIDTH)))
+def _fake(a: ListwiseFwd) -> tuple[torch.Tensor, ...]:
+    sequences, lists = a.sums.shape[0], a.list_offsets.shape[0] - 1
+    return tuple(a.sums.new_empty(s) for s in ((), (lists,), (sequences,), (sequences,), (lists, TABLE_WIDTH)))
 
 
 listwise_fwd = Op(
     "listwise_fwd",
-    "(Tensor sums, Tensor list_offsets, Tensor scores, Tensor? beta, Tensor? num_items, Tensor? num_sft_tokens, float[] scalars, int[] switches)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake, standard_kernels("listwise", "listwise_fwd"), scalar_dtypes(),
-    "sums[S,6] list_offsets[L+1]:int32 scores[S] beta[L?] num_items[] num_sft_tokens[]", check=_check_values,
-)  # fmt: skip
+    ListwiseFwd,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    standard_kernels("listwise", "listwise_fwd"),
+    scalar_dtypes(),
+    check=_check_values,
+)
 # sums [S, SUM_WIDTH]: as in the pair kernel (policy, ratio, length, KL, SFT, SFT length). list_offsets [L + 1] int32. scores [S].
 # Results: loss [], list_loss [L], slopes [S] = d loss (or d list_loss) / d policy sum, SFT term included, rewards [S] = beta a,
 # table [L, TABLE_WIDTH] (columns: csrc/math/list.h).
 
 
-def _evaluate(sums, list_offsets, scores, extra, params):
+def _evaluate(a: ListwiseFwd):
     """(the reduced loss or [L], slopes, rewards, table)"""
-    loss, list_loss, slopes, rewards, table = listwise_fwd(
-        sums, list_offsets, scores, *extra, list(params[:LIST_SCALAR_COUNT]), list(params[LIST_SCALAR_COUNT:])
-    )
-    return (list_loss if params.reduction == REDUCTIONS.index("none") else loss), slopes, rewards, table
+    loss, list_loss, slopes, rewards, table = listwise_fwd(a)
+    return (list_loss if a.params.reduction == REDUCTIONS.index("none") else loss), slopes, rewards, table
 
 
 def _sequence_grad(grad, slopes, list_offsets):
@@ -68,13 +87,12 @@ class ListwiseFunction(Function):
     names = "listwise_loss"
 
     @staticmethod
-    def forward(ctx, logprobs, ref_logprobs, cu_seqlens, mask, list_offsets, scores, extra, pair, params, count):
+    def forward(ctx, logprobs, ref_logprobs, cu_seqlens, mask, list_offsets, scores, given: ListTensors, pair, params, count):
         # Pairs (0, 1), (2, 3), ... visit every sequence once; behind the last one stands an empty one, for odd counts.
-        sums = preference_fwd(
-            logprobs, ref_logprobs, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), None, mask, *(None,) * 11, list(pair[:SCALAR_COUNT]),
-            list(pair[SCALAR_COUNT:]), (count + 1) // 2, False,
-        )[3].flatten(0, 1)[:count]  # fmt: skip
-        value, slopes, rewards, table = _evaluate(sums, list_offsets, scores, extra, params)
+        tokens = PairTokens(logprobs, ref_logprobs, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), None, mask)
+        *_, sums = preference_fwd(PreferenceFwd(tokens, None, PairTensors(), pair, (count + 1) // 2, False))
+        sums = sums.flatten(0, 1)[:count]
+        value, slopes, rewards, table = _evaluate(ListwiseFwd(sums, list_offsets, scores, given, params))
         ctx.save_for_backward(cu_seqlens, mask, list_offsets, slopes)
         ctx.tokens = logprobs.shape[0]
         ctx.mark_non_differentiable(rewards, table, sums)
@@ -84,7 +102,7 @@ class ListwiseFunction(Function):
     def backward(ctx, grad, *_):
         cu_seqlens, mask, list_offsets, slopes = ctx.saved_tensors
         per_sequence = _sequence_grad(grad, slopes, list_offsets)
-        return sequence_sum_bwd(per_sequence, cu_seqlens, mask, None, ctx.tokens), *(None,) * 9
+        return sequence_sum_bwd(SequenceSumBwd(per_sequence, cu_seqlens, mask, None, ctx.tokens)), *(None,) * 9
 
 
 class ListwiseFromSumsFunction(Function):
@@ -93,8 +111,8 @@ class ListwiseFromSumsFunction(Function):
     names = "listwise_loss_from_sums"
 
     @staticmethod
-    def forward(ctx, totals, sums, list_offsets, scores, extra, params):
-        value, slopes, rewards, table = _evaluate(sums, list_offsets, scores, extra, params)
+    def forward(ctx, totals, sums, list_offsets, scores, given: ListTensors, params):
+        value, slopes, rewards, table = _evaluate(ListwiseFwd(sums, list_offsets, scores, given, params))
         ctx.save_for_backward(list_offsets, slopes)
         ctx.mark_non_differentiable(rewards, table)
         return value, rewards, table

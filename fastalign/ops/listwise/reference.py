@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastalign.ops.listwise.params import MAX_LIST, ListParams
+from fastalign.ops.listwise.params import MAX_LIST
 from fastalign.ops.preference.reference import link, softplus
 
 SUM_WIDTH, TABLE_WIDTH = 6, 9
@@ -89,10 +89,10 @@ def _at_least_one(x):
     return torch.where(x > 0, x, torch.ones_like(x))
 
 
-def listwise_fwd(sums, list_offsets, scores, beta, num_items, num_sft_tokens, scalars, switches):
-    p = ListParams(*scalars, *switches)
-    sequences, lists = sums.shape[0], list_offsets.shape[0] - 1
-    index, live, broken = _padded(list_offsets, sequences, MAX_LIST)
+def listwise_fwd(a):
+    p, given = a.params, a.given
+    sequences, lists = a.sums.shape[0], a.list_offsets.shape[0] - 1
+    index, live, broken = _padded(a.list_offsets, sequences, MAX_LIST)
 
     def pick(column):
         """[S] -> [L, K], 0 beyond the end of a list."""
@@ -103,9 +103,9 @@ def listwise_fwd(sums, list_offsets, scores, beta, num_items, num_sft_tokens, sc
         out = values.new_full((sequences + 1,), torch.nan)
         return out.index_put((index.flatten(),), values.flatten())[:sequences]
 
-    policy, ratio, length = (pick(sums[:, c]) for c in (0, 1, 2))
-    r = pick(scores)
-    beta = torch.full_like(ratio[:, :1], p.beta) if beta is None else beta.reshape(-1, 1).expand(lists, 1)
+    policy, ratio, length = (pick(a.sums[:, c]) for c in (0, 1, 2))
+    r = pick(a.scores)
+    beta = torch.full_like(ratio[:, :1], p.beta) if given.beta is None else given.beta.reshape(-1, 1).expand(lists, 1)
     norm = torch.clamp(length, min=1.0) ** p.length_norm if p.length_norm else torch.ones_like(length)
     s = beta * (ratio / norm)
     value, slope = evaluate_lists(p, s, r, live)
@@ -130,8 +130,8 @@ def listwise_fwd(sums, list_offsets, scores, beta, num_items, num_sft_tokens, sc
             ok = ok & torch.isfinite(best_sum)
     ok = ok | broken
     local = ok.to(value.dtype).sum()
-    items = local if num_items is None else num_items
-    sft_tokens = torch.where(ok, tokens, torch.zeros_like(tokens)).sum() if num_sft_tokens is None else num_sft_tokens
+    items = local if given.num_items is None else given.num_items
+    sft_tokens = torch.where(ok, tokens, torch.zeros_like(tokens)).sum() if given.num_sft_tokens is None else given.num_sft_tokens
     norm = _at_least_one(items) if p.reduction == 0 else torch.ones_like(local)
     if p.sft_norm == 0:
         sft_norm = _at_least_one(sft_tokens) + torch.zeros_like(tokens)

@@ -4,7 +4,7 @@ both in a fixed order. The formulas are in fastalign/ops/math/list.py."""
 import triton
 import triton.language as tl
 
-from fastalign.ops.listwise.params import MAX_LIST, ListParams
+from fastalign.ops.listwise.params import MAX_LIST
 from fastalign.ops.listwise.reference import SUM_WIDTH, TABLE_WIDTH
 from fastalign.ops.math.list import all_finite, evaluate_list
 from fastalign.ops.math.scalar import at_least_one, div, is_finite, power
@@ -148,17 +148,17 @@ def _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, s
     tl.store(loss, tl.sum(total, 0))
 
 
-def listwise_fwd(sums, list_offsets, scores, beta, num_items, num_sft_tokens, scalars, switches):
-    sequences, lists, device = sums.shape[0], list_offsets.shape[0] - 1, sums.device
+def listwise_fwd(a):
+    sequences, lists, device = a.sums.shape[0], a.list_offsets.shape[0] - 1, a.sums.device
     shapes = ((), (lists,), (sequences,), (sequences,), (lists, TABLE_WIDTH))
-    loss, list_loss, slopes, rewards, table = (ffi.empty(s, sums.dtype, device) for s in shapes)
+    loss, list_loss, slopes, rewards, table = (ffi.empty(s, a.sums.dtype, device) for s in shapes)
     if lists == 0:
         return loss.zero_(), list_loss, slopes.fill_(float("nan")), rewards.fill_(float("nan")), table
-    beta_stride = 0 if beta is None or beta.numel() == 1 else beta.stride(0)
+    beta_stride = 0 if a.given.beta is None or a.given.beta.numel() == 1 else a.given.beta.stride(0)
     with ffi.triton_device(device):
         listwise_fwd_kernel[(lists,)](
-            sums, list_offsets, scores, beta, beta_stride, num_items, num_sft_tokens, loss, list_loss, slopes, rewards, table,
-            ffi.counter(sums), sequences, lists, **ListParams(*scalars, *switches)._asdict(), K=MAX_LIST, BLOCK=BLOCK,
+            a.sums, a.list_offsets, a.scores, a.given.beta, beta_stride, a.given.num_items, a.given.num_sft_tokens, loss, list_loss, slopes, rewards, table,
+            ffi.counter(a.sums), sequences, lists, **a.params._asdict(), K=MAX_LIST, BLOCK=BLOCK,
             **ffi.launch_options(BLOCK, device),
         )  # fmt: skip
     return loss, list_loss, slopes, rewards, table

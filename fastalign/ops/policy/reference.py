@@ -7,7 +7,6 @@ import math
 import torch
 
 from fastalign.ops.kl_estimate.reference import value_and_slope
-from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.sequence_sum.reference import _segments
 from fastalign.ops.slopes import times_slope
 
@@ -133,16 +132,16 @@ class Layout:
         return (self.lengths > (0 if self.packed else math.inf)).to(self.lengths.dtype).sum()
 
 
-def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items,
-               scalars, switches, with_entropy_grad):  # fmt: skip
-    p = PolicyParams(*scalars, *switches)
-    at = Layout(logprobs, cu_seqlens, mask)
-    lp, ref, h = at.keep(logprobs), at.keep(ref_logprobs), at.keep(entropy)
-    old = lp if old_logprobs is None else at.keep(old_logprobs)
-    a = at.keep(advantages[at.index] if p.advantages_per_sequence else advantages)
-    kl_coef, entropy_coef = p.kl_coef if kl_coef is None else kl_coef, p.entropy_coef if entropy_coef is None else entropy_coef
+def policy_fwd(a):
+    p = a.params
+    at = Layout(a.logprobs, a.cu_seqlens, a.mask)
+    lp, ref, h = at.keep(a.logprobs), at.keep(a.ref_logprobs), at.keep(a.entropy)
+    old = lp if a.old_logprobs is None else at.keep(a.old_logprobs)
+    advantage = at.keep(a.advantages[at.index] if p.advantages_per_sequence else a.advantages)
+    kl_coef = p.kl_coef if a.kl_coef is None else a.kl_coef
+    entropy_coef = p.entropy_coef if a.entropy_coef is None else a.entropy_coef
 
-    lr, term, high, low = log_ratio(p, lp, old, a)
+    lr, term, high, low = log_ratio(p, lp, old, advantage)
     length = at.lengths[at.index]
     if p.ratio == 0:
         log_rho = term
@@ -150,13 +149,13 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
         log_rho = at.sums(term)[at.index] / (torch.ones_like(length) if p.ratio == 3 else torch.clamp(length, min=1.0))
     log_rho = torch.clamp(log_rho, LOG_W_MIN if p.surrogate == 5 else -20.0, 20.0)
     rho = torch.exp(log_rho)
-    value, slope, low, high, dual = surrogate(p, lp, log_rho, a, high, low)
+    value, slope, low, high, dual = surrogate(p, lp, log_rho, advantage, high, low)
     if p.ratio == 3 and p.surrogate in (0, 3):  # the sequence's one term, seen from each of its tokens
         slope = slope * length
     weight = torch.ones_like(lp)
     outside = torch.zeros_like(lp, dtype=torch.bool)
-    if is_weight is not None:
-        weight = at.keep(is_weight[at.index] if p.is_per_sequence else is_weight)
+    if a.is_weight is not None:
+        weight = at.keep(a.is_weight[at.index] if p.is_per_sequence else a.is_weight)
         outside = (weight > p.is_max) | ((weight < p.is_min) if p.is_mode == 2 else False)
     used = weight
     if p.is_mode == 1:
@@ -180,34 +179,34 @@ def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprob
         total = torch.where(on, total - entropy_coef * h, total)
 
     divisor = divisors(p.aggregation, p.norm_length, length)
-    items = at.items(p.aggregation, num_items)
+    items = at.items(p.aggregation, a.num_items)
     loss, policy = at.total(total / divisor), at.total(value / divisor)
     clips = [(at.sums(flag.to(lp.dtype)) > 0).to(lp.dtype).sum() if clips_sequences(p) else at.total(flag) for flag in (low, high, dual)]
-    given_weight = torch.zeros_like(lp) if is_weight is None else weight
+    given_weight = torch.zeros_like(lp) if a.is_weight is None else weight
     stats = {
         "items": items, "loss": loss, "policy": policy, "tokens": at.lengths.sum(), "sequences": at.filled(), "ratio": at.total(rho - 1.0),
         "ratio_m2": at.m2(rho), "approx_kl": at.total(lr * lr / 2.0), "clip_low": clips[0], "clip_high": clips[1],
         "clip_dual": clips[2], "kl": at.total(kl), "entropy": at.total(torch.zeros_like(lp) if h is None else h),
         "is_weight": at.total(given_weight), "is_clipped": at.total(outside), "nonfinite": at.total(~torch.isfinite(total)),
     }  # fmt: skip
-    entropy_slopes = logprobs.new_empty(0)
-    if with_entropy_grad:
+    entropy_slopes = a.logprobs.new_empty(0)
+    if a.with_entropy_grad:
         entropy_slopes = at.keep(-entropy_coef * torch.ones_like(lp) / divisor)
     return loss / items, at.keep(slope / divisor), entropy_slopes, torch.stack([stats[name] for name in STATS])
 
 
-def value_fwd(values, old_values, returns, cu_seqlens, mask, num_items, clip, aggregation, norm_length):
-    at = Layout(values, cu_seqlens, mask)
-    v, target = at.keep(values), at.keep(returns)
+def value_fwd(a):
+    at = Layout(a.values, a.cu_seqlens, a.mask)
+    v, target = at.keep(a.values), at.keep(a.returns)
     error = v - target
     each, slope, clipped = error * error / 2.0, error, torch.zeros_like(at.scored)
-    if old_values is not None:
-        old = at.keep(old_values)
-        held = torch.where(v < old - clip, old - clip, torch.where(v > old + clip, old + clip, v)) - target
+    if a.old_values is not None:
+        old = at.keep(a.old_values)
+        held = torch.where(v < old - a.clip, old - a.clip, torch.where(v > old + a.clip, old + a.clip, v)) - target
         clipped = held * held > error * error
         each, slope = torch.where(clipped, held * held / 2.0, each), torch.where(clipped, torch.zeros_like(error), error)
-    divisor = divisors(aggregation, norm_length, at.lengths[at.index])
-    items, loss = at.items(aggregation, num_items), at.total(each / divisor)
+    divisor = divisors(a.aggregation, a.norm_length, at.lengths[at.index])
+    items, loss = at.items(a.aggregation, a.num_items), at.total(each / divisor)
     stats = {
         "items": items, "loss": loss, "tokens": at.lengths.sum(), "sequences": at.filled(), "clipped": at.total(clipped), "value": at.total(v),
         "returns": at.total(target), "returns_m2": at.m2(target), "error": at.total(error), "error_sq": at.total(error * error),
@@ -217,5 +216,5 @@ def value_fwd(values, old_values, returns, cu_seqlens, mask, num_items, clip, ag
     return loss / items, at.keep(slope / divisor), torch.stack([stats[name] for name in VALUE_STATS])
 
 
-def policy_bwd(grad, slopes, entropy_slopes, stats):
-    return times_slope(grad, slopes) / stats[0], times_slope(grad, entropy_slopes) / stats[0]
+def policy_bwd(a):
+    return times_slope(a.grad, a.slopes) / a.stats[0], times_slope(a.grad, a.entropy_slopes) / a.stats[0]

@@ -11,7 +11,6 @@ from fastalign.ops.math.policy import clamp_kl, clamp_log_ratio, kl_term, log_ra
 from fastalign.ops.math.scalar import at_least_one, div, exp, is_finite, times_slope
 from fastalign.ops.math.segment import sequence_bounds
 from fastalign.ops.policy.native import nothing
-from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.policy.reference import MOMENTS, STATS, TILE, VALUE_MOMENTS, VALUE_STATS
 from fastalign.runtime import ffi
 
@@ -297,48 +296,47 @@ def _pieces(tokens, cu_seqlens):
     return triton.cdiv(tokens, TILE) if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def policy_fwd(logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items,
-               scalars, switches, with_entropy_grad):  # fmt: skip
-    tokens, dtype, device = logprobs.shape[0], logprobs.dtype, logprobs.device
+def policy_fwd(a):
+    tokens, dtype, device = a.logprobs.shape[0], a.logprobs.dtype, a.logprobs.device
     loss, stats, slopes = (ffi.empty(shape, dtype, device) for shape in ((), (len(STATS),), (tokens,)))
-    entropy_slopes = ffi.empty((tokens if with_entropy_grad else 0,), dtype, device)
+    entropy_slopes = ffi.empty((tokens if a.with_entropy_grad else 0,), dtype, device)
     if tokens == 0:
         return loss.zero_(), slopes, entropy_slopes, nothing(stats)
-    pieces = _pieces(tokens, cu_seqlens)
+    pieces = _pieces(tokens, a.cu_seqlens)
     rows, parts = ffi.empty((pieces, len(STATS)), dtype, device), ffi.empty((pieces, len(MOMENTS), 2), torch.float64, device)
-    params = PolicyParams(*scalars, *switches)._asdict()
+    params = a.params._asdict()
     params["surrogate_kind"] = params.pop("surrogate")
     with ffi.triton_device(device):
         policy_fwd_kernel[(pieces,)](
-            logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items, loss, slopes,
-            entropy_slopes if with_entropy_grad else None, stats, rows, parts, ffi.counter(logprobs), tokens, pieces, **params, TILE=TILE, BLOCK=BLOCK,
+            a.logprobs, a.old_logprobs, a.advantages, a.cu_seqlens, a.mask, a.ref_logprobs, a.entropy, a.is_weight, a.kl_coef, a.entropy_coef, a.num_items, loss, slopes,
+            entropy_slopes if a.with_entropy_grad else None, stats, rows, parts, ffi.counter(a.logprobs), tokens, pieces, **params, TILE=TILE, BLOCK=BLOCK,
             ROWS=ROWS, **ffi.launch_options(256, device, 128),
         )  # fmt: skip
     return loss, slopes, entropy_slopes, stats
 
 
-def value_fwd(values, old_values, returns, cu_seqlens, mask, num_items, clip, aggregation, norm_length):
-    tokens, dtype, device = values.shape[0], values.dtype, values.device
+def value_fwd(a):
+    tokens, dtype, device = a.values.shape[0], a.values.dtype, a.values.device
     loss, slopes, stats = (ffi.empty(shape, dtype, device) for shape in ((), (tokens,), (len(VALUE_STATS),)))
     if tokens == 0:
         return loss.zero_(), slopes, nothing(stats)
-    pieces = _pieces(tokens, cu_seqlens)
+    pieces = _pieces(tokens, a.cu_seqlens)
     rows, parts = ffi.empty((pieces, len(VALUE_STATS)), dtype, device), ffi.empty((pieces, len(VALUE_MOMENTS), 2), torch.float64, device)
     with ffi.triton_device(device):
         value_fwd_kernel[(pieces,)](
-            values, old_values, returns, cu_seqlens, mask, num_items, loss, slopes, stats, rows, parts, ffi.counter(values), tokens, pieces, clip,
-            norm_length, AGGREGATION=aggregation, TILE=TILE, BLOCK=BLOCK, ROWS=ROWS, **ffi.launch_options(256, device),
+            a.values, a.old_values, a.returns, a.cu_seqlens, a.mask, a.num_items, loss, slopes, stats, rows, parts, ffi.counter(a.values), tokens, pieces, a.clip,
+            a.norm_length, AGGREGATION=a.aggregation, TILE=TILE, BLOCK=BLOCK, ROWS=ROWS, **ffi.launch_options(256, device),
         )  # fmt: skip
     return loss, slopes, stats
 
 
-def policy_bwd(grad, slopes, entropy_slopes, stats):
-    tokens, device, with_entropy = slopes.shape[0], slopes.device, entropy_slopes.numel() > 0
-    d_logprobs, d_entropy = (ffi.empty(tuple(x.shape), x.dtype, device) for x in (slopes, entropy_slopes))
+def policy_bwd(a):
+    tokens, device, with_entropy = a.slopes.shape[0], a.slopes.device, a.entropy_slopes.numel() > 0
+    d_logprobs, d_entropy = (ffi.empty(tuple(x.shape), x.dtype, device) for x in (a.slopes, a.entropy_slopes))
     if tokens:
         with ffi.triton_device(device):
             policy_bwd_kernel[(triton.cdiv(tokens, BLOCK),)](
-                grad, slopes, entropy_slopes if with_entropy else None, stats, d_logprobs, d_entropy if with_entropy else None, tokens, BLOCK=BLOCK,
+                a.grad, a.slopes, a.entropy_slopes if with_entropy else None, a.stats, d_logprobs, d_entropy if with_entropy else None, tokens, BLOCK=BLOCK,
                 **ffi.launch_options(256, device),
             )  # fmt: skip
     return d_logprobs, d_entropy

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from fastalign.ops.preference.params import PairParams
 from fastalign.ops.sequence_sum.reference import _segments, covered, segment_sums
 from fastalign.ops.slopes import times_slope
 
@@ -73,10 +72,6 @@ def link(kind, h, t, tau, prob):
     return softplus(-h), -torch.sigmoid(-h)
 
 
-def _params(scalars, switches):
-    return PairParams(*scalars, *switches)
-
-
 def _pairs(pairs, count, device):
     return torch.arange(2 * count, device=device).view(count, 2) if pairs is None else pairs.long()
 
@@ -102,13 +97,13 @@ def _token_terms(p, logprobs, ref_logprobs):
     return torch.clamp(d, p.token_clamp_low, p.token_clamp_high), ~outside
 
 
-def pair_sums(p, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, count):
+def pair_sums(p, t, count):
     """[P, 2, SUM_WIDTH]: per side the sums of lp, of the log-ratio, the length, the KL, the SFT log-probs and their number."""
-    tokens, device = logprobs.shape[0], logprobs.device
-    pairs = _pairs(pairs, count, device)
-    index = _segments(cu_seqlens, tokens)
-    scored = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
-    sequences = cu_seqlens.shape[0] - 1
+    tokens, device = t.logprobs.shape[0], t.logprobs.device
+    pairs = _pairs(t.pairs, count, device)
+    index = _segments(t.cu_seqlens, tokens)
+    scored = torch.ones(tokens, dtype=torch.bool, device=device) if t.mask is None else t.mask
+    sequences = t.cu_seqlens.shape[0] - 1
     # A pair that names no sequence (its values are not looked at on a GPU) becomes NaN.
     known = ((pairs >= 0) & (pairs < sequences)).all(-1)
     pairs = pairs.clamp(0, max(sequences - 1, 0))
@@ -116,24 +111,24 @@ def pair_sums(p, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, c
     def total(values, where):
         return segment_sums(torch.where(where, values, torch.zeros_like(values)), index, sequences)
 
-    ratio, _ = _token_terms(p, logprobs, ref_logprobs)
-    w = torch.ones_like(logprobs) if weights is None else weights
-    lengths = total(torch.ones_like(logprobs), scored)
-    plain = [total(w * logprobs, scored), total(w * ratio, scored)]
-    kl_sums = torch.zeros_like(lengths) if kl is None else total(kl, scored)
+    ratio, _ = _token_terms(p, t.logprobs, t.ref_logprobs)
+    w = torch.ones_like(t.logprobs) if t.weights is None else t.weights
+    lengths = total(torch.ones_like(t.logprobs), scored)
+    plain = [total(w * t.logprobs, scored), total(w * ratio, scored)]
+    kl_sums = torch.zeros_like(lengths) if t.kl is None else total(t.kl, scored)
     # With include_prompt every row but a sequence's last predicts something.
-    row_before_last = torch.arange(tokens, device=device) != cu_seqlens[1:].long()[index] - 1 if tokens else scored
+    row_before_last = torch.arange(tokens, device=device) != t.cu_seqlens[1:].long()[index] - 1 if tokens else scored
     sft_rows = row_before_last if p.sft_include_prompt else scored
-    sft, sft_lengths = total(logprobs, sft_rows), total(torch.ones_like(logprobs), sft_rows)
+    sft, sft_lengths = total(t.logprobs, sft_rows), total(torch.ones_like(t.logprobs), sft_rows)
     columns = torch.stack([*plain, lengths, kl_sums, sft, sft_lengths], -1)
     sums = torch.where(known.view(-1, 1, 1), columns[pairs], torch.nan) if count else columns.new_zeros(0, 2, SUM_WIDTH)
     if p.ld_alpha != 1.0:
-        ranks = _ranks(scored, cu_seqlens, index)
+        ranks = _ranks(scored, t.cu_seqlens, index)
         for side in (0, 1):
             partner = lengths[pairs[:, 1 - side]]
             own = index.unsqueeze(0) == pairs[:, side].unsqueeze(1)
             tail = _tail_weights(p, ranks.unsqueeze(0) < partner.unsqueeze(1)) * own
-            for column, values in ((0, w * logprobs), (1, w * ratio)):
+            for column, values in ((0, w * t.logprobs), (1, w * ratio)):
                 kept = torch.where(scored, values, torch.zeros_like(values))
                 sums[:, side, column] = (tail * torch.where(own, kept, torch.zeros_like(kept))).sum(-1).to(kept.dtype)
     return sums
@@ -143,23 +138,22 @@ def _norm(length, kappa):
     return torch.clamp(length, min=1.0) ** kappa if kappa else torch.ones_like(length)
 
 
-def evaluate_pairs(p, sums, tensors, valid):
-    """Value and slopes of every pair before the normalisers; `tensors` holds beta, omega, soft_labels, gamma_ext, target, anchor or None."""
-    beta, omega, soft_label, gamma_ext, target, anchor = tensors
+def evaluate_pairs(p, sums, given):
+    """Value and slopes of every pair before the normalisers."""
     (_, d_w, n_w, kl_w, sft_w, _), (_, d_l, n_l, kl_l, _, _) = (s.unbind(-1) for s in sums.unbind(1))
     one = torch.ones_like(d_w)
-    beta = one * (p.beta if beta is None else beta)
+    beta = one * (p.beta if given.beta is None else given.beta)
     beta_l = beta if math.isnan(p.beta_rejected) else one * p.beta_rejected
-    soft_label = one if soft_label is None else soft_label
-    target = p.target if target is None else target
-    anchor = p.anchor if anchor is None else anchor
+    soft_label = one if given.soft_labels is None else given.soft_labels
+    target = p.target if given.target is None else given.target
+    anchor = p.anchor if given.anchor is None else given.anchor
     norm_w, norm_l = _norm(n_w, p.length_norm), _norm(n_l, p.length_norm)
     a_w, a_l = d_w / norm_w, d_l / norm_l
     (g_w, dg_w), (g_l, dg_l) = transform(p.transform, a_w, p.transform_alpha), transform(p.transform, a_l, p.transform_alpha)
 
     margin = p.gamma + beta * p.gamma_beta_ratio - p.len_coef * (n_w - n_l)
-    if gamma_ext is not None:
-        margin = margin + gamma_ext
+    if given.gamma_ext is not None:
+        margin = margin + given.gamma_ext
     if p.pos_penalty:
         margin = margin + beta * p.pos_penalty * torch.relu(-a_w)
     with_kl = p.kl_chosen != 0 or p.kl_rejected != 0
@@ -203,15 +197,15 @@ def evaluate_pairs(p, sums, tensors, valid):
             s = k * scale * sign * slope * beta_pt
             slope_w, slope_l = (slope_w + s * dg_w, slope_l) if chosen else (slope_w, slope_l + s * dg_l)
 
-    weight = one if omega is None else one * omega
+    weight = one if given.omega is None else one * given.omega
     loss = loss * weight
     slopes = [weight * slope_w / norm_w, weight * slope_l / norm_l, torch.zeros_like(h), torch.zeros_like(h)]
     if with_kl:
         slopes[2] = torch.zeros_like(h) if p.detach_kl_chosen else weight * dh * beta * p.kl_chosen
         slopes[3] = -weight * dh * beta * p.kl_rejected
     ok = (n_w > 0) | (n_l > 0)
-    if valid is not None:
-        ok = ok & valid
+    if given.valid is not None:
+        ok = ok & given.valid
     if p.drop_nonfinite:
         ok = ok & torch.isfinite(loss) & torch.isfinite(h)
         if p.sft_weight:
@@ -224,13 +218,13 @@ def _at_least_one(x):
     return torch.where(x > 0, x, torch.ones_like(x))
 
 
-def table_from_sums(p, sums, tensors, valid, num_items, num_sft_tokens):
-    loss, slopes, rewards, h, ok = evaluate_pairs(p, sums, tensors, valid)
+def table_from_sums(p, sums, given):
+    loss, slopes, rewards, h, ok = evaluate_pairs(p, sums, given)
     zero = torch.zeros_like(loss)
     own_tokens = sums[:, 0, 5]
     local = ok.to(loss.dtype).sum()
-    pairs = local if num_items is None else num_items
-    sft_tokens = torch.where(ok, own_tokens, zero).sum() if num_sft_tokens is None else num_sft_tokens
+    pairs = local if given.num_items is None else given.num_items
+    sft_tokens = torch.where(ok, own_tokens, zero).sum() if given.num_sft_tokens is None else given.num_sft_tokens
     pair_norm = _at_least_one(pairs) if p.reduction == 0 else torch.ones_like(local)
     if p.sft_norm == 0:
         sft_norm = _at_least_one(sft_tokens) + zero
@@ -251,43 +245,38 @@ def table_from_sums(p, sums, tensors, valid, num_items, num_sft_tokens):
     return pair_loss.sum(), pair_loss, table
 
 
-def preference_fwd(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, beta, omega, soft_labels, gamma_ext, target, anchor,
-                   valid, num_items, num_sft_tokens, scalars, switches, count, table):  # fmt: skip
-    p = _params(scalars, switches)
-    if sums is None:
-        sums = pair_sums(p, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, count)
-    else:
-        sums = sums.clone()
-    if not table:
+def preference_fwd(a):
+    sums = pair_sums(a.params, a.tokens, a.count) if a.sums is None else a.sums.clone()
+    if not a.table:
         none = sums.new_empty(0)
         return none, none.clone(), none.clone(), sums
-    return (*table_from_sums(p, sums, (beta, omega, soft_labels, gamma_ext, target, anchor), valid, num_items, num_sft_tokens), sums)
+    return (*table_from_sums(a.params, sums, a.given), sums)
 
 
-def preference_bwd(grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, scalars, switches, with_kl):
-    p = _params(scalars, switches)
-    tokens, device, count = logprobs.shape[0], logprobs.device, table.shape[0]
-    pairs = _pairs(pairs, count, device)
-    index = _segments(cu_seqlens, tokens)
-    scored = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
-    zero = torch.zeros_like(logprobs)
-    w = torch.ones_like(logprobs) if weights is None else weights
-    _, is_open = _token_terms(p, logprobs, ref_logprobs)
-    ranks = _ranks(scored, cu_seqlens, index) if p.ld_alpha != 1.0 else None
-    row_before_last = torch.arange(tokens, device=device) != cu_seqlens[1:].long()[index] - 1 if tokens else scored
+def preference_bwd(a):
+    t, p = a.tokens, a.params
+    tokens, device, count = t.logprobs.shape[0], t.logprobs.device, a.table.shape[0]
+    pairs = _pairs(t.pairs, count, device)
+    index = _segments(t.cu_seqlens, tokens)
+    scored = torch.ones(tokens, dtype=torch.bool, device=device) if t.mask is None else t.mask
+    zero = torch.zeros_like(t.logprobs)
+    w = torch.ones_like(t.logprobs) if t.weights is None else t.weights
+    _, is_open = _token_terms(p, t.logprobs, t.ref_logprobs)
+    ranks = _ranks(scored, t.cu_seqlens, index) if p.ld_alpha != 1.0 else None
+    row_before_last = torch.arange(tokens, device=device) != t.cu_seqlens[1:].long()[index] - 1 if tokens else scored
     sft_rows = row_before_last if p.sft_include_prompt else scored
-    g = grad.expand(count)
+    g = a.grad.expand(count)
     d_logprobs, d_kl = zero.clone(), zero.clone()
     for i in range(count):
         for side in (0, 1):
             own = index == pairs[i, side]
-            tail = torch.ones_like(w) if ranks is None else _tail_weights(p, ranks < sums[i, 1 - side, 2]).to(w.dtype)
+            tail = torch.ones_like(w) if ranks is None else _tail_weights(p, ranks < a.sums[i, 1 - side, 2]).to(w.dtype)
             d_logprobs = d_logprobs + torch.where(
-                own & scored & is_open, times_slope(times_slope(times_slope(g[i], table[i, side]), tail), w), zero
+                own & scored & is_open, times_slope(times_slope(times_slope(g[i], a.table[i, side]), tail), w), zero
             )
-            d_kl = d_kl + torch.where(own & scored, times_slope(g[i], table[i, 2 + side]), zero)
+            d_kl = d_kl + torch.where(own & scored, times_slope(g[i], a.table[i, 2 + side]), zero)
             if side == 0 and p.sft_weight:
-                d_logprobs = d_logprobs + torch.where(own & sft_rows, times_slope(g[i], table[i, 4]), zero)
-    mine = covered(cu_seqlens, index)
+                d_logprobs = d_logprobs + torch.where(own & sft_rows, times_slope(g[i], a.table[i, 4]), zero)
+    mine = covered(t.cu_seqlens, index)
     d_logprobs, d_kl = (torch.where(mine, d, torch.nan) for d in (d_logprobs, d_kl))
-    return d_logprobs, d_kl if with_kl else zero.new_empty(0)
+    return d_logprobs, d_kl if a.with_kl else zero.new_empty(0)

@@ -7,7 +7,6 @@ import triton.language as tl
 from fastalign.ops.math.pair import evaluate_pair
 from fastalign.ops.math.scalar import at_least_one, div, is_finite, times_slope
 from fastalign.ops.math.segment import sequence_bounds, sequence_share
-from fastalign.ops.preference.params import PairParams
 from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
 from fastalign.runtime import ffi
 
@@ -263,37 +262,38 @@ def _stride(values):
     return 0 if values is None or values.numel() == 1 else values.stride(0)
 
 
-def preference_fwd(logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, beta, omega, soft_labels, gamma_ext, target, anchor,
-                   valid, num_items, num_sft_tokens, scalars, switches, count, table):  # fmt: skip
-    like = logprobs if sums is None else sums
-    dtype, device, with_sums = like.dtype, like.device, sums is None
-    out_sums = ffi.empty((count, 2, SUM_WIDTH), dtype, device) if with_sums else sums.clone()
-    loss = ffi.empty(() if table else (0,), dtype, device)
-    pair_loss = ffi.empty((count,) if table else (0,), dtype, device)
-    rows = ffi.empty((count, TABLE_WIDTH) if table else (0,), dtype, device)
-    if count == 0:
+def preference_fwd(a):
+    t, given = a.tokens, a.given
+    like = t.logprobs if a.sums is None else a.sums
+    dtype, device, with_sums = like.dtype, like.device, a.sums is None
+    out_sums = ffi.empty((a.count, 2, SUM_WIDTH), dtype, device) if with_sums else a.sums.clone()
+    loss = ffi.empty(() if a.table else (0,), dtype, device)
+    pair_loss = ffi.empty((a.count,) if a.table else (0,), dtype, device)
+    rows = ffi.empty((a.count, TABLE_WIDTH) if a.table else (0,), dtype, device)
+    if a.count == 0:
         return loss.zero_(), pair_loss, rows, out_sums
-    tokens, sequences = (logprobs.shape[0], cu_seqlens.shape[0] - 1) if with_sums else (0, 0)
-    per_pair = [x for values in (beta, omega, soft_labels, gamma_ext, target, anchor) for x in (values, _stride(values))]
+    tokens, sequences = (t.logprobs.shape[0], t.cu_seqlens.shape[0] - 1) if with_sums else (0, 0)
+    per_pair = [x for values in given[:6] for x in (values, _stride(values))]
     with ffi.triton_device(device):
-        preference_fwd_kernel[(2 * count if with_sums else 1,)](
-            logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, out_sums, *per_pair, valid, num_items, num_sft_tokens, loss, pair_loss,
-            rows, ffi.counter(like) if with_sums and table else None, tokens, sequences, count, **PairParams(*scalars, *switches)._asdict(),
-            WITH_SUMS=with_sums, WITH_TABLE=bool(table), TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
+        preference_fwd_kernel[(2 * a.count if with_sums else 1,)](
+            t.logprobs, t.ref_logprobs, t.kl, t.cu_seqlens, t.pairs, t.mask, t.weights, out_sums, *per_pair, given.valid, given.num_items, given.num_sft_tokens, loss, pair_loss,
+            rows, ffi.counter(like) if with_sums and a.table else None, tokens, sequences, a.count, **a.params._asdict(),
+            WITH_SUMS=with_sums, WITH_TABLE=bool(a.table), TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
         )  # fmt: skip
     return loss, pair_loss, rows, out_sums
 
 
-def preference_bwd(grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, scalars, switches, with_kl):
-    tokens, sequences, device = logprobs.shape[0], cu_seqlens.shape[0] - 1, logprobs.device
-    d_logprobs = ffi.empty((tokens,), logprobs.dtype, device)
-    d_kl = ffi.empty((tokens if with_kl else 0,), logprobs.dtype, device)
-    p = PairParams(*scalars, *switches)
+def preference_bwd(a):
+    t = a.tokens
+    tokens, sequences, device = t.logprobs.shape[0], t.cu_seqlens.shape[0] - 1, t.logprobs.device
+    d_logprobs = ffi.empty((tokens,), t.logprobs.dtype, device)
+    d_kl = ffi.empty((tokens if a.with_kl else 0,), t.logprobs.dtype, device)
+    p = a.params
     if tokens:
         with ffi.triton_device(device):
             preference_bwd_kernel[(sequences,)](
-                grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, d_logprobs, d_kl if with_kl else None, grad.dim(),
-                tokens, sequences, table.shape[0], p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
+                a.grad, t.logprobs, t.ref_logprobs, t.cu_seqlens, t.pairs, t.mask, t.weights, a.sums, a.table, d_logprobs, d_kl if a.with_kl else None, a.grad.dim(),
+                tokens, sequences, a.table.shape[0], p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
                 SFT_INCLUDE_PROMPT=p.sft_include_prompt, TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
             )  # fmt: skip
     return d_logprobs, d_kl

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from fastalign.runtime.arguments import In, Maybe, SymInt
 from fastalign.runtime.checks import check_cu_seqlens_values
 from fastalign.runtime.dispatch import Op, scalar_dtypes, standard_kernels
 from fastalign.runtime.function import Function
 
 
-def _check_values(x, cu_seqlens, *rest):
-    check_cu_seqlens_values(cu_seqlens, x.numel())
+class SequenceSumFwd(NamedTuple):
+    x: In("T")
+    cu_seqlens: In("S+1", "int32")
+    mask: Maybe("T", "bool")
+    weights: Maybe("T")
+
+
+class SequenceSumBwd(NamedTuple):
+    grad: In("S")
+    cu_seqlens: In("S+1", "int32")
+    mask: Maybe("tokens", "bool")
+    weights: Maybe("tokens")
+    tokens: SymInt
 
 
 sequence_sum_fwd = Op(
-    "sequence_sum_fwd", "(Tensor x, Tensor cu_seqlens, Tensor? mask, Tensor? weights) -> (Tensor, Tensor)",
-    lambda x, cu_seqlens, mask, weights: (x.new_empty(cu_seqlens.shape[0] - 1), x.new_empty(cu_seqlens.shape[0] - 1)),
-    standard_kernels("sequence_sum", "sequence_sum_fwd"), scalar_dtypes(), "x[T] cu_seqlens[S+1]:int32 mask[T]:bool weights[T]",
-    check=_check_values,
-)  # fmt: skip
+    "sequence_sum_fwd",
+    SequenceSumFwd,
+    "(Tensor, Tensor)",
+    lambda a: tuple(a.x.new_empty(a.cu_seqlens.shape[0] - 1) for _ in range(2)),
+    standard_kernels("sequence_sum", "sequence_sum_fwd"),
+    scalar_dtypes(),
+    check=lambda a: check_cu_seqlens_values(a.cu_seqlens, a.x.numel()),
+)
 # Results: sums [S] of weights * x over scored tokens, counts [S] of scored tokens, both in x's dtype.
 sequence_sum_bwd = Op(
-    "sequence_sum_bwd", "(Tensor grad, Tensor cu_seqlens, Tensor? mask, Tensor? weights, SymInt tokens) -> Tensor",
-    lambda grad, cu_seqlens, mask, weights, tokens: grad.new_empty(tokens),
-    standard_kernels("sequence_sum", "sequence_sum_bwd"), scalar_dtypes(),
-    "grad[S] cu_seqlens[S+1]:int32 mask[tokens]:bool weights[tokens]",
-)  # fmt: skip
+    "sequence_sum_bwd",
+    SequenceSumBwd,
+    "Tensor",
+    lambda a: a.grad.new_empty(a.tokens),
+    standard_kernels("sequence_sum", "sequence_sum_bwd"),
+    scalar_dtypes(),
+)
 
 
 class SequenceSumFunction(Function):
@@ -31,7 +50,7 @@ class SequenceSumFunction(Function):
 
     @staticmethod
     def forward(ctx, x, cu_seqlens, mask, weights):
-        sums, counts = sequence_sum_fwd(x, cu_seqlens, mask, weights)
+        sums, counts = sequence_sum_fwd(SequenceSumFwd(x, cu_seqlens, mask, weights))
         ctx.save_for_backward(cu_seqlens, mask, weights)
         ctx.tokens = x.shape[0]
         ctx.mark_non_differentiable(counts)
@@ -40,4 +59,4 @@ class SequenceSumFunction(Function):
     @staticmethod
     def backward(ctx, grad, _):
         cu_seqlens, mask, weights = ctx.saved_tensors
-        return sequence_sum_bwd(grad.contiguous(), cu_seqlens, mask, weights, ctx.tokens), None, None, None
+        return sequence_sum_bwd(SequenceSumBwd(grad.contiguous(), cu_seqlens, mask, weights, ctx.tokens)), None, None, None

@@ -29,15 +29,15 @@ def segment_sums(values, index, sequences):
     return torch.zeros(sequences, dtype=torch.float64, device=values.device).index_add(0, index, values.double()).to(values.dtype)
 
 
-def sequence_sum_fwd(x, cu_seqlens, mask, weights):
-    sequences = cu_seqlens.shape[0] - 1
-    index = _segments(cu_seqlens, x.shape[0])
-    counted = torch.ones_like(x) if mask is None else mask.to(x.dtype)
-    return segment_sums(_terms(x, mask, weights), index, sequences), segment_sums(counted, index, sequences)
+def sequence_sum_fwd(a):
+    sequences = a.cu_seqlens.shape[0] - 1
+    index = _segments(a.cu_seqlens, a.x.shape[0])
+    counted = torch.ones_like(a.x) if a.mask is None else a.mask.to(a.x.dtype)
+    return segment_sums(_terms(a.x, a.mask, a.weights), index, sequences), segment_sums(counted, index, sequences)
 
 
-def sequence_sum_bwd(grad, cu_seqlens, mask, weights, tokens):
-    index = _segments(cu_seqlens, tokens)
-    each = grad[index]
-    each = _terms(each if weights is None else times_slope(each, weights), mask, None)
-    return torch.where(covered(cu_seqlens, index), each, torch.nan)
+def sequence_sum_bwd(a):
+    index = _segments(a.cu_seqlens, a.tokens)
+    each = a.grad[index]
+    each = _terms(each if a.weights is None else times_slope(each, a.weights), a.mask, None)
+    return torch.where(covered(a.cu_seqlens, index), each, torch.nan)

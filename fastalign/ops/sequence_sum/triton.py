@@ -48,23 +48,23 @@ def sequence_sum_bwd_kernel(grad, cu_seqlens, mask, weights, grad_x, tokens: tl.
         tl.store(grad_x + t, tl.where(own, tl.where(counted, term, 0.0), float("nan")), mask=t < stop)
 
 
-def sequence_sum_fwd(x, cu_seqlens, mask, weights):
-    sequences, device = cu_seqlens.shape[0] - 1, x.device
-    sums, counts = (ffi.empty((sequences,), x.dtype, device) for _ in range(2))
+def sequence_sum_fwd(a):
+    sequences, device = a.cu_seqlens.shape[0] - 1, a.x.device
+    sums, counts = (ffi.empty((sequences,), a.x.dtype, device) for _ in range(2))
     if sequences:
         with ffi.triton_device(device):
             sequence_sum_fwd_kernel[(sequences,)](
-                x, cu_seqlens, mask, weights, sums, counts, x.shape[0], BLOCK=BLOCK, **ffi.launch_options(256, device)
+                a.x, a.cu_seqlens, a.mask, a.weights, sums, counts, a.x.shape[0], BLOCK=BLOCK, **ffi.launch_options(256, device)
             )
     return sums, counts
 
 
-def sequence_sum_bwd(grad, cu_seqlens, mask, weights, tokens):
-    device = grad.device
-    grad_x = ffi.empty((tokens,), grad.dtype, device)
-    if tokens:
+def sequence_sum_bwd(a):
+    device = a.grad.device
+    grad_x = ffi.empty((a.tokens,), a.grad.dtype, device)
+    if a.tokens:
         with ffi.triton_device(device):
-            sequence_sum_bwd_kernel[(grad.shape[0],)](
-                grad, cu_seqlens, mask, weights, grad_x, tokens, BLOCK=BLOCK, **ffi.launch_options(256, device)
+            sequence_sum_bwd_kernel[(a.grad.shape[0],)](
+                a.grad, a.cu_seqlens, a.mask, a.weights, grad_x, a.tokens, BLOCK=BLOCK, **ffi.launch_options(256, device)
             )
     return grad_x

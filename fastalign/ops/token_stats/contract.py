@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from fastalign.runtime import ffi
+from fastalign.runtime.arguments import In, Maybe, Unchecked
 from fastalign.runtime.layout import refuse
 
 # Bits of the op's `outputs` argument, in the order of its results; the same numbers stand in csrc/math/row_state.h (RowOutput).
@@ -20,21 +22,88 @@ STATE_WIDTH = 13
 MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32
 
 
-def forward_shapes(logits, labels, outputs, ref_logits=None):
+class RowOptions(NamedTuple):
+    """How raw logits become probabilities, as the ops take it (see csrc/math/row_state.h).
+
+    factor: log2(e) * logit_scale (with a softcap: log2(e) * softcap); cap_scale: logit_scale / softcap, 0 without a softcap;
+    temperature: a float, used where temperature_tensor is None."""
+
+    factor: float
+    cap_scale: float
+    temperature: float
+    ignore_index: int
+
+
+class Rows(NamedTuple):
+    """The rows, and how they are read. logits is [..., V]; ref_logits has strides of its own; vocab_start and vocab_total say which part of the
+    vocabulary this is."""
+
+    logits: In("*rows,V")
+    ref_logits: Maybe("*rows,V")
+    labels: Maybe("rows,K", "int64")
+    mask: Maybe("rows", "bool")
+    temperature_tensor: Maybe("", "acc")
+    factor: float
+    cap_scale: float
+    temperature: float
+    ignore_index: int
+    vocab_start: int
+    vocab_total: int
+
+
+class RowGradients(NamedTuple):
+    """Upstream gradients, in the accumulation dtype."""
+
+    g_logprob: Maybe("rows,K", "acc") = None
+    g_entropy: Maybe("rows", "acc") = None
+    g_logsumexp: Maybe("rows", "acc") = None
+    g_kl_policy_ref: Maybe("rows", "acc") = None
+    g_kl_ref_policy: Maybe("rows", "acc") = None
+
+
+class TokenStatsFwd(NamedTuple):
+    """outputs: OUTPUT_BITS. state_in, target_in: the last two results of the vocabulary shards before this one."""
+
+    rows: Rows
+    outputs: int
+    state_in: Maybe("rows,13", "acc")
+    target_in: Unchecked
+
+
+class TokenStatsBwd(NamedTuple):
+    """rows.ref_logits belongs to the gradients of the KLs."""
+
+    rows: Rows
+    state: In("rows,13", "acc")
+    upstream: RowGradients
+
+
+class TokenStatsFused(NamedTuple):
+    """Forward and backward in one, for upstream gradients that are known beforehand."""
+
+    rows: Rows
+    outputs: int
+    upstream: RowGradients
+
+
+class ScaleRows(NamedTuple):
+    x: In("*rows,V")
+    scale: In("", "acc")
+
+
+def forward_shapes(rows, outputs):
     """Shapes of the results of token_stats_fwd, all in the accumulation dtype."""
-    rows = math.prod(logits.shape[:-1])
+    labels, ref_logits, rows = rows.labels, rows.ref_logits, math.prod(rows.logits.shape[:-1])
     targets = (0,) if labels is None else (rows, labels.shape[1])
     asked = [(targets if name in PER_LABEL else (rows,)) if outputs & bit else (0,) for name, bit in OUTPUT_BITS.items()]
     return [*asked, (rows, STATE_WIDTH), targets if labels is None or ref_logits is None else (2, *targets)]
 
 
-# The tensors of the three ops that every row op has, of their upstream gradients, and what else must hold.
-LAYOUT = "logits[*rows,V] labels[rows,K]:int64 mask[rows]:bool temperature_tensor[]:acc ref_logits[*rows,V] "
-GRADIENTS = "g_logprob[rows,K]:acc g_entropy[rows]:acc g_logsumexp[rows]:acc g_kl_policy_ref[rows]:acc g_kl_ref_policy[rows]:acc"
-
-
-def row_rules(logits, labels, outputs, ref_logits, g_logprob=None, g_kls=(), target_in=None):
+def row_rules(rows, outputs=0, upstream=None, target_in=None):
     """Whether the labels and the reference are there that the outputs and gradients asked for need."""
+    upstream = upstream or RowGradients()
+    logits, labels, ref_logits, g_logprob = rows.logits, rows.labels, rows.ref_logits, upstream.g_logprob
+    g_kls = (upstream.g_kl_policy_ref, upstream.g_kl_ref_policy)
     bits = {name: outputs & bit for name, bit in OUTPUT_BITS.items()}
     refuse(not 1 <= logits.shape[-1] < MAX_VOCAB, f"logits has a vocabulary of {logits.shape[-1]}; legal: 1 to {MAX_VOCAB - 1}")
     refuse(labels is not None and labels.shape[1] == 0, "labels has no label per row")

@@ -6,69 +6,70 @@ from fastalign.ops.token_stats.contract import forward_shapes
 from fastalign.runtime import ffi
 
 
-def _forward(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
-             state_in=None, target_in=None, ref_logits=None):  # fmt: skip
-    """(results, the TokenStatsArgs of csrc/ops.h as bindings.cpp takes them)"""
-    acc = ffi.acc_dtype(logits.dtype)
-    results = [ffi.empty(shape, acc, logits.device) for shape in forward_shapes(logits, labels, outputs, ref_logits)]
-    return results, (
-        ffi.rows_view(logits), ffi.rows_view(ref_logits), ffi.DTYPE_CODES[logits.dtype], ffi.ptr(labels),
-        0 if labels is None else labels.shape[1], ffi.ptr(mask), ignore_index, factor, cap_scale, ffi.ptr(temperature_tensor), temperature,
-        vocab_start, vocab_total, outputs, ffi.ptr(state_in), ffi.ptr(target_in), *(ffi.ptr(r) for r in results),
-    )  # fmt: skip
-
-
-def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, vocab_start, vocab_total, state,
-              g_logprob, g_entropy, g_logsumexp, ref_logits=None, g_kl_policy_ref=None, g_kl_ref_policy=None):  # fmt: skip
-    """The TokenStatsBackwardArgs of csrc/ops.h as bindings.cpp takes them."""
+def _row_args(r):
+    """The part that both argument structs of csrc/ops.h begin with."""
+    labels = r.labels
     return (
-        ffi.rows_view(logits), ffi.rows_view(grad), ffi.DTYPE_CODES[logits.dtype], ffi.ptr(labels), 0 if labels is None else labels.shape[1],
-        ffi.ptr(mask), ignore_index, factor, cap_scale, ffi.ptr(temperature_tensor), temperature, vocab_start, vocab_total, ffi.ptr(state),
-        ffi.ptr(g_logprob), ffi.ptr(g_entropy), ffi.ptr(g_logsumexp), ffi.rows_view(ref_logits), ffi.ptr(g_kl_policy_ref),
-        ffi.ptr(g_kl_ref_policy),
+        ffi.rows_view(r.logits), ffi.rows_view(r.ref_logits), ffi.DTYPE_CODES[r.logits.dtype], ffi.ptr(labels),
+        0 if labels is None else labels.shape[1], ffi.ptr(r.mask), r.ignore_index, r.factor, r.cap_scale, ffi.ptr(r.temperature_tensor),
+        r.temperature, r.vocab_start, r.vocab_total,
     )  # fmt: skip
 
 
-def token_stats_fwd(backend, logits, *rest):
-    results, arguments = _forward(logits, *rest)
-    if logits.numel():
-        ffi.launch(backend, "token_stats_fwd", logits, arguments)
+def _forward(r, outputs, state_in, target_in):
+    """(results, the TokenStatsArgs of csrc/ops.h as bindings.cpp takes them)"""
+    acc, device = ffi.acc_dtype(r.logits.dtype), r.logits.device
+    results = [ffi.empty(shape, acc, device) for shape in forward_shapes(r, outputs)]
+    return results, (_row_args(r), outputs, ffi.ptr(state_in), ffi.ptr(target_in), *(ffi.ptr(x) for x in results))
+
+
+def _backward(r, state, upstream, grad):
+    """The TokenStatsBackwardArgs of csrc/ops.h as bindings.cpp takes them."""
+    return (_row_args(r), ffi.rows_view(grad), ffi.ptr(state), *(ffi.ptr(g) for g in upstream))
+
+
+def _grad_of(logits):
+    return ffi.empty(tuple(logits.shape), logits.dtype, logits.device)
+
+
+def token_stats_fwd(backend, a):
+    results, arguments = _forward(a.rows, a.outputs, a.state_in, a.target_in)
+    if a.rows.logits.numel():
+        ffi.launch(backend, "token_stats_fwd", a.rows.logits, arguments)
     return tuple(results)
 
 
-def token_stats_bwd(backend, logits, *rest):
-    grad = ffi.empty(tuple(logits.shape), logits.dtype, logits.device)
-    if logits.numel():
-        ffi.launch(backend, "token_stats_bwd", logits, _backward(grad, logits, *rest))
+def _bwd(backend, a, grad):
+    if grad.numel():
+        ffi.launch(backend, "token_stats_bwd", grad, _backward(a.rows, a.state, a.upstream, grad))
+
+
+def token_stats_bwd(backend, a):
+    grad = _grad_of(a.rows.logits)
+    _bwd(backend, a, grad)
     return grad
 
 
-def token_stats_bwd_(backend, logits, *rest):
-    if logits.numel():
-        ffi.launch(backend, "token_stats_bwd", logits, _backward(logits, logits, *rest))
+def token_stats_bwd_(backend, a):
+    _bwd(backend, a, a.rows.logits)
 
 
-def _fused(backend, grad, logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, ref_logits,
-           g_logprob, g_entropy, g_logsumexp, g_kl_policy_ref, g_kl_ref_policy):  # fmt: skip
-    rows = (logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index)
-    results, forward = _forward(*rows, outputs, 0, logits.shape[-1], None, None, ref_logits)
-    state = results[-2]
-    if logits.numel():
-        backward = _backward(grad, *rows, 0, logits.shape[-1], state, g_logprob, g_entropy, g_logsumexp, ref_logits, g_kl_policy_ref,
-                             g_kl_ref_policy)  # fmt: skip
-        ffi.launch(backend, "token_stats_fused", logits, forward, backward)
+def _fused(backend, a, grad):
+    results, forward = _forward(a.rows, a.outputs, None, None)
+    if grad.numel():
+        ffi.launch(backend, "token_stats_fused", grad, forward, _backward(a.rows, results[-2], a.upstream, grad))
     return tuple(results[:-2])
 
 
-def token_stats_fused(backend, logits, *rest):
-    grad = ffi.empty(tuple(logits.shape), logits.dtype, logits.device)
-    return *_fused(backend, grad, logits, *rest), grad
+def token_stats_fused(backend, a):
+    grad = _grad_of(a.rows.logits)
+    return *_fused(backend, a, grad), grad
 
 
-def token_stats_fused_(backend, logits, *rest):
-    return _fused(backend, logits, logits, *rest)
+def token_stats_fused_(backend, a):
+    return _fused(backend, a, a.rows.logits)
 
 
-def scale_rows_(backend, x, scale):
-    if x.numel():
-        ffi.launch(backend, "scale_rows", x, ffi.rows_view(x), ffi.DTYPE_CODES[x.dtype], ffi.ptr(scale))
+def scale_rows_(backend, a):
+    if a.x.numel():
+        ffi.launch(backend, "scale_rows", a.x, ffi.rows_view(a.x), ffi.DTYPE_CODES[a.x.dtype], ffi.ptr(a.scale))

@@ -7,7 +7,7 @@ import math
 import torch
 
 from fastalign.ops.slopes import times_slope
-from fastalign.ops.token_stats.contract import OUTPUT_BITS, PER_LABEL
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, PER_LABEL, TokenStatsFwd
 from fastalign.runtime import ffi
 
 LN2 = math.log(2.0)
@@ -155,26 +155,26 @@ def _entropy(s0, s1, shift):
     return torch.where(one_hot, 0.0, torch.clamp(torch.log(s0) - LN2 * (s1 / s0), min=0.0))
 
 
-def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
-                    state_in, target_in, ref_logits=None):  # fmt: skip
-    u = _capped(logits, cap_scale)
-    ref_u = None if ref_logits is None else _capped(ref_logits, cap_scale)
-    c = _scale(u, factor, temperature, temperature_tensor)
+def token_stats_fwd(a):
+    r = a.rows
+    u = _capped(r.logits, r.cap_scale)
+    ref_u = None if r.ref_logits is None else _capped(r.ref_logits, r.cap_scale)
+    c = _scale(u, r.factor, r.temperature, r.temperature_tensor)
     rows = u.shape[0]
-    scored = _scored_rows(rows, labels, mask, ignore_index, u.device)
-    state = _row_states(u, c, scored, vocab_start, logits)
+    scored = _scored_rows(rows, r.labels, r.mask, r.ignore_index, u.device)
+    state = _row_states(u, c, scored, r.vocab_start, r.logits)
     if ref_u is not None:
         state = _add_reference(state, u, ref_u, c, scored)
-    if state_in is not None:
-        state = merge_states(state_in, state)
+    if a.state_in is not None:
+        state = merge_states(a.state_in, state)
     target = u.new_empty(0)
-    if labels is not None:
-        target = _local_targets(u, labels, vocab_start)
+    if r.labels is not None:
+        target = _local_targets(u, r.labels, r.vocab_start)
         if ref_u is not None:
-            target = torch.stack([target, _local_targets(ref_u, labels, vocab_start)])
-        if target_in is not None:
-            target = torch.maximum(target, target_in)
-        bad = ((labels != ignore_index) & ((labels < 0) | (labels >= vocab_total))).any(-1)
+            target = torch.stack([target, _local_targets(ref_u, r.labels, r.vocab_start)])
+        if a.target_in is not None:
+            target = torch.maximum(target, a.target_in)
+        bad = ((r.labels != r.ignore_index) & ((r.labels < 0) | (r.labels >= r.vocab_total))).any(-1)
         state = torch.where(bad.unsqueeze(-1) & _is_mass(state), math.nan, state)
     m, s0, s1, s2, sz, umax, top, _, rm, r0, t, tr, ref_max = state.unbind(-1)
     log_s0, log_ratio = torch.log(s0), torch.log(s0 / r0)
@@ -185,7 +185,7 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
         """Exactly 0 where the label has all the mass. Of far rows the difference of the logits goes into nats at once: bits may overflow first."""
         nats = torch.where(far.unsqueeze(-1), (0.5 * u - 0.5 * largest.unsqueeze(-1)) * (c * LN2) * 2.0, LN2 * d)
         lp = torch.where(torch.exp2(d) == mass.unsqueeze(-1), LN2 * (d - d), nats - torch.log(mass).unsqueeze(-1))
-        return torch.where(labels == ignore_index, 0.0, torch.clamp(lp, max=0.0))
+        return torch.where(r.labels == r.ignore_index, 0.0, torch.clamp(lp, max=0.0))
 
     def kl(value):
         return torch.where(peaked & (value < 2.0 * torch.finfo(u.dtype).eps * (1.0 + log_ratio.abs())), 0.0, torch.clamp(value, min=0.0))
@@ -196,29 +196,28 @@ def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale,
         "entropy": lambda: _entropy(s0, s1, shift),
         "logsumexp": lambda: torch.where(far, umax * (c * LN2), LN2 * m) + log_s0,
         "log_sum_sq_probs": lambda: torch.clamp(torch.log(s2) - 2 * log_s0, max=0.0),
-        "mean_logit": lambda: sz / vocab_total / SUM_SHARE * (c * LN2),
-        "is_top1": lambda: torch.where(torch.isnan(s0), s0, (top == labels[:, 0]).to(u.dtype)),
+        "mean_logit": lambda: sz / r.vocab_total / SUM_SHARE * (c * LN2),
+        "is_top1": lambda: torch.where(torch.isnan(s0), s0, (top == r.labels[:, 0]).to(u.dtype)),
         "ref_logprob": lambda: logprob(target[1], _cross_bits(target[1], rm, ref_max, c), r0, _is_far(ref_max, c), ref_max),
         "kl_policy_ref": lambda: kl(LN2 * (t / s0) - log_ratio),
         "kl_ref_policy": lambda: kl(log_ratio - LN2 * (tr / r0)),
     }
     results = [u.new_empty(0)] * len(OUTPUT_BITS)
     for i, (name, bit) in enumerate(OUTPUT_BITS.items()):
-        if outputs & bit:
+        if a.outputs & bit:
             results[i] = _select(scored.unsqueeze(-1) if name in PER_LABEL else scored, finished[name]())
     return (*results, state, target)
 
 
-def _gradient(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, vocab_start, vocab_total, state,
-              g_logprob, g_entropy, g_logsumexp, ref_logits=None, g_kl_policy_ref=None, g_kl_ref_policy=None):  # fmt: skip
-    u = _capped(logits, cap_scale)
-    c = _scale(u, factor, temperature, temperature_tensor)
+def _gradient(r, state, g):
+    u = _capped(r.logits, r.cap_scale)
+    c = _scale(u, r.factor, r.temperature, r.temperature_tensor)
     m, s0, s1, _, _, umax, _, _, rm, r0, t, _, ref_max = state.unbind(-1)
     zero = torch.zeros_like(s0)
-    each = None if g_logprob is None else torch.where(labels == ignore_index, torch.zeros_like(g_logprob), g_logprob)
+    each = None if g.g_logprob is None else torch.where(r.labels == r.ignore_index, torch.zeros_like(g.g_logprob), g.g_logprob)
     g_lp = zero if each is None else each.sum(-1)
-    g_h = zero if g_entropy is None else g_entropy
-    g_lse = zero if g_logsumexp is None else g_logsumexp
+    g_h = zero if g.g_entropy is None else g.g_entropy
+    g_lse = zero if g.g_logsumexp is None else g.g_logsumexp
     # Same exponent as the forward: relative to max(u), moved to the rounded reference point.
     shift = _shift(umax, c, m)
     log2p = _bits(u, umax, c) + (shift - torch.log2(s0)).unsqueeze(-1)
@@ -230,52 +229,49 @@ def _gradient(logits, labels, mask, temperature_tensor, factor, cap_scale, tempe
     p_log_p = torch.where((p == 0) | (g_h == 0).unsqueeze(-1), torch.zeros_like(p), p * log2p * LN2)
     dz = p * a.unsqueeze(-1) - p_log_p * g_h.unsqueeze(-1)
     defined = s0 > 0
-    if ref_logits is not None:
-        g_p, g_r = (zero if g is None else g for g in (g_kl_policy_ref, g_kl_ref_policy))
+    if r.ref_logits is not None:
+        g_p, g_r = (zero if g is None else g for g in (g.g_kl_policy_ref, g.g_kl_ref_policy))
         with_kl = (g_p != 0) | (g_r != 0)
         defined &= (~with_kl | (r0 > 0)) & ((g_p == 0) | torch.isfinite(t))
-        d, dr = _cross_bits(u, m, umax, c), _cross_bits(_capped(ref_logits, cap_scale), rm, ref_max, c)
+        d, dr = _cross_bits(u, m, umax, c), _cross_bits(_capped(r.ref_logits, r.cap_scale), rm, ref_max, c)
         e, er = torch.exp2(d), torch.exp2(dr)
         reverse = torch.where((e == 0) | (g_p == 0).unsqueeze(-1), torch.zeros_like(e), e * (d - dr - (t / s0).unsqueeze(-1)))
         forward = torch.where((g_r == 0).unsqueeze(-1), torch.zeros_like(e), e - er * (s0 / r0).unsqueeze(-1))
         kl = reverse * (g_p * LN2 / s0).unsqueeze(-1) + forward * (g_r / s0).unsqueeze(-1)
         dz = dz + torch.where(with_kl.unsqueeze(-1), kl, torch.zeros_like(kl))
     if each is not None:
-        local = labels - vocab_start
+        local = r.labels - r.vocab_start
         here = (local >= 0) & (local < u.shape[1])
         dz = dz.scatter_add(-1, local.clamp(0, u.shape[1] - 1), torch.where(here, each, torch.zeros_like(each)))
     slope = c * LN2
-    if cap_scale:
-        slope = slope * cap_scale * (1 - u * u)
+    if r.cap_scale:
+        slope = slope * r.cap_scale * (1 - u * u)
     dx = dz * slope
     # -inf logits: probability 0, gradient 0 (also where the target sits on one); a row without any mass, or with NaN: NaN.
     dx = torch.where(torch.isneginf(u), torch.zeros_like(dx), dx)
     dx = torch.where(defined.unsqueeze(-1), dx, torch.full_like(dx, math.nan))
-    scored = _scored_rows(u.shape[0], labels, mask, ignore_index, u.device)
-    return _select(scored.unsqueeze(-1), dx).to(logits.dtype).view(logits.shape)
+    scored = _scored_rows(u.shape[0], r.labels, r.mask, r.ignore_index, u.device)
+    return _select(scored.unsqueeze(-1), dx).to(r.logits.dtype).view(r.logits.shape)
 
 
-def token_stats_bwd(*args):
-    return _gradient(*args)
+def token_stats_bwd(a):
+    return _gradient(a.rows, a.state, a.upstream)
 
 
-def token_stats_bwd_(logits, *rest):
-    logits.copy_(_gradient(logits, *rest))
+def token_stats_bwd_(a):
+    a.rows.logits.copy_(_gradient(a.rows, a.state, a.upstream))
 
 
-def token_stats_fused(
-    logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, ref_logits, *upstream
-):
-    rows, vocab = (logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index), logits.shape[-1]
-    *results, state, _ = token_stats_fwd(*rows, outputs, 0, vocab, None, None, ref_logits)
-    return *results, _gradient(*rows, 0, vocab, state, *upstream[:3], ref_logits, *upstream[3:])
+def token_stats_fused(a):
+    *results, state, _ = token_stats_fwd(TokenStatsFwd(a.rows, a.outputs, None, None))
+    return *results, _gradient(a.rows, state, a.upstream)
 
 
-def token_stats_fused_(logits, *rest):
-    *results, grad = token_stats_fused(logits, *rest)
-    logits.copy_(grad)
+def token_stats_fused_(a):
+    *results, grad = token_stats_fused(a)
+    a.rows.logits.copy_(grad)
     return tuple(results)
 
 
-def scale_rows_(x, scale):
-    x.copy_(times_slope(scale, x.to(scale.dtype)))
+def scale_rows_(a):
+    a.x.copy_(times_slope(a.scale, a.x.to(a.scale.dtype)))

@@ -20,7 +20,7 @@ import triton.language as tl
 from fastalign.ops.math.rows import far_bits, is_far, merge, reference_point, rescale, s1_shift
 from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow
 from fastalign.ops.token_stats import triton_pair
-from fastalign.ops.token_stats.contract import OUTPUT_BITS, forward_shapes
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, TokenStatsFwd, forward_shapes
 from fastalign.ops.token_stats.triton_rows import (
     BWD_REGISTERS,
     COLUMNS,
@@ -211,34 +211,34 @@ def token_stats_bwd_kernel(
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=mine)
 
 
-def token_stats_fwd(logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, vocab_start, vocab_total,
-                    state_in=None, target_in=None, ref_logits=None):  # fmt: skip
-    rows, vocab, device = math.prod(logits.shape[:-1]), logits.shape[-1], logits.device
-    targets = 0 if labels is None else labels.shape[1]
-    acc = ffi.acc_dtype(logits.dtype)
-    *results, state, target = (ffi.empty(shape, acc, device) for shape in forward_shapes(logits, labels, outputs, ref_logits))
+def token_stats_fwd(a):
+    r = a.rows
+    rows, vocab, device = math.prod(r.logits.shape[:-1]), r.logits.shape[-1], r.logits.device
+    targets = 0 if r.labels is None else r.labels.shape[1]
+    acc = ffi.acc_dtype(r.logits.dtype)
+    *results, state, target = (ffi.empty(shape, acc, device) for shape in forward_shapes(r, a.outputs))
     if rows:
-        view, base, lanes = ffi.aligned(logits)
-        layout = (base, *ffi.row_layout(logits)[1:])
-        sums = 2 if outputs & EVERYTHING_BITS else int(outputs & OUTPUT_BITS["entropy"] > 0)
-        numbers = (vocab, targets, ignore_index, vocab_start, vocab_total, factor, cap_scale, temperature)
+        view, base, lanes = ffi.aligned(r.logits)
+        layout = (base, *ffi.row_layout(r.logits)[1:])
+        sums = 2 if a.outputs & EVERYTHING_BITS else int(a.outputs & OUTPUT_BITS["entropy"] > 0)
+        numbers = (vocab, targets, r.ignore_index, r.vocab_start, r.vocab_total, r.factor, r.cap_scale, r.temperature)
         # A thread has 16 bytes of each slice of a tile, 16 elements in all.
-        shape = {"SPAN": THREADS * 16 // logits.element_size(), "DEPTH": logits.element_size()}
-        options = {"OUTPUTS": outputs, "SUMS": sums, "CAPPED": cap_scale != 0, "LANES": lanes, **shape}
+        shape = {"SPAN": THREADS * 16 // r.logits.element_size(), "DEPTH": r.logits.element_size()}
+        options = {"OUTPUTS": a.outputs, "SUMS": sums, "CAPPED": r.cap_scale != 0, "LANES": lanes, **shape}
         with ffi.triton_device(device):
-            if ref_logits is None:
+            if r.ref_logits is None:
                 token_stats_fwd_kernel[(rows,)](
-                    view, labels, mask, temperature_tensor, state_in, target_in, *results[:6], state, target, *layout, *numbers, **options,
+                    view, r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, *results[:6], state, target, *layout, *numbers, **options,
                     **ffi.launch_options(THREADS, device, FWD_REGISTERS),
                 )  # fmt: skip
             else:
-                ref, ref_base, _ = ffi.aligned(ref_logits)
-                found = (None, None) if target_in is None else target_in
-                both = (target, target) if labels is None else target
-                registers = PAIR_EVERYTHING_REGISTERS if sums == 2 and cap_scale else PAIR_FWD_REGISTERS
+                ref, ref_base, _ = ffi.aligned(r.ref_logits)
+                found = (None, None) if a.target_in is None else a.target_in
+                both = (target, target) if r.labels is None else target
+                registers = PAIR_EVERYTHING_REGISTERS if sums == 2 and r.cap_scale else PAIR_FWD_REGISTERS
                 triton_pair.token_stats_pair_fwd_kernel[(rows,)](
-                    view, ref, labels, mask, temperature_tensor, state_in, *found, *results, state, *both, *layout, ref_base,
-                    *ffi.row_layout(ref_logits)[1:], *numbers, TOGETHER=_share_alignment(logits, ref_logits, lanes), **options,
+                    view, ref, r.labels, r.mask, r.temperature_tensor, a.state_in, *found, *results, state, *both, *layout, ref_base,
+                    *ffi.row_layout(r.ref_logits)[1:], *numbers, TOGETHER=_share_alignment(r.logits, r.ref_logits, lanes), **options,
                     **ffi.launch_options(THREADS, device, registers),
                 )  # fmt: skip
     return (*results, state, target)
@@ -259,72 +259,74 @@ def _share_alignment(logits, other, lanes):
     return lanes == 1 or (own_lanes == other_lanes and all(skew % lanes == 0 for skew in skews))
 
 
-def _backward(grad, logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, vocab_start, vocab_total, state,
-              g_logprob, g_entropy, g_logsumexp, ref_logits=None, g_kl_policy_ref=None, g_kl_ref_policy=None):  # fmt: skip
-    if logits.numel() == 0:
+def _backward(r, state, g, grad):
+    if r.logits.numel() == 0:
         return
-    rows, vocab, device = math.prod(logits.shape[:-1]), logits.shape[-1], logits.device
-    view, base, lanes = ffi.aligned(logits)
+    rows, vocab, device = math.prod(r.logits.shape[:-1]), r.logits.shape[-1], r.logits.device
+    view, base, lanes = ffi.aligned(r.logits)
     grad_view, grad_base, _ = ffi.aligned(grad)
-    in_place = grad is logits
-    if not in_place and not _share_alignment(logits, grad, lanes):
+    in_place = grad is r.logits
+    if not in_place and not _share_alignment(r.logits, grad, lanes):
         lanes = 1
-    block, blocks = 2 * THREADS * 16 // logits.element_size(), 8
+    block, blocks = 2 * THREADS * 16 // r.logits.element_size(), 8
     pieces = triton.cdiv(vocab + lanes - 1, blocks * block)
-    layout = (base, *ffi.row_layout(logits)[1:])
-    numbers = (grad_base, vocab, pieces, 0 if labels is None else labels.shape[1], ignore_index, vocab_start, vocab_total, factor, cap_scale,
-               temperature)  # fmt: skip
-    options = {"IN_PLACE": in_place, "CAPPED": cap_scale != 0, "LANES": lanes, "BLOCK": block, "BLOCKS": blocks}
-    slim = ref_logits is None and (cap_scale == 0 or g_entropy is None)
+    layout = (base, *ffi.row_layout(r.logits)[1:])
+    numbers = (grad_base, vocab, pieces, 0 if r.labels is None else r.labels.shape[1], r.ignore_index, r.vocab_start, r.vocab_total, r.factor, r.cap_scale,
+               r.temperature)  # fmt: skip
+    options = {"IN_PLACE": in_place, "CAPPED": r.cap_scale != 0, "LANES": lanes, "BLOCK": block, "BLOCKS": blocks}
+    slim = r.ref_logits is None and (r.cap_scale == 0 or g.g_entropy is None)
     options |= ffi.launch_options(THREADS, device, BWD_REGISTERS if slim else PAIR_BWD_REGISTERS)
-    upstream = (g_logprob, g_entropy, g_logsumexp)
+    upstream = (g.g_logprob, g.g_entropy, g.g_logsumexp)
     with ffi.triton_device(device):
-        if ref_logits is None:
+        if r.ref_logits is None:
             token_stats_bwd_kernel[(rows * pieces,)](
-                view, grad_view, labels, mask, temperature_tensor, state, *upstream, *layout, *numbers, **options
+                view, grad_view, r.labels, r.mask, r.temperature_tensor, state, *upstream, *layout, *numbers, **options
             )
         else:
-            ref, ref_base, _ = ffi.aligned(ref_logits)
+            ref, ref_base, _ = ffi.aligned(r.ref_logits)
             triton_pair.token_stats_pair_bwd_kernel[(rows * pieces,)](
-                view, ref, grad_view, labels, mask, temperature_tensor, state, *upstream, g_kl_policy_ref, g_kl_ref_policy, *layout, ref_base,
-                *ffi.row_layout(ref_logits)[1:], *numbers, TOGETHER=_share_alignment(logits, ref_logits, lanes), **options,
+                view, ref, grad_view, r.labels, r.mask, r.temperature_tensor, state, *upstream, g.g_kl_policy_ref, g.g_kl_ref_policy, *layout, ref_base,
+                *ffi.row_layout(r.ref_logits)[1:], *numbers, TOGETHER=_share_alignment(r.logits, r.ref_logits, lanes), **options,
             )  # fmt: skip
 
 
-def token_stats_bwd(logits, *rest):
-    grad = ffi.empty(tuple(logits.shape), logits.dtype, logits.device)
-    _backward(grad, logits, *rest)
+def _grad_of(logits):
+    return ffi.empty(tuple(logits.shape), logits.dtype, logits.device)
+
+
+def token_stats_bwd(a):
+    grad = _grad_of(a.rows.logits)
+    _backward(a.rows, a.state, a.upstream, grad)
     return grad
 
 
-def token_stats_bwd_(logits, *rest):
-    _backward(logits, logits, *rest)
+def token_stats_bwd_(a):
+    _backward(a.rows, a.state, a.upstream, a.rows.logits)
 
 
-def _fused(grad, logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index, outputs, ref_logits, *upstream):
-    rows, vocab = (logits, labels, mask, temperature_tensor, factor, cap_scale, temperature, ignore_index), logits.shape[-1]
-    *results, state, _ = token_stats_fwd(*rows, outputs, 0, vocab, None, None, ref_logits)
-    _backward(grad, *rows, 0, vocab, state, *upstream[:3], ref_logits, *upstream[3:])
+def _fused(a, grad):
+    *results, state, _ = token_stats_fwd(TokenStatsFwd(a.rows, a.outputs, None, None))
+    _backward(a.rows, state, a.upstream, grad)
     return tuple(results)
 
 
-def token_stats_fused(logits, *rest):
-    grad = ffi.empty(tuple(logits.shape), logits.dtype, logits.device)
-    return *_fused(grad, logits, *rest), grad
+def token_stats_fused(a):
+    grad = _grad_of(a.rows.logits)
+    return *_fused(a, grad), grad
 
 
-def token_stats_fused_(logits, *rest):
-    return _fused(logits, logits, *rest)
+def token_stats_fused_(a):
+    return _fused(a, a.rows.logits)
 
 
-def scale_rows_(x, scale):
-    if x.numel() == 0:
+def scale_rows_(a):
+    if a.x.numel() == 0:
         return
-    rows, vocab = math.prod(x.shape[:-1]), x.shape[-1]
-    view, base, lanes = ffi.aligned(x)
-    block = 2 * THREADS * 16 // x.element_size()
+    rows, vocab = math.prod(a.x.shape[:-1]), a.x.shape[-1]
+    view, base, lanes = ffi.aligned(a.x)
+    block = 2 * THREADS * 16 // a.x.element_size()
     pieces = triton.cdiv(vocab + lanes - 1, block)
-    with ffi.triton_device(x.device):
+    with ffi.triton_device(a.x.device):
         triton_pair.scale_rows_kernel[(rows * pieces,)](
-            view, scale, base, *ffi.row_layout(x)[1:], vocab, pieces, LANES=lanes, BLOCK=block, **ffi.launch_options(THREADS, x.device)
+            view, a.scale, base, *ffi.row_layout(a.x)[1:], vocab, pieces, LANES=lanes, BLOCK=block, **ffi.launch_options(THREADS, a.x.device)
         )
