@@ -399,7 +399,7 @@ def test_a_row_of_data_is_a_loss(backend, device, monkeypatch):
     row = Preset(
         "made_up", "relu(2 - h)^2 + sg(-u_c)", link="truncquad", target=2.0, beta=0.3, point_link="sigmoid", point_chosen=(1.0, 0.0)
     )
-    monkeypatch.setattr(losses, "PRESETS", {**losses.PRESETS, row.name: row})
+    monkeypatch.setattr(losses.options, "PRESETS", {**losses.PRESETS, row.name: row})
     batch = make_batch(4, device=device)
     cu, mask = batch.packed.cu_seqlens, batch.packed.mask
     lp = batch.logprobs.clone().requires_grad_()

@@ -24,7 +24,7 @@ from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceBwd, PreferenceFwd
 from fastalign.ops.sequence_sum.op import SequenceSumBwd, SequenceSumFwd
 from fastalign.ops.token_stats.contract import RowGradients, ScaleRows, TokenStatsBwd, TokenStatsFused, TokenStatsFwd
-from fastalign.runtime import dispatch, ffi
+from fastalign.runtime import checks, dispatch, ffi
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -387,7 +387,7 @@ def test_transforms_are_not_passed_by():
 
 def test_a_trace_holds_the_op():
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    traced = torch.jit.trace(lambda x: dispatch.OPS["sequence_sum_fwd"](x, cu, None, None)[0], torch.ones(2))
+    traced = torch.jit.trace(lambda x: dispatch.OPS["sequence_sum_fwd"](SequenceSumFwd(x, cu, None, None))[0], torch.ones(2))
     assert float(traced(torch.tensor([3.0, 4.0]))) == 7.0
 
 
@@ -413,8 +413,8 @@ def test_offsets_are_looked_at_whatever_their_layout(dtype):
         for cu in (wide[:, 0], wide[:, 0].clone()):
             if words is None:
                 assert fa.sequence_sum(x, cu).tolist() == [2.0, 2.0]
-                fa.checks.check_cu_seqlens_values(cu, 4)
+                checks.check_cu_seqlens_values(cu, 4)
                 continue
-            for call in (fa.sequence_sum, lambda x, cu: fa.checks.check_cu_seqlens_values(cu, 4)):
+            for call in (fa.sequence_sum, lambda x, cu: checks.check_cu_seqlens_values(cu, 4)):
                 with pytest.raises(ValueError, match=words):
                     call(x, cu)

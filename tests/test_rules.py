@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 import fastalign as fa
 from fastalign import losses
+from fastalign.preference import rules
 from fastalign.testing import gradient, make_batch
 
 
@@ -157,7 +158,7 @@ def test_memory_takes_only_finite_differences():
         sums = torch.zeros(3, 2, 3)
         sums[..., 2] = 1.0
         sums[0, 0, :2], sums[0, 1, :2] = 3e38, -3e38
-        values = fa.rules.PairValues(sums, torch.ones(3, dtype=torch.bool), options.get("beta", 0.1))
+        values = rules.PairValues(sums, torch.ones(3, dtype=torch.bool), options.get("beta", 0.1))
         rule(None, values)
         assert all(math.isfinite(float(v)) for v in rule.state_dict().values()), name
 
