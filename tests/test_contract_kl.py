@@ -419,8 +419,7 @@ def test_vocabulary_shards_of_both_rows_merge(backend, device, cuts, masked):  #
     state = target = None
     edges = [0, *cuts, vocab]
     parts = [
-        rows_of(x[:, lo:hi].contiguous(), labels, ref=ref[:, lo:hi].contiguous(), start=lo, total=vocab)
-        for lo, hi in zip(edges, edges[1:])
+        rows_of(x[:, lo:hi].contiguous(), labels, ref=ref[:, lo:hi].contiguous(), start=lo, total=vocab) for lo, hi in zip(edges, edges[1:])
     ]
     for part in parts:
         *outputs, state, target = token_stats_fwd(TokenStatsFwd(part, bits, state, target))

@@ -1,4 +1,4 @@
-"""`fastalign info`: what it says is what the registry and the extension say."""
+"""`fastalign info`: what it says is what the ops and the extension say."""
 
 from __future__ import annotations
 

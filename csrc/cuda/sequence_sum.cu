@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(kSequenceThreads) sequence_sum_bwd_kernel(Sequ
   }
   const auto *grad = static_cast<const float*>(a.grad), *weights = static_cast<const float*>(a.weights);
   const bool scored = !a.mask || a.mask[t];
-  const float g = low < a.sequences ? (weights ? times_slope(grad[low], weights[t]) : grad[low]) : NAN;
-  static_cast<float*>(a.grad_x)[t] = scored ? g : 0.0f;
+  const bool held = low < a.sequences && a.cu_seqlens[low] <= t;
+  const float g = held ? (weights ? times_slope(grad[low], weights[t]) : grad[low]) : NAN;
+  static_cast<float*>(a.grad_x)[t] = held && !scored ? 0.0f : g;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // 16-byte access to rows that start at any element. A row is cut into vectors of kLanes elements counted from an origin that the kernel
 // chooses, never from where the address happens to be aligned: element and thread belong together by index alone, so moving a row in memory
-// moves no bit of the result (design 8.4). A vector that is not aligned in memory is put together from the two aligned ones it straddles.
+// moves no bit of the result. A vector that is not aligned in memory is put together from the two aligned ones it straddles.
 #pragma once
 #include "cuda/launch.h"
 

@@ -1,4 +1,4 @@
-// Generalised advantage estimation as one scan of affine maps, against time. Twin: fastalign/ops/math/scalar.py; ops/gae/reference.py has the
+// Generalised advantage estimation as one scan of affine maps, against time. Twin: fastalign/ops/math/affine.py; ops/gae/reference.py has the
 // textbook form, which is
 //   delta_t = r_t + gamma V_next - V_t,    A_t = delta_t + gamma lam A_next,    R_t = A_t + V_t.
 // With X_t = lam R_t + (1 - lam) V_t, what the token before t bootstraps from, it becomes

@@ -7,7 +7,7 @@
 
 namespace fastalign {
 
-// Order of the scalars and switches that travel from fastalign/losses/list.py (ListParams); checked against these names by the tests.
+// Order of the scalars and switches that travel from ListParams (fastalign/ops/listwise/params.py); checked against these names by the tests.
 #define FA_LIST_SCALARS(X) \
   X(length_norm) X(beta) X(target) X(reward_temperature) X(list_weight) X(sft_weight) X(sft_power)
 #define FA_LIST_SWITCHES(X) X(kind) X(link) X(pair_gain) X(pair_mean) X(sft_norm) X(drop_nonfinite) X(reduction)

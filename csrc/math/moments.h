@@ -1,4 +1,4 @@
-// Count, mean and centred sum of squares (m2 = sum of (x - mean)^2), and how parts of them merge. Twin: fastalign/ops/math/scalar.py.
+// Count, mean and centred sum of squares (m2 = sum of (x - mean)^2), and how parts of them merge. Twin: fastalign/ops/math/moments.py.
 #pragma once
 #include "math/scalar.h"
 

@@ -1,11 +1,11 @@
-// The pair kernel of every DPO-family loss (spec: aggregate x transform x margin x link x labels x points x sft), value and slopes in one
+// The pair kernel of every DPO-family loss (aggregate x transform x margin x link x labels x points x sft), value and slopes in one
 // evaluation. One pair in, one row of the table out; no reduction here.  Twins: fastalign/ops/math/pair.py, ops/preference/reference.py.
 #pragma once
 #include "math/scalar.h"
 
 namespace fastalign {
 
-// Order of the scalars and switches that travel from fastalign/losses/tables.py (PairParams); checked against these names at import.
+// Order of the scalars and switches that travel from PairParams (fastalign/ops/preference/params.py); a test holds the names together.
 #define FA_PAIR_SCALARS(X)                                                                                              \
   X(reference) X(length_norm) X(ld_alpha) X(token_clamp_low) X(token_clamp_high) X(transform_alpha) X(beta)             \
   X(beta_rejected) X(gamma) X(gamma_beta_ratio) X(len_coef) X(pos_penalty) X(kl_chosen) X(kl_rejected) X(target) X(tau) \

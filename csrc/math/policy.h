@@ -5,7 +5,7 @@
 
 namespace fastalign {
 
-// Order of the scalars and switches that travel from fastalign/losses/policy.py (PolicyParams); a test checks it.
+// Order of the scalars and switches that travel from fastalign/ops/policy/params.py (PolicyParams); a test checks it.
 #define FA_POLICY_SCALARS(X)                                                                                        \
   X(ratio_min) X(ratio_max) X(dual_clip) X(tau_pos) X(tau_neg) X(k_pos) X(lam_pos) X(k_neg) X(lam_neg) X(kl_coef)   \
   X(entropy_coef) X(is_min) X(is_max) X(norm_length) X(kl_clamp)

@@ -1,5 +1,5 @@
 // The row state: a monoid over the vocabulary. Tiles, SIMD lanes, warps, CTAs, vocabulary shards all merge with the same rule.
-// Twins: fastalign/ops/math/scalar.py, fastalign/ops/token_stats/reference.py.
+// Twins: fastalign/ops/math/rows.py, fastalign/ops/token_stats/reference.py.
 //
 // For raw logits x of one row:  u = x, or tanh(x * cap_scale) with a softcap;   w = u * c   (logits in bits, log2 units);
 //   c = factor / temperature,  factor = log2(e) * logit_scale   (softcap: log2(e) * softcap, cap_scale = logit_scale / softcap)

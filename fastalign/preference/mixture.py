@@ -61,7 +61,9 @@ def rules_of(parts: Components, state: Any) -> dict[str | None, BatchRule]:
     needed = {p.rule: p.name for p, _ in parts if p.rule is not None}
     for rule, name in needed.items():
         if rule not in rules:
-            raise ValueError(f"loss {name!r} needs state=, the rule object that remembers between calls (rule {rule!r} of fastalign.preference.rules)")
+            raise ValueError(
+                f"loss {name!r} needs state=, the rule object that remembers between calls (rule {rule!r} of fastalign.preference.rules)"
+            )
     unused = [type(s).__name__ for s in given if s.rule not in needed]
     if unused:
         raise ValueError(f"state holds {', '.join(unused)}, which no loss of this call uses")

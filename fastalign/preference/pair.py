@@ -18,7 +18,7 @@ from fastalign.ops.preference.op import (
     PreferenceFunction,
 )
 from fastalign.ops.preference.params import REDUCTIONS
-from fastalign.preference import mixture as compose
+from fastalign.preference import mixture
 from fastalign.preference.output import PreferenceOutput
 from fastalign.preference.rules import BatchRule
 from fastalign.runtime.checks import (
@@ -78,7 +78,7 @@ def preference_loss(
         ValueError, TypeError: unknown loss or option, impossible combination, shapes, dtypes, devices, missing mask or reference log-probs.
         IndexError: pairs outside [0, S) (checked on the CPU).
     """
-    components, tensors = compose.components(loss, options)
+    components, tensors = mixture.components(loss, options)
     presets = [p for p, _ in components]
     check_choice("reduction", reduction, REDUCTIONS)
     logprobs = per_token("logprobs", logprobs)
@@ -106,11 +106,11 @@ def preference_loss(
         check_same_device("pairs", pairs, "logprobs", logprobs)
         pairs, count = as_int32(pairs), pairs.shape[0]
     tokens = PairTokens(logprobs, ref, kl, cu_seqlens, pairs, mask, weights)
-    if compose.is_plain(components, state):
+    if mixture.is_plain(components, state):
         given = pair_tensors(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
         value, table, sums = PreferenceFunction.apply(logprobs, kl, tokens, given, presets[0].params(reduction), count)
         return PreferenceOutput(value, presets[0], table, sums, presets[0].sft_weight != 0, (), tensors.get("target"))
-    sums = PairSumsFunction.apply(logprobs, kl, tokens, compose.shared_params(presets), count)
+    sums = PairSumsFunction.apply(logprobs, kl, tokens, mixture.shared_params(presets), count)
     return _from_sums(components, sums, tensors, state, reduction, num_items, num_sft_tokens)
 
 
@@ -125,15 +125,15 @@ def _from_sums(
 ) -> PreferenceOutput:
     """The table of every component from the same sums (with log-ratios against the reference where any component has one), added up."""
     total, first = None, None
-    rules = compose.rules_of(components, state)
+    rules = mixture.rules_of(components, state)
     with_reference = any(p.needs_reference for p, _ in components)
     for preset, weight in components:
-        own, own_tensors = compose.prepare(preset, sums, tensors, rules.get(preset.rule), with_reference)
+        own, own_tensors = mixture.prepare(preset, sums, tensors, rules.get(preset.rule), with_reference)
         given = pair_tensors(preset, own_tensors, sums.shape[0], num_items, num_sft_tokens, sums)
         value, table = PreferenceFromSumsFunction.apply(own, given, preset.params(reduction))
         total = weight * value if total is None else total + weight * value
         if first is None:
-            first = preset, compose.own_rewards(preset, table, sums, tensors), sums.detach()
+            first = preset, mixture.own_rewards(preset, table, sums, tensors), sums.detach()
     has_sft = any(p.sft_weight for p, _ in components)
     return PreferenceOutput(total, *first, has_sft, tuple(p for p, _ in components), tensors.get("target"))
 
@@ -169,7 +169,7 @@ def preference_loss_from_sums(
     Returns:
         PreferenceOutput.
     """
-    components, tensors = compose.components(loss, options)
+    components, tensors = mixture.components(loss, options)
     presets = [p for p, _ in components]
     check_choice("reduction", reduction, REDUCTIONS)
     for p in presets:
@@ -212,9 +212,7 @@ def preference_loss_from_sums(
     return _from_sums(components, torch.stack(sides, 1), tensors, state, reduction, num_items, num_sft_tokens)
 
 
-def pair_tensors(
-    preset: Preset, tensors: dict[str, Tensor], count: int, num_items: Any, num_sft_tokens: Any, like: Tensor
-) -> PairTensors:
+def pair_tensors(preset: Preset, tensors: dict[str, Tensor], count: int, num_items: Any, num_sft_tokens: Any, like: Tensor) -> PairTensors:
     """What a call gives per pair and the two global counts; constants of the loss."""
     if preset.needs_soft_labels and "soft_labels" not in tensors:
         raise ValueError(f"loss {preset.name!r} needs soft_labels, a tensor [P]")

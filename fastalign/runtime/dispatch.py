@@ -255,7 +255,7 @@ def backends() -> dict[str, str]:
 
 
 def explain(op: str, *args: Any) -> str:
-    """Which backend would serve `op` (a name of `registry.OPS`, or a public function's name: its forward op) for these arguments,
+    """Which backend would serve `op` (a name of `dispatch.OPS`, or a public function's name: its forward op) for these arguments,
     and why the others would not. Only the first tensor among `args` matters (its device and dtype)."""
     name = op if op in OPS else _PUBLIC.get(op)
     if name is None:

@@ -76,7 +76,7 @@ def why_not(backend: str, device_type: str) -> str | None:
 
 
 def _no_device() -> str | None:
-    """Why torch has no GPU, if it has none. Asked anew each time: once per op, device type and dtype (the registry keeps its choice), and only for
+    """Why torch has no GPU, if it has none. Asked anew each time: once per op, device type and dtype (dispatch keeps its choice), and only for
     CUDA tensors."""
     if torch.cuda.is_available():
         return None

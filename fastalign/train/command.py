@@ -29,10 +29,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     **{name: Command(entry.summary, "fastalign.train.offline:train", TrainConfig, entry.settings) for name, entry in OFFLINE.items()},
-    **{
-        name: Command(entry.summary, "fastalign.train.online:train_online", OnlineConfig, entry.settings)
-        for name, entry in ONLINE.items()
-    },
+    **{name: Command(entry.summary, "fastalign.train.online:train_online", OnlineConfig, entry.settings) for name, entry in ONLINE.items()},
 }
 
 

@@ -49,7 +49,11 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
             policy = sampling_copy(model)
             samples = review_task.generate(policy, tokenizer, prompts, seed=seeds[7])
             curve.append(
-                {"step": record["step"], "gold_reward": review_task.mean_gold_reward(samples), **review_task.sampled_kl(policy, sft, samples)}
+                {
+                    "step": record["step"],
+                    "gold_reward": review_task.mean_gold_reward(samples),
+                    **review_task.sampled_kl(policy, sft, samples),
+                }
             )
 
     result = train_dpo(config, model=model, tokenizer=tokenizer, examples=pairs, eval_examples=held_out, callback=judge)

@@ -1,5 +1,5 @@
 """Generalised advantage estimation in Triton: a program per sequence goes against time, block by block, with a scan of affine maps inside a block
-(the formulas are in fastalign/ops/math/scalar.py). The last program to finish merges the moments of all sequences in index order."""
+(the formulas are in fastalign/ops/math/affine.py). The last program to finish merges the moments of all sequences in index order."""
 
 import torch
 import triton

@@ -19,7 +19,6 @@ SUM_SHARE, SUM_SHRINKS_BY = tl.constexpr(2.0**-24), tl.constexpr(2.0**24)  # of 
 INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 
 
-
 # --- scalar.h ---------------------------------------------------------------------------------------------------------------------------
 
 

@@ -328,5 +328,13 @@ def scale_rows_(a):
     pieces = triton.cdiv(vocab + lanes - 1, block)
     with ffi.triton_device(a.x.device):
         triton_pair.scale_rows_kernel[(rows * pieces,)](
-            view, a.scale, base, *ffi.row_layout(a.x)[1:], vocab, pieces, LANES=lanes, BLOCK=block, **ffi.launch_options(THREADS, a.x.device)
+            view,
+            a.scale,
+            base,
+            *ffi.row_layout(a.x)[1:],
+            vocab,
+            pieces,
+            LANES=lanes,
+            BLOCK=block,
+            **ffi.launch_options(THREADS, a.x.device),
         )
