@@ -157,8 +157,8 @@ def listwise_fwd(a):
     beta_stride = 0 if a.given.beta is None or a.given.beta.numel() == 1 else a.given.beta.stride(0)
     with ffi.triton_device(device):
         listwise_fwd_kernel[(lists,)](
-            a.sums, a.list_offsets, a.scores, a.given.beta, beta_stride, a.given.num_items, a.given.num_sft_tokens, loss, list_loss, slopes, rewards, table,
-            ffi.counter(a.sums), sequences, lists, **a.params._asdict(), K=MAX_LIST, BLOCK=BLOCK,
-            **ffi.launch_options(BLOCK, device),
+            a.sums, a.list_offsets, a.scores, a.given.beta, beta_stride, a.given.num_items, a.given.num_sft_tokens,
+            loss, list_loss, slopes, rewards, table, ffi.counter(a.sums), sequences, lists, **a.params._asdict(),
+            K=MAX_LIST, BLOCK=BLOCK, **ffi.launch_options(BLOCK, device),
         )  # fmt: skip
     return loss, list_loss, slopes, rewards, table

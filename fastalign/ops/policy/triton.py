@@ -224,8 +224,9 @@ def policy_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def value_fwd_kernel(
-    values, old_values, returns, cu_seqlens, mask, num_items, loss, slopes, stats, rows, parts, counter, tokens: tl.int32, pieces: tl.int32, clip,
-    norm_length, AGGREGATION: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    values, old_values, returns, cu_seqlens, mask, num_items, loss, slopes, stats, rows, parts, counter,
+    tokens: tl.int32, pieces: tl.int32, clip, norm_length, AGGREGATION: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0)
     begin, end = _piece(cu_seqlens, k, tokens, TILE)
@@ -308,9 +309,10 @@ def policy_fwd(a):
     params["surrogate_kind"] = params.pop("surrogate")
     with ffi.triton_device(device):
         policy_fwd_kernel[(pieces,)](
-            a.logprobs, a.old_logprobs, a.advantages, a.cu_seqlens, a.mask, a.ref_logprobs, a.entropy, a.is_weight, a.kl_coef, a.entropy_coef, a.num_items, loss, slopes,
-            entropy_slopes if a.with_entropy_grad else None, stats, rows, parts, ffi.counter(a.logprobs), tokens, pieces, **params, TILE=TILE, BLOCK=BLOCK,
-            ROWS=ROWS, **ffi.launch_options(256, device, 128),
+            a.logprobs, a.old_logprobs, a.advantages, a.cu_seqlens, a.mask, a.ref_logprobs, a.entropy, a.is_weight,
+            a.kl_coef, a.entropy_coef, a.num_items, loss, slopes, entropy_slopes if a.with_entropy_grad else None,
+            stats, rows, parts, ffi.counter(a.logprobs), tokens, pieces, **params, TILE=TILE, BLOCK=BLOCK, ROWS=ROWS,
+            **ffi.launch_options(256, device, 128),
         )  # fmt: skip
     return loss, slopes, entropy_slopes, stats
 
@@ -324,8 +326,9 @@ def value_fwd(a):
     rows, parts = ffi.empty((pieces, len(VALUE_STATS)), dtype, device), ffi.empty((pieces, len(VALUE_MOMENTS), 2), torch.float64, device)
     with ffi.triton_device(device):
         value_fwd_kernel[(pieces,)](
-            a.values, a.old_values, a.returns, a.cu_seqlens, a.mask, a.num_items, loss, slopes, stats, rows, parts, ffi.counter(a.values), tokens, pieces, a.clip,
-            a.norm_length, AGGREGATION=a.aggregation, TILE=TILE, BLOCK=BLOCK, ROWS=ROWS, **ffi.launch_options(256, device),
+            a.values, a.old_values, a.returns, a.cu_seqlens, a.mask, a.num_items, loss, slopes, stats, rows, parts,
+            ffi.counter(a.values), tokens, pieces, a.clip, a.norm_length, AGGREGATION=a.aggregation, TILE=TILE,
+            BLOCK=BLOCK, ROWS=ROWS, **ffi.launch_options(256, device),
         )  # fmt: skip
     return loss, slopes, stats
 
@@ -336,7 +339,7 @@ def policy_bwd(a):
     if tokens:
         with ffi.triton_device(device):
             policy_bwd_kernel[(triton.cdiv(tokens, BLOCK),)](
-                a.grad, a.slopes, a.entropy_slopes if with_entropy else None, a.stats, d_logprobs, d_entropy if with_entropy else None, tokens, BLOCK=BLOCK,
-                **ffi.launch_options(256, device),
+                a.grad, a.slopes, a.entropy_slopes if with_entropy else None, a.stats, d_logprobs,
+                d_entropy if with_entropy else None, tokens, BLOCK=BLOCK, **ffi.launch_options(256, device),
             )  # fmt: skip
     return d_logprobs, d_entropy

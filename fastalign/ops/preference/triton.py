@@ -143,13 +143,15 @@ def preference_fwd_kernel(
             b = _per_pair(betas, beta_stride, i, live, beta)
             value, d_w, d_l, d_kl_w, d_kl_l, reward_w, reward_l, h = evaluate_pair(
                 tl.load(w + 1, mask=live, other=0.0), length_w, tl.load(w + 3, mask=live, other=0.0),
-                tl.load(w + SUMS + 1, mask=live, other=0.0), length_l, tl.load(w + SUMS + 3, mask=live, other=0.0),
-                b, _per_pair(omegas, omega_stride, i, live, 1.0), _per_pair(soft_labels, soft_label_stride, i, live, 1.0),
-                _per_pair(gamma_exts, gamma_ext_stride, i, live, 0.0), _per_pair(targets, target_stride, i, live, target),
-                _per_pair(anchors, anchor_stride, i, live, anchor),
-                length_norm, transform_alpha, beta_rejected, gamma, gamma_beta_ratio, len_coef, pos_penalty, kl_chosen, kl_rejected, tau,
-                label_smoothing, pair_weight, point_beta, point_beta_power, point_target, chosen_pos, chosen_neg, rejected_pos, rejected_neg,
-                transform, link, labels, label_entropy, detach_kl_chosen, point_link, point_soft_target,
+                tl.load(w + SUMS + 1, mask=live, other=0.0), length_l, tl.load(w + SUMS + 3, mask=live, other=0.0), b,
+                _per_pair(omegas, omega_stride, i, live, 1.0),
+                _per_pair(soft_labels, soft_label_stride, i, live, 1.0),
+                _per_pair(gamma_exts, gamma_ext_stride, i, live, 0.0),
+                _per_pair(targets, target_stride, i, live, target),
+                _per_pair(anchors, anchor_stride, i, live, anchor), length_norm, transform_alpha, beta_rejected,
+                gamma, gamma_beta_ratio, len_coef, pos_penalty, kl_chosen, kl_rejected, tau, label_smoothing,
+                pair_weight, point_beta, point_beta_power, point_target, chosen_pos, chosen_neg, rejected_pos,
+                rejected_neg, transform, link, labels, label_entropy, detach_kl_chosen, point_link, point_soft_target,
             )  # fmt: skip
             keep = live & ((length_w > 0) | (length_l > 0))
             if valid is not None:
@@ -203,9 +205,9 @@ def preference_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def preference_bwd_kernel(
-    grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, d_logprobs, d_kl, grad_stride: tl.int32, tokens: tl.int32,
-    sequences: tl.int32, count: tl.int32, reference, ld_alpha, token_clamp_low, token_clamp_high,
-    SFT_INCLUDE_PROMPT: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr,
+    grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, d_logprobs, d_kl,
+    grad_stride: tl.int32, tokens: tl.int32, sequences: tl.int32, count: tl.int32, reference, ld_alpha,
+    token_clamp_low, token_clamp_high, SFT_INCLUDE_PROMPT: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
     begin, end = sequence_bounds(cu_seqlens, s, tokens)
@@ -276,9 +278,11 @@ def preference_fwd(a):
     per_pair = [x for values in given[:6] for x in (values, _stride(values))]
     with ffi.triton_device(device):
         preference_fwd_kernel[(2 * a.count if with_sums else 1,)](
-            t.logprobs, t.ref_logprobs, t.kl, t.cu_seqlens, t.pairs, t.mask, t.weights, out_sums, *per_pair, given.valid, given.num_items, given.num_sft_tokens, loss, pair_loss,
-            rows, ffi.counter(like) if with_sums and a.table else None, tokens, sequences, a.count, **a.params._asdict(),
-            WITH_SUMS=with_sums, WITH_TABLE=bool(a.table), TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
+            t.logprobs, t.ref_logprobs, t.kl, t.cu_seqlens, t.pairs, t.mask, t.weights, out_sums, *per_pair,
+            given.valid, given.num_items, given.num_sft_tokens, loss, pair_loss, rows,
+            ffi.counter(like) if with_sums and a.table else None, tokens, sequences, a.count, **a.params._asdict(),
+            WITH_SUMS=with_sums, WITH_TABLE=bool(a.table), TOKENS=TOKENS, PAIRS=PAIRS,
+            **ffi.launch_options(PAIRS, device, 168),
         )  # fmt: skip
     return loss, pair_loss, rows, out_sums
 
@@ -292,8 +296,10 @@ def preference_bwd(a):
     if tokens:
         with ffi.triton_device(device):
             preference_bwd_kernel[(sequences,)](
-                a.grad, t.logprobs, t.ref_logprobs, t.cu_seqlens, t.pairs, t.mask, t.weights, a.sums, a.table, d_logprobs, d_kl if a.with_kl else None, a.grad.dim(),
-                tokens, sequences, a.table.shape[0], p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
-                SFT_INCLUDE_PROMPT=p.sft_include_prompt, TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
+                a.grad, t.logprobs, t.ref_logprobs, t.cu_seqlens, t.pairs, t.mask, t.weights, a.sums, a.table,
+                d_logprobs, d_kl if a.with_kl else None, a.grad.dim(), tokens, sequences, a.table.shape[0],
+                p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
+                SFT_INCLUDE_PROMPT=p.sft_include_prompt, TOKENS=TOKENS, PAIRS=PAIRS,
+                **ffi.launch_options(PAIRS, device, 168),
             )  # fmt: skip
     return d_logprobs, d_kl

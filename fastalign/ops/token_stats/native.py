@@ -11,8 +11,8 @@ def _row_args(r):
     labels = r.labels
     return (
         ffi.rows_view(r.logits), ffi.rows_view(r.ref_logits), ffi.DTYPE_CODES[r.logits.dtype], ffi.ptr(labels),
-        0 if labels is None else labels.shape[1], ffi.ptr(r.mask), r.ignore_index, r.factor, r.cap_scale, ffi.ptr(r.temperature_tensor),
-        r.temperature, r.vocab_start, r.vocab_total,
+        0 if labels is None else labels.shape[1], ffi.ptr(r.mask), r.ignore_index, r.factor, r.cap_scale,
+        ffi.ptr(r.temperature_tensor), r.temperature, r.vocab_start, r.vocab_total,
     )  # fmt: skip
 
 

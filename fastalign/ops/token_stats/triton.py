@@ -52,10 +52,11 @@ from fastalign.runtime import ffi
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_fwd_kernel(
-    logits, labels, mask, temperature_ptr, state_in, target_in, logprob, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state, target,
-    base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32,
-    ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, factor, cap_scale, temperature,
-    OUTPUTS: tl.constexpr, SUMS: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
+    logits, labels, mask, temperature_ptr, state_in, target_in, logprob, entropy, logsumexp, log_sum_sq, mean_logit,
+    is_top1, state, target, base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64,
+    vocab: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, factor,
+    cap_scale, temperature, OUTPUTS: tl.constexpr, SUMS: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr,
+    SPAN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scored, bad = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
@@ -131,8 +132,8 @@ def token_stats_fwd_kernel(
     if state_in is not None:
         p = state_in + row * COLUMNS
         m, s0, s1, s2, sz, umax, top = merge(
-            tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5), tl.load(p + 6).to(tl.int32),
-            m, s0, s1, s2, sz, umax, top,
+            tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5),
+            tl.load(p + 6).to(tl.int32), m, s0, s1, s2, sz, umax, top,
         )  # fmt: skip
     s0 = tl.where(bad != 0, float("nan"), s0)
     finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
@@ -163,10 +164,11 @@ def _gradient(x, q, q_begin, q_end, row, base_u, m, a, b, labels, g_logprob, tar
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_bwd_kernel(
-    logits, grad, labels, mask, temperature_ptr, state, g_logprob, g_entropy, g_logsumexp,
-    base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, grad_base: tl.int64, vocab: tl.int32, pieces: tl.int32,
-    targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, factor, cap_scale, temperature,
-    IN_PLACE: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    logits, grad, labels, mask, temperature_ptr, state, g_logprob, g_entropy, g_logsumexp, base: tl.int64,
+    inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, grad_base: tl.int64, vocab: tl.int32,
+    pieces: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, factor,
+    cap_scale, temperature, IN_PLACE: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // pieces).to(tl.int64)
     piece = tl.program_id(0) % pieces
@@ -228,8 +230,8 @@ def token_stats_fwd(a):
         with ffi.triton_device(device):
             if r.ref_logits is None:
                 token_stats_fwd_kernel[(rows,)](
-                    view, r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, *results[:6], state, target, *layout, *numbers, **options,
-                    **ffi.launch_options(THREADS, device, FWD_REGISTERS),
+                    view, r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, *results[:6], state,
+                    target, *layout, *numbers, **options, **ffi.launch_options(THREADS, device, FWD_REGISTERS),
                 )  # fmt: skip
             else:
                 ref, ref_base, _ = ffi.aligned(r.ref_logits)
@@ -237,8 +239,9 @@ def token_stats_fwd(a):
                 both = (target, target) if r.labels is None else target
                 registers = PAIR_EVERYTHING_REGISTERS if sums == 2 and r.cap_scale else PAIR_FWD_REGISTERS
                 triton_pair.token_stats_pair_fwd_kernel[(rows,)](
-                    view, ref, r.labels, r.mask, r.temperature_tensor, a.state_in, *found, *results, state, *both, *layout, ref_base,
-                    *ffi.row_layout(r.ref_logits)[1:], *numbers, TOGETHER=_share_alignment(r.logits, r.ref_logits, lanes), **options,
+                    view, ref, r.labels, r.mask, r.temperature_tensor, a.state_in, *found, *results, state, *both,
+                    *layout, ref_base, *ffi.row_layout(r.ref_logits)[1:], *numbers,
+                    TOGETHER=_share_alignment(r.logits, r.ref_logits, lanes), **options,
                     **ffi.launch_options(THREADS, device, registers),
                 )  # fmt: skip
     return (*results, state, target)
@@ -285,8 +288,9 @@ def _backward(r, state, g, grad):
         else:
             ref, ref_base, _ = ffi.aligned(r.ref_logits)
             triton_pair.token_stats_pair_bwd_kernel[(rows * pieces,)](
-                view, ref, grad_view, r.labels, r.mask, r.temperature_tensor, state, *upstream, g.g_kl_policy_ref, g.g_kl_ref_policy, *layout, ref_base,
-                *ffi.row_layout(r.ref_logits)[1:], *numbers, TOGETHER=_share_alignment(r.logits, r.ref_logits, lanes), **options,
+                view, ref, grad_view, r.labels, r.mask, r.temperature_tensor, state, *upstream, g.g_kl_policy_ref,
+                g.g_kl_ref_policy, *layout, ref_base, *ffi.row_layout(r.ref_logits)[1:], *numbers,
+                TOGETHER=_share_alignment(r.logits, r.ref_logits, lanes), **options,
             )  # fmt: skip
 
 
