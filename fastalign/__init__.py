@@ -31,9 +31,10 @@ from fastalign.preference.unpaired import UnpairedOutput, kto_baseline, unpaired
 from fastalign.rows.kl import TokenKLLoss, token_kl, token_kl_loss
 from fastalign.rows.stats import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
 from fastalign.runtime import ffi as _ffi
-from fastalign.runtime.dispatch import BackendError, backends, explain, use_backend
+from fastalign.runtime.backends import BackendError, backends, use_backend
 from fastalign.runtime.distributed import global_denominator
 from fastalign.runtime.metric import merge_metrics
+from fastalign.runtime.op import explain
 
 # A command does not begin with a warning about what nothing here could use.
 if _missing := _ffi.missing_backends(of_use=_as_command.is_command()):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign.runtime import dispatch, ffi
+from fastalign.runtime import backends, ffi
+from fastalign.runtime.op import OPS
 
 if ffi.TRITON_INTERPRETED:
     import fast_interpreter
@@ -36,7 +37,7 @@ def backend(request, device, monkeypatch):
     """Forces the backend for the test and poisons every kernel output with NaN before the kernel runs."""
     if request.param == "cuda" and device == "cpu":
         request.getfixturevalue("emulator")
-    why = ffi.why_not(request.param, device)
+    why = backends.why_not(request.param, device)
     assert why is None, f"backend {request.param} cannot run: {why}"
     if ffi._emulator is None:  # the emulator brings its own, guarded, allocator
         plain = ffi.empty
@@ -57,7 +58,7 @@ def slow_backend(backend, device):
 
 @pytest.fixture
 def row_dtypes(backend):
-    return dispatch.row_dtypes()[backend]
+    return OPS["token_stats_fwd"].takes(backend)
 
 
 @pytest.fixture(autouse=True)

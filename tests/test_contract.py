@@ -10,7 +10,7 @@ import torch
 from row_calls import rows_of
 
 import fastalign as fa
-from fastalign.runtime.dispatch import BackendError
+from fastalign.runtime.backends import BackendError
 from fastalign.testing import assert_close, gradient, gradient_scale, make_labels, make_logits, token_stats_truth
 
 ALL = ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1")

@@ -15,7 +15,7 @@ import fastalign as fa
 from fastalign.losses.list import LIST_LINKS, ListPreset
 from fastalign.ops.listwise.params import KINDS, MAX_LIST
 from fastalign.ops.preference.params import SFT_NORMS
-from fastalign.runtime import dispatch
+from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, gradient, make_batch
 
 # --- the papers -------------------------------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_bad_lists_are_nan_where_values_are_not_looked_at(backend, device, monke
     """On a GPU: no garbage, no stray access, no loss that looks right, and the lists beside a bad one keep their gradient."""
     if backend == "cpu":  # it looks at values always
         return
-    monkeypatch.setattr(dispatch.OPS["listwise_fwd"], "check", None)
+    monkeypatch.setattr(OPS["listwise_fwd"], "check", None)
     leaf = torch.zeros(70, device=device, requires_grad=True)
     scores = torch.arange(70.0, device=device)
     out = fa.listwise_loss_from_sums(leaf, leaf.detach(), torch.tensor(offsets, device=device), scores, loss="plackett_luce")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalign.runtime import dispatch
+from fastalign.runtime import op
+from fastalign.runtime.op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -177,9 +178,9 @@ def test_calls_of_the_gpu_checks_reach_every_op(monkeypatch):
     spec = importlib.util.spec_from_file_location("calls", ROOT / "tests" / "gpu" / "calls.py")
     calls = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(calls)
-    reached, select = set(), dispatch.Op.select
-    monkeypatch.setattr(dispatch.Op, "select", lambda op, tensor: (reached.add(op.name), select(op, tensor))[1])
+    reached, select = set(), op.Op.select
+    monkeypatch.setattr(op.Op, "select", lambda op, tensor: (reached.add(op.name), select(op, tensor))[1])
     listed = calls.public_calls("cpu", rows=3, vocab=37, dtype=torch.float32, pairs=2)
     for _, call in listed.values():
         assert all(bool(torch.isfinite(x).all()) for x in call())
-    assert tuple(listed) == calls.NAMES and reached == set(dispatch.OPS)
+    assert tuple(listed) == calls.NAMES and reached == set(OPS)

@@ -8,7 +8,8 @@ import torch
 import fastalign as fa
 from fastalign.cli import console, info
 from fastalign.runtime import ffi
-from fastalign.runtime.dispatch import BACKENDS, OPS
+from fastalign.runtime.backends import BACKENDS
+from fastalign.runtime.op import OPS
 
 
 def test_output_names_versions_build_and_every_op(capsys):

@@ -6,7 +6,8 @@ import pytest
 import test_registry
 import torch
 
-from fastalign.runtime import dispatch
+from fastalign.runtime import backends
+from fastalign.runtime.op import OPS
 
 SAMPLES = list(test_registry._op_samples())
 CASES = [(i, k) for i, (_, args) in enumerate(SAMPLES) for k, a in enumerate(args) if isinstance(a, torch.Tensor)]
@@ -23,7 +24,7 @@ def copies(args):
 
 def ident(case):
     name, args = SAMPLES[case[0]]
-    return f"{case[0]}-{name}-{dispatch.OPS[name]._names[case[1]]}"
+    return f"{case[0]}-{name}-{OPS[name]._names[case[1]]}"
 
 
 def other_shapes(t):
@@ -47,7 +48,7 @@ def other_shapes(t):
 def test_wrong_shapes_raise(case):
     index, place = case
     name, args = SAMPLES[index]
-    op = dispatch.OPS[name]
+    op = OPS[name]
     accepted = []
     for wrong in other_shapes(args[place]):
         if tuple(wrong.shape) == tuple(args[place].shape):
@@ -69,23 +70,23 @@ def test_wrong_shapes_raise(case):
 def test_wrong_types_and_devices_raise(case):
     index, place = case
     name, args = SAMPLES[index]
-    op = dispatch.OPS[name]
+    op = OPS[name]
     for change in (lambda t: t.to(torch.int16), lambda t: t.to(torch.complex64), lambda t: t.to(torch.float16), lambda t: t.double()):
         given = copies(args)
         given[place] = change(given[place])
         try:
             op.overload(*given)
-        except (ValueError, TypeError, dispatch.BackendError):
+        except (ValueError, TypeError, backends.BackendError):
             continue
         # The first tensor's type is the op's, where no other tensor has to have the same.
-        assert given[place].dtype in op.dtypes["cpu"] and place == min(k for k, a in enumerate(args) if isinstance(a, torch.Tensor))
+        assert given[place].dtype in op.takes("cpu") and place == min(k for k, a in enumerate(args) if isinstance(a, torch.Tensor))
 
 
 @pytest.mark.parametrize("index", range(len(SAMPLES)))
 def test_any_strides_give_the_same(index):
     """Tensors that are not contiguous are copied, not misread; results written in place need rows that can be."""
     name, args = SAMPLES[index]
-    op, plain, spread = dispatch.OPS[name], copies(args), copies(args)
+    op, plain, spread = OPS[name], copies(args), copies(args)
     for k, a in enumerate(spread):
         if isinstance(a, torch.Tensor) and a.dim() and not (name.endswith("_") and k == 0):
             spread[k] = torch.stack([a, a], -1)[..., 0]
@@ -102,11 +103,11 @@ def test_what_the_parameters_need_is_asked_for():
         given = copies(forward)
         given[place] = None
         with pytest.raises(ValueError, match=words):
-            dispatch.OPS["preference_fwd"].overload(*given)
+            OPS["preference_fwd"].overload(*given)
     given = copies(forward)
     given[-2] = 4  # pairs (6, 7): there are 6 sequences
     with pytest.raises(ValueError, match="4 pairs"):
-        dispatch.OPS["preference_fwd"].overload(*given)
+        OPS["preference_fwd"].overload(*given)
     x = torch.randn(3, 17)
     for outputs, words in ((1, "labels"), (32, "labels"), (128, "ref_logits")):
         with pytest.raises(ValueError, match=words):

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign as fa
-from fastalign.runtime import dispatch
+from fastalign.runtime.op import OPS
 
 
 def test_every_public_function_is_called():
@@ -178,5 +178,5 @@ def test_other_layouts_are_refused(what):
 
 def test_empty_tensors_do_not_take_the_long_way(monkeypatch):
     """A slice without elements has no address, and is as plain as any."""
-    monkeypatch.setattr(dispatch.OPS["sequence_sum_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
+    monkeypatch.setattr(OPS["sequence_sum_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
     assert fa.sequence_sum(torch.ones(0), torch.tensor([0, 0], dtype=torch.int32)).tolist() == [0.0]

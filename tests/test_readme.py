@@ -16,13 +16,12 @@ WHY = {"reference": "reference (any device)", "cpu": "cpu (C++)", "triton": "tri
 
 def ops_table():
     """op x backend, with the storage types each accepts for its first tensor."""
-    from fastalign.runtime.dispatch import BACKENDS, OPS
+    from fastalign.runtime.backends import BACKENDS
+    from fastalign.runtime.op import OPS
 
     lines = ["| op | " + " | ".join(WHY[b] for b in BACKENDS) + " |", "|---" * (1 + len(BACKENDS)) + "|"]
     for name, op in OPS.items():
-        cells = [
-            " ".join(str(d).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for d in op.dtypes[b]) for b in BACKENDS
-        ]
+        cells = [" ".join(str(d).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for d in op.takes(b)) for b in BACKENDS]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -24,7 +24,8 @@ from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceBwd, PreferenceFwd
 from fastalign.ops.sequence_sum.op import SequenceSumBwd, SequenceSumFwd
 from fastalign.ops.token_stats.contract import RowGradients, ScaleRows, TokenStatsBwd, TokenStatsFused, TokenStatsFwd
-from fastalign.runtime import checks, dispatch, ffi
+from fastalign.runtime import backends, checks, ffi, op
+from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,12 +35,40 @@ def test_priority_and_explain():
     x = make_logits(2, 9)
     text = fa.explain("token_logprobs", x)
     assert "cpu" in text.splitlines()[0] and "the CUDA kernels do not serve cpu tensors" in text or "without CUDA" in text
-    assert "chosen" in text and all(name in text for name in dispatch.BACKENDS)
+    assert "chosen" in text and all(name in text for name in backends.BACKENDS)
     assert fa.backends()["reference"] == fa.backends()["cpu"] == "available"
     with fa.use_backend("reference"):
         assert "reference" in fa.explain("sequence_sum", torch.ones(3)).splitlines()[0]
     with pytest.raises(ValueError, match="op='gea' is unknown; legal: .*token_stats_fwd"):
         fa.explain("gea", x)
+
+
+def _gae(length):
+    cu = torch.tensor([0, length], dtype=torch.int32)
+    return GaeFwd(torch.ones(length), torch.zeros(length), cu, None, None, None, None, 1.0, 1.0)
+
+
+def test_an_op_has_an_order_of_its_own(monkeypatch):
+    op = OPS["gae_fwd"]
+    monkeypatch.setattr(op, "_able", {})
+    monkeypatch.setattr(op, "order", {"cpu": ("reference", "cpu")})
+    assert fa.explain("gae", torch.ones(3)).splitlines()[0].endswith(": reference")
+    assert op.select(torch.ones(3)).__module__ == "fastalign.ops.gae.reference"
+    assert fa.explain("sequence_sum", torch.ones(3)).splitlines()[0].endswith(": cpu")
+
+
+def test_a_backend_declines_a_call_by_its_arguments(monkeypatch):
+    """The next one serves it, `explain` says why, and a forced backend that declines is an error with the reason."""
+    op, why = OPS["gae_fwd"], "more than 8 tokens, for the test"
+    monkeypatch.setattr(op, "declines", {"cpu": lambda a: why if a.rewards.shape[0] > 8 else None})
+    short, long = _gae(3), _gae(9)
+    assert fa.explain("gae", short).splitlines()[0].endswith(": cpu")
+    text = fa.explain("gae_fwd", long)
+    assert text.splitlines()[0].endswith(": reference") and f"cpu       {why}" in text
+    assert op.select(long.rewards, short) is not op.select(long.rewards, long)
+    assert fa.gae(long.rewards, long.values, long.cu_seqlens, lam=1.0).returns[0] == 9.0
+    with fa.use_backend("cpu"), pytest.raises(fa.BackendError, match=why):
+        fa.gae(long.rewards, long.values, long.cu_seqlens)
 
 
 def test_what_is_available_is_what_can_run_here(monkeypatch):
@@ -50,7 +79,7 @@ def test_what_is_available_is_what_can_run_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "triton"):
         assert fa.backends()[name].startswith("no CUDA device is visible to torch")
-        assert ffi.why_not(name, "cuda") == fa.backends()[name]
+        assert backends.why_not(name, "cuda") == fa.backends()[name]
     monkeypatch.setattr(ffi, "TRITON_INTERPRETED", True)
     assert fa.backends()["triton"] == "available"
     monkeypatch.setattr(ffi, "_emulator", object())
@@ -70,7 +99,7 @@ def test_cpu_calls_do_not_ask_for_a_device(monkeypatch):
         raise AssertionError("torch.cuda.is_available was asked")
 
     monkeypatch.setattr(torch.cuda, "is_available", refuse)
-    monkeypatch.setattr(dispatch.OPS["sequence_sum_fwd"], "_chosen", {})
+    monkeypatch.setattr(OPS["sequence_sum_fwd"], "_able", {})
     assert fa.sequence_sum(torch.ones(2), torch.tensor([0, 2], dtype=torch.int32)).tolist() == [2.0]
 
 
@@ -93,14 +122,14 @@ def test_forced_backend_never_falls_back():
         fa.token_logprobs(make_logits(2, 9), make_labels(2, 9))
     with pytest.raises(ValueError, match="backend='cdua' is unknown; legal: reference, cpu, triton, cuda"):
         fa.use_backend("cdua")
-    assert dispatch.forced() is None
+    assert backends.forced() is None
 
 
 def test_plain_call_forces_for_good():
     fa.use_backend("reference")
-    assert dispatch.forced() == "reference"
+    assert backends.forced() == "reference"
     fa.use_backend(None)
-    assert dispatch.forced() is None
+    assert backends.forced() is None
 
 
 def _in_thread(work):
@@ -113,26 +142,26 @@ def test_threads_choose_for_themselves():
     entered, left = threading.Barrier(3, timeout=60), threading.Barrier(3, timeout=60)
 
     def work(name, first_out):
-        seen = [dispatch.forced()]
+        seen = [backends.forced()]
         with fa.use_backend(name):
             entered.wait()
-            seen.append(dispatch.forced())
+            seen.append(backends.forced())
             left.wait() if not first_out else None
         left.wait() if first_out else None
-        return [*seen, dispatch.forced()]
+        return [*seen, backends.forced()]
 
     with fa.use_backend("triton"), ThreadPoolExecutor(2) as pool:
         one, two = pool.submit(work, "reference", True), pool.submit(work, "cpu", False)
         entered.wait()
-        assert dispatch.forced() == "triton"
+        assert backends.forced() == "triton"
         left.wait()
         assert one.result() == ["triton", "reference", "triton"] and two.result() == ["triton", "cpu", "triton"]
-    assert dispatch.forced() is None and _in_thread(dispatch.forced) is None
+    assert backends.forced() is None and _in_thread(backends.forced) is None
     fa.use_backend("reference")
-    assert _in_thread(dispatch.forced) == "reference"
-    assert _in_thread(lambda: (fa.use_backend("cpu"), dispatch.forced())[1]) == "cpu" and dispatch.forced() == "reference"
+    assert _in_thread(backends.forced) == "reference"
+    assert _in_thread(lambda: (fa.use_backend("cpu"), backends.forced())[1]) == "cpu" and backends.forced() == "reference"
     fa.use_backend(None)
-    assert _in_thread(dispatch.forced) is None
+    assert _in_thread(backends.forced) is None
 
 
 def test_tasks_choose_for_themselves():
@@ -140,19 +169,19 @@ def test_tasks_choose_for_themselves():
         with fa.use_backend(name):
             for _ in range(steps):
                 await asyncio.sleep(0)
-                assert dispatch.forced() == name
+                assert backends.forced() == name
 
     async def together():
         await asyncio.gather(work("cpu", 5), work("reference", 9), work(None, 2))
 
     asyncio.run(together())
-    assert dispatch.forced() is None and _in_thread(dispatch.forced) is None
+    assert backends.forced() is None and _in_thread(backends.forced) is None
 
 
 def test_backward_runs_on_the_backend_of_forward(monkeypatch):
     """Also on another thread, as autograd's for a GPU is, and after the choice has ended or changed."""
-    ran, select = [], dispatch.Op.select
-    monkeypatch.setattr(dispatch.Op, "select", lambda self, x: (ran.append((self.name, dispatch.forced())), select(self, x))[1])
+    ran, select = [], op.Op.select
+    monkeypatch.setattr(op.Op, "select", lambda self, *call: (ran.append((self.name, backends.forced())), select(self, *call))[1])
     x = make_logits(2, 9).requires_grad_()
 
     def forward(name):
@@ -164,7 +193,7 @@ def test_backward_runs_on_the_backend_of_forward(monkeypatch):
             loss = forward(name)
             with fa.use_backend("triton"):
                 where(loss.backward)
-                assert dispatch.forced() == "triton"
+                assert backends.forced() == "triton"
             assert ran == [("token_stats_fwd", name), ("token_stats_bwd", name)]
             ran.clear()
     loss = _in_thread(lambda: forward("reference"))
@@ -211,7 +240,7 @@ print(fa.explain("token_logprobs", x).splitlines()[0])
 def _op_samples():
     """(op, its arguments one by one)."""
     for name, a in _samples():
-        yield name, dispatch.OPS[name].declaration.flatten(a)
+        yield name, OPS[name].declaration.flatten(a)
 
 
 def _policy_samples(batch):
@@ -223,7 +252,7 @@ def _policy_samples(batch):
     plain = PolicyParams(*gspo[: policy_params.SCALAR_COUNT], *[0] * (len(gspo) - policy_params.SCALAR_COUNT))
     yield "policy_fwd", PolicyFwd(lp, None, lp, None, None, None, None, None, None, None, None, plain, False)
     yield "value_fwd", ValueFwd(lp, ref, ref, cu, mask, None, 0.2, 1, 1.0)
-    _, slopes, entropy_slopes, stats = dispatch.OPS["policy_fwd"](full)
+    _, slopes, entropy_slopes, stats = OPS["policy_fwd"](full)
     yield "policy_bwd", PolicyBwd(torch.ones(()), slopes, entropy_slopes, stats)
 
 
@@ -231,13 +260,13 @@ def _row_samples():
     x, labels, ref, ones = make_logits(3, 17), make_labels(3, 17).unsqueeze(-1), make_logits(3, 17, seed=1), torch.ones(3)
     plain, pair = rows_of(x, labels), rows_of(x, labels, ref=ref)
     forward = TokenStatsFwd(plain, 63, None, None)
-    state = dispatch.OPS["token_stats_fwd"](forward)[-2]
+    state = OPS["token_stats_fwd"](forward)[-2]
     yield "token_stats_fwd", forward
     yield "token_stats_fwd", TokenStatsFwd(rows_of(x, temperature=torch.tensor(0.5)), 2, None, None)
     yield "token_stats_bwd", TokenStatsBwd(plain, state, RowGradients(torch.ones(3, 1)))
     yield "token_stats_bwd_", TokenStatsBwd(rows_of(x.clone(), labels), state, RowGradients(g_entropy=ones))
     both = TokenStatsFwd(pair, 511, None, None)
-    *_, state, _ = dispatch.OPS["token_stats_fwd"](both)
+    *_, state, _ = OPS["token_stats_fwd"](both)
     yield "token_stats_fwd", both
     upstream = RowGradients(torch.ones(3, 1), g_kl_policy_ref=ones, g_kl_ref_policy=ones)
     yield "token_stats_bwd", TokenStatsBwd(pair, state, upstream)
@@ -258,7 +287,7 @@ def _samples():
     tokens = PairTokens(lp, ref, cu_seqlens=cu, mask=mask)
     forward = PreferenceFwd(tokens, None, PairTensors(), params, 3, True)
     yield "preference_fwd", forward
-    _, _, table, sums = dispatch.OPS["preference_fwd"](forward)
+    _, _, table, sums = OPS["preference_fwd"](forward)
     yield "preference_bwd", PreferenceBwd(torch.ones(()), tokens, sums, table, params, True)
     yield "gae_fwd", GaeFwd(lp, ref, cu, mask, torch.ones(6), torch.tensor(0.9), None, 0.0, 0.95)
     yield from _policy_samples(batch)
@@ -270,11 +299,11 @@ def _samples():
 @pytest.mark.parametrize("index", range(len(list(_op_samples()))))
 def test_opcheck(index):
     name, args = list(_op_samples())[index]
-    torch.library.opcheck(dispatch.OPS[name].overload, args)
+    torch.library.opcheck(OPS[name].overload, args)
 
 
 def test_every_op_is_checked():
-    assert {name for name, _ in _op_samples()} == set(dispatch.OPS)
+    assert {name for name, _ in _op_samples()} == set(OPS)
 
 
 def test_compile_fullgraph():  # H1
@@ -343,7 +372,7 @@ def test_the_dispatcher_is_passed_by_where_nobody_listens(monkeypatch):
         raise AssertionError("through the dispatcher")
 
     for name in ("preference_fwd", "preference_bwd"):
-        monkeypatch.setattr(dispatch.OPS[name], "overload", refuse)
+        monkeypatch.setattr(OPS[name], "overload", refuse)
     _small_loss().backward()
 
 
@@ -375,25 +404,25 @@ def test_tensor_subclasses_reach_the_dispatcher():
 
     seen = []
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    dispatch.OPS["sequence_sum_fwd"](SequenceSumFwd(torch.ones(2).as_subclass(Tagged), cu, None, None))
+    OPS["sequence_sum_fwd"](SequenceSumFwd(torch.ones(2).as_subclass(Tagged), cu, None, None))
     assert any("sequence_sum_fwd" in name for name in seen)
 
 
 def test_transforms_are_not_passed_by():
     x, cu = torch.arange(6.0).view(3, 2), torch.tensor([0, 2], dtype=torch.int32)
-    sums = torch.vmap(lambda row: dispatch.OPS["sequence_sum_fwd"](SequenceSumFwd(row, cu, None, None))[0])(x)
+    sums = torch.vmap(lambda row: OPS["sequence_sum_fwd"](SequenceSumFwd(row, cu, None, None))[0])(x)
     assert sums.flatten().tolist() == [1.0, 5.0, 9.0]
 
 
 def test_a_trace_holds_the_op():
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    traced = torch.jit.trace(lambda x: dispatch.OPS["sequence_sum_fwd"](SequenceSumFwd(x, cu, None, None))[0], torch.ones(2))
+    traced = torch.jit.trace(lambda x: OPS["sequence_sum_fwd"](SequenceSumFwd(x, cu, None, None))[0], torch.ones(2))
     assert float(traced(torch.tensor([3.0, 4.0]))) == 7.0
 
 
 def test_without_torchs_private_names_all_goes_through_the_dispatcher(monkeypatch):
-    monkeypatch.setattr(dispatch, "_can_tell", False)
-    monkeypatch.setattr(dispatch.OPS["preference_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
+    monkeypatch.setattr(op, "_can_tell", False)
+    monkeypatch.setattr(OPS["preference_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
     with pytest.raises(KeyError, match="dispatched"):
         _small_loss()
 

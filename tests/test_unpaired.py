@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastalign as fa
-from fastalign.runtime import dispatch
+from fastalign.runtime import op
 from fastalign.testing import gradient, make_batch
 
 DESIRABLE = torch.tensor([True, False, False, True, True, False])
@@ -69,8 +69,8 @@ def test_loss_equals_its_paper(name, reduction, backend):
 def test_one_launch_each_way(name, monkeypatch):
     """Both classes and the anchor in one evaluation of the pair kernel; only a rule that must see all sums first (bco's state) takes two."""
     calls = []
-    run = dispatch.Op._run
-    monkeypatch.setattr(dispatch.Op, "_run", lambda op, *args: (calls.append(op.name), run(op, *args))[1])
+    run = op.Op._run
+    monkeypatch.setattr(op.Op, "_run", lambda op, *args: (calls.append(op.name), run(op, *args))[1])
     batch = make_batch(3)
     call(batch, batch.logprobs.requires_grad_(), loss=name, **PAPERS[name][0]).loss.backward()
     assert calls == ["preference_fwd", "preference_bwd"]

@@ -16,7 +16,7 @@ from fastalign.bench.cases import make_case
 from fastalign.bench.measure import Result, add_bandwidth, cache_bytes, ceiling_bytes, ceilings, measure, read_bandwidth
 from fastalign.bench.shapes import OPS, SHAPES
 from fastalign.cli.console import Parser, table
-from fastalign.runtime import dispatch, ffi
+from fastalign.runtime import backends
 
 # Seconds of timing per case, samples at least and at most.
 EFFORT = {"cpu": (8.0, 5, 50), "cpu-quick": (1.5, 3, 20), "cuda": (5.0, 20, 100), "cuda-quick": (2.0, 20, 50), "tiny": (0.0, 2, 2)}
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--backend",
         action="append",
-        choices=dispatch.BACKENDS,
+        choices=backends.BACKENDS,
         metavar="NAME",
         help="only this backend of fastalign (repeatable); default: all that can serve the call, the reference only where it is alone",
     )
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         parser.error("--device cuda: torch sees no CUDA device")
     device = torch.device("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
     for name in arguments.backend or ():
-        if why := ffi.why_not(name, device.type):
+        if why := backends.why_not(name, device.type):
             parser.error(f"--backend {name}: {why}")
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.absolute().parent.is_dir():

@@ -11,7 +11,8 @@ import torch
 import fastalign
 from fastalign.cli.console import Parser, table
 from fastalign.runtime import ffi
-from fastalign.runtime.dispatch import BACKENDS, OPS
+from fastalign.runtime.backends import BACKENDS, why_not
+from fastalign.runtime.op import OPS
 
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -44,7 +45,7 @@ def extension() -> dict[str, Any]:
     """Build flags of fastalign._C, and the instruction set that its CPU kernels use here."""
     info = ffi.build_info()
     if not info:
-        return {"fastalign._C": ffi.why_not("cpu", "cpu")}
+        return {"fastalign._C": why_not("cpu", "cpu")}
     facts = {"version": info["version"], "compiler": info["compiler"], "CPU kernels": "yes" if info["cpu"] else "no"}
     if info["cpu"]:
         facts["instruction set"] = f"{info['cpu_isa']} (of {', '.join(info['cpu_isas'])})"
@@ -111,5 +112,5 @@ def _chosen(name: str, tensor: torch.Tensor) -> str:
 
 def table_markdown() -> str:
     """The table op x backend of the README: which storage types each backend takes. The same on every machine."""
-    rows = [[f"`{name}`", *(" ".join(_SHORT[dtype] for dtype in op.dtypes[backend]) for backend in BACKENDS)] for name, op in OPS.items()]
+    rows = [[f"`{name}`", *(" ".join(_SHORT[dtype] for dtype in op.takes(backend)) for backend in BACKENDS)] for name, op in OPS.items()]
     return table(["op", *BACKENDS], rows)

@@ -9,7 +9,7 @@ import sys
 
 import fastalign
 from fastalign.cli.console import Parser
-from fastalign.runtime.dispatch import BackendError
+from fastalign.runtime.backends import BackendError
 
 COMMANDS = {
     "info": ("versions, build flags, and which backend serves which operation", "fastalign.cli.info"),

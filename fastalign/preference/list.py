@@ -65,7 +65,7 @@ def listwise_loss(
     Raises:
         ValueError, TypeError: unknown loss or option, shapes, dtypes, devices, missing mask or reference log-probs; on the CPU also offsets that
             do not run from 0 to S, a list of more than 64 responses and scores that are not finite. On a GPU, where values are not looked at,
-            the loss of such a list is NaN (`fastalign.runtime.dispatch.debug_checks` raises there too).
+            the loss of such a list is NaN (`fastalign.runtime.op.debug_checks` raises there too).
     """
     preset, tensors = resolve_listwise(loss, options)
     check_choice("reduction", reduction, REDUCTIONS)

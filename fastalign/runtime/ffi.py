@@ -52,22 +52,28 @@ def emulator() -> Any:
     return _emulator
 
 
-def why_not(backend: str, device_type: str) -> str | None:
-    """None if `backend` is present and serves tensors on `device_type`; otherwise the reason."""
-    if backend == "reference":
-        return None
-    if backend == "triton":
-        if _triton_error:
-            return _triton_error
-        if device_type == "cpu":
-            return None if TRITON_INTERPRETED else "Triton runs on CPU tensors only under TRITON_INTERPRET=1"
-        return _no_device() if device_type == "cuda" else f"Triton is not used on {device_type} tensors"
-    if backend == "cuda" and _emulator is not None:
+def why_not_triton(device_type: str) -> str | None:
+    """None if Triton is present and serves tensors on `device_type`; otherwise the reason."""
+    if _triton_error:
+        return _triton_error
+    if device_type == "cpu":
+        return None if TRITON_INTERPRETED else "Triton runs on CPU tensors only under TRITON_INTERPRET=1"
+    return _no_device() if device_type == "cuda" else f"Triton is not used on {device_type} tensors"
+
+
+def why_not_cpu(device_type: str) -> str | None:
+    """Likewise for the extension's CPU kernels."""
+    if _extension is None:
+        return _extension_error
+    return None if device_type == "cpu" else f"the CPU kernels do not serve {device_type} tensors"
+
+
+def why_not_cuda(device_type: str) -> str | None:
+    """Likewise for its CUDA kernels."""
+    if _emulator is not None:
         return None if device_type == "cpu" else "the CUDA emulator serves CPU tensors only"
     if _extension is None:
         return _extension_error
-    if backend == "cpu":
-        return None if device_type == "cpu" else f"the CPU kernels do not serve {device_type} tensors"
     if not _extension_has_cuda:
         return "the extension was built without CUDA (nvcc was not found, or FASTALIGN_CUDA=0)"
     if device_type != "cuda":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fastalign.runtime import dispatch
+from fastalign.runtime import backends
 
 
 class Function(torch.autograd.Function):
@@ -37,7 +37,7 @@ def _recording(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def recorded(ctx: Any, *args: Any) -> Any:
         if not torch.compiler.is_compiling():  # the compiler's graph holds ops, which choose where they run
-            ctx.forced = dispatch.forced()
+            ctx.forced = backends.forced()
         return forward(ctx, *args)
 
     return recorded
@@ -53,9 +53,9 @@ def _first_order(backward: Callable[..., Any], names: str) -> Callable[..., Any]
                 f"{names} can be differentiated once: create_graph=True (hessian, hvp, a gradient penalty) asks for a graph of the gradient, "
                 "which the kernels do not have. For second derivatives write the loss in plain PyTorch"
             )
-        if ctx.forced == dispatch.forced():
+        if ctx.forced == backends.forced():
             return backward(ctx, *grads)
-        with dispatch.on_backend(ctx.forced):
+        with backends.on_backend(ctx.forced):
             return backward(ctx, *grads)
 
     return first_order

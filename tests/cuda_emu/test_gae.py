@@ -10,7 +10,8 @@ import torch
 
 import fastalign as fa
 from fastalign.ops.gae.native import TILE
-from fastalign.runtime import dispatch, ffi
+from fastalign.runtime import ffi
+from fastalign.runtime.op import OPS
 
 WHERE = ("cuda", "cpu")  # the contract tests' backend and device arguments
 CU = [0, 3, 3, TILE, 2 * TILE, 4 * TILE + 1, 4 * TILE + 2, 7 * TILE + 2]  # sequences of a tile, just more, and several
@@ -57,7 +58,7 @@ def test_one_long_sequence_is_served_by_tiles(emulated):
 @pytest.mark.parametrize("cu", [[0, 4, 3000], [0, 7, 3, 2500], [-2, 4, 2500], [2, 4, 2500], [0, 2000]], ids=str)
 def test_malformed_packing_gives_nan_and_writes_everything(scheme, monkeypatch, cu):
     """On a GPU cu_seqlens is not checked: the moments are NaN, and so is every token that belongs to no sequence."""
-    monkeypatch.setattr(dispatch.OPS["gae_fwd"], "check", None)
+    monkeypatch.setattr(OPS["gae_fwd"], "check", None)
     empty = ffi.empty
     monkeypatch.setattr(ffi, "empty", lambda *args: empty(*args).fill_(-7.0))
     out = fa.gae(torch.ones(2500), torch.ones(2500), torch.tensor(cu, dtype=torch.int32))

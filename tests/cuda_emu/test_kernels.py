@@ -14,7 +14,8 @@ import torch
 from cuda_emu import build, plugin
 
 import fastalign as fa
-from fastalign.runtime import dispatch, ffi
+from fastalign.runtime import backends, ffi
+from fastalign.runtime.op import OPS
 from fastalign.testing import make_labels, make_logits
 
 WHERE = ("cuda", "cpu")  # the contract tests' backend and device arguments
@@ -68,7 +69,7 @@ def test_automatic_cluster_of_a_long_row(emulated):
 def test_fp64_is_refused_by_the_kernels_too(emulated):
     x = torch.zeros(1, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="fp32, bf16 and fp16"), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(dispatch.OPS["token_stats_fwd"].dtypes, "cuda", (torch.float64,))
+        patch.setattr(backends, "in_fp64", lambda name: True)
         fa.token_stats(x, outputs=("entropy",))
 
 
@@ -169,14 +170,14 @@ def test_backward_of_a_row_in_several_chunks(emulated, dtype):
 
 def test_malformed_packing_gives_nan_and_writes_everything(emulated, monkeypatch):
     """On a GPU cu_seqlens and pairs are not checked: what depends on a wrong value must be NaN, never garbage or a stray access."""
-    monkeypatch.setattr(dispatch.OPS["sequence_sum_fwd"], "check", None)
-    monkeypatch.setattr(dispatch.OPS["preference_fwd"], "check", None)
+    monkeypatch.setattr(OPS["sequence_sum_fwd"], "check", None)
+    monkeypatch.setattr(OPS["preference_fwd"], "check", None)
     x = torch.ones(10)
     for cu in ([0, 4, 30], [0, 7, 3, 10], [-2, 4, 10]):
         sums = fa.sequence_sum(x, torch.tensor(cu, dtype=torch.int32))
         assert bool(torch.isnan(sums).any())
     lp = torch.full((10,), -1.0, requires_grad=True)
-    monkeypatch.setattr(dispatch.OPS["policy_fwd"], "check", None)
+    monkeypatch.setattr(OPS["policy_fwd"], "check", None)
     for cu in ([0, 4, 30], [0, 7, 3], [2, 4, 10]):
         options = {"cu_seqlens": torch.tensor(cu, dtype=torch.int32), "mask": torch.ones(10, dtype=torch.bool)}
         loss = fa.policy_loss(lp, lp.detach(), torch.ones(2), loss="gspo", **options).loss

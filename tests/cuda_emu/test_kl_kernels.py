@@ -16,7 +16,7 @@ import fastalign as fa
 from fastalign.ops.token_stats import fused as ops
 from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients, ScaleRows, TokenStatsFused
 from fastalign.ops.token_stats.op import RowOptions
-from fastalign.runtime import dispatch
+from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, make_labels, make_logits
 
 KLS = contract.KLS
@@ -123,7 +123,7 @@ def test_what_one_read_does_not_serve(emulated):
 
 def test_bad_label_and_bad_rows_in_one_read(emulated, monkeypatch):
     """On a GPU labels are not checked: the row is NaN, its neighbours are not touched."""
-    monkeypatch.setattr(dispatch.OPS["token_stats_fused"], "check", None)
+    monkeypatch.setattr(OPS["token_stats_fused"], "check", None)
     x, ref = contract.make_pair(4, 300)
     labels = torch.tensor([[3], [300], [5], [7]])
     clean = fused(x, ref, torch.tensor([[3], [4], [5], [7]]))

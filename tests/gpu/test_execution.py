@@ -11,7 +11,7 @@ import torch
 from calls import NAMES, public_calls
 
 import fastalign as fa
-from fastalign.runtime.dispatch import debug_checks
+from fastalign.runtime.op import debug_checks
 from fastalign.testing import make_batch, make_labels, make_logits
 
 

@@ -11,7 +11,7 @@ from fastalign.runtime.checks import (
     check_cu_seqlens_values,
     check_number,
 )
-from fastalign.runtime.dispatch import Op, scalar_dtypes, standard_kernels
+from fastalign.runtime.op import SCALAR_DTYPES, Op
 
 
 class GaeFwd(NamedTuple):
@@ -40,8 +40,9 @@ gae_fwd = Op(
     GaeFwd,
     "(Tensor, Tensor, Tensor)",
     lambda a: (torch.empty_like(a.rewards), torch.empty_like(a.rewards), a.rewards.new_empty(3)),
-    standard_kernels("gae", "gae_fwd"),
-    scalar_dtypes(),
+    "gae",
+    SCALAR_DTYPES,
     check=_check_values,
+    public=("gae",),
 )
 # Results: advantages [T], returns [T], moments [3] (count, mean, m2).

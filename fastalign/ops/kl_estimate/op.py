@@ -8,8 +8,8 @@ import torch
 
 from fastalign.ops.slopes import times_slope
 from fastalign.runtime.arguments import In
-from fastalign.runtime.dispatch import Op, scalar_dtypes, standard_kernels
 from fastalign.runtime.function import Function
+from fastalign.runtime.op import SCALAR_DTYPES, Op
 
 KINDS = ("k1", "k2", "k3", "abs")  # the position is the code in csrc/math/scalar.h (KlKind)
 
@@ -26,8 +26,9 @@ kl_estimate_fwd = Op(
     KlEstimateFwd,
     "(Tensor, Tensor)",
     lambda a: (torch.empty_like(a.logprobs), a.logprobs.new_empty(a.logprobs.shape[0] if a.with_slope else 0)),
-    standard_kernels("kl_estimate", "kl_estimate_fwd"),
-    scalar_dtypes(),
+    "kl_estimate",
+    SCALAR_DTYPES,
+    public=("kl_estimate",),
 )
 # Results: value and d value / d logprobs, both [n]; the latter empty(0) if not `with_slope`.
 

@@ -15,8 +15,8 @@ from fastalign.runtime.arguments import In, Maybe
 from fastalign.runtime.checks import (
     check_cu_seqlens_values,
 )
-from fastalign.runtime.dispatch import Op, scalar_dtypes, standard_kernels
 from fastalign.runtime.function import Function
+from fastalign.runtime.op import SCALAR_DTYPES, Op
 
 TABLE_WIDTH = 9
 
@@ -58,9 +58,14 @@ listwise_fwd = Op(
     ListwiseFwd,
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
-    standard_kernels("listwise", "listwise_fwd"),
-    scalar_dtypes(),
+    "listwise",
+    SCALAR_DTYPES,
     check=_check_values,
+    public=(
+        "listwise_loss",
+        "listwise_loss_from_sums",
+        "kwise_reward_loss",
+    ),
 )
 # sums [S, SUM_WIDTH]: as in the pair kernel (policy, ratio, length, KL, SFT, SFT length). list_offsets [L + 1] int32. scores [S].
 # Results: loss [], list_loss [L], slopes [S] = d loss (or d list_loss) / d policy sum, SFT term included, rewards [S] = beta a,

@@ -12,9 +12,9 @@ from fastalign.runtime.arguments import In, Maybe
 from fastalign.runtime.checks import (
     check_cu_seqlens_values,
 )
-from fastalign.runtime.dispatch import Op, scalar_dtypes, standard_kernels
 from fastalign.runtime.function import Function
 from fastalign.runtime.layout import refuse
+from fastalign.runtime.op import SCALAR_DTYPES, Op
 
 
 class PolicyFwd(NamedTuple):
@@ -89,10 +89,11 @@ policy_fwd = Op(
         a.logprobs.new_empty(a.logprobs.shape[0] if a.with_entropy_grad else 0),
         a.logprobs.new_empty(len(STATS)),
     ),
-    standard_kernels("policy", "policy_fwd"),
-    scalar_dtypes(),
+    "policy",
+    SCALAR_DTYPES,
     _policy_rules,
     _check_values,
+    public=("policy_loss",),
 )
 # Results: loss [], slopes [T] in the log-probs and in the entropy ([T] or empty(0)), both still to be divided by the number of items, stats [STATS]
 # with that number first.
@@ -101,9 +102,10 @@ value_fwd = Op(
     ValueFwd,
     "(Tensor, Tensor, Tensor)",
     lambda a: (a.values.new_empty(()), torch.empty_like(a.values), a.values.new_empty(len(VALUE_STATS))),
-    standard_kernels("policy", "value_fwd"),
-    scalar_dtypes(),
+    "policy",
+    SCALAR_DTYPES,
     check=_check_values,
+    public=("value_loss",),
 )
 # Results: loss [], slopes [T] before the division by items, stats [VALUE_STATS].
 policy_bwd = Op(
@@ -111,8 +113,8 @@ policy_bwd = Op(
     PolicyBwd,
     "(Tensor, Tensor)",
     lambda a: (torch.empty_like(a.slopes), torch.empty_like(a.entropy_slopes)),
-    standard_kernels("policy", "policy_bwd"),
-    scalar_dtypes(),
+    "policy",
+    SCALAR_DTYPES,
     _bwd_rules,
 )
 # grad []: each slope times grad, divided by stats[0], the number of items. Serves both losses.

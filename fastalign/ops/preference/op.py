@@ -13,9 +13,9 @@ from fastalign.runtime.checks import (
     check_cu_seqlens_values,
     check_pairs_values,
 )
-from fastalign.runtime.dispatch import Op, scalar_dtypes, standard_kernels
 from fastalign.runtime.function import Function
 from fastalign.runtime.layout import refuse
+from fastalign.runtime.op import SCALAR_DTYPES, Op
 
 SUM_WIDTH, TABLE_WIDTH = 6, 11
 
@@ -122,10 +122,15 @@ preference_fwd = Op(
     PreferenceFwd,
     "(Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
-    standard_kernels("preference", "preference_fwd"),
-    scalar_dtypes(),
+    "preference",
+    SCALAR_DTYPES,
     _fwd_rules,
     _check_values,
+    public=(
+        "preference_loss",
+        "preference_loss_from_sums",
+        "reward_loss",
+    ),
 )
 # Results: loss [], pair_loss [P], table [P, TABLE_WIDTH] (columns: csrc/math/pair.h; all three empty(0) if not `table`), sums [P, 2, SUM_WIDTH].
 preference_bwd = Op(
@@ -133,8 +138,8 @@ preference_bwd = Op(
     PreferenceBwd,
     "(Tensor, Tensor)",
     _bwd_fake,
-    standard_kernels("preference", "preference_bwd"),
-    scalar_dtypes(),
+    "preference",
+    SCALAR_DTYPES,
     _bwd_rules,
 )
 # Results: d logprobs [T], d kl [T] or empty(0).

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from fastalign.runtime.arguments import In, Maybe, SymInt
 from fastalign.runtime.checks import check_cu_seqlens_values
-from fastalign.runtime.dispatch import Op, scalar_dtypes, standard_kernels
 from fastalign.runtime.function import Function
+from fastalign.runtime.op import SCALAR_DTYPES, Op
 
 
 class SequenceSumFwd(NamedTuple):
@@ -30,9 +30,10 @@ sequence_sum_fwd = Op(
     SequenceSumFwd,
     "(Tensor, Tensor)",
     lambda a: tuple(a.x.new_empty(a.cu_seqlens.shape[0] - 1) for _ in range(2)),
-    standard_kernels("sequence_sum", "sequence_sum_fwd"),
-    scalar_dtypes(),
+    "sequence_sum",
+    SCALAR_DTYPES,
     check=lambda a: check_cu_seqlens_values(a.cu_seqlens, a.x.numel()),
+    public=("sequence_sum",),
 )
 # Results: sums [S] of weights * x over scored tokens, counts [S] of scored tokens, both in x's dtype.
 sequence_sum_bwd = Op(
@@ -40,8 +41,8 @@ sequence_sum_bwd = Op(
     SequenceSumBwd,
     "Tensor",
     lambda a: a.grad.new_empty(a.tokens),
-    standard_kernels("sequence_sum", "sequence_sum_bwd"),
-    scalar_dtypes(),
+    "sequence_sum",
+    SCALAR_DTYPES,
 )
 
 

@@ -16,8 +16,8 @@ from fastalign.ops.token_stats.contract import (
 )
 from fastalign.ops.token_stats.op import check_values, token_stats_fwd
 from fastalign.runtime import ffi, overwrite
-from fastalign.runtime.dispatch import Op, row_dtypes, standard_kernels
 from fastalign.runtime.function import Function
+from fastalign.runtime.op import ROW_DTYPES, Op
 
 DIRECTIONS = {"policy_ref": "kl_policy_ref", "ref_policy": "kl_ref_policy"}
 
@@ -37,10 +37,11 @@ token_stats_fused = Op(
     TokenStatsFused,
     f"({', '.join(['Tensor'] * (len(OUTPUT_BITS) + 1))})",
     lambda a: (*_outputs(a), torch.empty_like(a.rows.logits, memory_format=torch.contiguous_format)),
-    standard_kernels("token_stats", "token_stats_fused"),
-    row_dtypes(),
+    "token_stats",
+    ROW_DTYPES,
     _rules,
     check_values,
+    public=("token_kl_loss",),
 )
 # Results: the outputs in the order of OUTPUT_BITS, and d loss / d logits; the op with an underscore writes that over the logits.
 token_stats_fused_ = Op(
@@ -48,8 +49,8 @@ token_stats_fused_ = Op(
     TokenStatsFused,
     f"({', '.join(['Tensor'] * len(OUTPUT_BITS))})",
     lambda a: tuple(_outputs(a)),
-    standard_kernels("token_stats", "token_stats_fused_"),
-    row_dtypes(),
+    "token_stats",
+    ROW_DTYPES,
     _rules,
     check_values,
     writes="logits",
@@ -59,8 +60,8 @@ scale_rows_ = Op(
     ScaleRows,
     "()",
     lambda a: None,
-    standard_kernels("token_stats", "scale_rows_"),
-    row_dtypes(),
+    "token_stats",
+    ROW_DTYPES,
     writes="x",
 )
 # x [..., V] *= scale, which costs nothing where scale is 1.

@@ -16,8 +16,8 @@ from fastalign.ops.token_stats.contract import (
     row_rules,
 )
 from fastalign.runtime import ffi, overwrite
-from fastalign.runtime.dispatch import Op, row_dtypes, standard_kernels
 from fastalign.runtime.function import Function
+from fastalign.runtime.op import ROW_DTYPES, Op
 
 
 def _fwd_fake(a: TokenStatsFwd) -> tuple[torch.Tensor, ...]:
@@ -48,19 +48,22 @@ def _bwd_rules(a: TokenStatsBwd) -> None:
     row_rules(a.rows, upstream=a.upstream)
 
 
-def _kernels(function: str) -> dict[str, str]:
-    return standard_kernels("token_stats", function)
-
-
 token_stats_fwd = Op(
     "token_stats_fwd",
     TokenStatsFwd,
     f"({', '.join(['Tensor'] * (len(OUTPUT_BITS) + 2))})",
     _fwd_fake,
-    _kernels("token_stats_fwd"),
-    row_dtypes(),
+    "token_stats",
+    ROW_DTYPES,
     lambda a: row_rules(a.rows, a.outputs, target_in=a.target_in),
     check_values,
+    public=(
+        "token_stats",
+        "token_logprobs",
+        "selective_log_softmax",
+        "entropy_from_logits",
+        "token_kl",
+    ),
 )
 # Results: the outputs in the order of OUTPUT_BITS (PER_LABEL [rows, K], the others [rows]; empty(0) if not asked for), state [rows, STATE_WIDTH],
 # target [rows, K], with ref_logits [2, rows, K] for policy and reference (raw logit of each label, after tanh if capped; -inf while its shard has
@@ -70,8 +73,8 @@ token_stats_bwd = Op(
     TokenStatsBwd,
     "Tensor",
     lambda a: torch.empty_like(a.rows.logits, memory_format=torch.contiguous_format),
-    _kernels("token_stats_bwd"),
-    row_dtypes(),
+    "token_stats",
+    ROW_DTYPES,
     _bwd_rules,
 )
 # Result: d loss / d logits (logits' shape and dtype, contiguous); the op with an underscore writes it over the logits.
@@ -80,8 +83,8 @@ token_stats_bwd_ = Op(
     TokenStatsBwd,
     "()",
     lambda a: None,
-    _kernels("token_stats_bwd_"),
-    row_dtypes(),
+    "token_stats",
+    ROW_DTYPES,
     _bwd_rules,
     writes="logits",
 )
