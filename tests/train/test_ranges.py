@@ -264,7 +264,7 @@ def test_a_device_is_looked_at_before_the_data(config, tmp_path, monkeypatch, de
     def unread(*args, **options):
         pytest.fail("the data was read")
 
-    for module in ("offline.load_examples", "online.run.load_prompts"):
+    for module in ("offline.load_examples", "online.load_prompts"):
         monkeypatch.setattr(f"fastalign.train.{module}", unread)
     with pytest.raises(UserError, match=f"cannot use --device {device}: "):
         if online:
