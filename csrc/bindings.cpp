@@ -1,7 +1,8 @@
-// The only pybind11 file: argument structs are filled field by field from Python and handed to the CPU or CUDA op.
+// The only pybind11 file: argument structs are filled from tuples, by one list of members each, and handed to the CPU or CUDA op.
 // Compiled for fastalign/_C (FA_WITH_CPU, FA_WITH_CUDA when nvcc was found) and for the test emulator (FA_WITH_CUDA only).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <forward_list>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -20,63 +21,170 @@ namespace {
 
 template <class T> T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// (data, rows, inner, stride_outer, stride_inner, vocab)
-using RowsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
-RowsView rows_view(const RowsTuple& t) {
-  return {ptr<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t)};
+// Every argument struct's members in its order: what an op's tuple holds, and the names that Python's order is held against. LIST: the
+// parameters of a loss, of which Python gives a list with so many numbers.
+#define FIELD(name) f(#name, a.name);
+#define LIST(name, count) f(#name, a.name, count);
+// clang-format off: lists, which it would set one name per line
+template <class F> void members(F& f, RowsView& a) { FIELD(data) FIELD(rows) FIELD(inner) FIELD(stride_outer) FIELD(stride_inner) FIELD(vocab) }
+template <class F> void members(F& f, PairTensor& a) { FIELD(data) FIELD(stride) }
+template <class F> void members(F& f, RowArgs& a) {
+  FIELD(logits) FIELD(ref) FIELD(dtype) FIELD(labels) FIELD(targets) FIELD(mask) FIELD(ignore_index) FIELD(factor) FIELD(cap_scale)
+  FIELD(temperature_ptr) FIELD(temperature) FIELD(vocab_start) FIELD(vocab_total)
 }
-using PairTuple = std::pair<uintptr_t, int64_t>;
-PairTensor pair_tensor(const PairTuple& t) { return {ptr<void>(t.first), t.second}; }
-
-void check_params(const std::vector<double>& scalars, const std::vector<int>& switches, int scalar_count = kPairScalars,
-                  int switch_count = kPairSwitches) {
-  if (scalars.size() != size_t(scalar_count) || switches.size() != size_t(switch_count))
-    throw std::invalid_argument("fastalign: the parameters of a loss in Python and those in csrc/math differ; rebuild the extension");
+template <class F> void members(F& f, TokenStatsArgs& a) {
+  members(f, static_cast<RowArgs&>(a));
+  FIELD(outputs) FIELD(state_in) FIELD(target_in) FIELD(logprob) FIELD(entropy) FIELD(logsumexp) FIELD(log_sum_sq) FIELD(mean_logit)
+  FIELD(is_top1) FIELD(ref_logprob) FIELD(kl_policy_ref) FIELD(kl_ref_policy) FIELD(state) FIELD(target)
 }
-
-// Arguments that come as one tuple, since one op takes two sets of them: Arguments<decltype(f)> is the tuple that std::apply(f, ...) takes.
-template <class F> struct ArgumentsOf;
-template <class R, class... A> struct ArgumentsOf<R(A...)> { using type = std::tuple<std::decay_t<A>...>; };
-template <class F> using Arguments = typename ArgumentsOf<F>::type;
-
-// clang-format off: argument lists, which it would set one name per line
-RowArgs row_args(RowsTuple logits, RowsTuple ref, int dtype, uintptr_t labels, int64_t targets, uintptr_t mask, int64_t ignore_index,
-                 double factor, double cap_scale, uintptr_t temperature_ptr, double temperature, int64_t vocab_start, int64_t vocab_total) {
-  return {rows_view(logits), rows_view(ref), dtype, ptr<int64_t>(labels), targets, ptr<uint8_t>(mask), ignore_index, factor, cap_scale,
-          ptr<void>(temperature_ptr), temperature, vocab_start, vocab_total};
+template <class F> void members(F& f, TokenStatsBackwardArgs& a) {
+  members(f, static_cast<RowArgs&>(a));
+  FIELD(grad) FIELD(state) FIELD(g_logprob) FIELD(g_entropy) FIELD(g_logsumexp) FIELD(g_kl_policy_ref) FIELD(g_kl_ref_policy)
 }
-using RowTuple = Arguments<decltype(row_args)>;
-TokenStatsArgs token_stats_args(const RowTuple& row, int outputs, uintptr_t state_in, uintptr_t target_in, uintptr_t logprob,
-                                uintptr_t entropy, uintptr_t logsumexp, uintptr_t log_sum_sq, uintptr_t mean_logit, uintptr_t is_top1,
-                                uintptr_t ref_logprob, uintptr_t kl_policy_ref, uintptr_t kl_ref_policy, uintptr_t state, uintptr_t target) {
-  return {std::apply(row_args, row), outputs, ptr<void>(state_in), ptr<void>(target_in), ptr<void>(logprob), ptr<void>(entropy),
-          ptr<void>(logsumexp), ptr<void>(log_sum_sq), ptr<void>(mean_logit), ptr<void>(is_top1), ptr<void>(ref_logprob),
-          ptr<void>(kl_policy_ref), ptr<void>(kl_ref_policy), ptr<void>(state), ptr<void>(target)};
+template <class F> void members(F& f, TokenStatsFusedArgs& a) { FIELD(forward) FIELD(backward) }
+template <class F> void members(F& f, ScaleRowsArgs& a) { FIELD(x) FIELD(dtype) FIELD(scale) }
+template <class F> void members(F& f, SequenceSumArgs& a) {
+  FIELD(x) FIELD(cu_seqlens) FIELD(tokens) FIELD(sequences) FIELD(dtype) FIELD(mask) FIELD(weights) FIELD(sums) FIELD(counts)
 }
-TokenStatsBackwardArgs token_stats_backward_args(const RowTuple& row, RowsTuple grad, uintptr_t state, uintptr_t g_logprob, uintptr_t g_entropy,
-                                                 uintptr_t g_logsumexp, uintptr_t g_kl_policy_ref, uintptr_t g_kl_ref_policy) {
-  return {std::apply(row_args, row), rows_view(grad), ptr<void>(state), ptr<void>(g_logprob), ptr<void>(g_entropy), ptr<void>(g_logsumexp),
-          ptr<void>(g_kl_policy_ref), ptr<void>(g_kl_ref_policy)};
+template <class F> void members(F& f, SequenceSumBackwardArgs& a) {
+  FIELD(grad) FIELD(cu_seqlens) FIELD(tokens) FIELD(sequences) FIELD(dtype) FIELD(mask) FIELD(weights) FIELD(grad_x)
+}
+template <class F> void members(F& f, KlEstimateArgs& a) {
+  FIELD(logprobs) FIELD(ref_logprobs) FIELD(n) FIELD(dtype) FIELD(kind) FIELD(value) FIELD(slope)
+}
+template <class F> void members(F& f, PreferenceArgs& a) {
+  FIELD(logprobs) FIELD(ref_logprobs) FIELD(kl) FIELD(cu_seqlens) FIELD(tokens) FIELD(sequences) FIELD(pairs) FIELD(pair_index) FIELD(mask)
+  FIELD(weights) FIELD(dtype) FIELD(beta) FIELD(omega) FIELD(soft_label) FIELD(gamma_ext) FIELD(target) FIELD(anchor) FIELD(valid)
+  FIELD(num_items) FIELD(num_sft_tokens) LIST(scalars, kPairScalars) LIST(switches, kPairSwitches) FIELD(stages) FIELD(sums) FIELD(loss)
+  FIELD(pair_loss) FIELD(table) FIELD(counter)
+}
+template <class F> void members(F& f, PreferenceBackwardArgs& a) {
+  FIELD(grad) FIELD(grad_stride) FIELD(logprobs) FIELD(ref_logprobs) FIELD(cu_seqlens) FIELD(tokens) FIELD(sequences) FIELD(pairs)
+  FIELD(pair_index) FIELD(mask) FIELD(weights) FIELD(dtype) LIST(scalars, kPairScalars) LIST(switches, kPairSwitches) FIELD(sums) FIELD(table)
+  FIELD(grad_logprobs) FIELD(grad_kl)
+}
+template <class F> void members(F& f, GaeArgs& a) {
+  FIELD(rewards) FIELD(values) FIELD(cu_seqlens) FIELD(tokens) FIELD(sequences) FIELD(dtype) FIELD(mask) FIELD(bootstrap) FIELD(gamma_ptr)
+  FIELD(lam_ptr) FIELD(gamma) FIELD(lam) FIELD(advantages) FIELD(returns) FIELD(moments) FIELD(workspace) FIELD(counter)
+}
+template <class F> void members(F& f, ListwiseArgs& a) {
+  FIELD(sums) FIELD(sequences) FIELD(list_offsets) FIELD(lists) FIELD(scores) FIELD(dtype) FIELD(beta) FIELD(num_items) FIELD(num_sft_tokens)
+  LIST(scalars, kListScalars) LIST(switches, kListSwitches) FIELD(loss) FIELD(list_loss) FIELD(slopes) FIELD(rewards) FIELD(table) FIELD(counter)
+}
+template <class F> void members(F& f, PolicyArgs& a) {
+  FIELD(logprobs) FIELD(old_logprobs) FIELD(advantages) FIELD(cu_seqlens) FIELD(tokens) FIELD(sequences) FIELD(mask) FIELD(ref_logprobs)
+  FIELD(entropy) FIELD(is_weight) FIELD(dtype) FIELD(kl_coef) FIELD(entropy_coef) FIELD(num_items) LIST(scalars, kPolicyScalars)
+  LIST(switches, kPolicySwitches) FIELD(loss) FIELD(slopes) FIELD(entropy_slopes) FIELD(stats) FIELD(rows) FIELD(counter)
+}
+template <class F> void members(F& f, ValueArgs& a) {
+  FIELD(values) FIELD(old_values) FIELD(returns) FIELD(cu_seqlens) FIELD(tokens) FIELD(sequences) FIELD(mask) FIELD(dtype) FIELD(num_items)
+  FIELD(clip) FIELD(aggregation) FIELD(norm_length) FIELD(loss) FIELD(slopes) FIELD(stats) FIELD(rows) FIELD(counter)
+}
+template <class F> void members(F& f, PolicyBackwardArgs& a) {
+  FIELD(grad) FIELD(slopes) FIELD(entropy_slopes) FIELD(stats) FIELD(tokens) FIELD(dtype) FIELD(grad_logprobs) FIELD(grad_entropy)
 }
 // clang-format on
+#undef FIELD
+#undef LIST
 
-// device < 0: CPU. Otherwise the CUDA op on that device and stream. The GIL is released while the op runs.
-template <class Args, class Cpu, class Cuda> void dispatch(const Args& a, int device, uintptr_t stream, Cpu cpu_op, Cuda cuda_op) {
-  py::gil_scoped_release release;
-  if (device < 0) cpu_op(a);
-  else cuda_op(a, device, ptr<void>(stream));
+// The parameters of a loss while its op runs; a list's elements stay where they are.
+struct Lists {
+  std::forward_list<std::vector<double>> scalars;
+  std::forward_list<std::vector<int>> switches;
+};
+
+template <class Args> void fill(Args& a, PyObject* tuple, Lists& lists, const char* op, const char* part = "");
+
+// Takes the items of a tuple, one per member. A conversion that fails leaves Python's error standing: `bind` looks for it once, at the end.
+struct Reader {
+  PyObject* tuple;
+  Lists& lists;
+  const char* op;
+  Py_ssize_t next = 0;
+
+  PyObject* item() { return PyTuple_GET_ITEM(tuple, next++); }
+
+  template <class T> void operator()(const char*, T*& x) { x = static_cast<T*>(PyLong_AsVoidPtr(item())); }
+  void operator()(const char*, int64_t& x) { x = PyLong_AsLongLong(item()); }
+  void operator()(const char*, int& x) { x = as_int(item()); }
+  void operator()(const char*, double& x) { x = PyFloat_AsDouble(item()); }
+  template <class Part> void operator()(const char* name, Part& x) { fill(x, item(), lists, op, name); }
+  void operator()(const char*, const double*& x, int count) { x = list(lists.scalars, PyFloat_AsDouble, count); }
+  void operator()(const char*, const int*& x, int count) { x = list(lists.switches, as_int, count); }
+
+ private:
+  static int as_int(PyObject* object) {
+    const long x = PyLong_AsLong(object);
+    if (x != int(x)) PyErr_SetString(PyExc_OverflowError, "fastalign: an integer does not fit into 32 bits");
+    return int(x);
+  }
+  template <class T> const T* list(std::forward_list<std::vector<T>>& kept, T (*convert)(PyObject*), int count) {
+    PyObject* object = item();
+    if (!PyList_Check(object) || PyList_GET_SIZE(object) != count)
+      throw std::invalid_argument("fastalign: the parameters of a loss in Python and those in csrc/math differ; rebuild the extension");
+    std::vector<T>& values = kept.emplace_front(count);
+    for (int i = 0; i < count; ++i) values[i] = convert(PyList_GET_ITEM(object, i));
+    return values.data();
+  }
+};
+
+struct Counter {
+  Py_ssize_t count = 0;
+  template <class... Member> void operator()(const Member&...) { ++count; }
+};
+
+struct Names {
+  py::list names;
+  template <class... Member> void operator()(const char* name, const Member&...) { names.append(name); }
+};
+
+template <class Args> void fill(Args& a, PyObject* tuple, Lists& lists, const char* op, const char* part) {
+  Counter counter;
+  members(counter, a);
+  const Py_ssize_t given = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : -1;
+  if (given != counter.count)
+    throw std::invalid_argument("fastalign: " + std::string(op) + (*part ? "." : "") + part + " takes a tuple of " +
+                                std::to_string(counter.count) + (given < 0 ? " and got none" : " and got " + std::to_string(given)) +
+                                "; Python and csrc/ops.h differ, rebuild the extension");
+  Reader reader{tuple, lists, op};
+  members(reader, a);
+}
+
+template <class Args> py::list names_of() {
+  Args a{};
+  Names names;
+  members(names, a);
+  return names.names;
+}
+
+// A function (device, stream, tuple of arguments). device < 0: CPU. Otherwise the CUDA op on that device and stream. The GIL is released
+// while the op runs. A null pointer is an op that this build does not hold.
+template <class Args> using CpuOp = void (*)(const Args&);
+template <class Args> using CudaOp = void (*)(const Args&, int, void*);
+template <class Args> void bind(py::module_& m, py::dict& names, const char* op, CpuOp<Args> cpu_op, CudaOp<Args> cuda_op) {
+  names[op] = names_of<Args>();
+  m.def(op, [op, cpu_op, cuda_op](int device, uintptr_t stream, const py::tuple& arguments) {
+    Args a{};
+    Lists lists;
+    fill(a, arguments.ptr(), lists, op);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (device < 0 ? !cpu_op : !cuda_op)
+      throw std::runtime_error(device < 0 ? "this build holds no CPU kernels" : "this build holds no CUDA kernels");
+    py::gil_scoped_release release;
+    if (device < 0) cpu_op(a);
+    else cuda_op(a, device, ptr<void>(stream));
+  });
 }
 #ifdef FA_WITH_CPU
-#define FA_CPU(name) [](const auto& a) { cpu::name(a); }
+#define FA_CPU(name) cpu::name
 #else
-#define FA_CPU(name) [](const auto&) { throw std::runtime_error("this build holds no CPU kernels"); }
+#define FA_CPU(name) nullptr
 #endif
 #ifdef FA_WITH_CUDA
-#define FA_CUDA(name) [](const auto& a, int device, void* stream) { cuda::name(a, device, stream); }
+#define FA_CUDA(name) cuda::name
 #else
-#define FA_CUDA(name) [](const auto&, int, void*) { throw std::runtime_error("this build holds no CUDA kernels"); }
+#define FA_CUDA(name) nullptr
 #endif
-#define FA_DISPATCH(name) dispatch(a, device, stream, FA_CPU(name), FA_CUDA(name))
 
 py::dict build_info() {
   py::dict d;
@@ -154,108 +262,12 @@ PYBIND11_MODULE(FA_MODULE, m) {
   m.attr("max_list") = kMaxList;
   m.attr("policy_tile") = kPolicyTile;
 
-  // clang-format off: argument lists, which it would set one name per line
-  m.def("token_stats_fwd", [](int device, uintptr_t stream, const Arguments<decltype(token_stats_args)>& t) {
-    const TokenStatsArgs a = std::apply(token_stats_args, t);
-    FA_DISPATCH(token_stats_fwd);
-  });
-  m.def("token_stats_bwd", [](int device, uintptr_t stream, const Arguments<decltype(token_stats_backward_args)>& t) {
-    const TokenStatsBackwardArgs a = std::apply(token_stats_backward_args, t);
-    FA_DISPATCH(token_stats_bwd);
-  });
-  m.def("token_stats_fused", [](int device, uintptr_t stream, const Arguments<decltype(token_stats_args)>& forward,
-                                const Arguments<decltype(token_stats_backward_args)>& backward) {
-    const TokenStatsFusedArgs a{std::apply(token_stats_args, forward), std::apply(token_stats_backward_args, backward)};
-    FA_DISPATCH(token_stats_fused);
-  });
-  m.def("scale_rows", [](int device, uintptr_t stream, RowsTuple x, int dtype, uintptr_t scale) {
-    ScaleRowsArgs a{rows_view(x), dtype, ptr<void>(scale)};
-    FA_DISPATCH(scale_rows);
-  });
-  m.def("sequence_sum_fwd", [](int device, uintptr_t stream, uintptr_t x, uintptr_t cu_seqlens, int64_t tokens, int64_t sequences, int dtype,
-                               uintptr_t mask, uintptr_t weights, uintptr_t sums, uintptr_t counts) {
-    SequenceSumArgs a{ptr<void>(x), ptr<int32_t>(cu_seqlens), tokens, sequences, dtype, ptr<uint8_t>(mask), ptr<void>(weights), ptr<void>(sums),
-                      ptr<void>(counts)};
-    FA_DISPATCH(sequence_sum_fwd);
-  });
-  m.def("sequence_sum_bwd", [](int device, uintptr_t stream, uintptr_t grad, uintptr_t cu_seqlens, int64_t tokens, int64_t sequences, int dtype,
-                               uintptr_t mask, uintptr_t weights, uintptr_t grad_x) {
-    SequenceSumBackwardArgs a{ptr<void>(grad), ptr<int32_t>(cu_seqlens), tokens, sequences, dtype, ptr<uint8_t>(mask), ptr<void>(weights),
-                              ptr<void>(grad_x)};
-    FA_DISPATCH(sequence_sum_bwd);
-  });
-  m.def("kl_estimate_fwd", [](int device, uintptr_t stream, uintptr_t logprobs, uintptr_t ref_logprobs, int64_t n, int dtype, int kind,
-                              uintptr_t value, uintptr_t slope) {
-    KlEstimateArgs a{ptr<void>(logprobs), ptr<void>(ref_logprobs), n, dtype, kind, ptr<void>(value), ptr<void>(slope)};
-    FA_DISPATCH(kl_estimate_fwd);
-  });
-  m.def("preference_fwd", [](int device, uintptr_t stream, uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t kl, uintptr_t cu_seqlens,
-                             int64_t tokens, int64_t sequences, int64_t pairs, uintptr_t pair_index, uintptr_t mask, uintptr_t weights, int dtype,
-                             PairTuple beta, PairTuple omega, PairTuple soft_label, PairTuple gamma_ext, PairTuple target, PairTuple anchor,
-                             uintptr_t valid, uintptr_t num_items, uintptr_t num_sft_tokens, const std::vector<double>& scalars,
-                             const std::vector<int>& switches, int stages, uintptr_t sums, uintptr_t loss, uintptr_t pair_loss, uintptr_t table,
-                             uintptr_t counter) {
-    check_params(scalars, switches);
-    PreferenceArgs a{ptr<void>(logprobs), ptr<void>(ref_logprobs), ptr<void>(kl), ptr<int32_t>(cu_seqlens), tokens, sequences, pairs,
-                     ptr<int32_t>(pair_index), ptr<uint8_t>(mask), ptr<void>(weights), dtype, pair_tensor(beta), pair_tensor(omega),
-                     pair_tensor(soft_label), pair_tensor(gamma_ext), pair_tensor(target), pair_tensor(anchor), ptr<uint8_t>(valid),
-                     ptr<void>(num_items), ptr<void>(num_sft_tokens), scalars.data(), switches.data(), stages, ptr<void>(sums), ptr<void>(loss),
-                     ptr<void>(pair_loss), ptr<void>(table), ptr<uint32_t>(counter)};
-    FA_DISPATCH(preference_fwd);
-  });
-  m.def("preference_bwd", [](int device, uintptr_t stream, uintptr_t grad, int64_t grad_stride, uintptr_t logprobs, uintptr_t ref_logprobs,
-                             uintptr_t cu_seqlens, int64_t tokens, int64_t sequences, int64_t pairs, uintptr_t pair_index, uintptr_t mask,
-                             uintptr_t weights, int dtype, const std::vector<double>& scalars, const std::vector<int>& switches, uintptr_t sums,
-                             uintptr_t table, uintptr_t grad_logprobs, uintptr_t grad_kl) {
-    check_params(scalars, switches);
-    PreferenceBackwardArgs a{ptr<void>(grad), grad_stride, ptr<void>(logprobs), ptr<void>(ref_logprobs), ptr<int32_t>(cu_seqlens), tokens,
-                             sequences, pairs, ptr<int32_t>(pair_index), ptr<uint8_t>(mask), ptr<void>(weights), dtype, scalars.data(),
-                             switches.data(), ptr<void>(sums), ptr<void>(table), ptr<void>(grad_logprobs), ptr<void>(grad_kl)};
-    FA_DISPATCH(preference_bwd);
-  });
-  m.def("gae_fwd", [](int device, uintptr_t stream, uintptr_t rewards, uintptr_t values, uintptr_t cu_seqlens, int64_t tokens, int64_t sequences,
-                      int dtype, uintptr_t mask, uintptr_t bootstrap, uintptr_t gamma_ptr, uintptr_t lam_ptr, double gamma, double lam,
-                      uintptr_t advantages, uintptr_t returns, uintptr_t moments, uintptr_t workspace, uintptr_t counter) {
-    GaeArgs a{ptr<void>(rewards), ptr<void>(values), ptr<int32_t>(cu_seqlens), tokens, sequences, dtype, ptr<uint8_t>(mask),
-              ptr<void>(bootstrap), ptr<void>(gamma_ptr), ptr<void>(lam_ptr), gamma, lam, ptr<void>(advantages), ptr<void>(returns),
-              ptr<void>(moments), ptr<void>(workspace), ptr<uint32_t>(counter)};
-    FA_DISPATCH(gae_fwd);
-  });
-  m.def("listwise_fwd", [](int device, uintptr_t stream, uintptr_t sums, int64_t sequences, uintptr_t list_offsets, int64_t lists,
-                           uintptr_t scores, int dtype, PairTuple beta, uintptr_t num_items, uintptr_t num_sft_tokens,
-                           const std::vector<double>& scalars, const std::vector<int>& switches, uintptr_t loss, uintptr_t list_loss,
-                           uintptr_t slopes, uintptr_t rewards, uintptr_t table, uintptr_t counter) {
-    check_params(scalars, switches, kListScalars, kListSwitches);
-    ListwiseArgs a{ptr<void>(sums), sequences, ptr<int32_t>(list_offsets), lists, ptr<void>(scores), dtype, pair_tensor(beta),
-                   ptr<void>(num_items), ptr<void>(num_sft_tokens), scalars.data(), switches.data(), ptr<void>(loss), ptr<void>(list_loss),
-                   ptr<void>(slopes), ptr<void>(rewards), ptr<void>(table), ptr<uint32_t>(counter)};
-    FA_DISPATCH(listwise_fwd);
-  });
-  m.def("policy_fwd", [](int device, uintptr_t stream, uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, uintptr_t cu_seqlens,
-                         int64_t tokens, int64_t sequences, uintptr_t mask, uintptr_t ref_logprobs, uintptr_t entropy, uintptr_t is_weight,
-                         int dtype, uintptr_t kl_coef, uintptr_t entropy_coef, uintptr_t num_items, const std::vector<double>& scalars,
-                         const std::vector<int>& switches, uintptr_t loss, uintptr_t slopes, uintptr_t entropy_slopes, uintptr_t stats,
-                         uintptr_t rows, uintptr_t counter) {
-    check_params(scalars, switches, kPolicyScalars, kPolicySwitches);
-    PolicyArgs a{ptr<void>(logprobs), ptr<void>(old_logprobs), ptr<void>(advantages), ptr<int32_t>(cu_seqlens), tokens, sequences,
-                 ptr<uint8_t>(mask), ptr<void>(ref_logprobs), ptr<void>(entropy), ptr<void>(is_weight), dtype, ptr<void>(kl_coef),
-                 ptr<void>(entropy_coef), ptr<void>(num_items), scalars.data(), switches.data(), ptr<void>(loss), ptr<void>(slopes),
-                 ptr<void>(entropy_slopes), ptr<void>(stats), ptr<void>(rows), ptr<uint32_t>(counter)};
-    FA_DISPATCH(policy_fwd);
-  });
-  m.def("value_fwd", [](int device, uintptr_t stream, uintptr_t values, uintptr_t old_values, uintptr_t returns, uintptr_t cu_seqlens,
-                        int64_t tokens, int64_t sequences, uintptr_t mask, int dtype, uintptr_t num_items, double clip, int aggregation,
-                        double norm_length, uintptr_t loss, uintptr_t slopes, uintptr_t stats, uintptr_t rows, uintptr_t counter) {
-    ValueArgs a{ptr<void>(values), ptr<void>(old_values), ptr<void>(returns), ptr<int32_t>(cu_seqlens), tokens, sequences, ptr<uint8_t>(mask),
-                dtype, ptr<void>(num_items), clip, aggregation, norm_length, ptr<void>(loss), ptr<void>(slopes), ptr<void>(stats),
-                ptr<void>(rows), ptr<uint32_t>(counter)};
-    FA_DISPATCH(value_fwd);
-  });
-  m.def("policy_bwd", [](int device, uintptr_t stream, uintptr_t grad, uintptr_t slopes, uintptr_t entropy_slopes, uintptr_t stats,
-                         int64_t tokens, int dtype, uintptr_t grad_logprobs, uintptr_t grad_entropy) {
-    PolicyBackwardArgs a{ptr<void>(grad), ptr<void>(slopes), ptr<void>(entropy_slopes), ptr<void>(stats), tokens, dtype,
-                         ptr<void>(grad_logprobs), ptr<void>(grad_entropy)};
-    FA_DISPATCH(policy_bwd);
-  });
-  // clang-format on
+  // By op, and by the structs that stand in several ops' arguments.
+  py::dict names;
+  names["RowsView"] = names_of<RowsView>();
+  names["PairTensor"] = names_of<PairTensor>();
+#define FA_BIND(name, Args) bind<Args>(m, names, #name, FA_CPU(name), FA_CUDA(name));
+  FA_OPS(FA_BIND)
+#undef FA_BIND
+  m.attr("argument_names") = names;
 }

@@ -237,11 +237,12 @@ def launch_options(threads: int, device: torch.device, max_registers: int | None
     return triton_options(threads, warp_size, None if torch.version.hip else max_registers)
 
 
-def launch(backend: str, function: str, tensor: torch.Tensor, *args: Any) -> None:
-    """Run `_C.<function>` for "cpu", or for "cuda" on `tensor`'s device and current stream (the emulator when one is in use)."""
+def launch(backend: str, function: str, tensor: torch.Tensor, arguments: tuple[Any, ...]) -> None:
+    """Run `_C.<function>` for "cpu", or for "cuda" on `tensor`'s device and current stream (the emulator when one is in use). `arguments` are the
+    members of the op's struct in csrc/ops.h, in order; tests/test_bindings.py holds them against the names in bindings.cpp."""
     if backend == "cpu":
-        getattr(_extension, function)(-1, 0, *args)
+        getattr(_extension, function)(-1, 0, arguments)
     elif _emulator is not None:
-        getattr(_emulator, function)(0, 0, *args)
+        getattr(_emulator, function)(0, 0, arguments)
     else:
-        getattr(_extension, function)(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, *args)
+        getattr(_extension, function)(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, arguments)

@@ -14,8 +14,7 @@ from test_kernels import WHERE, assert_noticed, cluster  # noqa: F401
 
 import fastalign as fa
 from fastalign.ops.token_stats import fused as ops
-from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients, ScaleRows, TokenStatsFused
-from fastalign.ops.token_stats.op import RowOptions
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients, RowOptions, ScaleRows, TokenStatsFused
 from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, make_labels, make_logits
 
@@ -80,7 +79,7 @@ def test_automatic_cluster_of_a_long_row(emulated):
 def test_one_read_leaves_room_for_three_blocks_per_multiprocessor(emulated, vocab, dtype, size):
     """What sm_90 and sm_100 have: 228 KiB per multiprocessor, of which each block costs 1 KiB, and 227 KiB per block."""
     x, ref = (torch.zeros(1, vocab, dtype=dtype) for _ in range(2))
-    ops.token_kl_loss(x.requires_grad_(), ref, torch.ones(()))
+    fa.token_kl_loss(x.requires_grad_(), ref, torch.ones(()))
     cluster, threads, shared = emulated._emu_last_launch()  # noqa: F811
     assert (cluster, threads) == (size, 256)
     assert 3 * (shared + 1024) <= 228 << 10

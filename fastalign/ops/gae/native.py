@@ -17,10 +17,10 @@ def gae_fwd(backend, a):
         return advantages, returns, moments.zero_()
     workspace = ffi.empty((4 * (tokens // TILE + sequences),), torch.float64, device)
     counter = None if backend == "cpu" else ffi.counter(a.rewards)
-    ffi.launch(
-        backend, "gae_fwd", a.rewards, ffi.ptr(a.rewards), ffi.ptr(a.values), ffi.ptr(a.cu_seqlens), tokens,
-        sequences, ffi.DTYPE_CODES[dtype], ffi.ptr(a.mask), ffi.ptr(a.bootstrap), ffi.ptr(a.gamma_tensor),
+    ffi.launch(backend, "gae_fwd", a.rewards, (
+        ffi.ptr(a.rewards), ffi.ptr(a.values), ffi.ptr(a.cu_seqlens), tokens, sequences,
+        ffi.DTYPE_CODES[dtype], ffi.ptr(a.mask), ffi.ptr(a.bootstrap), ffi.ptr(a.gamma_tensor),
         ffi.ptr(a.lam_tensor), a.gamma, a.lam, ffi.ptr(advantages), ffi.ptr(returns), ffi.ptr(moments),
         ffi.ptr(workspace), ffi.ptr(counter),
-    )  # fmt: skip
+    ))  # fmt: skip
     return advantages, returns, moments

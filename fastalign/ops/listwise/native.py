@@ -14,10 +14,10 @@ def listwise_fwd(backend, a):
     if lists == 0:
         return loss.zero_(), list_loss, slopes.fill_(float("nan")), rewards.fill_(float("nan")), table
     counter = None if backend == "cpu" else ffi.counter(a.sums)
-    ffi.launch(
-        backend, "listwise_fwd", a.sums, ffi.ptr(a.sums), sequences, ffi.ptr(a.list_offsets), lists,
-        ffi.ptr(a.scores), ffi.DTYPE_CODES[a.sums.dtype], ffi.pair_ptr(a.given.beta), ffi.ptr(a.given.num_items),
-        ffi.ptr(a.given.num_sft_tokens), *ffi.numbers(a.params, LIST_SCALAR_COUNT), ffi.ptr(loss), ffi.ptr(list_loss),
-        ffi.ptr(slopes), ffi.ptr(rewards), ffi.ptr(table), ffi.ptr(counter),
-    )  # fmt: skip
+    ffi.launch(backend, "listwise_fwd", a.sums, (
+        ffi.ptr(a.sums), sequences, ffi.ptr(a.list_offsets), lists, ffi.ptr(a.scores),
+        ffi.DTYPE_CODES[a.sums.dtype], ffi.pair_ptr(a.given.beta), ffi.ptr(a.given.num_items),
+        ffi.ptr(a.given.num_sft_tokens), *ffi.numbers(a.params, LIST_SCALAR_COUNT), ffi.ptr(loss),
+        ffi.ptr(list_loss), ffi.ptr(slopes), ffi.ptr(rewards), ffi.ptr(table), ffi.ptr(counter),
+    ))  # fmt: skip
     return loss, list_loss, slopes, rewards, table

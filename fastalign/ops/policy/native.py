@@ -29,13 +29,13 @@ def policy_fwd(backend, a):
     sequences, rows, counter = _scratch(backend, a.logprobs, a.cu_seqlens, len(STATS) + 4 * len(MOMENTS))
     if tokens == 0:
         return loss.zero_(), slopes, entropy_slopes, nothing(stats)
-    ffi.launch(
-        backend, "policy_fwd", a.logprobs, ffi.ptr(a.logprobs), ffi.ptr(a.old_logprobs), ffi.ptr(a.advantages),
-        ffi.ptr(a.cu_seqlens), tokens, sequences, ffi.ptr(a.mask), ffi.ptr(a.ref_logprobs), ffi.ptr(a.entropy),
-        ffi.ptr(a.is_weight), ffi.DTYPE_CODES[dtype], ffi.ptr(a.kl_coef), ffi.ptr(a.entropy_coef),
-        ffi.ptr(a.num_items), *ffi.numbers(a.params, SCALAR_COUNT), ffi.ptr(loss), ffi.ptr(slopes),
-        ffi.ptr(entropy_slopes), ffi.ptr(stats), ffi.ptr(rows), ffi.ptr(counter),
-    )  # fmt: skip
+    ffi.launch(backend, "policy_fwd", a.logprobs, (
+        ffi.ptr(a.logprobs), ffi.ptr(a.old_logprobs), ffi.ptr(a.advantages), ffi.ptr(a.cu_seqlens), tokens,
+        sequences, ffi.ptr(a.mask), ffi.ptr(a.ref_logprobs), ffi.ptr(a.entropy), ffi.ptr(a.is_weight),
+        ffi.DTYPE_CODES[dtype], ffi.ptr(a.kl_coef), ffi.ptr(a.entropy_coef), ffi.ptr(a.num_items),
+        *ffi.numbers(a.params, SCALAR_COUNT), ffi.ptr(loss), ffi.ptr(slopes), ffi.ptr(entropy_slopes),
+        ffi.ptr(stats), ffi.ptr(rows), ffi.ptr(counter),
+    ))  # fmt: skip
     return loss, slopes, entropy_slopes, stats
 
 
@@ -45,12 +45,11 @@ def value_fwd(backend, a):
     sequences, rows, counter = _scratch(backend, a.values, a.cu_seqlens, len(VALUE_STATS) + 4 * len(VALUE_MOMENTS))
     if tokens == 0:
         return loss.zero_(), slopes, nothing(stats)
-    ffi.launch(
-        backend, "value_fwd", a.values, ffi.ptr(a.values), ffi.ptr(a.old_values), ffi.ptr(a.returns),
-        ffi.ptr(a.cu_seqlens), tokens, sequences, ffi.ptr(a.mask), ffi.DTYPE_CODES[dtype], ffi.ptr(a.num_items),
-        a.clip, a.aggregation, a.norm_length, ffi.ptr(loss), ffi.ptr(slopes), ffi.ptr(stats), ffi.ptr(rows),
-        ffi.ptr(counter),
-    )  # fmt: skip
+    ffi.launch(backend, "value_fwd", a.values, (
+        ffi.ptr(a.values), ffi.ptr(a.old_values), ffi.ptr(a.returns), ffi.ptr(a.cu_seqlens), tokens, sequences,
+        ffi.ptr(a.mask), ffi.DTYPE_CODES[dtype], ffi.ptr(a.num_items), a.clip, a.aggregation, a.norm_length,
+        ffi.ptr(loss), ffi.ptr(slopes), ffi.ptr(stats), ffi.ptr(rows), ffi.ptr(counter),
+    ))  # fmt: skip
     return loss, slopes, stats
 
 
@@ -58,8 +57,8 @@ def policy_bwd(backend, a):
     tokens = a.slopes.shape[0]
     d_logprobs, d_entropy = (ffi.empty(tuple(x.shape), x.dtype, x.device) for x in (a.slopes, a.entropy_slopes))
     if tokens:
-        ffi.launch(
-            backend, "policy_bwd", a.slopes, ffi.ptr(a.grad), ffi.ptr(a.slopes), ffi.ptr(a.entropy_slopes),
-            ffi.ptr(a.stats), tokens, ffi.DTYPE_CODES[a.slopes.dtype], ffi.ptr(d_logprobs), ffi.ptr(d_entropy),
-        )  # fmt: skip
+        ffi.launch(backend, "policy_bwd", a.slopes, (
+            ffi.ptr(a.grad), ffi.ptr(a.slopes), ffi.ptr(a.entropy_slopes), ffi.ptr(a.stats), tokens,
+            ffi.DTYPE_CODES[a.slopes.dtype], ffi.ptr(d_logprobs), ffi.ptr(d_entropy),
+        ))  # fmt: skip
     return d_logprobs, d_entropy

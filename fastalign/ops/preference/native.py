@@ -11,22 +11,22 @@ def preference_fwd(backend, a):
     t, given = a.tokens, a.given
     like = t.logprobs if a.sums is None else a.sums
     stages = (a.sums is None) + 2 * bool(a.table)
-    out_sums = ffi.empty((a.count, 2, SUM_WIDTH), like.dtype, like.device) if a.sums is None else a.sums.clone()
+    sums = ffi.empty((a.count, 2, SUM_WIDTH), like.dtype, like.device) if a.sums is None else a.sums.clone()
     loss = ffi.empty(() if a.table else (0,), like.dtype, like.device)
     pair_loss = ffi.empty((a.count,) if a.table else (0,), like.dtype, like.device)
-    rows = ffi.empty((a.count, TABLE_WIDTH) if a.table else (0,), like.dtype, like.device)
+    table = ffi.empty((a.count, TABLE_WIDTH) if a.table else (0,), like.dtype, like.device)
     if a.count == 0:
-        return loss.zero_(), pair_loss, rows, out_sums
+        return loss.zero_(), pair_loss, table, sums
     tokens, sequences = (t.logprobs.shape[0], t.cu_seqlens.shape[0] - 1) if a.sums is None else (0, 0)
     counter = ffi.counter(like) if stages == 3 and backend != "cpu" else None
-    ffi.launch(
-        backend, "preference_fwd", like, ffi.ptr(t.logprobs), ffi.ptr(t.ref_logprobs), ffi.ptr(t.kl),
-        ffi.ptr(t.cu_seqlens), tokens, sequences, a.count, ffi.ptr(t.pairs), ffi.ptr(t.mask), ffi.ptr(t.weights),
-        ffi.DTYPE_CODES[like.dtype], *(ffi.pair_ptr(x) for x in given[:6]), ffi.ptr(given.valid),
-        ffi.ptr(given.num_items), ffi.ptr(given.num_sft_tokens), *ffi.numbers(a.params, SCALAR_COUNT), stages,
-        ffi.ptr(out_sums), ffi.ptr(loss), ffi.ptr(pair_loss), ffi.ptr(rows), ffi.ptr(counter),
-    )  # fmt: skip
-    return loss, pair_loss, rows, out_sums
+    ffi.launch(backend, "preference_fwd", like, (
+        ffi.ptr(t.logprobs), ffi.ptr(t.ref_logprobs), ffi.ptr(t.kl), ffi.ptr(t.cu_seqlens), tokens, sequences,
+        a.count, ffi.ptr(t.pairs), ffi.ptr(t.mask), ffi.ptr(t.weights), ffi.DTYPE_CODES[like.dtype],
+        *(ffi.pair_ptr(x) for x in given[:6]), ffi.ptr(given.valid), ffi.ptr(given.num_items),
+        ffi.ptr(given.num_sft_tokens), *ffi.numbers(a.params, SCALAR_COUNT), stages, ffi.ptr(sums),
+        ffi.ptr(loss), ffi.ptr(pair_loss), ffi.ptr(table), ffi.ptr(counter),
+    ))  # fmt: skip
+    return loss, pair_loss, table, sums
 
 
 def preference_bwd(backend, a):
@@ -35,11 +35,10 @@ def preference_bwd(backend, a):
     d_logprobs = ffi.empty((tokens,), t.logprobs.dtype, t.logprobs.device)
     d_kl = ffi.empty((tokens if a.with_kl else 0,), t.logprobs.dtype, t.logprobs.device)
     if tokens:
-        ffi.launch(
-            backend, "preference_bwd", t.logprobs, ffi.ptr(a.grad), a.grad.dim(), ffi.ptr(t.logprobs),
-            ffi.ptr(t.ref_logprobs), ffi.ptr(t.cu_seqlens), tokens, t.cu_seqlens.shape[0] - 1, a.table.shape[0],
-            ffi.ptr(t.pairs), ffi.ptr(t.mask), ffi.ptr(t.weights), ffi.DTYPE_CODES[t.logprobs.dtype],
-            *ffi.numbers(a.params, SCALAR_COUNT), ffi.ptr(a.sums), ffi.ptr(a.table), ffi.ptr(d_logprobs),
-            ffi.ptr(d_kl),
-        )  # fmt: skip
+        ffi.launch(backend, "preference_bwd", t.logprobs, (
+            ffi.ptr(a.grad), a.grad.dim(), ffi.ptr(t.logprobs), ffi.ptr(t.ref_logprobs), ffi.ptr(t.cu_seqlens),
+            tokens, t.cu_seqlens.shape[0] - 1, a.table.shape[0], ffi.ptr(t.pairs), ffi.ptr(t.mask),
+            ffi.ptr(t.weights), ffi.DTYPE_CODES[t.logprobs.dtype], *ffi.numbers(a.params, SCALAR_COUNT),
+            ffi.ptr(a.sums), ffi.ptr(a.table), ffi.ptr(d_logprobs), ffi.ptr(d_kl),
+        ))  # fmt: skip
     return d_logprobs, d_kl

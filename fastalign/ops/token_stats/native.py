@@ -7,7 +7,7 @@ from fastalign.runtime import ffi
 
 
 def _row_args(r):
-    """The part that both argument structs of csrc/ops.h begin with."""
+    """The RowArgs that both argument structs of csrc/ops.h begin with."""
     labels = r.labels
     return (
         ffi.rows_view(r.logits), ffi.rows_view(r.ref_logits), ffi.DTYPE_CODES[r.logits.dtype], ffi.ptr(labels),
@@ -17,15 +17,15 @@ def _row_args(r):
 
 
 def _forward(r, outputs, state_in, target_in):
-    """(results, the TokenStatsArgs of csrc/ops.h as bindings.cpp takes them)"""
+    """(results, the TokenStatsArgs of csrc/ops.h)"""
     acc, device = ffi.acc_dtype(r.logits.dtype), r.logits.device
     results = [ffi.empty(shape, acc, device) for shape in forward_shapes(r, outputs)]
-    return results, (_row_args(r), outputs, ffi.ptr(state_in), ffi.ptr(target_in), *(ffi.ptr(x) for x in results))
+    return results, (*_row_args(r), outputs, ffi.ptr(state_in), ffi.ptr(target_in), *(ffi.ptr(x) for x in results))
 
 
 def _backward(r, state, upstream, grad):
-    """The TokenStatsBackwardArgs of csrc/ops.h as bindings.cpp takes them."""
-    return (_row_args(r), ffi.rows_view(grad), ffi.ptr(state), *(ffi.ptr(g) for g in upstream))
+    """The TokenStatsBackwardArgs of csrc/ops.h."""
+    return (*_row_args(r), ffi.rows_view(grad), ffi.ptr(state), *(ffi.ptr(g) for g in upstream))
 
 
 def _grad_of(logits):
@@ -57,7 +57,7 @@ def token_stats_bwd_(backend, a):
 def _fused(backend, a, grad):
     results, forward = _forward(a.rows, a.outputs, None, None)
     if grad.numel():
-        ffi.launch(backend, "token_stats_fused", grad, forward, _backward(a.rows, results[-2], a.upstream, grad))
+        ffi.launch(backend, "token_stats_fused", grad, (forward, _backward(a.rows, results[-2], a.upstream, grad)))
     return tuple(results[:-2])
 
 
@@ -72,4 +72,4 @@ def token_stats_fused_(backend, a):
 
 def scale_rows_(backend, a):
     if a.x.numel():
-        ffi.launch(backend, "scale_rows", a.x, ffi.rows_view(a.x), ffi.DTYPE_CODES[a.x.dtype], ffi.ptr(a.scale))
+        ffi.launch(backend, "scale_rows", a.x, (ffi.rows_view(a.x), ffi.DTYPE_CODES[a.x.dtype], ffi.ptr(a.scale)))
