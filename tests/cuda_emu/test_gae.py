@@ -9,7 +9,7 @@ import test_contract_gae as contract
 import torch
 
 import fastalign as fa
-from fastalign.ops.gae.native import TILE
+from fastalign.ops.columns import GAE_TILE as TILE
 from fastalign.runtime import dispatch, ffi
 
 WHERE = ("cuda", "cpu")  # the contract tests' backend and device arguments

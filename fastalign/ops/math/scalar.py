@@ -9,6 +9,7 @@ holds every formula and branches at run time. Numbers (beta, margins, weights) a
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.columns import ABS, K1, K2
 from fastalign.runtime.ffi import TRITON_INTERPRETED
 
 LN2 = tl.constexpr(0.69314718055994531)
@@ -116,11 +117,11 @@ def power(x, y):
 def kl_estimate(KIND: tl.constexpr, logprob, ref_logprob):
     """Value and slope of k1, k2, k3, abs; see scalar.h."""
     d = tl.where(logprob == ref_logprob, 0.0, logprob - ref_logprob)
-    if KIND == 0:
+    if KIND == K1:
         value, slope = d, tl.zeros_like(d) + 1.0
-    elif KIND == 1:
+    elif KIND == K2:
         value, slope = d * d * 0.5, d
-    elif KIND == 3:
+    elif KIND == ABS:
         value, slope = tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
     else:
         series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720)))))
