@@ -11,6 +11,7 @@
 #include "math/pair.h"
 #include "math/policy.h"
 #include "math/row_state.h"
+#include "names.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -147,13 +148,6 @@ PYBIND11_MODULE(FA_MODULE, m) {
       "(blocks per cluster, threads and bytes of shared memory per block)");
   m.def("_emu_set_seed", [](unsigned seed) { emu::machine.seed = seed; }, "another seed, another interleaving of the emulated threads");
 #endif
-  m.attr("state_width") = int(kStateWidth);
-  m.attr("sum_width") = int(kSumWidth);
-  m.attr("table_width") = int(kTableWidth);
-  m.attr("list_table_width") = int(kListTableWidth);
-  m.attr("max_list") = kMaxList;
-  m.attr("policy_tile") = kPolicyTile;
-
   // clang-format off: argument lists, which it would set one name per line
   m.def("token_stats_fwd", [](int device, uintptr_t stream, const Arguments<decltype(token_stats_args)>& t) {
     const TokenStatsArgs a = std::apply(token_stats_args, t);
@@ -258,4 +252,7 @@ PYBIND11_MODULE(FA_MODULE, m) {
     FA_DISPATCH(policy_bwd);
   });
   // clang-format on
+  py::dict numbers;  // columns, widths and codes, by the names of csrc/math
+  for (const auto& [name, value] : kNumbers) numbers[name] = value;
+  m.attr("numbers") = numbers;
 }

@@ -142,7 +142,7 @@ def token_stats_fwd_kernel(
         tl.store(state + row * STATE_WIDTH + i, 0.0)
     if labels is not None:
         finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
-                      cap_scale, OUTPUTS & OUT_LOGPROB, CAPPED)  # fmt: skip
+                      cap_scale, OUT_LOGPROB & OUTPUTS, CAPPED)  # fmt: skip
 
 
 @triton.jit

@@ -19,6 +19,8 @@ from fastalign.ops.math.columns import (
     COL_TOP,
     COL_TR,
     COL_UMAX,
+    OUT_KL_POLICY_REF,
+    OUT_KL_REF_POLICY,
     OUT_LOGPROB,
     OUT_REF_LOGPROB,
     STATE_WIDTH,
@@ -100,8 +102,8 @@ def token_stats_pair_fwd_kernel(
     limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES * scored, LANES)  # a row that does not count is not read
     column = tl.arange(0, SPAN)[None, :]
     place = tl.arange(0, DEPTH)[:, None] * SPAN + column
-    WITH_T: tl.constexpr = OUTPUTS & 128 != 0
-    WITH_TR: tl.constexpr = OUTPUTS & 256 != 0
+    WITH_T: tl.constexpr = OUT_KL_POLICY_REF & OUTPUTS != 0
+    WITH_TR: tl.constexpr = OUT_KL_REF_POLICY & OUTPUTS != 0
 
     m = float("-inf")
     umax = float("-inf")
@@ -225,9 +227,9 @@ def token_stats_pair_fwd_kernel(
         tl.store(kl_ref_policy + row, tl.where(scored != 0, row_kl_ref_policy(s0, r0, tr, peaked), 0.0))
     if labels is not None:
         finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
-                      cap_scale, OUTPUTS & OUT_LOGPROB, CAPPED)  # fmt: skip
+                      cap_scale, OUT_LOGPROB & OUTPUTS, CAPPED)  # fmt: skip
         finish_labels(row, scored, rm, r0, ref_umax, c, ref, ref_offset, labels, ref_target_in, ref_target, ref_logprob, vocab, targets, ignore_index,
-                      vocab_start, cap_scale, OUTPUTS & OUT_REF_LOGPROB, CAPPED)  # fmt: skip
+                      vocab_start, cap_scale, OUT_REF_LOGPROB & OUTPUTS, CAPPED)  # fmt: skip
 
 
 @triton.jit

@@ -162,15 +162,15 @@ def finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels
     tl.store(p + COL_UMAX, umax)
     tl.store(p + COL_TOP, top * 1.0)
     tl.store(p + COL_VALID, scored * 1.0)
-    if OUTPUTS & OUT_ENTROPY:
+    if OUT_ENTROPY & OUTPUTS:
         tl.store(entropy + row, tl.where(scored != 0, row_entropy(m, s0, s1, umax, c), 0.0))
-    if OUTPUTS & OUT_LOGSUMEXP:
+    if OUT_LOGSUMEXP & OUTPUTS:
         tl.store(logsumexp + row, tl.where(scored != 0, row_logsumexp(m, s0, umax, c), 0.0))
-    if OUTPUTS & OUT_LOG_SUM_SQ:
+    if OUT_LOG_SUM_SQ & OUTPUTS:
         tl.store(log_sum_sq + row, tl.where(scored != 0, row_log_sum_sq(s0, s2), 0.0))
-    if OUTPUTS & OUT_MEAN_LOGIT:
+    if OUT_MEAN_LOGIT & OUTPUTS:
         tl.store(mean_logit + row, tl.where(scored != 0, div(sz, vocab_total.to(tl.float32)) * SUM_SHRINKS_BY * (c * LN2), 0.0))
-    if OUTPUTS & OUT_IS_TOP1:
+    if OUT_IS_TOP1 & OUTPUTS:
         hit = tl.where(s0 != s0, s0, (top == tl.load(labels + row)).to(tl.float32))
         tl.store(is_top1 + row, tl.where(scored != 0, hit, 0.0))
 
