@@ -28,6 +28,7 @@ OUTPUT_BITS = {
 }  # fmt: skip
 NEED_LABELS = ("logprob", "is_top1", "ref_logprob")
 NEED_REF = ("ref_logprob", "kl_policy_ref", "kl_ref_policy")
+OF_THE_POLICY = len(OUTPUT_BITS) - len(NEED_REF)  # the results that come first
 PER_LABEL = ("logprob", "ref_logprob")
 DIFFERENTIABLE = ("logprob", "entropy", "logsumexp", "kl_policy_ref", "kl_ref_policy")
 MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32

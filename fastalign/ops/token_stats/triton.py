@@ -21,7 +21,7 @@ from fastalign.ops.math.columns import COL_M, COL_REF_M, COL_S0, COL_S1, COL_S2,
 from fastalign.ops.math.rows import far_bits, is_far, merge, reference_point, rescale, s1_shift
 from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow
 from fastalign.ops.token_stats import triton_pair
-from fastalign.ops.token_stats.contract import OUTPUT_BITS, TokenStatsFwd, forward_shapes
+from fastalign.ops.token_stats.contract import OF_THE_POLICY, OUTPUT_BITS, TokenStatsFwd, forward_shapes
 from fastalign.ops.token_stats.triton_rows import (
     BWD_REGISTERS,
     ENTROPY,
@@ -231,7 +231,7 @@ def token_stats_fwd(a):
         with ffi.triton_device(device):
             if r.ref_logits is None:
                 token_stats_fwd_kernel[(rows,)](
-                    view, r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, *results[:6], state,
+                    view, r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, *results[:OF_THE_POLICY], state,
                     target, *layout, *numbers, **options, **ffi.launch_options(THREADS, device, FWD_REGISTERS),
                 )  # fmt: skip
             else:
