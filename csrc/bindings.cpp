@@ -12,6 +12,7 @@
 #include "math/pair.h"
 #include "math/policy.h"
 #include "math/row_state.h"
+#include "names.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -255,13 +256,6 @@ PYBIND11_MODULE(FA_MODULE, m) {
       "(blocks per cluster, threads and bytes of shared memory per block)");
   m.def("_emu_set_seed", [](unsigned seed) { emu::machine.seed = seed; }, "another seed, another interleaving of the emulated threads");
 #endif
-  m.attr("state_width") = int(kStateWidth);
-  m.attr("sum_width") = int(kSumWidth);
-  m.attr("table_width") = int(kTableWidth);
-  m.attr("list_table_width") = int(kListTableWidth);
-  m.attr("max_list") = kMaxList;
-  m.attr("policy_tile") = kPolicyTile;
-
   // By op, and by the structs that stand in several ops' arguments.
   py::dict names;
   names["RowsView"] = names_of<RowsView>();
@@ -270,4 +264,7 @@ PYBIND11_MODULE(FA_MODULE, m) {
   FA_OPS(FA_BIND)
 #undef FA_BIND
   m.attr("argument_names") = names;
+  py::dict numbers;  // columns, widths and codes, by the names of csrc/math
+  for (const auto& [name, value] : kNumbers) numbers[name] = value;
+  m.attr("numbers") = numbers;
 }

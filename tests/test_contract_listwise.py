@@ -13,7 +13,8 @@ from torch.nn.functional import logsigmoid
 
 import fastalign as fa
 from fastalign.losses.list import LIST_LINKS, ListPreset
-from fastalign.ops.listwise.params import KINDS, MAX_LIST
+from fastalign.ops.columns import MAX_LIST
+from fastalign.ops.listwise.params import KINDS
 from fastalign.ops.preference.params import SFT_NORMS
 from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, gradient, make_batch

@@ -13,8 +13,8 @@ import torch
 
 import fastalign as fa
 from fastalign.losses.policy import PRESETS, PolicyPreset
+from fastalign.ops.columns import STATS, VALUE_STATS
 from fastalign.ops.policy.params import AGGREGATIONS, KL_KINDS
-from fastalign.ops.policy.reference import STATS, VALUE_STATS
 from fastalign.testing import assert_close
 
 LENGTHS = (7, 1, 0, 18, 4, 3)

@@ -11,8 +11,7 @@ import torch
 import fastalign as fa
 from fastalign import losses
 from fastalign.losses.list import LIST_FIELDS, ListPreset
-from fastalign.ops.listwise.params import LIST_SCALAR_COUNT, MAX_LIST, ListParams
-from fastalign.ops.listwise.reference import TABLE_WIDTH
+from fastalign.ops.listwise.params import LIST_SCALAR_COUNT, ListParams
 from fastalign.runtime import ffi
 from fastalign.testing import make_batch
 
@@ -104,7 +103,6 @@ def test_params_have_the_order_of_the_header():
     names = ffi._extension.list_scalar_names() + ffi._extension.list_switch_names()
     assert tuple(names) == ListParams._fields
     assert ListParams._fields[LIST_SCALAR_COUNT] == ffi._extension.list_switch_names()[0]
-    assert (ffi._extension.list_table_width, ffi._extension.max_list) == (TABLE_WIDTH, MAX_LIST)
 
 
 def test_every_field_reaches_the_kernel():

@@ -12,8 +12,8 @@ import torch
 import fastalign as fa
 from fastalign.losses import policy as policy_losses
 from fastalign.losses.policy import FIELDS, PRESETS, PolicyPreset
+from fastalign.ops.columns import STATS, VALUE_STATS
 from fastalign.ops.policy.params import SCALAR_COUNT, PolicyParams
-from fastalign.ops.policy.reference import STATS, TILE, VALUE_STATS
 from fastalign.runtime import ffi
 
 NORM = 9.0  # dr_grpo's constant
@@ -305,7 +305,7 @@ def test_defaults_are_the_published_ones():
 def test_names_have_the_order_of_the_header():
     params, stats, value_stats = ffi._extension.policy_names()
     assert tuple(params) == PolicyParams._fields and params[SCALAR_COUNT] == "surrogate"
-    assert tuple(stats) == STATS and tuple(value_stats) == VALUE_STATS and ffi._extension.policy_tile == TILE
+    assert tuple(stats) == STATS and tuple(value_stats) == VALUE_STATS
 
 
 def test_every_field_reaches_the_kernel():

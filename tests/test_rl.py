@@ -159,7 +159,7 @@ def test_whiten_with_the_moments_of_gae():
     batch = make_batch(4, max_len=60)
     out = fa.gae(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask)
     for shift_mean in (True, False):
-        got = fa.whiten(out.advantages, batch.packed.mask, moments=out[2:], shift_mean=shift_mean)
+        got = fa.whiten(out.advantages, batch.packed.mask, moments=out.moments, shift_mean=shift_mean)
         want = fa.whiten(out.advantages.double(), batch.packed.mask, shift_mean=shift_mean)
         assert_close(got, want, scale=float(want.abs().max()))
 
@@ -173,7 +173,7 @@ def test_rollout_compiles():
     def rollout(scores, values, logprobs, ref, cu_seqlens, mask, gamma):
         rewards = fa.shape_rewards(scores, cu_seqlens, mask=mask, logprobs=logprobs, ref_logprobs=ref, kl_coef=0.1, score_clip=5.0)
         out = fa.gae(rewards, values, cu_seqlens, mask=mask, gamma=gamma)
-        return fa.whiten(out.advantages, mask, moments=out[2:]), fa.whiten(fa.returns_to_go(rewards, cu_seqlens, mask=mask), mask)
+        return fa.whiten(out.advantages, mask, moments=out.moments), fa.whiten(fa.returns_to_go(rewards, cu_seqlens, mask=mask), mask)
 
     compiled = torch.compile(rollout, fullgraph=True, dynamic=True, backend=counter)
     for pairs in (2, 3, 5, 8):
@@ -276,7 +276,7 @@ def _worker(rank, port, results):
     local = torch.tensor([c - here.start for c in (cu[:3] if rank == 0 else cu[2:])], dtype=torch.int32)
     out = fa.gae(rewards[here], values[here], local, mask=mask[here])
     whitened = fa.whiten(out.advantages, mask[here], group=group)
-    by_moments = fa.whiten(out.advantages, mask[here], group=group, moments=out[2:], shift_mean=False)
+    by_moments = fa.whiten(out.advantages, mask[here], group=group, moments=out.moments, shift_mean=False)
     one_sided = fa.whiten(out.advantages, mask[here] & (rank == 0), group=group)  # rank 1 has nothing to whiten
     kl, count = fa.mean_sequence_kl(rewards[here], values[here], local, mask=mask[here], group=group)
     results[rank] = (whitened, by_moments, one_sided, float(kl), float(count))

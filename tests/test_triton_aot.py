@@ -19,17 +19,17 @@ from fastalign.losses import policy as policy_losses
 from fastalign.losses.list import ListPreset
 from fastalign.losses.pair import Preset
 from fastalign.losses.policy import PolicyPreset
+from fastalign.ops.columns import STATE_WIDTH, STATS
 from fastalign.ops.gae.op import GaeFwd
 from fastalign.ops.kl_estimate.op import KlEstimateFwd
 from fastalign.ops.listwise.op import ListTensors, ListwiseFwd
 from fastalign.ops.policy import params as policy_params
 from fastalign.ops.policy.op import PolicyBwd, PolicyFwd, ValueFwd
 from fastalign.ops.policy.params import PolicyParams
-from fastalign.ops.policy.reference import STATS
 from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceBwd, PreferenceFwd
 from fastalign.ops.preference.params import LINKS, TRANSFORMS
 from fastalign.ops.sequence_sum.op import SequenceSumBwd, SequenceSumFwd
-from fastalign.ops.token_stats.contract import STATE_WIDTH, RowGradients, RowOptions, ScaleRows, TokenStatsBwd, TokenStatsFwd
+from fastalign.ops.token_stats.contract import RowGradients, RowOptions, ScaleRows, TokenStatsBwd, TokenStatsFwd
 
 FOLDER = Path(fastalign.__file__).parent / "ops"
 MODULES = {p.parent.name: importlib.import_module(f"fastalign.ops.{p.parent.name}.triton") for p in sorted(FOLDER.glob("*/triton.py"))}

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.losses import peers
+from fastalign.ops.columns import NO_LINK
 from fastalign.ops.preference.params import LABELS, LINKS, REDUCTIONS, SFT_NORMS, TRANSFORMS, PairParams
 from fastalign.runtime import memo
 from fastalign.runtime.checks import check_choice, check_number
@@ -147,7 +148,7 @@ class Preset:
             chosen_pos=self.point_chosen[0], chosen_neg=self.point_chosen[1], rejected_pos=self.point_rejected[0],
             rejected_neg=self.point_rejected[1], sft_weight=self.sft_weight, transform=TRANSFORMS.index(self.transform),
             link=LINKS.index(self.link), labels=LABELS.index(self.labels), label_entropy=int(self.label_entropy),
-            detach_kl_chosen=int(self.detach_kl_chosen), point_link=-1 if self.point_link is None else LINKS.index(self.point_link),
+            detach_kl_chosen=int(self.detach_kl_chosen), point_link=NO_LINK if self.point_link is None else LINKS.index(self.point_link),
             point_soft_target=int(soft_points), sft_norm=SFT_NORMS.index(self.sft_norm), sft_include_prompt=int(self.sft_include_prompt),
             drop_nonfinite=int(self.nonfinite == "drop"), reduction=REDUCTIONS.index(reduction),
         )  # fmt: skip

@@ -30,6 +30,11 @@ class GAE(NamedTuple):
     mean: Tensor
     m2: Tensor
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(count, mean, m2), as `whiten` takes them."""
+        return self.count, self.mean, self.m2
+
 
 def gae(
     rewards: Tensor,
@@ -123,7 +128,7 @@ def whiten(
         x: any shape, floating. mask: the same shape, bool; False entries are 0 in the result, whatever they hold.
         group: a process group; mean and variance are those of all its ranks' entries (merged in fp64, the same on every rank). Every rank must
             take part, those without scored entries too.
-        moments: (count, mean, m2) where they are known: `out = gae(...)` has them in `out[2:]`, so `whiten(out.advantages, mask, moments=out[2:])`
+        moments: (count, mean, m2) where they are known: `out = gae(...)` has them, so `whiten(out.advantages, mask, moments=out.moments)`
             reads the advantages once less. Those of x's own scored entries (that many) are taken as a first guess, which their rounding to fp32 makes
             of them, and refined in fp64; those of other or more entries as they are.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.policy import PolicyPreset
-from fastalign.ops.policy.reference import STATS, VALUE_STATS
+from fastalign.ops.columns import STATS, VALUE_STATS
 from fastalign.runtime.frozen import copies_without_graph
 from fastalign.runtime.metric import AnyMetric, ExplainedVariance, Metric, Total, Variance
 

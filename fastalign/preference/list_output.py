@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.list import ListPreset
+from fastalign.ops.columns import (
+    LIST_BEST,
+    LIST_CORRECT,
+    LIST_MARGIN,
+    LIST_NLL,
+    LIST_PAIRS,
+    LIST_TERM,
+    LIST_TOP,
+    LIST_VALID,
+    LIST_WORST,
+    SUM_LENGTH,
+    SUM_POLICY,
+)
 from fastalign.runtime.frozen import copies_without_graph
 from fastalign.runtime.metric import AnyMetric, Metric, Total
 
@@ -27,25 +40,25 @@ class ListwiseOutput(NamedTuple):
     @property
     def logprobs(self) -> Tensor:
         """[S]: sums of the policy's log-probs over the scored tokens (means for the reference-free methods that average)."""
-        total = self.sums[:, 0]
+        total = self.sums[:, SUM_POLICY]
         if self.preset.reference or not self.preset.length_norm:
             return total
-        return total / self.sums[:, 2].clamp(min=1.0) ** self.preset.length_norm
+        return total / self.sums[:, SUM_LENGTH].clamp(min=1.0) ** self.preset.length_norm
 
     @property
     def valid(self) -> Tensor:
         """[L] bool: which lists counted."""
-        return self.table[:, 2] > 0
+        return self.table[:, LIST_VALID] > 0
 
     @property
     def best(self) -> Tensor:
         """[L]: sequence number of the highest score, the first of several. Of a list of none: any number."""
-        return self._sequence(7)
+        return self._sequence(LIST_BEST)
 
     @property
     def worst(self) -> Tensor:
         """[L]: sequence number of the lowest score, the last of several."""
-        return self._sequence(8)
+        return self._sequence(LIST_WORST)
 
     def _sequence(self, column: int) -> Tensor:
         number = self.list_offsets[:-1].long() + self.table[:, column].nan_to_num().long()
@@ -59,8 +72,8 @@ class ListwiseOutput(NamedTuple):
         highest and the lowest score; rewards/top1_accuracies, over the lists with such a pair: the best response has a higher reward than
         every response of a lower score; nll_loss (per token) with an SFT term. n_empty: the number of responses without a token;
         nonfinite_lists: of lists whose values are not finite (a Total each)."""
-        valid, zero = self.valid, torch.zeros_like(self.table[:, 0])
-        count, pairs = valid.sum(dtype=zero.dtype), self.table[:, 3]
+        valid, zero = self.valid, torch.zeros_like(self.table[:, LIST_TERM])
+        count, pairs = valid.sum(dtype=zero.dtype), self.table[:, LIST_PAIRS]
 
         def over_lists(x: Tensor, n: Tensor = count) -> Metric:
             return Metric(torch.where(valid, x, zero).sum(), n)
@@ -73,15 +86,15 @@ class ListwiseOutput(NamedTuple):
         out = {
             "rewards/chosen": over_lists(of(self.rewards, best)),
             "rewards/rejected": over_lists(of(self.rewards, worst)),
-            "rewards/margins": over_lists(self.table[:, 5], all_pairs),
-            "rewards/accuracies": over_lists(self.table[:, 4], all_pairs),
-            "rewards/top1_accuracies": over_lists(self.table[:, 6], contrasted),
+            "rewards/margins": over_lists(self.table[:, LIST_MARGIN], all_pairs),
+            "rewards/accuracies": over_lists(self.table[:, LIST_CORRECT], all_pairs),
+            "rewards/top1_accuracies": over_lists(self.table[:, LIST_TOP], contrasted),
             "logps/chosen": over_lists(of(logprobs, best)),
             "logps/rejected": over_lists(of(logprobs, worst)),
         }
         if self.preset.sft_weight:
-            out["nll_loss"] = over_lists(of(-self.sums[:, 0], best), over_lists(of(self.sums[:, 2], best)).sum)
+            out["nll_loss"] = over_lists(of(-self.sums[:, SUM_POLICY], best), over_lists(of(self.sums[:, SUM_LENGTH], best)).sum)
         lists = torch.ones_like(zero).sum()
-        out["n_empty"] = Total((self.sums[:, 2] == 0).sum(dtype=zero.dtype), lists)
-        out["nonfinite_lists"] = Total((~torch.isfinite(self.table[:, 0] + self.table[:, 1])).sum(dtype=zero.dtype), lists)
+        out["n_empty"] = Total((self.sums[:, SUM_LENGTH] == 0).sum(dtype=zero.dtype), lists)
+        out["nonfinite_lists"] = Total((~torch.isfinite(self.table[:, LIST_TERM] + self.table[:, LIST_NLL])).sum(dtype=zero.dtype), lists)
         return out

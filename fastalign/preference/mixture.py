@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastalign.losses.options import resolve
 from fastalign.losses.pair import Preset
+from fastalign.ops.columns import CHOSEN, REJECTED, REWARDS, SUM_LENGTH, SUM_POLICY, SUM_RATIO, SUM_SFT, SUM_SFT_LENGTH, TAB_VALID
 from fastalign.ops.preference.params import PairParams
 from fastalign.preference.rules import BatchRule, PairValues
 from fastalign.runtime.checks import check_number
@@ -91,7 +92,8 @@ def prepare(
                 raise ValueError(f"{name} comes from the rule of loss {preset.name!r} and cannot be given as well")
             tensors[name] = value
     if with_reference and not preset.reference:
-        sums = torch.cat([sums[:, :, :1], sums[:, :, :1], sums[:, :, 2:]], -1)
+        policy = sums[:, :, SUM_POLICY : SUM_POLICY + 1]
+        sums = torch.cat([policy, policy, sums[:, :, SUM_LENGTH:]], -1)
     if preset.order is not None:
         sums = _sorted(sums, preset.order, valid)
         tensors.pop("valid", None)
@@ -100,28 +102,29 @@ def prepare(
 
 def is_valid(sums: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """[P]: the pairs that have tokens and are not excluded by the caller."""
-    valid = (sums.detach()[:, :, 2] > 0).any(-1)
+    valid = (sums.detach()[:, :, SUM_LENGTH] > 0).any(-1)
     return valid & tensors["valid"].to(torch.bool) if "valid" in tensors else valid
 
 
 def _sorted(sums: Tensor, order: str, valid: Tensor) -> Tensor:
     """AOT: row i compares the i-th smallest values across the valid pairs; the gradient goes back through the permutation. Stable."""
-    policy, ratio = sums[:, :, 0], sums[:, :, 1]
+    policy, ratio = sums[:, :, SUM_POLICY], sums[:, :, SUM_RATIO]
     if order == "paired":
         reference = (policy - ratio).detach()
-        left, right = policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]
+        left, right = policy[:, CHOSEN] - policy[:, REJECTED], reference[:, CHOSEN] - reference[:, REJECTED]
     else:
-        left, right = ratio[:, 0], ratio[:, 1]
+        left, right = ratio[:, CHOSEN], ratio[:, REJECTED]
     sides = []
     count = valid.sum()
-    for side, values in ((0, left), (1, right)):
+    for side, values in ((CHOSEN, left), (REJECTED, right)):
         permutation = values.detach().sort(stable=True).indices  # by value (NaN last), then the valid ones first
         permutation = permutation[(~valid)[permutation].sort(stable=True).indices]
         row = sums[permutation, side]
         filled = (torch.arange(len(values), device=sums.device) < count).to(sums.dtype)
         zero = torch.zeros_like(filled)
         # A length of 1 or 0 says whether the row is valid; the log-ratio column holds the sorted value; the SFT columns stay the pair's own.
-        sides.append(torch.stack([row[:, 0], torch.where(filled > 0, values[permutation], zero), filled, zero, row[:, 4], row[:, 5]], -1))
+        sorted_values = torch.where(filled > 0, values[permutation], zero)
+        sides.append(torch.stack([row[:, SUM_POLICY], sorted_values, filled, zero, row[:, SUM_SFT], row[:, SUM_SFT_LENGTH]], -1))
     return torch.stack(sides, 1)
 
 
@@ -131,6 +134,6 @@ def own_rewards(preset: Preset, table: Tensor, sums: Tensor, tensors: dict[str, 
         return table
     beta = tensors["beta"].detach().reshape(-1, 1) if "beta" in tensors else preset.beta
     table = table.detach().clone()
-    table[:, 5:7] = beta * sums.detach()[:, :, 1]
-    table[:, 8] = is_valid(sums, tensors).to(table.dtype)
+    table[:, REWARDS] = beta * sums.detach()[:, :, SUM_RATIO]
+    table[:, TAB_VALID] = is_valid(sums, tensors).to(table.dtype)
     return table

@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.pair import Preset
-from fastalign.ops.preference.params import TRANSFORMS
+from fastalign.ops.columns import (
+    ALPHA,
+    CHOSEN,
+    REJECTED,
+    SUM_KL,
+    SUM_LENGTH,
+    SUM_POLICY,
+    SUM_RATIO,
+    SUM_SFT,
+    SUM_SFT_LENGTH,
+    TAB_REWARD_CHOSEN,
+    TAB_REWARD_REJECTED,
+    TAB_VALID,
+)
 from fastalign.ops.preference.reference import transform
 from fastalign.runtime.frozen import copies_without_graph
 from fastalign.runtime.metric import AnyMetric, Metric, Total
@@ -31,39 +44,39 @@ class PreferenceOutput(NamedTuple):
     @property
     def chosen_rewards(self) -> Tensor:
         """[P]: beta * a, with the method's own aggregation (token means where the method averages)."""
-        return self.table[:, 5]
+        return self.table[:, TAB_REWARD_CHOSEN]
 
     @property
     def rejected_rewards(self) -> Tensor:
         """[P], as `chosen_rewards`."""
-        return self.table[:, 6]
+        return self.table[:, TAB_REWARD_REJECTED]
 
     @property
     def margins(self) -> Tensor:
         """[P]: chosen_rewards - rejected_rewards."""
-        return self.table[:, 5] - self.table[:, 6]
+        return self.table[:, TAB_REWARD_CHOSEN] - self.table[:, TAB_REWARD_REJECTED]
 
     @property
     def chosen_logprobs(self) -> Tensor:
         """[P]: sums of the policy's log-probs over the scored tokens, each times its weight where tokens have weights (`weights`, ld_alpha); means
         for the reference-free methods that average, as TRL logs them."""
-        return self._logprobs(0)
+        return self._logprobs(CHOSEN)
 
     @property
     def rejected_logprobs(self) -> Tensor:
         """[P], as `chosen_logprobs`."""
-        return self._logprobs(1)
+        return self._logprobs(REJECTED)
 
     @property
     def valid(self) -> Tensor:
         """[P] bool: which pairs counted."""
-        return self.table[:, 8] > 0
+        return self.table[:, TAB_VALID] > 0
 
     def _logprobs(self, side: int) -> Tensor:
-        total = self.sums[:, side, 0]
+        total = self.sums[:, side, SUM_POLICY]
         if self.preset.reference or not self.preset.length_norm:
             return total
-        return total / self.sums[:, side, 2].clamp(min=1.0) ** self.preset.length_norm
+        return total / self.sums[:, side, SUM_LENGTH].clamp(min=1.0) ** self.preset.length_norm
 
     def _peer_rewards(self) -> tuple[Sequence[Tensor], bool] | None:
         """(chosen and rejected [P], whether they differ from `chosen_rewards` and `rejected_rewards`): the rewards that TRL logs for this loss.
@@ -75,14 +88,15 @@ class PreferenceOutput(NamedTuple):
         if p is None:
             return None
         rewards, differ = [self.chosen_rewards, self.rejected_rewards], p is not self.preset
-        lengths = [self.sums[:, side, 2].clamp(min=1.0) ** p.length_norm for side in (0, 1)]
+        lengths = [self.sums[:, side, SUM_LENGTH].clamp(min=1.0) ** p.length_norm for side in (CHOSEN, REJECTED)]
         if differ:  # led by SFT
-            rewards = [p.beta * self.sums[:, side, 1 if p.reference else 0] / lengths[side] for side in (0, 1)]
+            column = SUM_RATIO if p.reference else SUM_POLICY
+            rewards = [p.beta * self.sums[:, side, column] / lengths[side] for side in (CHOSEN, REJECTED)]
         if p.reference and p.length_norm:
             rewards, differ = [r * n for r, n in zip(rewards, lengths)], True
         if p.transform == "alpha" and not p.reference:
-            means = [self.sums[:, side, 0] / lengths[side] for side in (0, 1)]
-            shapes = [transform(TRANSFORMS.index("alpha"), a, p.transform_alpha)[0] / a for a in means]
+            means = [self.sums[:, side, SUM_POLICY] / lengths[side] for side in (CHOSEN, REJECTED)]
+            shapes = [transform(ALPHA, a, p.transform_alpha)[0] / a for a in means]
             rewards, differ = [torch.where(a == 0, r, r * shape) for r, a, shape in zip(rewards, means, shapes)], True
         if p.link == "squared" and p.length_norm == 1.0 and p.beta == 1.0:  # TRL's beta of ipo is tau
             tau = 1.0 / (2.0 * (p.target if self.target is None else self.target.to(rewards[0].dtype)))
@@ -118,11 +132,13 @@ class PreferenceOutput(NamedTuple):
         out |= {"logps/chosen": over_pairs(self.chosen_logprobs), "logps/rejected": over_pairs(self.rejected_logprobs)}
         if self.has_sft:
             out["nll_loss"] = Metric(
-                torch.where(valid, -self.sums[:, 0, 4], zero).sum(), torch.where(valid, self.sums[:, 0, 5], zero).sum()
+                torch.where(valid, -self.sums[:, CHOSEN, SUM_SFT], zero).sum(),
+                torch.where(valid, self.sums[:, CHOSEN, SUM_SFT_LENGTH], zero).sum(),
             )
         if self.preset.needs_kl:
-            out["seqkl/chosen"], out["seqkl/rejected"] = over_pairs(self.sums[:, 0, 3]), over_pairs(self.sums[:, 1, 3])
+            out["seqkl/chosen"] = over_pairs(self.sums[:, CHOSEN, SUM_KL])
+            out["seqkl/rejected"] = over_pairs(self.sums[:, REJECTED, SUM_KL])
         pairs = torch.ones_like(self.margins).sum()
-        out["n_empty"] = Total((self.sums[:, :, 2] == 0).any(-1).sum(dtype=zero.dtype), pairs)
+        out["n_empty"] = Total((self.sums[:, :, SUM_LENGTH] == 0).any(-1).sum(dtype=zero.dtype), pairs)
         out["nonfinite_pairs"] = Total((~torch.isfinite(self.margins)).sum(dtype=zero.dtype), pairs)
         return out

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastalign.ops.columns import CHOSEN, REJECTED, SUM_LENGTH, SUM_POLICY, SUM_RATIO
 from fastalign.packing import sequence_sum
 from fastalign.runtime.checks import (
     check_cu_seqlens,
@@ -145,7 +146,7 @@ class PairValues:
 
     def __init__(self, sums: Tensor, valid: Tensor, beta: Tensor | float):
         sums = sums.detach()
-        self.policy, self.ratio, self.length = sums[:, :, 0], sums[:, :, 1], sums[:, :, 2].clamp(min=1.0)
+        self.policy, self.ratio, self.length = sums[:, :, SUM_POLICY], sums[:, :, SUM_RATIO], sums[:, :, SUM_LENGTH].clamp(min=1.0)
         self.valid, self.beta = valid, beta
         self.usable = valid & torch.isfinite(self.ratio).all(-1) & torch.isfinite(self.policy).all(-1)
 
@@ -174,7 +175,7 @@ class BetaDPO(BatchRule):
         self.memory = {"mean": None, "std": None, "steps": 0}
 
     def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
-        margin = values.ratio[:, 0] - values.ratio[:, 1]
+        margin = values.ratio[:, CHOSEN] - values.ratio[:, REJECTED]
         valid = values.usable & margin.isfinite()
         count, mean, std = self._moments(margin, valid)
         if self.training:
@@ -226,7 +227,7 @@ class AlphaDPO(BatchRule):
 
     def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
         means = values.ratio / values.length
-        gap = means[:, 0] - means[:, 1]
+        gap = means[:, CHOSEN] - means[:, REJECTED]
         count, mean, std = self._moments(gap, values.usable)
         if self.training:
             self._move_average(self.momentum, count, mean, std)

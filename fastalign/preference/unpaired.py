@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastalign.losses import peers
 from fastalign.losses.pair import Preset
+from fastalign.ops.columns import SUM_LENGTH, SUM_POLICY, SUM_RATIO, TAB_REWARD_CHOSEN, TAB_REWARD_REJECTED, TAB_VALID
 from fastalign.ops.preference.op import PairSumsFunction, PairTokens, PreferenceFromSumsFunction, PreferenceFunction
 from fastalign.ops.preference.params import REDUCTIONS
 from fastalign.packing import sequence_sum
@@ -178,12 +179,13 @@ def unpaired_loss(
     else:  # delta needs all sums before the first loss
         sums = PairSumsFunction.apply(logprobs, None, tokens, preset.params(), count)
         seen = sums.detach().sum(1, keepdim=True)
-        anchor = state(None, PairValues(seen, seen[:, 0, 2] > 0, beta))["anchor"]
+        anchor = state(None, PairValues(seen, seen[:, 0, SUM_LENGTH] > 0, beta))["anchor"]
         tensors["gamma_ext"] = torch.where(desirable, anchor, -anchor)
         given = pair_tensors(preset, tensors, count, num_items, None, logprobs)
         value, table = PreferenceFromSumsFunction.apply(sums, given, preset.params(reduction))
     # Of a pair's two rewards and sums the empty side's are 0.
-    return UnpairedOutput(value, table[:, 5] + table[:, 6], sums.detach()[:, :, 0].sum(-1), desirable, table[:, 8] > 0, anchor)
+    rewards, totals = table[:, TAB_REWARD_CHOSEN] + table[:, TAB_REWARD_REJECTED], sums.detach()[:, :, SUM_POLICY].sum(-1)
+    return UnpairedOutput(value, rewards, totals, desirable, table[:, TAB_VALID] > 0, anchor)
 
 
 @memo.by_options
@@ -218,7 +220,7 @@ def _constant(name: str, value: Any, like: Tensor) -> Tensor:
 def _dro(sums: Tensor, desirable: Tensor, num_items: Any, reduction: str, *, rewards: Tensor | None = None, values: Tensor | None = None,
          tau: float = 1.0, rescale: bool = True) -> UnpairedOutput:  # fmt: skip
     """A squared residual of three numbers per response: plain PyTorch over the sums, which carry the gradient to the tokens."""
-    valid = sums.detach()[:, 0, 2] > 0
+    valid = sums.detach()[:, 0, SUM_LENGTH] > 0
     items = valid.sum(dtype=sums.dtype).clamp(min=1.0) if num_items is None else global_count("num_items", num_items, sums)
     check_number("tau", tau, above=0.0)
     if not isinstance(rescale, bool):
@@ -228,11 +230,11 @@ def _dro(sums: Tensor, desirable: Tensor, num_items: Any, reduction: str, *, rew
     for name, t in (("rewards", rewards), ("values", values)):
         check_shape(name, t, tuple(valid.shape))
         check_same_device(name, t, "logprobs", sums)
-    d = sums[:, 0, 1]
+    d = sums[:, 0, SUM_RATIO]
     if rescale:
         d = d.detach() + (d - d.detach()) / tau
     residual = torch.where(valid, rewards.detach().to(d.dtype) - values.to(d.dtype) - tau * d, 0.0)
     each = 0.5 * residual * residual
     value = each if reduction == "none" else each.sum() if reduction == "sum" else each.sum() / items
     detached = sums.detach()
-    return UnpairedOutput(value, tau * detached[:, 0, 1], detached[:, 0, 0], desirable, valid, detached.new_zeros(()))
+    return UnpairedOutput(value, tau * detached[:, 0, SUM_RATIO], detached[:, 0, SUM_POLICY], desirable, valid, detached.new_zeros(()))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastalign.ops.columns import MOMENT_WIDTH
 from fastalign.runtime.arguments import In, Maybe
 from fastalign.runtime.checks import (
     check_cu_seqlens_values,
@@ -39,7 +40,7 @@ gae_fwd = Op(
     "gae_fwd",
     GaeFwd,
     "(Tensor, Tensor, Tensor)",
-    lambda a: (torch.empty_like(a.rewards), torch.empty_like(a.rewards), a.rewards.new_empty(3)),
+    lambda a: (torch.empty_like(a.rewards), torch.empty_like(a.rewards), a.rewards.new_empty(MOMENT_WIDTH)),
     "gae",
     SCALAR_DTYPES,
     check=_check_values,

@@ -5,7 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastalign.ops import columns
 from fastalign.ops.math.affine import compose, gae_map
+from fastalign.ops.math.columns import MOMENT_COUNT, MOMENT_M2, MOMENT_MEAN, MOMENT_WIDTH
 from fastalign.ops.math.moments import merge_lanes, merge_parts, push_moments
 from fastalign.ops.math.scalar import fma
 from fastalign.ops.math.segment import sequence_bounds
@@ -63,25 +65,28 @@ def gae_fwd_kernel(
         x = tl.sum(tl.where(lane == TOKENS - 1, x_next, 0.0), 0)
 
     n, center, m2 = merge_lanes(count, shift, total, square)
-    tl.store(parts + 3 * s, n)
-    tl.store(parts + 3 * s + 1, center)
-    tl.store(parts + 3 * s + 2, m2)
+    part = parts + MOMENT_WIDTH * s
+    tl.store(part + MOMENT_COUNT, n)
+    tl.store(part + MOMENT_MEAN, center)
+    tl.store(part + MOMENT_M2, m2)
 
     tl.debug_barrier()  # every thread's part is written before this program is counted, and read after
     sequences = tl.num_programs(0)
     last = tl.atomic_add(counter, 1, sem="acq_rel") == sequences - 1
     tl.debug_barrier()
     if last:
-        all_count, all_mean, all_m2 = merge_parts(parts, 3, parts + 1, parts + 2, 3, sequences, PARTS)
-        tl.store(moments, all_count.to(tl.float32))
-        tl.store(moments + 1, all_mean.to(tl.float32))
-        tl.store(moments + 2, all_m2.to(tl.float32))
+        all_count, all_mean, all_m2 = merge_parts(
+            parts + MOMENT_COUNT, MOMENT_WIDTH, parts + MOMENT_MEAN, parts + MOMENT_M2, MOMENT_WIDTH, sequences, PARTS
+        )
+        tl.store(moments + MOMENT_COUNT, all_count.to(tl.float32))
+        tl.store(moments + MOMENT_MEAN, all_mean.to(tl.float32))
+        tl.store(moments + MOMENT_M2, all_m2.to(tl.float32))
 
 
 def gae_fwd(a):
     tokens, sequences, dtype, device = a.rewards.shape[0], a.cu_seqlens.shape[0] - 1, a.rewards.dtype, a.rewards.device
     advantages, returns = (ffi.empty((tokens,), dtype, device) for _ in range(2))
-    moments, parts = ffi.empty((3,), dtype, device), ffi.empty((sequences, 3), torch.float64, device)
+    moments, parts = ffi.empty((columns.MOMENT_WIDTH,), dtype, device), ffi.empty((sequences, columns.MOMENT_WIDTH), torch.float64, device)
     if sequences == 0:
         return advantages, returns, moments.zero_()
     with ffi.triton_device(device):

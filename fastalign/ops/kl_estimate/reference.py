@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastalign.ops.columns import ABS, K1, K2
+
 
 def kl_estimate_fwd(a):
     value, slope = value_and_slope(a.logprobs, a.ref_logprobs, a.kind)
@@ -12,11 +14,11 @@ def kl_estimate_fwd(a):
 
 def value_and_slope(logprobs, ref_logprobs, kind):
     d = torch.where(logprobs == ref_logprobs, torch.zeros_like(logprobs), logprobs - ref_logprobs)
-    if kind == 0:
+    if kind == K1:
         return d, torch.ones_like(d)
-    if kind == 1:
+    if kind == K2:
         return d * d / 2, d
-    if kind == 3:
+    if kind == ABS:
         return d.abs(), torch.where(torch.isnan(d), d, d.sign())
     small = d.abs() < 0.05
     x = torch.clamp(-d, max=20.0)

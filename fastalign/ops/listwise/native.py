@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from fastalign.ops.columns import LIST_TABLE_WIDTH
 from fastalign.ops.listwise.params import LIST_SCALAR_COUNT
-from fastalign.ops.listwise.reference import TABLE_WIDTH
 from fastalign.runtime import ffi
 
 
 def listwise_fwd(backend, a):
     sequences, lists = a.sums.shape[0], a.list_offsets.shape[0] - 1
-    shapes = ((), (lists,), (sequences,), (sequences,), (lists, TABLE_WIDTH))
+    shapes = ((), (lists,), (sequences,), (sequences,), (lists, LIST_TABLE_WIDTH))
     loss, list_loss, slopes, rewards, table = (ffi.empty(s, a.sums.dtype, a.sums.device) for s in shapes)
     if lists == 0:
         return loss.zero_(), list_loss, slopes.fill_(float("nan")), rewards.fill_(float("nan")), table

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastalign.ops.listwise.params import MAX_LIST, ListParams
+from fastalign.ops.columns import MAX_LIST, NONE
+from fastalign.ops.listwise.params import ListParams
 from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceFwd, preference_fwd
-from fastalign.ops.preference.params import REDUCTIONS
 from fastalign.ops.sequence_sum.op import SequenceSumBwd, sequence_sum_bwd
 from fastalign.ops.slopes import times_slope
 from fastalign.runtime.arguments import In, Maybe
@@ -69,13 +69,13 @@ listwise_fwd = Op(
 )
 # sums [S, SUM_WIDTH]: as in the pair kernel (policy, ratio, length, KL, SFT, SFT length). list_offsets [L + 1] int32. scores [S].
 # Results: loss [], list_loss [L], slopes [S] = d loss (or d list_loss) / d policy sum, SFT term included, rewards [S] = beta a,
-# table [L, TABLE_WIDTH] (columns: csrc/math/list.h).
+# table [L, LIST_TABLE_WIDTH] (columns.py).
 
 
 def _evaluate(a: ListwiseFwd):
     """(the reduced loss or [L], slopes, rewards, table)"""
     loss, list_loss, slopes, rewards, table = listwise_fwd(a)
-    return (list_loss if a.params.reduction == REDUCTIONS.index("none") else loss), slopes, rewards, table
+    return (list_loss if a.params.reduction == NONE else loss), slopes, rewards, table
 
 
 def _sequence_grad(grad, slopes, list_offsets):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MAX_LIST = 64  # responses per list: a block of 64 threads on the GPU
 # The position of a name is its code in csrc/math/list.h and fastalign/ops/math/list.py.
 KINDS = ("pairwise", "plackett_luce", "pro", "infonca", "nca", "exo")
 PAIR_GAINS = ("one", "lambda")

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from fastalign.ops.listwise.params import MAX_LIST
+from fastalign.ops.columns import (
+    GAIN_LAMBDA,
+    INFONCA,
+    MAX_LIST,
+    MEAN,
+    NCA,
+    PAIRWISE,
+    PLACKETT_LUCE,
+    PRO,
+    SEQ_MEAN,
+    SUM_LENGTH,
+    SUM_POLICY,
+    SUM_RATIO,
+    TOKEN_MEAN_GLOBAL,
+)
 from fastalign.ops.preference.reference import link, softplus
-
-SUM_WIDTH, TABLE_WIDTH = 6, 9
 
 
 def _padded(list_offsets, sequences, width):
@@ -43,11 +55,11 @@ def evaluate_lists(p, s, r, live):
     index = torch.arange(s.shape[1], device=s.device)
     in_order = above | (both & (r.unsqueeze(2) == r.unsqueeze(1)) & (index.unsqueeze(1) <= index))  # i is ranked before j, or is j
     s_i, s_j = s.unsqueeze(2).expand(both.shape), s.unsqueeze(1).expand(both.shape)
-    if p.kind == 1:
+    if p.kind == PLACKETT_LUCE:
         tail = _logsumexp(s_j, in_order)
         share = torch.where(in_order, torch.exp(s_j - tail.unsqueeze(2)), torch.zeros_like(s_j))
         return total(tail - s), keep(share.sum(1) - 1.0)
-    if p.kind == 2:
+    if p.kind == PRO:
         lowest = torch.where(live, r, torch.inf).amin(-1, keepdim=True)
         own = r - lowest
         contrast = keep(r.unsqueeze(2) - r.unsqueeze(1), above)  # T of j in the term of i
@@ -58,9 +70,9 @@ def evaluate_lists(p, s, r, live):
         has_term = live & (own > 0)
         share = torch.where(member & has_term.unsqueeze(2), torch.exp(z - lse.unsqueeze(2)), torch.zeros_like(z))
         return total(lse - s * own, has_term), keep((share * factor).sum(1) - keep(own, has_term))
-    if p.kind == 0:
+    if p.kind == PAIRWISE:
         gain = torch.ones_like(s_i)
-        if p.pair_gain == 1:
+        if p.pair_gain == GAIN_LAMBDA:
             higher = both & ((s_j > s_i) | ((s_j == s_i) & (index < index.unsqueeze(1))))
             discount = 1.0 / torch.log1p(1.0 + higher.sum(-1).to(s.dtype))
             label = torch.exp2(r)
@@ -72,13 +84,13 @@ def evaluate_lists(p, s, r, live):
     scaled = r / p.reward_temperature
     log_p = scaled - _logsumexp(scaled, live).unsqueeze(1)
     prob = keep(torch.exp(log_p))
-    if p.kind == 4:
+    if p.kind == NCA:
         count = torch.clamp(live.sum(-1, keepdim=True), min=1).to(s.dtype)
         value = torch.where(prob > 0, prob * softplus(-s), zero) + softplus(s) / count
         return total(value), keep(torch.sigmoid(s) / count - prob * torch.sigmoid(-s))
     log_q = s - _logsumexp(s, live).unsqueeze(1)
     q = keep(torch.exp(log_q))
-    if p.kind == 3:
+    if p.kind == INFONCA:
         return total(torch.where(prob == 0, zero, -prob * log_q)), keep(q - prob)
     gap = torch.where(q == 0, zero, log_q - log_p)
     value = total(q * gap)
@@ -103,7 +115,7 @@ def listwise_fwd(a):
         out = values.new_full((sequences + 1,), torch.nan)
         return out.index_put((index.flatten(),), values.flatten())[:sequences]
 
-    policy, ratio, length = (pick(a.sums[:, c]) for c in (0, 1, 2))
+    policy, ratio, length = (pick(a.sums[:, c]) for c in (SUM_POLICY, SUM_RATIO, SUM_LENGTH))
     r = pick(a.scores)
     beta = torch.full_like(ratio[:, :1], p.beta) if given.beta is None else given.beta.reshape(-1, 1).expand(lists, 1)
     norm = torch.clamp(length, min=1.0) ** p.length_norm if p.length_norm else torch.ones_like(length)
@@ -132,12 +144,12 @@ def listwise_fwd(a):
     local = ok.to(value.dtype).sum()
     items = local if given.num_items is None else given.num_items
     sft_tokens = torch.where(ok, tokens, torch.zeros_like(tokens)).sum() if given.num_sft_tokens is None else given.num_sft_tokens
-    norm = _at_least_one(items) if p.reduction == 0 else torch.ones_like(local)
-    if p.sft_norm == 0:
+    norm = _at_least_one(items) if p.reduction == MEAN else torch.ones_like(local)
+    if p.sft_norm == TOKEN_MEAN_GLOBAL:
         sft_norm = _at_least_one(sft_tokens) + torch.zeros_like(tokens)
     else:
-        sft_norm = _at_least_one(items) * (_at_least_one(tokens) if p.sft_norm == 1 else torch.ones_like(tokens))
-    if p.reduction != 0:
+        sft_norm = _at_least_one(items) * (_at_least_one(tokens) if p.sft_norm == SEQ_MEAN else torch.ones_like(tokens))
+    if p.reduction != MEAN:
         sft_norm = sft_norm / _at_least_one(local)
     zero = torch.zeros_like(value)
     factor = p.sft_weight * torch.clamp(count - 1, min=0).to(value.dtype) ** p.sft_power / sft_norm if p.sft_weight else zero

@@ -4,14 +4,32 @@ both in a fixed order. The formulas are in fastalign/ops/math/list.py."""
 import triton
 import triton.language as tl
 
-from fastalign.ops.listwise.params import MAX_LIST
-from fastalign.ops.listwise.reference import SUM_WIDTH, TABLE_WIDTH
+from fastalign.ops import columns
+from fastalign.ops.math.columns import (
+    LIST_BEST,
+    LIST_CORRECT,
+    LIST_MARGIN,
+    LIST_NLL,
+    LIST_PAIRS,
+    LIST_TABLE_WIDTH,
+    LIST_TERM,
+    LIST_TOP,
+    LIST_VALID,
+    LIST_WORST,
+    MAX_LIST,
+    MEAN,
+    SEQ_MEAN,
+    SUM_LENGTH,
+    SUM_POLICY,
+    SUM_RATIO,
+    SUM_WIDTH,
+    TOKEN_MEAN_GLOBAL,
+)
 from fastalign.ops.math.list import all_finite, evaluate_list
 from fastalign.ops.math.scalar import at_least_one, div, is_finite, power
 from fastalign.runtime import ffi
 
 BLOCK = 256  # sequences or lists that the last program looks at together
-SUMS, TABLE, LONGEST = tl.constexpr(SUM_WIDTH), tl.constexpr(TABLE_WIDTH), tl.constexpr(MAX_LIST)
 
 
 @triton.jit
@@ -19,7 +37,7 @@ def _bounds(list_offsets, lists, sequences, n, live):
     """First sequence and number of responses of lists n; -1 responses where the list does not lie inside, is too long, or is the first (the last)
     and leaves out sequences. The values of list_offsets cannot be checked without a synchronisation."""
     begin, end = tl.load(list_offsets + n, mask=live, other=0), tl.load(list_offsets + n + 1, mask=live, other=0)
-    good = (begin >= 0) & (end >= begin) & (end <= sequences) & (end - begin <= LONGEST)
+    good = (begin >= 0) & (end >= begin) & (end <= sequences) & (end - begin <= MAX_LIST)
     good = good & ((n > 0) | (begin == 0)) & ((n < lists - 1) | (end == sequences))
     return begin, tl.where(good, end - begin, -1)
 
@@ -45,19 +63,21 @@ def listwise_fwd_kernel(
 ):  # fmt: skip
     n = tl.program_id(0)
     begin, count = _bounds(list_offsets, lists, sequences, n, True)
-    row, i = table + n.to(tl.int64) * TABLE, tl.arange(0, K)
+    row, i = table + n.to(tl.int64) * LIST_TABLE_WIDTH, tl.arange(0, K)
     if count < 0:  # it must count, or its NaN would be dropped. Such lists and their neighbours together write every sequence.
         first = tl.where(n == 0, 0, tl.minimum(tl.maximum(begin, 0), sequences))
         last = tl.where(n == lists - 1, sequences, tl.minimum(tl.maximum(tl.load(list_offsets + n + 1), 0), sequences))
         for start in range(first, last, K):
             tl.store(slopes + start + i, float("nan"), mask=start + i < last)
             tl.store(rewards + start + i, float("nan"), mask=start + i < last)
-        columns = tl.arange(0, 16)
-        tl.store(row + columns, tl.where(columns == 0, float("nan"), tl.where(columns == 2, 1.0, 0.0)), mask=columns < TABLE)
+        column = tl.arange(0, 16)
+        blank = tl.where(column == LIST_TERM, float("nan"), tl.where(column == LIST_VALID, 1.0, 0.0))
+        tl.store(row + column, blank, mask=column < LIST_TABLE_WIDTH)
     else:
         live, at = i < count, begin + i
-        policy, ratio = tl.load(sums + at * SUMS, mask=live, other=0.0), tl.load(sums + at * SUMS + 1, mask=live, other=0.0)
-        length, r = tl.load(sums + at * SUMS + 2, mask=live, other=0.0), tl.load(scores + at, mask=live, other=0.0)
+        of = sums + at * SUM_WIDTH
+        policy, ratio = tl.load(of + SUM_POLICY, mask=live, other=0.0), tl.load(of + SUM_RATIO, mask=live, other=0.0)
+        length, r = tl.load(of + SUM_LENGTH, mask=live, other=0.0), tl.load(scores + at, mask=live, other=0.0)
         if betas is not None:
             beta = tl.load(betas + n * beta_stride)
         norm = power(tl.maximum(length, 1.0), length_norm)
@@ -79,15 +99,15 @@ def listwise_fwd_kernel(
             keep = keep & all_finite(s, live) & is_finite(term) & is_finite(nll)
         tl.store(slopes + at, tl.where(keep, slope, 0.0), mask=live)
         top = tl.sum(tl.where(i == best, tl.where((pairs > 0) & (pairs == correct), 1.0, 0.0), 0.0), 0)
-        tl.store(row, term)
-        tl.store(row + 1, nll)
-        tl.store(row + 2, keep.to(tl.float32))
-        tl.store(row + 3, all_pairs)
-        tl.store(row + 4, tl.sum(correct, 0))
-        tl.store(row + 5, tl.sum(margin, 0))
-        tl.store(row + 6, top)
-        tl.store(row + 7, best.to(tl.float32))
-        tl.store(row + 8, worst.to(tl.float32))
+        tl.store(row + LIST_TERM, term)
+        tl.store(row + LIST_NLL, nll)
+        tl.store(row + LIST_VALID, keep.to(tl.float32))
+        tl.store(row + LIST_PAIRS, all_pairs)
+        tl.store(row + LIST_CORRECT, tl.sum(correct, 0))
+        tl.store(row + LIST_MARGIN, tl.sum(margin, 0))
+        tl.store(row + LIST_TOP, top)
+        tl.store(row + LIST_BEST, best.to(tl.float32))
+        tl.store(row + LIST_WORST, worst.to(tl.float32))
     tl.debug_barrier()  # every thread's results are written before this program is counted, and read after
     last_one = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
     tl.debug_barrier()
@@ -106,18 +126,18 @@ def _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, s
         n = start + lane
         live = n < lists
         begin, count = _bounds(list_offsets, lists, sequences, n, live)
-        row = table + n.to(tl.int64) * TABLE
-        kept = live & (tl.load(row + 2, mask=live, other=0.0) > 0)
-        best = begin + tl.load(row + 7, mask=live, other=0.0).to(tl.int32)
+        row = table + n.to(tl.int64) * LIST_TABLE_WIDTH
+        kept = live & (tl.load(row + LIST_VALID, mask=live, other=0.0) > 0)
+        best = begin + tl.load(row + LIST_BEST, mask=live, other=0.0).to(tl.int32)
         lists_here += kept.to(tl.int32)
-        tokens_here += tl.load(sums + best.to(tl.int64) * SUMS + 2, mask=kept & (count > 0), other=0.0)
+        tokens_here += tl.load(sums + best.to(tl.int64) * SUM_WIDTH + SUM_LENGTH, mask=kept & (count > 0), other=0.0)
     local = tl.sum(lists_here, 0).to(tl.float32)
     items, tokens = local, tl.sum(tokens_here, 0)
     if num_items is not None:
         items = tl.load(num_items)
     if num_sft_tokens is not None:
         tokens = tl.load(num_sft_tokens)
-    norm = at_least_one(items) if reduction == 0 else 1.0
+    norm = at_least_one(items) if reduction == MEAN else 1.0
     for start in range(0, sequences, BLOCK):
         at = start + lane
         tl.store(slopes + at, div(tl.load(slopes + at, mask=at < sequences, other=0.0), norm), mask=at < sequences)
@@ -127,22 +147,22 @@ def _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, s
         n = start + lane
         live = n < lists
         begin, count = _bounds(list_offsets, lists, sequences, n, live)
-        row = table + n.to(tl.int64) * TABLE
-        kept = live & (tl.load(row + 2, mask=live, other=0.0) > 0)
-        best = begin + tl.load(row + 7, mask=live, other=0.0).to(tl.int32)
+        row = table + n.to(tl.int64) * LIST_TABLE_WIDTH
+        kept = live & (tl.load(row + LIST_VALID, mask=live, other=0.0) > 0)
+        best = begin + tl.load(row + LIST_BEST, mask=live, other=0.0).to(tl.int32)
         with_best = kept & (count > 0)
-        divisor = tl.zeros([BLOCK], tl.float32) + (at_least_one(tokens) if sft_norm == 0 else at_least_one(items))
-        if sft_norm == 1:
-            divisor *= at_least_one(tl.load(sums + best.to(tl.int64) * SUMS + 2, mask=with_best, other=0.0))
-        if reduction != 0:
+        divisor = tl.zeros([BLOCK], tl.float32) + (at_least_one(tokens) if sft_norm == TOKEN_MEAN_GLOBAL else at_least_one(items))
+        if sft_norm == SEQ_MEAN:
+            divisor *= at_least_one(tl.load(sums + best.to(tl.int64) * SUM_WIDTH + SUM_LENGTH, mask=with_best, other=0.0))
+        if reduction != MEAN:
             divisor = div(divisor, at_least_one(local))
-        term = tl.where(kept, div(tl.load(row, mask=live, other=0.0), norm), 0.0)
-        nll = tl.where(kept, div(tl.load(row + 1, mask=live, other=0.0), divisor), 0.0)
+        term = tl.where(kept, div(tl.load(row + LIST_TERM, mask=live, other=0.0), norm), 0.0)
+        nll = tl.where(kept, div(tl.load(row + LIST_NLL, mask=live, other=0.0), divisor), 0.0)
         weight = div(_sft_weight(sft_weight, sft_power, count.to(tl.float32)), divisor)
         slope = tl.load(slopes + best, mask=with_best, other=0.0)
         tl.store(slopes + best, tl.where(sft_weight == 0.0, slope, slope - weight), mask=with_best)
-        tl.store(row, term, mask=live)
-        tl.store(row + 1, nll, mask=live)
+        tl.store(row + LIST_TERM, term, mask=live)
+        tl.store(row + LIST_NLL, nll, mask=live)
         tl.store(list_loss + n, term + nll, mask=live)
         total += tl.where(live, term + nll, 0.0)
     tl.store(loss, tl.sum(total, 0))
@@ -150,7 +170,7 @@ def _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, s
 
 def listwise_fwd(a):
     sequences, lists, device = a.sums.shape[0], a.list_offsets.shape[0] - 1, a.sums.device
-    shapes = ((), (lists,), (sequences,), (sequences,), (lists, TABLE_WIDTH))
+    shapes = ((), (lists,), (sequences,), (sequences,), (lists, columns.LIST_TABLE_WIDTH))
     loss, list_loss, slopes, rewards, table = (ffi.empty(s, a.sums.dtype, device) for s in shapes)
     if lists == 0:
         return loss.zero_(), list_loss, slopes.fill_(float("nan")), rewards.fill_(float("nan")), table
@@ -159,6 +179,6 @@ def listwise_fwd(a):
         listwise_fwd_kernel[(lists,)](
             a.sums, a.list_offsets, a.scores, a.given.beta, beta_stride, a.given.num_items, a.given.num_sft_tokens,
             loss, list_loss, slopes, rewards, table, ffi.counter(a.sums), sequences, lists, **a.params._asdict(),
-            K=MAX_LIST, BLOCK=BLOCK, **ffi.launch_options(BLOCK, device),
+            K=columns.MAX_LIST, BLOCK=BLOCK, **ffi.launch_options(BLOCK, device),
         )  # fmt: skip
     return loss, list_loss, slopes, rewards, table

@@ -1,10 +1,9 @@
 """csrc/math/affine.h as @triton.jit functions: the affine maps that GAE composes; the rules of scalar.py hold."""
 
 import triton
+import triton.language as tl  # noqa: F401 (the interpreter looks for it in the module of every function)
 
 from fastalign.ops.math.scalar import fma
-
-# --- affine.h, moments.h ----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.columns import GAIN_LAMBDA, INFONCA, NCA, PAIRWISE, PLACKETT_LUCE, PRO
 from fastalign.ops.math.pair import link
 from fastalign.ops.math.scalar import div, exp, is_finite, log1p, sigmoid, softplus
 
@@ -30,9 +31,9 @@ def evaluate_list(KIND: tl.constexpr, LINK: tl.constexpr, GAIN: tl.constexpr, s,
     above = both & (r_i > r_j)
     pairs, correct = tl.sum(above.to(tl.int32), 1).to(tl.float32), tl.sum((above & (s_i > s_j)).to(tl.int32), 1).to(tl.float32)
     margin = tl.sum(tl.where(above, s_i - s_j, 0.0), 1)
-    if KIND == 0:  # pairwise
+    if KIND == PAIRWISE:
         value, slope = link(LINK, s_i - s_j, target, 1.0, tl.zeros_like(s_i - s_j) + 0.5)
-        if GAIN == 1:
+        if GAIN == GAIN_LAMBDA:
             rank = 1 + tl.sum((both & ((s_j > s_i) | ((s_j == s_i) & (k[None, :] < k[:, None])))).to(tl.int32), 1)
             discount = div(1.0, log1p(rank.to(tl.float32)))
             label = tl.exp2(r)
@@ -40,12 +41,12 @@ def evaluate_list(KIND: tl.constexpr, LINK: tl.constexpr, GAIN: tl.constexpr, s,
             value, slope = gain * value, gain * slope
         slope = tl.where(above, slope, 0.0)
         values, slopes = tl.sum(tl.where(above, value, 0.0), 1), tl.sum(slope, 1) - tl.sum(slope, 0)
-    elif KIND == 1:  # plackett_luce
+    elif KIND == PLACKETT_LUCE:
         in_order = above | (both & (r_i == r_j) & (k[:, None] <= k[None, :]))
         tail = logsumexp(s_j + tl.zeros_like(s_i), in_order)
         share = exp(tl.where(in_order, s_j - tail[:, None], float("-inf")))
         values, slopes = tail - s, tl.sum(share, 0) - 1.0
-    elif KIND == 2:  # pro
+    elif KIND == PRO:
         own = r - tl.min(tl.where(live, r, float("inf")), 0)
         has_term = live & (own > 0)
         diagonal = k[:, None] == k[None, :]
@@ -61,14 +62,14 @@ def evaluate_list(KIND: tl.constexpr, LINK: tl.constexpr, GAIN: tl.constexpr, s,
         scaled = div(r, temperature)
         log_p = scaled - logsumexp(scaled, live)
         prob = exp(log_p)
-        if KIND == 4:  # nca
+        if KIND == NCA:
             count = tl.sum(live.to(tl.int32), 0).to(tl.float32)
             values = tl.where(prob > 0, prob * softplus(-s), 0.0) + div(softplus(s), count)
             slopes = div(sigmoid(s), count) - prob * sigmoid(-s)
         else:
             log_q = s - logsumexp(s, live)
             q = exp(log_q)
-            if KIND == 3:  # infonca
+            if KIND == INFONCA:
                 values, slopes = tl.where(prob == 0, 0.0, -prob * log_q), q - prob
             else:  # exo
                 gap = tl.where(q == 0, 0.0, log_q - log_p)

@@ -3,6 +3,25 @@
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.columns import (
+    ALPHA,
+    DISCOPOP,
+    EXO,
+    EXP,
+    HARD,
+    HINGE,
+    LINEAR,
+    LOGODDS,
+    LOGSIG,
+    NEGEXP,
+    NO_LINK,
+    ROBUST,
+    SAVAGE,
+    SIGMOID,
+    SOFT,
+    SQUARED,
+    TRUNCQUAD,
+)
 from fastalign.ops.math.scalar import div, exp, expm1, log1mexp, log1p, power, relu, sigmoid, softplus
 
 
@@ -14,16 +33,16 @@ def exp80(x):
 @triton.jit
 def transform(KIND: tl.constexpr, a, alpha):
     """phi(a), phi'(a): identity, logsig, negexp, alpha, logodds."""
-    if KIND == 1:
+    if KIND == LOGSIG:
         value, slope = -softplus(-a), sigmoid(-a)
-    elif KIND == 2:
+    elif KIND == NEGEXP:
         slope = exp80(-a)
         value = -slope
-    elif KIND == 3:
+    elif KIND == ALPHA:
         x = -alpha * a
         x = tl.where(x > 80.0, 80.0, x)
         value, slope = div(-expm1(x), alpha), exp(x)
-    elif KIND == 4:
+    elif KIND == LOGODDS:
         held = a >= -1e-6
         x = tl.where(held, -1e-6, a)
         value, slope = x - log1mexp(x), tl.where(held, 0.0, div(-1.0, expm1(x)))
@@ -35,29 +54,29 @@ def transform(KIND: tl.constexpr, a, alpha):
 @triton.jit
 def link(KIND: tl.constexpr, h, t, tau, prob):
     """f(h), f'(h): logistic, hinge, squared, exp, truncquad, savage, sigmoid, linear, exo, discopop."""
-    if KIND == 1:
+    if KIND == HINGE:
         value, slope = relu(t - h), tl.where(h < t, -1.0, tl.where(h == h, 0.0, h))
-    elif KIND == 2:
+    elif KIND == SQUARED:
         value, slope = (h - t) * (h - t), 2.0 * (h - t)
-    elif KIND == 3:
+    elif KIND == EXP:
         value = exp80(-h)
         slope = -value
-    elif KIND == 4:
+    elif KIND == TRUNCQUAD:
         r = relu(t - h)
         value, slope = r * r, -2.0 * r
-    elif KIND == 5:
+    elif KIND == SAVAGE:
         s = sigmoid(-h)
         value, slope = s * s, -2.0 * sigmoid(h) * s * s
-    elif KIND == 6:
+    elif KIND == SIGMOID:
         value = sigmoid(-h)
         slope = -sigmoid(h) * value
-    elif KIND == 7:
+    elif KIND == LINEAR:
         value, slope = -h, tl.zeros_like(h) - 1.0
-    elif KIND == 8:
+    elif KIND == EXO:
         s, n, log_p, log_n = sigmoid(h), sigmoid(-h), tl.log(prob), log1p(-prob)
         value = s * (-softplus(-h) - log_p) + n * (-softplus(h) - log_n)
         slope = s * n * (h - (log_p - log_n))
-    elif KIND == 9:
+    elif KIND == DISCOPOP:
         x = div(h, tau)
         s, n, soft = sigmoid(x), sigmoid(-x), softplus(-h)
         se, sne = exp80(-h - softplus(-x)), exp80(-h - softplus(-x) - softplus(x))
@@ -71,9 +90,9 @@ def link(KIND: tl.constexpr, h, t, tau, prob):
 def weigh_labels(LINK: tl.constexpr, LABELS: tl.constexpr, LABEL_ENTROPY: tl.constexpr, h, target, tau, soft, label_smoothing):
     """The pair term c_pos f(h) + c_neg f(-h) and its slope; labels: hard, smooth, robust, soft. Exo takes the label as its target instead."""
     value, slope = link(LINK, h, target, tau, soft)
-    if LABELS != 0 and LINK != 8:
+    if LABELS != HARD and LINK != EXO:
         c_pos, c_neg = soft, 1.0 - soft
-        if LABELS == 2:
+        if LABELS == ROBUST:
             d = 1.0 - 2.0 * label_smoothing
             c_pos, c_neg = div(soft, d), div(-label_smoothing, d) + tl.zeros_like(soft)
         back, back_slope = link(LINK, -h, target, tau, soft)
@@ -118,13 +137,13 @@ def evaluate_pair(
     margin += tl.where(with_kl, beta * (kl_rejected * kl_l - kl_chosen * kl_w), 0.0)
     h = beta * g_w - beta_l * g_l - margin
 
-    soft = soft_label if LABELS == 3 else tl.zeros_like(h) + (1.0 - label_smoothing)
+    soft = soft_label if LABELS == SOFT else tl.zeros_like(h) + (1.0 - label_smoothing)
     loss, dh = weigh_labels(LINK, LABELS, LABEL_ENTROPY, h, target, tau, soft, label_smoothing)
     loss, dh = tl.where(pair_weight != 0.0, loss * pair_weight, 0.0), tl.where(pair_weight != 0.0, dh * pair_weight, 0.0)
     slope_w, slope_l = dh * beta * dg_w, -dh * beta_l * dg_l
     slope_w += tl.where(pos_penalty != 0.0, tl.where(a_w < 0, dh * beta * pos_penalty, 0.0), 0.0)
 
-    if POINT_LINK >= 0:
+    if POINT_LINK != NO_LINK:
         beta_pt = tl.where(point_beta == point_beta, point_beta, beta)
         scale = power(beta_pt, point_beta_power)
         t_w = soft_label - 0.5 if POINT_SOFT_TARGET else point_target

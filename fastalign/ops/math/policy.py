@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.columns import CISPO, GMPO, K3, K3_PLUS, REINFORCE, SAPO, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM_NORM, VESPO
 from fastalign.ops.math.scalar import div, exp, kl_estimate, sigmoid
 
 
@@ -18,15 +19,15 @@ def log_ratio(logprob, old_logprob):
 
 @triton.jit
 def clamp_log_ratio(SURROGATE: tl.constexpr, x):
-    return clamp(x, -18.420680743952367 if SURROGATE == 5 else -20.0, 20.0)
+    return clamp(x, -18.420680743952367 if SURROGATE == VESPO else -20.0, 20.0)
 
 
 @triton.jit
 def sequence_term(SURROGATE: tl.constexpr, lr, advantage, ratio_min, ratio_max):
     """What a sequence sums of a token."""
-    if SURROGATE == 5:
+    if SURROGATE == VESPO:
         term = clamp(lr, -20.0, 20.0)
-    elif SURROGATE == 4:
+    elif SURROGATE == GMPO:
         term = tl.where(advantage > 0, tl.where(lr > ratio_max, ratio_max, lr), tl.where(lr < ratio_min, ratio_min, lr))
     else:
         term = lr
@@ -40,21 +41,21 @@ def surrogate(
     """Value and slope of a token's surrogate, and which bound holds: low, high, dual."""
     positive, negative, never = a > 0, a < 0, rho < -1.0
     low, high, dual = never, never, never
-    if SURROGATE == 1:
+    if SURROGATE == REINFORCE:
         value, slope = -a * logprob, -a
-    elif SURROGATE == 2:
+    elif SURROGATE == CISPO:
         low, high = rho < ratio_min, rho > ratio_max
         w = clamp(rho, ratio_min, ratio_max)
         value, slope = -w * a * logprob, -w * a
-    elif SURROGATE == 3:
+    elif SURROGATE == SAPO:
         tau = tl.where(positive, tau_pos, tau_neg)
         x = tau * (rho - 1.0)
         s = sigmoid(x)
         value, slope = -a * div(4.0 + tl.zeros_like(tau), tau) * s, -4.0 * a * rho * s * sigmoid(-x)
-    elif SURROGATE == 4:
+    elif SURROGATE == GMPO:
         low, high = (lr < ratio_min) & negative, (lr > ratio_max) & positive
         value, slope = -a * rho, tl.where(low | high, 0.0, -a * rho)
-    elif SURROGATE == 5:
+    elif SURROGATE == VESPO:
         k, lam = tl.where(negative, k_neg, k_pos), tl.where(negative, lam_neg, lam_pos)
         phi = exp(lam + k * log_rho - lam * rho)
         value, slope = -phi * a * logprob, -phi * a
@@ -67,9 +68,9 @@ def surrogate(
 
 @triton.jit
 def kl_term(KIND: tl.constexpr, logprob, ref_logprob):
-    """Value and slope of the KL estimate; kind 4, k3+, has the slope of k2."""
-    value, slope = kl_estimate(2 if KIND == 4 else KIND, logprob, ref_logprob)
-    if KIND == 4:
+    """Value and slope of the KL estimate; k3+ has the slope of k2."""
+    value, slope = kl_estimate(K3 if KIND == K3_PLUS else KIND, logprob, ref_logprob)
+    if KIND == K3_PLUS:
         slope = log_ratio(logprob, ref_logprob)
     return value, slope
 
@@ -78,7 +79,7 @@ def kl_term(KIND: tl.constexpr, logprob, ref_logprob):
 def clamp_kl(KIND: tl.constexpr, value, slope, bound):
     """What the loss adds of an estimate: clamped to +-bound, without gradient where it is; k3+ keeps the slope of k2."""
     held = clamp(value, -bound, bound)
-    if KIND != 4:
+    if KIND != K3_PLUS:
         slope = tl.where((value > bound) | (value < -bound), 0.0, slope)
     return held, slope
 
@@ -99,8 +100,8 @@ def value_error(value, old_value, target, clip, CLIPPED: tl.constexpr):
 def token_divisor(AGGREGATION: tl.constexpr, length, norm_length):
     """What a token's term is divided by, before the number of items."""
     divisor = tl.full([], 1.0, tl.float32)
-    if AGGREGATION == 1:
+    if AGGREGATION == SEQ_MEAN_TOKEN_MEAN:
         divisor = tl.maximum(length, 1.0)
-    elif AGGREGATION == 3:
+    elif AGGREGATION == SEQ_MEAN_TOKEN_SUM_NORM:
         divisor *= norm_length
     return divisor

@@ -5,8 +5,6 @@ import triton.language as tl
 
 from fastalign.ops.math.scalar import LN2, div, fma, is_finite
 
-# --- row_state.h ------------------------------------------------------------------------------------------------------------------------
-
 
 @triton.jit
 def rescale(old, new):

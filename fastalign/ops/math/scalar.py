@@ -9,6 +9,7 @@ holds every formula and branches at run time. Numbers (beta, margins, weights) a
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.columns import ABS, K1, K2
 from fastalign.runtime.ffi import TRITON_INTERPRETED
 
 LN2 = tl.constexpr(0.69314718055994531)
@@ -17,9 +18,6 @@ LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # and what fp32 left out
 FINITE = tl.constexpr(3.4028234663852886e38)
 SUM_SHARE, SUM_SHRINKS_BY = tl.constexpr(2.0**-24), tl.constexpr(2.0**24)  # of the sum of a row's logits
 INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
-
-
-# --- scalar.h ---------------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -116,11 +114,11 @@ def power(x, y):
 def kl_estimate(KIND: tl.constexpr, logprob, ref_logprob):
     """Value and slope of k1, k2, k3, abs; see scalar.h."""
     d = tl.where(logprob == ref_logprob, 0.0, logprob - ref_logprob)
-    if KIND == 0:
+    if KIND == K1:
         value, slope = d, tl.zeros_like(d) + 1.0
-    elif KIND == 1:
+    elif KIND == K2:
         value, slope = d * d * 0.5, d
-    elif KIND == 3:
+    elif KIND == ABS:
         value, slope = tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
     else:
         series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720)))))

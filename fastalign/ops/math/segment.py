@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-# --- packed sequences -------------------------------------------------------------------------------------------------------------------
-
 
 @triton.jit
 def sequence_bounds(cu_seqlens, i, tokens):

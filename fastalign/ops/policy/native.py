@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from fastalign.ops.columns import MOMENTS, POLICY_TILE, STATS, VALUE_MOMENTS, VALUE_STATS
 from fastalign.ops.policy.params import SCALAR_COUNT
-from fastalign.ops.policy.reference import MOMENTS, STATS, TILE, VALUE_MOMENTS, VALUE_STATS
 from fastalign.runtime import ffi
 
 
 def _scratch(backend, like, cu_seqlens, width):
     """Segments, and for CUDA a row of statistics for each, with two doubles for each of its moments, and the counter of the last block."""
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segments = -(-like.shape[0] // TILE) if cu_seqlens is None else sequences
+    segments = -(-like.shape[0] // POLICY_TILE) if cu_seqlens is None else sequences
     if backend == "cpu":
         return sequences, None, None
     return sequences, ffi.empty((segments, width), like.dtype, like.device), ffi.counter(like)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastalign.ops.columns import STATS, VALUE_STATS
 from fastalign.ops.policy.params import PolicyParams
-from fastalign.ops.policy.reference import STATS, VALUE_STATS
 from fastalign.runtime.arguments import In, Maybe
 from fastalign.runtime.checks import (
     check_cu_seqlens_values,
@@ -117,7 +117,7 @@ policy_bwd = Op(
     SCALAR_DTYPES,
     _bwd_rules,
 )
-# grad []: each slope times grad, divided by stats[0], the number of items. Serves both losses.
+# grad []: each slope times grad, divided by the number of items. Serves both losses.
 
 
 class PolicyFunction(Function):

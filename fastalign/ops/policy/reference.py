@@ -6,31 +6,45 @@ import math
 
 import torch
 
+from fastalign.ops.columns import (
+    CISPO,
+    CLIP,
+    GMPO,
+    IS_MASK,
+    IS_TRUNCATE,
+    K2,
+    K3,
+    K3_PLUS,
+    POLICY_ITEMS,
+    RATIO_SEQ_MEAN,
+    RATIO_SEQ_SUM,
+    RATIO_TOKEN,
+    REINFORCE,
+    SAPO,
+    SEQ_MEAN_TOKEN_MEAN,
+    SEQ_MEAN_TOKEN_SUM_NORM,
+    STATS,
+    TOKEN_MEAN,
+    TOKEN_SUM,
+    VALUE_STATS,
+    VESPO,
+)
 from fastalign.ops.kl_estimate.reference import value_and_slope
 from fastalign.ops.sequence_sum.reference import _segments
 from fastalign.ops.slopes import times_slope
 
-# Columns of the statistics, sums over the scored tokens of this call; csrc/math/policy.h holds the same list.
-STATS = (
-    "items", "loss", "policy", "tokens", "sequences", "ratio", "ratio_m2", "approx_kl", "clip_low", "clip_high", "clip_dual", "kl", "entropy",
-    "is_weight", "is_clipped", "nonfinite",
-)  # fmt: skip
-VALUE_STATS = ("items", "loss", "tokens", "sequences", "clipped", "value", "returns", "returns_m2", "error", "error_sq",
-               "error_m2", "nonfinite")  # fmt: skip
-MOMENTS, VALUE_MOMENTS = ("ratio_m2",), ("returns_m2", "error_m2")  # sums of squared deviations from the mean
-TILE = 2048  # tokens at a time where nothing is per sequence: kPolicyTile
 LOG_W_MIN = math.log(1e-8)  # of vespo
 
 
 def log_ratio(p, logprobs, old_logprobs, advantages):
     """What a sequence sums: each token's log-ratio, of gmpo clipped on the side that A's sign allows, of vespo clamped; and whether it is open."""
     lr = torch.where(logprobs == old_logprobs, torch.zeros_like(logprobs), logprobs - old_logprobs)
-    if p.surrogate == 4:
+    if p.surrogate == GMPO:
         high, low = (advantages > 0) & (lr > p.ratio_max), ~(advantages > 0) & (lr < p.ratio_min)
         term = torch.where(high, torch.full_like(lr, p.ratio_max), torch.where(low, torch.full_like(lr, p.ratio_min), lr))
         return lr, term, high, low
     none = torch.zeros_like(lr, dtype=torch.bool)
-    return lr, torch.clamp(lr, -20.0, 20.0) if p.surrogate == 5 else lr, none, none
+    return lr, torch.clamp(lr, -20.0, 20.0) if p.surrogate == VESPO else lr, none, none
 
 
 def choose(where, x, y, like):
@@ -42,19 +56,19 @@ def surrogate(p, logprobs, log_rho, advantages, high, low):
     """Value, d value / d log-prob (through the token's own ratio), and the clip flags: low, high, dual."""
     a, none = advantages, torch.zeros_like(high)
     rho = torch.exp(log_rho)
-    if p.surrogate == 1:
+    if p.surrogate == REINFORCE:
         return -a * logprobs, -a, none, none, none
-    if p.surrogate == 2:
+    if p.surrogate == CISPO:
         w = torch.clamp(rho, p.ratio_min, p.ratio_max)
         return -w * a * logprobs, -w * a, rho < p.ratio_min, rho > p.ratio_max, none
-    if p.surrogate == 3:
+    if p.surrogate == SAPO:
         tau = choose(a > 0, p.tau_pos, p.tau_neg, rho)
         s, n = torch.sigmoid(tau * (rho - 1.0)), torch.sigmoid(-tau * (rho - 1.0))
         return -a * (4.0 / tau) * s, -a * 4.0 * s * n * rho, none, none, none
-    if p.surrogate == 4:
+    if p.surrogate == GMPO:
         low = low & (a < 0)
         return -a * rho, torch.where(high | low, torch.zeros_like(rho), -a * rho), low, high, none
-    if p.surrogate == 5:
+    if p.surrogate == VESPO:
         k, lam = choose(a >= 0, p.k_pos, p.k_neg, rho), choose(a >= 0, p.lam_pos, p.lam_neg, rho)
         phi = torch.exp(lam + k * log_rho - lam * rho)
         return -phi * a * logprobs, -phi * a, none, none, none
@@ -66,26 +80,27 @@ def surrogate(p, logprobs, log_rho, advantages, high, low):
 
 def kl_term(p, logprobs, ref_logprobs):
     """Value and slope of the KL estimate; k3+ has the slope of k2."""
-    value, slope = value_and_slope(logprobs, ref_logprobs, 2 if p.kl_kind == 4 else p.kl_kind)
-    return value, value_and_slope(logprobs, ref_logprobs, 1)[1] if p.kl_kind == 4 else slope
+    value, slope = value_and_slope(logprobs, ref_logprobs, K3 if p.kl_kind == K3_PLUS else p.kl_kind)
+    return value, value_and_slope(logprobs, ref_logprobs, K2)[1] if p.kl_kind == K3_PLUS else slope
 
 
 def clamp_kl(p, value, slope):
     """What the loss adds of an estimate: clamped to +-kl_clamp, without gradient where it is (k3+ keeps the slope of k2)."""
     outside = value.abs() > p.kl_clamp
-    return torch.clamp(value, -p.kl_clamp, p.kl_clamp), slope if p.kl_kind == 4 else torch.where(outside, torch.zeros_like(slope), slope)
+    value = torch.clamp(value, -p.kl_clamp, p.kl_clamp)
+    return value, slope if p.kl_kind == K3_PLUS else torch.where(outside, torch.zeros_like(slope), slope)
 
 
 def divisors(aggregation, norm_length, length):
     """What a token's term is divided by, before the number of items."""
-    if aggregation == 1:
+    if aggregation == SEQ_MEAN_TOKEN_MEAN:
         return torch.clamp(length, min=1.0)
-    return torch.full_like(length, norm_length if aggregation == 3 else 1.0)
+    return torch.full_like(length, norm_length if aggregation == SEQ_MEAN_TOKEN_SUM_NORM else 1.0)
 
 
 def clips_sequences(p):
     """Whether a sequence has one ratio, so that a bound holds for all of it: it then counts once among the clipped. gmpo clips tokens."""
-    return p.ratio in (1, 3) and p.surrogate != 4
+    return p.ratio in (RATIO_SEQ_MEAN, RATIO_SEQ_SUM) and p.surrogate != GMPO
 
 
 def at_least_one(x):
@@ -121,11 +136,11 @@ class Layout:
 
     def items(self, aggregation, num_items):
         """The denominator of the mean: tokens, sequences with a scored token, or 1."""
-        if aggregation == 4:
+        if aggregation == TOKEN_SUM:
             return torch.ones_like(self.lengths.sum())
         if num_items is not None:
             return at_least_one(num_items)
-        return at_least_one(self.lengths.sum() if aggregation == 0 else self.filled())
+        return at_least_one(self.lengths.sum() if aggregation == TOKEN_MEAN else self.filled())
 
     def filled(self):
         """Sequences with a scored token; 0 where none are known."""
@@ -143,25 +158,25 @@ def policy_fwd(a):
 
     lr, term, high, low = log_ratio(p, lp, old, advantage)
     length = at.lengths[at.index]
-    if p.ratio == 0:
+    if p.ratio == RATIO_TOKEN:
         log_rho = term
     else:
-        log_rho = at.sums(term)[at.index] / (torch.ones_like(length) if p.ratio == 3 else torch.clamp(length, min=1.0))
-    log_rho = torch.clamp(log_rho, LOG_W_MIN if p.surrogate == 5 else -20.0, 20.0)
+        log_rho = at.sums(term)[at.index] / (torch.ones_like(length) if p.ratio == RATIO_SEQ_SUM else torch.clamp(length, min=1.0))
+    log_rho = torch.clamp(log_rho, LOG_W_MIN if p.surrogate == VESPO else -20.0, 20.0)
     rho = torch.exp(log_rho)
     value, slope, low, high, dual = surrogate(p, lp, log_rho, advantage, high, low)
-    if p.ratio == 3 and p.surrogate in (0, 3):  # the sequence's one term, seen from each of its tokens
+    if p.ratio == RATIO_SEQ_SUM and p.surrogate in (CLIP, SAPO):  # the sequence's one term, seen from each of its tokens
         slope = slope * length
     weight = torch.ones_like(lp)
     outside = torch.zeros_like(lp, dtype=torch.bool)
     if a.is_weight is not None:
         weight = at.keep(a.is_weight[at.index] if p.is_per_sequence else a.is_weight)
-        outside = (weight > p.is_max) | ((weight < p.is_min) if p.is_mode == 2 else False)
+        outside = (weight > p.is_max) | ((weight < p.is_min) if p.is_mode == IS_MASK else False)
     used = weight
-    if p.is_mode == 1:
+    if p.is_mode == IS_TRUNCATE:
         used = torch.clamp(weight, max=p.is_max)
     value, slope = used * value, used * slope
-    if p.is_mode == 2:
+    if p.is_mode == IS_MASK:
         value, slope = (torch.where(outside, torch.zeros_like(x), x) for x in (value, slope))
 
     total = value
@@ -217,4 +232,4 @@ def value_fwd(a):
 
 
 def policy_bwd(a):
-    return times_slope(a.grad, a.slopes) / a.stats[0], times_slope(a.grad, a.entropy_slopes) / a.stats[0]
+    return times_slope(a.grad, a.slopes) / a.stats[POLICY_ITEMS], times_slope(a.grad, a.entropy_slopes) / a.stats[POLICY_ITEMS]

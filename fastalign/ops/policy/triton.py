@@ -6,21 +6,24 @@ import torch
 import triton
 import triton.language as tl
 
+from fastalign.ops import columns
+
+from fastalign.ops.math.columns import (  # isort: skip
+    CLIP, GMPO, IS_MASK, IS_TRUNCATE, PART_M2, PART_MEAN, PART_WIDTH, POLICY_APPROX_KL, POLICY_CLIP_DUAL, POLICY_CLIP_HIGH,
+    POLICY_CLIP_LOW, POLICY_ENTROPY, POLICY_IS_CLIPPED, POLICY_IS_WEIGHT, POLICY_ITEMS, POLICY_KL, POLICY_LOSS, POLICY_NONFINITE,
+    POLICY_POLICY, POLICY_RATIO, POLICY_RATIO_M2, POLICY_SEQUENCES, POLICY_TOKENS, POLICY_WIDTH, RATIO_SEQ_MEAN, RATIO_SEQ_SUM,
+    RATIO_TOKEN, SAPO, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUM, VALUE_CLIPPED, VALUE_ERROR, VALUE_ERROR_M2, VALUE_ERROR_SQ,
+    VALUE_ITEMS, VALUE_LOSS, VALUE_NONFINITE, VALUE_RETURNS, VALUE_RETURNS_M2, VALUE_SEQUENCES, VALUE_TOKENS, VALUE_VALUE, VALUE_WIDTH,
+)  # fmt: skip
 from fastalign.ops.math.moments import merge_lanes, merge_parts, push_moments
 from fastalign.ops.math.policy import clamp_kl, clamp_log_ratio, kl_term, log_ratio, sequence_term, surrogate, token_divisor, value_error
 from fastalign.ops.math.scalar import at_least_one, div, exp, is_finite, times_slope
 from fastalign.ops.math.segment import sequence_bounds
 from fastalign.ops.policy.native import nothing
-from fastalign.ops.policy.reference import MOMENTS, STATS, TILE, VALUE_MOMENTS, VALUE_STATS
 from fastalign.runtime import ffi
 
 BLOCK, ROWS = 512, 64  # tokens, and rows of sums, at a time
 WIDTH = tl.constexpr(16)  # of a row, padded
-POLICY_WIDTH, VALUE_WIDTH = tl.constexpr(len(STATS)), tl.constexpr(len(VALUE_STATS))
-TOKENS_AT, SEQUENCES_AT = tl.constexpr(STATS.index("tokens")), tl.constexpr(STATS.index("sequences"))
-RATIO_M2_AT = tl.constexpr(STATS.index("ratio_m2"))
-RETURNS_M2_AT, ERROR_M2_AT = (tl.constexpr(VALUE_STATS.index(name)) for name in VALUE_MOMENTS)
-VALUE_TOKENS_AT, VALUE_SEQUENCES_AT = tl.constexpr(VALUE_STATS.index("tokens")), tl.constexpr(VALUE_STATS.index("sequences"))
 
 
 @triton.jit
@@ -60,8 +63,8 @@ def _column(x, where):
 @triton.jit
 def _store_moments(part, count, shift, difference, square):
     _, mean, m2 = merge_lanes(count, shift, difference, square)
-    tl.store(part, mean)
-    tl.store(part + 1, m2)
+    tl.store(part + PART_MEAN, mean)
+    tl.store(part + PART_M2, m2)
 
 
 @triton.jit
@@ -79,20 +82,21 @@ def _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, AGGREGATI
             i = first + tl.arange(0, ROWS)
             totals += tl.load(rows + i[:, None] * STATS + c[None, :], mask=(i < pieces)[:, None] & (c < STATS)[None, :], other=0.0)
         total = tl.sum(totals, 0)
-        PARTS: tl.constexpr = 2 if OTHER_M2_AT < 0 else 4
-        _, _, m2 = merge_parts(rows + TOKENS, STATS, parts, parts + 1, PARTS, pieces, ROWS)
+        PARTS: tl.constexpr = PART_WIDTH if OTHER_M2_AT < 0 else 2 * PART_WIDTH
+        _, _, m2 = merge_parts(rows + TOKENS, STATS, parts + PART_MEAN, parts + PART_M2, PARTS, pieces, ROWS)
         total = tl.where(c == M2_AT, m2.to(tl.float32), total)
         if OTHER_M2_AT >= 0:
-            _, _, other_m2 = merge_parts(rows + TOKENS, STATS, parts + 2, parts + 3, PARTS, pieces, ROWS)
+            other = parts + PART_WIDTH
+            _, _, other_m2 = merge_parts(rows + TOKENS, STATS, other + PART_MEAN, other + PART_M2, PARTS, pieces, ROWS)
             total = tl.where(c == OTHER_M2_AT, other_m2.to(tl.float32), total)
-        if AGGREGATION == 4:
+        if AGGREGATION == TOKEN_SUM:
             items = 1.0
         elif num_items is not None:
             items = at_least_one(tl.load(num_items))
         else:
-            items = at_least_one(tl.sum(tl.where(c == (TOKENS if AGGREGATION == 0 else SEQUENCES), total, 0.0), 0))
-        tl.store(stats + c, tl.where(c == 0, items, total), mask=c < STATS)
-        tl.store(loss, div(tl.sum(tl.where(c == 1, total, 0.0), 0), items))
+            items = at_least_one(tl.sum(tl.where(c == (TOKENS if AGGREGATION == TOKEN_MEAN else SEQUENCES), total, 0.0), 0))
+        tl.store(stats + c, tl.where(c == POLICY_ITEMS, items, total), mask=c < STATS)
+        tl.store(loss, div(tl.sum(tl.where(c == POLICY_LOSS, total, 0.0), 0), items))
 
 
 TENSORS = ["logprobs", "old_logprobs", "advantages", "cu_seqlens", "mask", "ref_logprobs", "entropy", "is_weights", "kl_coef_tensor",
@@ -118,12 +122,12 @@ def policy_fwd_kernel(
         entropy_coef = tl.load(entropy_coef_tensor)
 
     length, sequence_log_rho = 0.0, 0.0
-    if ratio != 0 or aggregation == 1:
+    if ratio != RATIO_TOKEN or aggregation == SEQ_MEAN_TOKEN_MEAN:
         n, x = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for start in range(begin, end, BLOCK):
             t = start + tl.arange(0, BLOCK)
             scored = _scored(mask, t, t < end)
-            if ratio != 0:
+            if ratio != RATIO_TOKEN:
                 lp = tl.load(logprobs + t, mask=scored, other=0.0)
                 if old_logprobs is not None:
                     a = _per(advantages, t, k, scored, advantages_per_sequence)
@@ -132,7 +136,7 @@ def policy_fwd_kernel(
             n += scored.to(tl.float32)
         length = tl.sum(n, 0)
         sequence_log_rho = tl.sum(x, 0)
-        if ratio != 3:
+        if ratio != RATIO_SEQ_SUM:
             sequence_log_rho = div(sequence_log_rho, tl.maximum(length, 1.0))
         sequence_log_rho = clamp_log_ratio(surrogate_kind, sequence_log_rho)
     divisor = token_divisor(aggregation, length, norm_length)
@@ -149,22 +153,22 @@ def policy_fwd_kernel(
         lr = zero
         if old_logprobs is not None:
             lr = log_ratio(lp, tl.load(old_logprobs + t, mask=scored, other=0.0))
-        log_rho = clamp_log_ratio(surrogate_kind, lr) if ratio == 0 else zero + sequence_log_rho
+        log_rho = clamp_log_ratio(surrogate_kind, lr) if ratio == RATIO_TOKEN else zero + sequence_log_rho
         rho = exp(log_rho)
         value, slope, low, high, dual = surrogate(surrogate_kind, lp, lr, log_rho, rho, a, ratio_min, ratio_max, dual_clip, tau_pos, tau_neg,
                                                   k_pos, lam_pos, k_neg, lam_neg)  # fmt: skip
-        if ratio == 3 and (surrogate_kind == 0 or surrogate_kind == 3):
+        if ratio == RATIO_SEQ_SUM and (surrogate_kind == CLIP or surrogate_kind == SAPO):
             slope *= length  # the sequence's one term, seen from each of its tokens
         if is_weights is not None:
             given = _per(is_weights, t, k, scored, is_per_sequence)
             outside = given > is_max
             used = given
-            if is_mode == 1:
+            if is_mode == IS_TRUNCATE:
                 used = tl.where(outside, is_max, given)
-            if is_mode == 2:
+            if is_mode == IS_MASK:
                 outside = outside | (given < is_min)
             value, slope = used * value, used * slope
-            if is_mode == 2:
+            if is_mode == IS_MASK:
                 value, slope = tl.where(outside, 0.0, value), tl.where(outside, 0.0, slope)
             s_weight += given
             s_outside += (outside & scored).to(tl.float32)
@@ -197,29 +201,28 @@ def policy_fwd_kernel(
 
     row = rows + k * POLICY_WIDTH
     count = tl.sum(s_tokens, 0)
-    tl.store(row, 0.0)
-    tl.store(row + 1, div(tl.sum(s_loss, 0), divisor))
-    tl.store(row + 2, div(tl.sum(s_policy, 0), divisor))
-    tl.store(row + 3, count)
-    tl.store(row + 4, 0.0 if cu_seqlens is None else tl.where(count > 0, 1.0, 0.0))
-    tl.store(row + 5, tl.sum(s_ratio, 0))
-    tl.store(row + 6, 0.0)  # ratio_m2: by _reduce_rows
-    _store_moments(parts + 2 * k, seen, shift, difference, square)
-    tl.store(row + 7, tl.sum(s_approx, 0))
+    tl.store(row + POLICY_ITEMS, 0.0)
+    tl.store(row + POLICY_LOSS, div(tl.sum(s_loss, 0), divisor))
+    tl.store(row + POLICY_POLICY, div(tl.sum(s_policy, 0), divisor))
+    tl.store(row + POLICY_TOKENS, count)
+    tl.store(row + POLICY_SEQUENCES, 0.0 if cu_seqlens is None else tl.where(count > 0, 1.0, 0.0))
+    tl.store(row + POLICY_RATIO, tl.sum(s_ratio, 0))
+    tl.store(row + POLICY_RATIO_M2, 0.0)  # by _reduce_rows
+    _store_moments(parts + PART_WIDTH * k, seen, shift, difference, square)
+    tl.store(row + POLICY_APPROX_KL, tl.sum(s_approx, 0))
     n_low, n_high, n_dual = tl.sum(s_low, 0), tl.sum(s_high, 0), tl.sum(s_dual, 0)
-    if (ratio == 1 or ratio == 3) and surrogate_kind != 4:  # one ratio per sequence, which counts once
+    if (ratio == RATIO_SEQ_MEAN or ratio == RATIO_SEQ_SUM) and surrogate_kind != GMPO:  # one ratio per sequence, which counts once
         n_low, n_high, n_dual = tl.minimum(n_low, 1.0), tl.minimum(n_high, 1.0), tl.minimum(n_dual, 1.0)
-    tl.store(row + 8, n_low)
-    tl.store(row + 9, n_high)
-    tl.store(row + 10, n_dual)
-    tl.store(row + 11, tl.sum(s_kl, 0))
-    tl.store(row + 12, tl.sum(s_entropy, 0))
-    tl.store(row + 13, tl.sum(s_weight, 0))
-    tl.store(row + 14, tl.sum(s_outside, 0))
-    tl.store(row + 15, tl.sum(s_bad, 0))
-    _reduce_rows(
-        rows, parts, stats, loss, num_items, counter, pieces, aggregation, POLICY_WIDTH, TOKENS_AT, SEQUENCES_AT, RATIO_M2_AT, -1, ROWS
-    )
+    tl.store(row + POLICY_CLIP_LOW, n_low)
+    tl.store(row + POLICY_CLIP_HIGH, n_high)
+    tl.store(row + POLICY_CLIP_DUAL, n_dual)
+    tl.store(row + POLICY_KL, tl.sum(s_kl, 0))
+    tl.store(row + POLICY_ENTROPY, tl.sum(s_entropy, 0))
+    tl.store(row + POLICY_IS_WEIGHT, tl.sum(s_weight, 0))
+    tl.store(row + POLICY_IS_CLIPPED, tl.sum(s_outside, 0))
+    tl.store(row + POLICY_NONFINITE, tl.sum(s_bad, 0))
+    _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, aggregation, POLICY_WIDTH, POLICY_TOKENS, POLICY_SEQUENCES,
+                 POLICY_RATIO_M2, -1, ROWS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
@@ -232,7 +235,7 @@ def value_fwd_kernel(
     begin, end = _piece(cu_seqlens, k, tokens, TILE)
     zero = tl.zeros([BLOCK], tl.float32)
     length = 0.0
-    if AGGREGATION == 1:
+    if AGGREGATION == SEQ_MEAN_TOKEN_MEAN:
         n = zero
         for start in range(begin, end, BLOCK):
             t = start + tl.arange(0, BLOCK)
@@ -266,52 +269,53 @@ def value_fwd_kernel(
 
     row = rows + k * VALUE_WIDTH
     count = tl.sum(s_tokens, 0)
-    tl.store(row, 0.0)
-    tl.store(row + 1, div(tl.sum(s_loss, 0), divisor))
-    tl.store(row + 2, count)
-    tl.store(row + 3, 0.0 if cu_seqlens is None else tl.where(count > 0, 1.0, 0.0))
-    tl.store(row + 4, tl.sum(s_clipped, 0))
-    tl.store(row + 5, tl.sum(s_value, 0))
-    tl.store(row + 6, tl.sum(s_returns, 0))
-    tl.store(row + 7, 0.0)  # returns_m2 and error_m2: by _reduce_rows
-    tl.store(row + 8, tl.sum(s_error, 0))
-    tl.store(row + 9, tl.sum(s_error_sq, 0))
-    tl.store(row + 10, 0.0)
-    tl.store(row + 11, tl.sum(s_bad, 0))
-    _store_moments(parts + 4 * k, n_returns, of_returns, d_returns, sq_returns)
-    _store_moments(parts + 4 * k + 2, n_errors, of_errors, d_errors, sq_errors)
-    _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, AGGREGATION, VALUE_WIDTH, VALUE_TOKENS_AT, VALUE_SEQUENCES_AT,
-                 RETURNS_M2_AT, ERROR_M2_AT, ROWS)  # fmt: skip
+    tl.store(row + VALUE_ITEMS, 0.0)
+    tl.store(row + VALUE_LOSS, div(tl.sum(s_loss, 0), divisor))
+    tl.store(row + VALUE_TOKENS, count)
+    tl.store(row + VALUE_SEQUENCES, 0.0 if cu_seqlens is None else tl.where(count > 0, 1.0, 0.0))
+    tl.store(row + VALUE_CLIPPED, tl.sum(s_clipped, 0))
+    tl.store(row + VALUE_VALUE, tl.sum(s_value, 0))
+    tl.store(row + VALUE_RETURNS, tl.sum(s_returns, 0))
+    tl.store(row + VALUE_RETURNS_M2, 0.0)  # as VALUE_ERROR_M2, by _reduce_rows
+    tl.store(row + VALUE_ERROR, tl.sum(s_error, 0))
+    tl.store(row + VALUE_ERROR_SQ, tl.sum(s_error_sq, 0))
+    tl.store(row + VALUE_ERROR_M2, 0.0)
+    tl.store(row + VALUE_NONFINITE, tl.sum(s_bad, 0))
+    _store_moments(parts + 2 * PART_WIDTH * k, n_returns, of_returns, d_returns, sq_returns)
+    _store_moments(parts + (2 * k + 1) * PART_WIDTH, n_errors, of_errors, d_errors, sq_errors)
+    _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, AGGREGATION, VALUE_WIDTH, VALUE_TOKENS, VALUE_SEQUENCES,
+                 VALUE_RETURNS_M2, VALUE_ERROR_M2, ROWS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def policy_bwd_kernel(grad, slopes, entropy_slopes, stats, d_logprobs, d_entropy, tokens: tl.int64, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g, items = tl.load(grad), tl.zeros([BLOCK], tl.float32) + tl.load(stats)
+    g, items = tl.load(grad), tl.zeros([BLOCK], tl.float32) + tl.load(stats + POLICY_ITEMS)
     tl.store(d_logprobs + t, div(times_slope(g, tl.load(slopes + t, mask=t < tokens, other=0.0)), items), mask=t < tokens)
     if entropy_slopes is not None:
         tl.store(d_entropy + t, div(times_slope(g, tl.load(entropy_slopes + t, mask=t < tokens, other=0.0)), items), mask=t < tokens)
 
 
 def _pieces(tokens, cu_seqlens):
-    return triton.cdiv(tokens, TILE) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return triton.cdiv(tokens, columns.POLICY_TILE) if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def policy_fwd(a):
     tokens, dtype, device = a.logprobs.shape[0], a.logprobs.dtype, a.logprobs.device
-    loss, stats, slopes = (ffi.empty(shape, dtype, device) for shape in ((), (len(STATS),), (tokens,)))
+    loss, stats, slopes = (ffi.empty(shape, dtype, device) for shape in ((), (columns.POLICY_WIDTH,), (tokens,)))
     entropy_slopes = ffi.empty((tokens if a.with_entropy_grad else 0,), dtype, device)
     if tokens == 0:
         return loss.zero_(), slopes, entropy_slopes, nothing(stats)
     pieces = _pieces(tokens, a.cu_seqlens)
-    rows, parts = ffi.empty((pieces, len(STATS)), dtype, device), ffi.empty((pieces, len(MOMENTS), 2), torch.float64, device)
+    rows = ffi.empty((pieces, columns.POLICY_WIDTH), dtype, device)
+    parts = ffi.empty((pieces, len(columns.MOMENTS), columns.PART_WIDTH), torch.float64, device)
     params = a.params._asdict()
     params["surrogate_kind"] = params.pop("surrogate")
     with ffi.triton_device(device):
         policy_fwd_kernel[(pieces,)](
             a.logprobs, a.old_logprobs, a.advantages, a.cu_seqlens, a.mask, a.ref_logprobs, a.entropy, a.is_weight,
             a.kl_coef, a.entropy_coef, a.num_items, loss, slopes, entropy_slopes if a.with_entropy_grad else None,
-            stats, rows, parts, ffi.counter(a.logprobs), tokens, pieces, **params, TILE=TILE, BLOCK=BLOCK, ROWS=ROWS,
+            stats, rows, parts, ffi.counter(a.logprobs), tokens, pieces, **params, TILE=columns.POLICY_TILE, BLOCK=BLOCK, ROWS=ROWS,
             **ffi.launch_options(256, device, 128),
         )  # fmt: skip
     return loss, slopes, entropy_slopes, stats
@@ -319,15 +323,16 @@ def policy_fwd(a):
 
 def value_fwd(a):
     tokens, dtype, device = a.values.shape[0], a.values.dtype, a.values.device
-    loss, slopes, stats = (ffi.empty(shape, dtype, device) for shape in ((), (tokens,), (len(VALUE_STATS),)))
+    loss, slopes, stats = (ffi.empty(shape, dtype, device) for shape in ((), (tokens,), (columns.VALUE_WIDTH,)))
     if tokens == 0:
         return loss.zero_(), slopes, nothing(stats)
     pieces = _pieces(tokens, a.cu_seqlens)
-    rows, parts = ffi.empty((pieces, len(VALUE_STATS)), dtype, device), ffi.empty((pieces, len(VALUE_MOMENTS), 2), torch.float64, device)
+    rows = ffi.empty((pieces, columns.VALUE_WIDTH), dtype, device)
+    parts = ffi.empty((pieces, len(columns.VALUE_MOMENTS), columns.PART_WIDTH), torch.float64, device)
     with ffi.triton_device(device):
         value_fwd_kernel[(pieces,)](
             a.values, a.old_values, a.returns, a.cu_seqlens, a.mask, a.num_items, loss, slopes, stats, rows, parts,
-            ffi.counter(a.values), tokens, pieces, a.clip, a.norm_length, AGGREGATION=a.aggregation, TILE=TILE,
+            ffi.counter(a.values), tokens, pieces, a.clip, a.norm_length, AGGREGATION=a.aggregation, TILE=columns.POLICY_TILE,
             BLOCK=BLOCK, ROWS=ROWS, **ffi.launch_options(256, device),
         )  # fmt: skip
     return loss, slopes, stats

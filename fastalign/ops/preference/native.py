@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fastalign.ops.columns import SUM_WIDTH, TABLE_WIDTH
 from fastalign.ops.preference.params import SCALAR_COUNT
-from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
 from fastalign.runtime import ffi
 
 

@@ -6,7 +6,21 @@ from typing import NamedTuple
 
 import torch
 
-from fastalign.ops.preference.params import REDUCTIONS, PairParams
+from fastalign.ops.columns import (
+    CHOSEN,
+    KL_SLOPES,
+    NONE,
+    RATIO_SLOPES,
+    SUM_KL,
+    SUM_POLICY,
+    SUM_RATIO,
+    SUM_SFT,
+    SUM_WIDTH,
+    TAB_SFT,
+    TAB_VALID,
+    TABLE_WIDTH,
+)
+from fastalign.ops.preference.params import PairParams
 from fastalign.ops.slopes import times_slope
 from fastalign.runtime.arguments import In, Maybe, SymInt
 from fastalign.runtime.checks import (
@@ -16,8 +30,6 @@ from fastalign.runtime.checks import (
 from fastalign.runtime.function import Function
 from fastalign.runtime.layout import refuse
 from fastalign.runtime.op import SCALAR_DTYPES, Op
-
-SUM_WIDTH, TABLE_WIDTH = 6, 11
 
 
 class PairTokens(NamedTuple):
@@ -132,7 +144,7 @@ preference_fwd = Op(
         "reward_loss",
     ),
 )
-# Results: loss [], pair_loss [P], table [P, TABLE_WIDTH] (columns: csrc/math/pair.h; all three empty(0) if not `table`), sums [P, 2, SUM_WIDTH].
+# Results: loss [], pair_loss [P], table [P, TABLE_WIDTH] (columns.py; all three empty(0) if not `table`), sums [P, 2, SUM_WIDTH].
 preference_bwd = Op(
     "preference_bwd",
     PreferenceBwd,
@@ -156,7 +168,7 @@ class PreferenceFunction(Function):
         loss, pair_loss, table, sums = preference_fwd(PreferenceFwd(tokens, None, given, params, count, True))
         _save(ctx, tokens, params, sums, table)
         ctx.mark_non_differentiable(table, sums)
-        return (pair_loss if params.reduction == REDUCTIONS.index("none") else loss), table, sums
+        return (pair_loss if params.reduction == NONE else loss), table, sums
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -180,8 +192,9 @@ class PairSumsFunction(Function):
         # The gradient of the sums takes the place of the table's slopes. The policy's sums move with its log-probs as the log-ratios do
         # (no token clamp where they are used: see mixture.shared_params).
         slopes = grad.new_zeros((grad.shape[0], TABLE_WIDTH))
-        slopes[:, 0:2], slopes[:, 2:4], slopes[:, 4] = grad[:, :, 0] + grad[:, :, 1], grad[:, :, 3], grad[:, 0, 4]
-        slopes[:, 8] = 1.0  # every row counts
+        slopes[:, RATIO_SLOPES] = grad[:, :, SUM_POLICY] + grad[:, :, SUM_RATIO]
+        slopes[:, KL_SLOPES], slopes[:, TAB_SFT] = grad[:, :, SUM_KL], grad[:, CHOSEN, SUM_SFT]
+        slopes[:, TAB_VALID] = 1.0  # every row counts
         return *_to_tokens(ctx, grad.new_ones(()), slopes), *(None,) * 3
 
 
@@ -210,14 +223,14 @@ class PreferenceFromSumsFunction(Function):
         loss, pair_loss, table, _ = preference_fwd(PreferenceFwd(PairTokens(), sums, given, params, sums.shape[0], True))
         ctx.save_for_backward(table)
         ctx.mark_non_differentiable(table)
-        return (pair_loss if params.reduction == REDUCTIONS.index("none") else loss), table
+        return (pair_loss if params.reduction == NONE else loss), table
 
     @staticmethod
     def backward(ctx, grad, _):
         (table,) = ctx.saved_tensors
         out = table.new_zeros((table.shape[0], 2, SUM_WIDTH))
         g = grad.unsqueeze(-1) if grad.dim() else grad
-        out[:, :, 1] = times_slope(g, table[:, 0:2])
-        out[:, :, 3] = times_slope(g, table[:, 2:4])
-        out[:, 0, 4] = times_slope(grad, table[:, 4])
+        out[:, :, SUM_RATIO] = times_slope(g, table[:, RATIO_SLOPES])
+        out[:, :, SUM_KL] = times_slope(g, table[:, KL_SLOPES])
+        out[:, CHOSEN, SUM_SFT] = times_slope(grad, table[:, TAB_SFT])
         return out, None, None

@@ -6,10 +6,44 @@ import math
 
 import torch
 
+from fastalign.ops.columns import (
+    ALPHA,
+    CHOSEN,
+    DISCOPOP,
+    EXO,
+    EXP,
+    HINGE,
+    LINEAR,
+    LOGODDS,
+    LOGSIG,
+    MEAN,
+    NEGEXP,
+    NO_LINK,
+    REJECTED,
+    ROBUST,
+    SAVAGE,
+    SEQ_MEAN,
+    SIGMOID,
+    SMOOTH,
+    SOFT,
+    SQUARED,
+    SUM_LENGTH,
+    SUM_POLICY,
+    SUM_RATIO,
+    SUM_SFT,
+    SUM_SFT_LENGTH,
+    SUM_WIDTH,
+    TAB_CHOSEN,
+    TAB_KL_CHOSEN,
+    TAB_KL_REJECTED,
+    TAB_NLL,
+    TAB_PAIR,
+    TAB_SFT,
+    TOKEN_MEAN_GLOBAL,
+    TRUNCQUAD,
+)
 from fastalign.ops.sequence_sum.reference import _segments, covered, segment_sums
 from fastalign.ops.slopes import times_slope
-
-SUM_WIDTH, TABLE_WIDTH = 6, 11
 
 
 def softplus(x):
@@ -26,15 +60,15 @@ def log1mexp(x):
 
 def transform(kind, a, alpha):
     """phi(a), phi'(a)."""
-    if kind == 1:
+    if kind == LOGSIG:
         return -softplus(-a), torch.sigmoid(-a)
-    if kind == 2:
+    if kind == NEGEXP:
         e = exp80(-a)
         return -e, e
-    if kind == 3:
+    if kind == ALPHA:
         x = torch.clamp(-alpha * a, max=80.0)
         return -torch.expm1(x) / alpha, torch.exp(x)
-    if kind == 4:
+    if kind == LOGODDS:
         held = a >= -1e-6
         x = torch.where(held, torch.full_like(a, -1e-6), a)
         return x - log1mexp(x), torch.where(held, torch.zeros_like(a), -1.0 / torch.expm1(x))
@@ -43,28 +77,28 @@ def transform(kind, a, alpha):
 
 def link(kind, h, t, tau, prob):
     """f(h), f'(h)."""
-    if kind == 1:
+    if kind == HINGE:
         return torch.relu(t - h), torch.where(h < t, -torch.ones_like(h), torch.where(h == h, torch.zeros_like(h), h))
-    if kind == 2:
+    if kind == SQUARED:
         return (h - t) ** 2, 2 * (h - t)
-    if kind == 3:
+    if kind == EXP:
         e = exp80(-h)
         return e, -e
-    if kind == 4:
+    if kind == TRUNCQUAD:
         r = torch.relu(t - h)
         return r * r, -2 * r
-    if kind == 5:
+    if kind == SAVAGE:
         s = torch.sigmoid(-h)
         return s * s, -2 * torch.sigmoid(h) * s * s
-    if kind == 6:
+    if kind == SIGMOID:
         s = torch.sigmoid(-h)
         return s, -torch.sigmoid(h) * s
-    if kind == 7:
+    if kind == LINEAR:
         return -h, -torch.ones_like(h)
-    if kind == 8:
+    if kind == EXO:
         s, n, log_p, log_n = torch.sigmoid(h), torch.sigmoid(-h), torch.log(prob), torch.log1p(-prob)
         return s * (-softplus(-h) - log_p) + n * (-softplus(h) - log_n), s * n * (h - (log_p - log_n))
-    if kind == 9:
+    if kind == DISCOPOP:
         x = h / tau
         s, n, soft = torch.sigmoid(x), torch.sigmoid(-x), softplus(-h)
         se, sne = exp80(-h - softplus(-x)), exp80(-h - softplus(-x) - softplus(x))
@@ -124,11 +158,11 @@ def pair_sums(p, t, count):
     sums = torch.where(known.view(-1, 1, 1), columns[pairs], torch.nan) if count else columns.new_zeros(0, 2, SUM_WIDTH)
     if p.ld_alpha != 1.0:
         ranks = _ranks(scored, t.cu_seqlens, index)
-        for side in (0, 1):
+        for side in (CHOSEN, REJECTED):
             partner = lengths[pairs[:, 1 - side]]
             own = index.unsqueeze(0) == pairs[:, side].unsqueeze(1)
             tail = _tail_weights(p, ranks.unsqueeze(0) < partner.unsqueeze(1)) * own
-            for column, values in ((0, w * t.logprobs), (1, w * ratio)):
+            for column, values in ((SUM_POLICY, w * t.logprobs), (SUM_RATIO, w * ratio)):
                 kept = torch.where(scored, values, torch.zeros_like(values))
                 sums[:, side, column] = (tail * torch.where(own, kept, torch.zeros_like(kept))).sum(-1).to(kept.dtype)
     return sums
@@ -163,12 +197,12 @@ def evaluate_pairs(p, sums, given):
 
     loss, dh = torch.zeros_like(h), torch.zeros_like(h)
     if p.pair_weight:
-        soft = one * soft_label if p.labels == 3 else one * (1.0 - p.label_smoothing)
+        soft = one * soft_label if p.labels == SOFT else one * (1.0 - p.label_smoothing)
         c_pos, c_neg = one, 0.0 * one
-        if p.link != 8:  # exo takes the label as its target distribution instead
-            if p.labels in (1, 3):
+        if p.link != EXO:  # exo takes the label as its target distribution instead
+            if p.labels in (SMOOTH, SOFT):
                 c_pos, c_neg = soft, 1.0 - soft
-            elif p.labels == 2:
+            elif p.labels == ROBUST:
                 c_pos, c_neg = soft / (1 - 2 * p.label_smoothing), -p.label_smoothing / (1 - 2 * p.label_smoothing) * one
         value, slope = link(p.link, h, target, p.tau, soft)
         loss, dh = c_pos * value, c_pos * slope
@@ -182,7 +216,7 @@ def evaluate_pairs(p, sums, given):
     if p.pos_penalty:
         slope_w = slope_w + torch.where(a_w < 0, dh * beta * p.pos_penalty, torch.zeros_like(dh))
 
-    if p.point_link >= 0:
+    if p.point_link != NO_LINK:
         beta_pt = beta if math.isnan(p.point_beta) else one * p.point_beta
         scale = beta_pt**p.point_beta_power if p.point_beta_power else one
         t_w, t_l = (soft_label - 0.5, 0.5 - soft_label) if p.point_soft_target else (p.point_target, p.point_target)
@@ -201,8 +235,8 @@ def evaluate_pairs(p, sums, given):
     loss = loss * weight
     slopes = [weight * slope_w / norm_w, weight * slope_l / norm_l, torch.zeros_like(h), torch.zeros_like(h)]
     if with_kl:
-        slopes[2] = torch.zeros_like(h) if p.detach_kl_chosen else weight * dh * beta * p.kl_chosen
-        slopes[3] = -weight * dh * beta * p.kl_rejected
+        slopes[TAB_KL_CHOSEN] = torch.zeros_like(h) if p.detach_kl_chosen else weight * dh * beta * p.kl_chosen
+        slopes[TAB_KL_REJECTED] = -weight * dh * beta * p.kl_rejected
     ok = (n_w > 0) | (n_l > 0)
     if given.valid is not None:
         ok = ok & given.valid
@@ -221,27 +255,27 @@ def _at_least_one(x):
 def table_from_sums(p, sums, given):
     loss, slopes, rewards, h, ok = evaluate_pairs(p, sums, given)
     zero = torch.zeros_like(loss)
-    own_tokens = sums[:, 0, 5]
+    own_tokens = sums[:, CHOSEN, SUM_SFT_LENGTH]
     local = ok.to(loss.dtype).sum()
     pairs = local if given.num_items is None else given.num_items
     sft_tokens = torch.where(ok, own_tokens, zero).sum() if given.num_sft_tokens is None else given.num_sft_tokens
-    pair_norm = _at_least_one(pairs) if p.reduction == 0 else torch.ones_like(local)
-    if p.sft_norm == 0:
+    pair_norm = _at_least_one(pairs) if p.reduction == MEAN else torch.ones_like(local)
+    if p.sft_norm == TOKEN_MEAN_GLOBAL:
         sft_norm = _at_least_one(sft_tokens) + zero
     else:
-        sft_norm = _at_least_one(pairs) * (_at_least_one(own_tokens) if p.sft_norm == 1 else torch.ones_like(zero))
-    if p.reduction != 0:
+        sft_norm = _at_least_one(pairs) * (_at_least_one(own_tokens) if p.sft_norm == SEQ_MEAN else torch.ones_like(zero))
+    if p.reduction != MEAN:
         sft_norm = sft_norm / _at_least_one(local)
 
     def keep(x):
         return torch.where(ok, x, zero)
 
-    nll = keep(p.sft_weight * -sums[:, 0, 4] / sft_norm) if p.sft_weight else zero
+    nll = keep(p.sft_weight * -sums[:, CHOSEN, SUM_SFT] / sft_norm) if p.sft_weight else zero
     sft_slope = keep(-p.sft_weight / sft_norm) if p.sft_weight else zero
     table = torch.stack(
         [*(keep(s / pair_norm) for s in slopes), sft_slope, *rewards, h, ok.to(loss.dtype), keep(loss / pair_norm), nll], -1
     )
-    pair_loss = table[:, 9] + table[:, 10]
+    pair_loss = table[:, TAB_PAIR] + table[:, TAB_NLL]
     return pair_loss.sum(), pair_loss, table
 
 
@@ -268,15 +302,15 @@ def preference_bwd(a):
     g = a.grad.expand(count)
     d_logprobs, d_kl = zero.clone(), zero.clone()
     for i in range(count):
-        for side in (0, 1):
+        for side in (CHOSEN, REJECTED):
             own = index == pairs[i, side]
-            tail = torch.ones_like(w) if ranks is None else _tail_weights(p, ranks < a.sums[i, 1 - side, 2]).to(w.dtype)
+            tail = torch.ones_like(w) if ranks is None else _tail_weights(p, ranks < a.sums[i, 1 - side, SUM_LENGTH]).to(w.dtype)
             d_logprobs = d_logprobs + torch.where(
-                own & scored & is_open, times_slope(times_slope(times_slope(g[i], a.table[i, side]), tail), w), zero
+                own & scored & is_open, times_slope(times_slope(times_slope(g[i], a.table[i, TAB_CHOSEN + side]), tail), w), zero
             )
-            d_kl = d_kl + torch.where(own & scored, times_slope(g[i], a.table[i, 2 + side]), zero)
-            if side == 0 and p.sft_weight:
-                d_logprobs = d_logprobs + torch.where(own & sft_rows, times_slope(g[i], a.table[i, 4]), zero)
+            d_kl = d_kl + torch.where(own & scored, times_slope(g[i], a.table[i, TAB_KL_CHOSEN + side]), zero)
+            if side == CHOSEN and p.sft_weight:
+                d_logprobs = d_logprobs + torch.where(own & sft_rows, times_slope(g[i], a.table[i, TAB_SFT]), zero)
     mine = covered(t.cu_seqlens, index)
     d_logprobs, d_kl = (torch.where(mine, d, torch.nan) for d in (d_logprobs, d_kl))
     return d_logprobs, d_kl if a.with_kl else zero.new_empty(0)

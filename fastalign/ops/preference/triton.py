@@ -4,15 +4,39 @@ all pairs in index order. Backward: a program per sequence walks the pairs in in
 import triton
 import triton.language as tl
 
+from fastalign.ops import columns
+from fastalign.ops.math.columns import (
+    CHOSEN,
+    MEAN,
+    SEQ_MEAN,
+    SUM_KL,
+    SUM_LENGTH,
+    SUM_POLICY,
+    SUM_RATIO,
+    SUM_SFT,
+    SUM_SFT_LENGTH,
+    SUM_WIDTH,
+    TAB_CHOSEN,
+    TAB_KL_CHOSEN,
+    TAB_KL_REJECTED,
+    TAB_LOGIT,
+    TAB_NLL,
+    TAB_PAIR,
+    TAB_REJECTED,
+    TAB_REWARD_CHOSEN,
+    TAB_REWARD_REJECTED,
+    TAB_SFT,
+    TAB_VALID,
+    TABLE_WIDTH,
+    TOKEN_MEAN_GLOBAL,
+)
 from fastalign.ops.math.pair import evaluate_pair
 from fastalign.ops.math.scalar import at_least_one, div, is_finite, times_slope
 from fastalign.ops.math.segment import sequence_bounds, sequence_share
-from fastalign.ops.preference.reference import SUM_WIDTH, TABLE_WIDTH
 from fastalign.runtime import ffi
 
 TOKENS = 1024  # of a sequence, at a time
 PAIRS = 128  # of the table, at a time
-SUMS, TABLE = tl.constexpr(SUM_WIDTH), tl.constexpr(TABLE_WIDTH)
 
 
 @triton.jit
@@ -85,13 +109,14 @@ def _sum_side(i, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, s
         length += one
         before += tl.sum(one, 0)
 
+    row = sums + i * SUM_WIDTH
     nothing = tl.where(known, 0.0, float("nan"))
-    tl.store(sums + i * SUMS, tl.sum(policy, 0) + nothing)
-    tl.store(sums + i * SUMS + 1, tl.sum(ratio, 0) + nothing)
-    tl.store(sums + i * SUMS + 2, tl.sum(length, 0).to(tl.float32))
-    tl.store(sums + i * SUMS + 3, tl.sum(kl_sum, 0) + nothing)
-    tl.store(sums + i * SUMS + 4, tl.sum(sft, 0) + nothing)
-    tl.store(sums + i * SUMS + 5, tl.sum(sft_length, 0).to(tl.float32))
+    tl.store(row + SUM_POLICY, tl.sum(policy, 0) + nothing)
+    tl.store(row + SUM_RATIO, tl.sum(ratio, 0) + nothing)
+    tl.store(row + SUM_LENGTH, tl.sum(length, 0).to(tl.float32))
+    tl.store(row + SUM_KL, tl.sum(kl_sum, 0) + nothing)
+    tl.store(row + SUM_SFT, tl.sum(sft, 0) + nothing)
+    tl.store(row + SUM_SFT_LENGTH, tl.sum(sft_length, 0).to(tl.float32))
 
 
 @triton.jit
@@ -138,12 +163,13 @@ def preference_fwd_kernel(
         for first in range(0, count, PAIRS):
             i = first + tl.arange(0, PAIRS)
             live = i < count
-            w, row = sums + i * (2 * SUMS), table + i * TABLE
-            length_w, length_l = tl.load(w + 2, mask=live, other=0.0), tl.load(w + SUMS + 2, mask=live, other=0.0)
+            w, row = sums + i * (2 * SUM_WIDTH), table + i * TABLE_WIDTH
+            rejected = w + SUM_WIDTH
+            length_w, length_l = tl.load(w + SUM_LENGTH, mask=live, other=0.0), tl.load(rejected + SUM_LENGTH, mask=live, other=0.0)
             b = _per_pair(betas, beta_stride, i, live, beta)
             value, d_w, d_l, d_kl_w, d_kl_l, reward_w, reward_l, h = evaluate_pair(
-                tl.load(w + 1, mask=live, other=0.0), length_w, tl.load(w + 3, mask=live, other=0.0),
-                tl.load(w + SUMS + 1, mask=live, other=0.0), length_l, tl.load(w + SUMS + 3, mask=live, other=0.0), b,
+                tl.load(w + SUM_RATIO, mask=live, other=0.0), length_w, tl.load(w + SUM_KL, mask=live, other=0.0),
+                tl.load(rejected + SUM_RATIO, mask=live, other=0.0), length_l, tl.load(rejected + SUM_KL, mask=live, other=0.0), b,
                 _per_pair(omegas, omega_stride, i, live, 1.0),
                 _per_pair(soft_labels, soft_label_stride, i, live, 1.0),
                 _per_pair(gamma_exts, gamma_ext_stride, i, live, 0.0),
@@ -157,19 +183,19 @@ def preference_fwd_kernel(
             if valid is not None:
                 keep = keep & (tl.load(valid + i, mask=live, other=0) != 0)
             if drop_nonfinite:
-                sft = tl.load(w + 4, mask=live, other=0.0)
+                sft = tl.load(w + SUM_SFT, mask=live, other=0.0)
                 keep = keep & is_finite(value) & is_finite(h) & is_finite(tl.where(sft_weight != 0.0, sft, 0.0))
-            tl.store(row, tl.where(keep, d_w, 0.0), mask=live)
-            tl.store(row + 1, tl.where(keep, d_l, 0.0), mask=live)
-            tl.store(row + 2, tl.where(keep, d_kl_w, 0.0), mask=live)
-            tl.store(row + 3, tl.where(keep, d_kl_l, 0.0), mask=live)
-            tl.store(row + 5, reward_w, mask=live)
-            tl.store(row + 6, reward_l, mask=live)
-            tl.store(row + 7, h, mask=live)
-            tl.store(row + 8, keep.to(tl.float32), mask=live)
-            tl.store(row + 9, tl.where(keep, value, 0.0), mask=live)
+            tl.store(row + TAB_CHOSEN, tl.where(keep, d_w, 0.0), mask=live)
+            tl.store(row + TAB_REJECTED, tl.where(keep, d_l, 0.0), mask=live)
+            tl.store(row + TAB_KL_CHOSEN, tl.where(keep, d_kl_w, 0.0), mask=live)
+            tl.store(row + TAB_KL_REJECTED, tl.where(keep, d_kl_l, 0.0), mask=live)
+            tl.store(row + TAB_REWARD_CHOSEN, reward_w, mask=live)
+            tl.store(row + TAB_REWARD_REJECTED, reward_l, mask=live)
+            tl.store(row + TAB_LOGIT, h, mask=live)
+            tl.store(row + TAB_VALID, keep.to(tl.float32), mask=live)
+            tl.store(row + TAB_PAIR, tl.where(keep, value, 0.0), mask=live)
             pairs_here += keep.to(tl.int32)
-            sft_here += tl.where(keep, tl.load(w + 5, mask=live, other=0.0), 0.0)
+            sft_here += tl.where(keep, tl.load(w + SUM_SFT_LENGTH, mask=live, other=0.0), 0.0)
 
         local = tl.sum(pairs_here, 0).to(tl.float32)
         items, sft_items = local, tl.sum(sft_here, 0)
@@ -177,27 +203,27 @@ def preference_fwd_kernel(
             items = tl.load(num_items)
         if num_sft_tokens is not None:
             sft_items = tl.load(num_sft_tokens)
-        pair_norm = at_least_one(items) if reduction == 0 else 1.0
+        pair_norm = at_least_one(items) if reduction == MEAN else 1.0
         total = tl.zeros([PAIRS], tl.float32)
         tl.debug_barrier()
         for first in range(0, count, PAIRS):
             i = first + tl.arange(0, PAIRS)
             live = i < count
-            w, row = sums + i * (2 * SUMS), table + i * TABLE
-            for column in tl.static_range(4):
+            w, row = sums + i * (2 * SUM_WIDTH), table + i * TABLE_WIDTH
+            for column in tl.static_range(TAB_CHOSEN, TAB_SFT):
                 tl.store(row + column, div(tl.load(row + column, mask=live, other=0.0), pair_norm), mask=live)
-            kept = tl.load(row + 8, mask=live, other=0.0) > 0
-            value = div(tl.load(row + 9, mask=live, other=0.0), pair_norm)
-            norm = tl.zeros([PAIRS], tl.float32) + (at_least_one(sft_items) if sft_norm == 0 else at_least_one(items))
-            if sft_norm == 1:
-                norm *= at_least_one(tl.load(w + 5, mask=live, other=0.0))
-            if reduction != 0:
+            kept = tl.load(row + TAB_VALID, mask=live, other=0.0) > 0
+            value = div(tl.load(row + TAB_PAIR, mask=live, other=0.0), pair_norm)
+            norm = tl.zeros([PAIRS], tl.float32) + (at_least_one(sft_items) if sft_norm == TOKEN_MEAN_GLOBAL else at_least_one(items))
+            if sft_norm == SEQ_MEAN:
+                norm *= at_least_one(tl.load(w + SUM_SFT_LENGTH, mask=live, other=0.0))
+            if reduction != MEAN:
                 norm = div(norm, at_least_one(local))
             with_sft = kept & (tl.zeros([PAIRS], tl.float32) + sft_weight != 0.0)
-            nll = tl.where(with_sft, div(-sft_weight * tl.load(w + 4, mask=live, other=0.0), norm), 0.0)
-            tl.store(row + 4, tl.where(with_sft, div(-sft_weight, norm), 0.0), mask=live)
-            tl.store(row + 9, value, mask=live)
-            tl.store(row + 10, nll, mask=live)
+            nll = tl.where(with_sft, div(-sft_weight * tl.load(w + SUM_SFT, mask=live, other=0.0), norm), 0.0)
+            tl.store(row + TAB_SFT, tl.where(with_sft, div(-sft_weight, norm), 0.0), mask=live)
+            tl.store(row + TAB_PAIR, value, mask=live)
+            tl.store(row + TAB_NLL, nll, mask=live)
             tl.store(pair_loss + i, value + nll, mask=live)
             total += tl.where(live, value + nll, 0.0)
         tl.store(loss, tl.sum(total, 0))
@@ -237,15 +263,15 @@ def preference_bwd_kernel(
                 named = tl.max(((chosen == s) | (rejected == s)).to(tl.int32), 0)
             if named != 0:
                 for pair in range(block, tl.minimum(block + PAIRS, last_pair)):
-                    g = tl.load(grad + pair * grad_stride)
+                    g, row = tl.load(grad + pair * grad_stride), table + pair * TABLE_WIDTH
                     for side in tl.static_range(2):
                         here = _sequence(pairs, 2 * pair + side) == s
-                        own = tl.where(here, times_slope(g, tl.load(table + pair * TABLE + side)), 0.0)
-                        partner_length = tl.load(sums + (2 * pair + 1 - side) * SUMS + 2)
+                        own = tl.where(here, times_slope(g, tl.load(row + TAB_CHOSEN + side)), 0.0)
+                        partner_length = tl.load(sums + (2 * pair + 1 - side) * SUM_WIDTH + SUM_LENGTH)
                         slope += tl.where(rank < partner_length, own, times_slope(own, ld_alpha))
-                        kl_slope += tl.where(here, times_slope(g, tl.load(table + pair * TABLE + 2 + side)), 0.0)
-                        if side == 0:
-                            sft_slope += tl.where(here, times_slope(g, tl.load(table + pair * TABLE + 4)), 0.0)
+                        kl_slope += tl.where(here, times_slope(g, tl.load(row + TAB_KL_CHOSEN + side)), 0.0)
+                        if side == CHOSEN:
+                            sft_slope += tl.where(here, times_slope(g, tl.load(row + TAB_SFT)), 0.0)
         if weights is not None:
             slope = times_slope(slope, tl.load(weights + t, mask=scored, other=0.0))
         passes = scored
@@ -268,10 +294,10 @@ def preference_fwd(a):
     t, given = a.tokens, a.given
     like = t.logprobs if a.sums is None else a.sums
     dtype, device, with_sums = like.dtype, like.device, a.sums is None
-    out_sums = ffi.empty((a.count, 2, SUM_WIDTH), dtype, device) if with_sums else a.sums.clone()
+    out_sums = ffi.empty((a.count, 2, columns.SUM_WIDTH), dtype, device) if with_sums else a.sums.clone()
     loss = ffi.empty(() if a.table else (0,), dtype, device)
     pair_loss = ffi.empty((a.count,) if a.table else (0,), dtype, device)
-    rows = ffi.empty((a.count, TABLE_WIDTH) if a.table else (0,), dtype, device)
+    rows = ffi.empty((a.count, columns.TABLE_WIDTH) if a.table else (0,), dtype, device)
     if a.count == 0:
         return loss.zero_(), pair_loss, rows, out_sums
     tokens, sequences = (t.logprobs.shape[0], t.cu_seqlens.shape[0] - 1) if with_sums else (0, 0)

@@ -5,20 +5,32 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from fastalign.ops.columns import (
+    OUT_ENTROPY,
+    OUT_IS_TOP1,
+    OUT_KL_POLICY_REF,
+    OUT_KL_REF_POLICY,
+    OUT_LOG_SUM_SQ,
+    OUT_LOGPROB,
+    OUT_LOGSUMEXP,
+    OUT_MEAN_LOGIT,
+    OUT_REF_LOGPROB,
+    STATE_WIDTH,
+)
 from fastalign.runtime import ffi
 from fastalign.runtime.arguments import In, Maybe, Unchecked
 from fastalign.runtime.layout import refuse
 
-# Bits of the op's `outputs` argument, in the order of its results; the same numbers stand in csrc/math/row_state.h (RowOutput).
+# Bits of the op's `outputs` argument, in the order of its results.
 OUTPUT_BITS = {
-    "logprob": 1, "entropy": 2, "logsumexp": 4, "log_sum_sq_probs": 8, "mean_logit": 16, "is_top1": 32, "ref_logprob": 64,
-    "kl_policy_ref": 128, "kl_ref_policy": 256,
+    "logprob": OUT_LOGPROB, "entropy": OUT_ENTROPY, "logsumexp": OUT_LOGSUMEXP, "log_sum_sq_probs": OUT_LOG_SUM_SQ, "mean_logit": OUT_MEAN_LOGIT,
+    "is_top1": OUT_IS_TOP1, "ref_logprob": OUT_REF_LOGPROB, "kl_policy_ref": OUT_KL_POLICY_REF, "kl_ref_policy": OUT_KL_REF_POLICY,
 }  # fmt: skip
 NEED_LABELS = ("logprob", "is_top1", "ref_logprob")
 NEED_REF = ("ref_logprob", "kl_policy_ref", "kl_ref_policy")
+OF_THE_POLICY = len(OUTPUT_BITS) - len(NEED_REF)  # the results that come first
 PER_LABEL = ("logprob", "ref_logprob")
 DIFFERENTIABLE = ("logprob", "entropy", "logsumexp", "kl_policy_ref", "kl_ref_policy")
-STATE_WIDTH = 13
 MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32
 
 
@@ -66,7 +78,7 @@ class TokenStatsFwd(NamedTuple):
 
     rows: Rows
     outputs: int
-    state_in: Maybe("rows,13", "acc")
+    state_in: Maybe(f"rows,{STATE_WIDTH}", "acc")
     target_in: Unchecked
 
 
@@ -74,7 +86,7 @@ class TokenStatsBwd(NamedTuple):
     """rows.ref_logits belongs to the gradients of the KLs."""
 
     rows: Rows
-    state: In("rows,13", "acc")
+    state: In(f"rows,{STATE_WIDTH}", "acc")
     upstream: RowGradients
 
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fastalign.ops.columns import COL_M, COL_REF_M, COL_REF_S0, COL_S0, COL_S1, COL_S2, COL_UMAX, COL_VALID, STATE_WIDTH
 from fastalign.ops.slopes import times_slope
 from fastalign.ops.token_stats.contract import OUTPUT_BITS, PER_LABEL, TokenStatsFwd
 from fastalign.runtime import ffi
@@ -58,7 +59,7 @@ def _cross_bits(u, m, umax, c):
 
 def merge_states(a, b):
     """The monoid on states [rows, STATE_WIDTH]: the twin of `merge` in csrc/math/row_state.h."""
-    (ma, a0, a1, a2, az, ua, ta), (mb, b0, b1, b2, bz, ub, tb) = a.unbind(-1)[:7], b.unbind(-1)[:7]
+    (ma, a0, a1, a2, az, ua, ta), (mb, b0, b1, b2, bz, ub, tb) = a.unbind(-1)[:COL_VALID], b.unbind(-1)[:COL_VALID]
     m = torch.maximum(ma, mb)
     fa, fb = (torch.where(x == m, 1.0, torch.exp2(x - m)) for x in (ma, mb))
 
@@ -68,9 +69,9 @@ def merge_states(a, b):
     take_b = (ub > ua) | ((ub == ua) & (tb >= 0) & ((ta < 0) | (tb < ta)))
     columns = [
         m, a0 * fa + b0 * fb, moved(ma, a0, a1, fa) + moved(mb, b0, b1, fb), a2 * fa * fa + b2 * fb * fb, az + bz,
-        torch.where(take_b, ub, ua), torch.where(take_b, tb, ta), torch.maximum(a[:, 7], b[:, 7]),
+        torch.where(take_b, ub, ua), torch.where(take_b, tb, ta), torch.maximum(a[:, COL_VALID], b[:, COL_VALID]),
     ]  # fmt: skip
-    (rma, ra0, at, atr, ra), (rmb, rb0, bt, btr, rb) = a.unbind(-1)[8:], b.unbind(-1)[8:]
+    (rma, ra0, at, atr, ra), (rmb, rb0, bt, btr, rb) = a.unbind(-1)[COL_REF_M:], b.unbind(-1)[COL_REF_M:]
     rm = torch.maximum(rma, rmb)
 
     def shift(old, new):
@@ -113,18 +114,19 @@ def _row_states(u, c, scored, vocab_start, raw):
     ]
     # A row of -inf has no mass (and no NaN yet: another shard may bring some).
     dead = torch.isneginf(umax)
-    for i in (1, 2, 3):
+    for i in (COL_S0, COL_S1, COL_S2):
         columns[i] = torch.where(dead, torch.zeros_like(columns[i]), columns[i])
-    return torch.stack([*columns, *[torch.zeros_like(m)] * 5], -1)
+    return torch.stack([*columns, *[torch.zeros_like(m)] * (STATE_WIDTH - COL_REF_M)], -1)
 
 
 def _add_reference(state, u, ref_u, c, scored):
-    """Fills the last five columns: the reference row's m and s0, the sums over both rows, and its largest u if it is far."""
-    m, r0, _, _, _, ref_max = _row_states(ref_u, c, scored, 0, ref_u).unbind(-1)[:6]
-    d, dr = _cross_bits(u, state[:, 0], state[:, 5], c), _cross_bits(ref_u, m, ref_max, c)
+    """Fills the columns from COL_REF_M on: the reference row's m and s0, the sums over both rows, and its largest u if it is far."""
+    row = _row_states(ref_u, c, scored, 0, ref_u)
+    m, r0, ref_max = row[:, COL_M], row[:, COL_S0], row[:, COL_UMAX]
+    d, dr = _cross_bits(u, state[:, COL_M], state[:, COL_UMAX], c), _cross_bits(ref_u, m, ref_max, c)
     sums = [torch.where(e == 0, torch.zeros_like(e), e * (d - dr)).sum(-1) for e in (torch.exp2(d), torch.exp2(dr))]
     far_max = torch.where(_is_far(ref_max, c), ref_max, torch.zeros_like(ref_max))
-    return torch.cat([state[:, :8], torch.stack([m, r0, *sums, far_max], -1)], -1)
+    return torch.cat([state[:, :COL_REF_M], torch.stack([m, r0, *sums, far_max], -1)], -1)
 
 
 def _local_targets(u, labels, vocab_start):
@@ -136,7 +138,7 @@ def _local_targets(u, labels, vocab_start):
 def _is_mass(state):
     """The columns of the state that hold a row's mass, as a mask over columns."""
     column = torch.arange(state.shape[1], device=state.device)
-    return (column == 1) | (column == 9)
+    return (column == COL_S0) | (column == COL_REF_S0)
 
 
 def _rounding(umax, c, m):

@@ -17,13 +17,13 @@ import math
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.columns import COL_M, COL_REF_M, COL_S0, COL_S1, COL_S2, COL_SZ, COL_TOP, COL_UMAX, OUT_LOGPROB, STATE_WIDTH
 from fastalign.ops.math.rows import far_bits, is_far, merge, reference_point, rescale, s1_shift
 from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow
 from fastalign.ops.token_stats import triton_pair
-from fastalign.ops.token_stats.contract import OUTPUT_BITS, TokenStatsFwd, forward_shapes
+from fastalign.ops.token_stats.contract import OF_THE_POLICY, OUTPUT_BITS, TokenStatsFwd, forward_shapes
 from fastalign.ops.token_stats.triton_rows import (
     BWD_REGISTERS,
-    COLUMNS,
     ENTROPY,
     EVERYTHING,
     EVERYTHING_BITS,
@@ -130,19 +130,19 @@ def token_stats_fwd_kernel(
     sz = fold(sz, SPAN) if SUMS == EVERYTHING else 0.0
     top = tl.where(top >= 0, top + vocab_start, top)
     if state_in is not None:
-        p = state_in + row * COLUMNS
+        p = state_in + row * STATE_WIDTH
         m, s0, s1, s2, sz, umax, top = merge(
-            tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5),
-            tl.load(p + 6).to(tl.int32), m, s0, s1, s2, sz, umax, top,
+            tl.load(p + COL_M), tl.load(p + COL_S0), tl.load(p + COL_S1), tl.load(p + COL_S2), tl.load(p + COL_SZ), tl.load(p + COL_UMAX),
+            tl.load(p + COL_TOP).to(tl.int32), m, s0, s1, s2, sz, umax, top,
         )  # fmt: skip
     s0 = tl.where(bad != 0, float("nan"), s0)
     finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
                OUTPUTS)  # fmt: skip
-    for i in tl.static_range(8, COLUMNS):
-        tl.store(state + row * COLUMNS + i, 0.0)
+    for i in tl.static_range(COL_REF_M, STATE_WIDTH):
+        tl.store(state + row * STATE_WIDTH + i, 0.0)
     if labels is not None:
         finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
-                      cap_scale, OUTPUTS & 1, CAPPED)  # fmt: skip
+                      cap_scale, OUT_LOGPROB & OUTPUTS, CAPPED)  # fmt: skip
 
 
 @triton.jit
@@ -174,9 +174,10 @@ def token_stats_bwd_kernel(
     piece = tl.program_id(0) % pieces
     scored, _ = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
     c = bits_per_unit(factor, temperature, temperature_ptr)
-    m, s0 = tl.load(state + row * COLUMNS), tl.load(state + row * COLUMNS + 1)
+    p = state + row * STATE_WIDTH
+    m, s0 = tl.load(p + COL_M), tl.load(p + COL_S0)
 
-    base_u, m = gradient_origin(m, tl.load(state + row * COLUMNS + 5), c)
+    base_u, m = gradient_origin(m, tl.load(p + COL_UMAX), c)
     a, b, upstream = row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
     a, b = div(a, s0) * (c * LN2), b * (c * LN2)  # and the slope of z in u
     # Rows that do not count, or that nothing flows back into, are zeros without reading; NaN rows and rows without mass are NaN.
@@ -222,7 +223,7 @@ def token_stats_fwd(a):
     if rows:
         view, base, lanes = ffi.aligned(r.logits)
         layout = (base, *ffi.row_layout(r.logits)[1:])
-        sums = 2 if a.outputs & EVERYTHING_BITS else int(a.outputs & OUTPUT_BITS["entropy"] > 0)
+        sums = EVERYTHING.value if a.outputs & EVERYTHING_BITS else int(a.outputs & OUTPUT_BITS["entropy"] > 0)
         numbers = (vocab, targets, r.ignore_index, r.vocab_start, r.vocab_total, r.factor, r.cap_scale, r.temperature)
         # A thread has 16 bytes of each slice of a tile, 16 elements in all.
         shape = {"SPAN": THREADS * 16 // r.logits.element_size(), "DEPTH": r.logits.element_size()}
@@ -230,14 +231,14 @@ def token_stats_fwd(a):
         with ffi.triton_device(device):
             if r.ref_logits is None:
                 token_stats_fwd_kernel[(rows,)](
-                    view, r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, *results[:6], state,
+                    view, r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, *results[:OF_THE_POLICY], state,
                     target, *layout, *numbers, **options, **ffi.launch_options(THREADS, device, FWD_REGISTERS),
                 )  # fmt: skip
             else:
                 ref, ref_base, _ = ffi.aligned(r.ref_logits)
                 found = (None, None) if a.target_in is None else a.target_in
                 both = (target, target) if r.labels is None else target
-                registers = PAIR_EVERYTHING_REGISTERS if sums == 2 and r.cap_scale else PAIR_FWD_REGISTERS
+                registers = PAIR_EVERYTHING_REGISTERS if sums == EVERYTHING.value and r.cap_scale else PAIR_FWD_REGISTERS
                 triton_pair.token_stats_pair_fwd_kernel[(rows,)](
                     view, ref, r.labels, r.mask, r.temperature_tensor, a.state_in, *found, *results, state, *both,
                     *layout, ref_base, *ffi.row_layout(r.ref_logits)[1:], *numbers,

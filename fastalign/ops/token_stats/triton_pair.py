@@ -6,6 +6,25 @@ read in the same 16-byte groups; elsewhere element by element, into the same pla
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.columns import (
+    COL_M,
+    COL_REF_M,
+    COL_REF_S0,
+    COL_REF_UMAX,
+    COL_S0,
+    COL_S1,
+    COL_S2,
+    COL_SZ,
+    COL_T,
+    COL_TOP,
+    COL_TR,
+    COL_UMAX,
+    OUT_KL_POLICY_REF,
+    OUT_KL_REF_POLICY,
+    OUT_LOGPROB,
+    OUT_REF_LOGPROB,
+    STATE_WIDTH,
+)
 from fastalign.ops.math.rows import (
     has_kl_gradient,
     is_far,
@@ -23,7 +42,6 @@ from fastalign.ops.math.rows import (
 )
 from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow, times_slope
 from fastalign.ops.token_stats.triton_rows import (
-    COLUMNS,
     ENTROPY,
     EVERYTHING,
     SIZES,
@@ -84,8 +102,8 @@ def token_stats_pair_fwd_kernel(
     limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES * scored, LANES)  # a row that does not count is not read
     column = tl.arange(0, SPAN)[None, :]
     place = tl.arange(0, DEPTH)[:, None] * SPAN + column
-    WITH_T: tl.constexpr = OUTPUTS & 128 != 0
-    WITH_TR: tl.constexpr = OUTPUTS & 256 != 0
+    WITH_T: tl.constexpr = OUT_KL_POLICY_REF & OUTPUTS != 0
+    WITH_TR: tl.constexpr = OUT_KL_REF_POLICY & OUTPUTS != 0
 
     m = float("-inf")
     umax = float("-inf")
@@ -180,28 +198,28 @@ def token_stats_pair_fwd_kernel(
     s2 = fold(s2, SPAN) if SUMS == EVERYTHING else 0.0
     sz = fold(sz, SPAN) if SUMS == EVERYTHING else 0.0
     top = tl.where(top >= 0, top + vocab_start, top)
-    p = state + row * COLUMNS
+    p = state + row * STATE_WIDTH
     if state_in is not None:
-        before = state_in + row * COLUMNS
-        am, a0 = tl.load(before), tl.load(before + 1)
+        before = state_in + row * STATE_WIDTH
+        am, a0 = tl.load(before + COL_M), tl.load(before + COL_S0)
         bm, b0 = m, s0
         m, s0, s1, s2, sz, umax, top = merge(
-            am, a0, tl.load(before + 2), tl.load(before + 3), tl.load(before + 4), tl.load(before + 5), tl.load(before + 6).to(tl.int32),
-            bm, b0, s1, s2, sz, umax, top,
+            am, a0, tl.load(before + COL_S1), tl.load(before + COL_S2), tl.load(before + COL_SZ), tl.load(before + COL_UMAX),
+            tl.load(before + COL_TOP).to(tl.int32), bm, b0, s1, s2, sz, umax, top,
         )  # fmt: skip
-        ref_am, ref_bm = tl.load(before + 8), rm
+        ref_am, ref_bm = tl.load(before + COL_REF_M), rm
         rm, r0, t, tr = merge_ref(
-            m, am, a0, ref_am, tl.load(before + 9), tl.load(before + 10), tl.load(before + 11), bm, b0, ref_bm, r0, t, tr
+            m, am, a0, ref_am, tl.load(before + COL_REF_S0), tl.load(before + COL_T), tl.load(before + COL_TR), bm, b0, ref_bm, r0, t, tr
         )
-        ref_umax = tl.where(rm == ref_am, tl.load(before + 12), ref_umax)
+        ref_umax = tl.where(rm == ref_am, tl.load(before + COL_REF_UMAX), ref_umax)
     s0, r0 = tl.where(bad != 0, float("nan"), s0), tl.where(bad != 0, float("nan"), r0)
     finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
                OUTPUTS)  # fmt: skip
-    tl.store(p + 8, rm)
-    tl.store(p + 9, r0)
-    tl.store(p + 10, t)
-    tl.store(p + 11, tr)
-    tl.store(p + 12, ref_umax)
+    tl.store(p + COL_REF_M, rm)
+    tl.store(p + COL_REF_S0, r0)
+    tl.store(p + COL_T, t)
+    tl.store(p + COL_TR, tr)
+    tl.store(p + COL_REF_UMAX, ref_umax)
     peaked = is_peaked(m, s0, umax, c)
     if WITH_T:
         tl.store(kl_policy_ref + row, tl.where(scored != 0, row_kl_policy_ref(s0, r0, t, peaked), 0.0))
@@ -209,9 +227,9 @@ def token_stats_pair_fwd_kernel(
         tl.store(kl_ref_policy + row, tl.where(scored != 0, row_kl_ref_policy(s0, r0, tr, peaked), 0.0))
     if labels is not None:
         finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
-                      cap_scale, OUTPUTS & 1, CAPPED)  # fmt: skip
+                      cap_scale, OUT_LOGPROB & OUTPUTS, CAPPED)  # fmt: skip
         finish_labels(row, scored, rm, r0, ref_umax, c, ref, ref_offset, labels, ref_target_in, ref_target, ref_logprob, vocab, targets, ignore_index,
-                      vocab_start, cap_scale, OUTPUTS & 64, CAPPED)  # fmt: skip
+                      vocab_start, cap_scale, OUT_REF_LOGPROB & OUTPUTS, CAPPED)  # fmt: skip
 
 
 @triton.jit
@@ -244,11 +262,11 @@ def token_stats_pair_bwd_kernel(
     piece = tl.program_id(0) % pieces
     scored, _ = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
     c = bits_per_unit(factor, temperature, temperature_ptr)
-    p = state + row * COLUMNS
-    m, s0, rm, r0, t = tl.load(p), tl.load(p + 1), tl.load(p + 8), tl.load(p + 9), tl.load(p + 10)
+    p = state + row * STATE_WIDTH
+    m, s0, rm, r0, t = tl.load(p + COL_M), tl.load(p + COL_S0), tl.load(p + COL_REF_M), tl.load(p + COL_REF_S0), tl.load(p + COL_T)
 
-    base_u, m = gradient_origin(m, tl.load(p + 5), c)
-    ref_base_u, rm = gradient_origin(rm, tl.load(p + 12), c)
+    base_u, m = gradient_origin(m, tl.load(p + COL_UMAX), c)
+    ref_base_u, rm = gradient_origin(rm, tl.load(p + COL_REF_UMAX), c)
     a, b, upstream = row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
     g_p, g_r = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     if g_kl_policy_ref is not None:

@@ -3,16 +3,31 @@
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.columns import (
+    COL_M,
+    COL_S0,
+    COL_S1,
+    COL_S2,
+    COL_SZ,
+    COL_TOP,
+    COL_UMAX,
+    COL_VALID,
+    OUT_ENTROPY,
+    OUT_IS_TOP1,
+    OUT_LOG_SUM_SQ,
+    OUT_LOGSUMEXP,
+    OUT_MEAN_LOGIT,
+    STATE_WIDTH,
+)
 from fastalign.ops.math.rows import is_far, row_entropy, row_log_sum_sq, row_logprob, row_logsumexp
 from fastalign.ops.math.scalar import LN2, SUM_SHRINKS_BY, div, tanh
-from fastalign.ops.token_stats.contract import OUTPUT_BITS, STATE_WIDTH
+from fastalign.ops.token_stats.contract import OUTPUT_BITS
 
 THREADS = 128
 FWD_REGISTERS, PAIR_FWD_REGISTERS = 168, 168  # at least three programs per multiprocessor; see ffi.launch_options
 PAIR_EVERYTHING_REGISTERS = 232  # two: with a softcap and every output, a row is alive both raw and capped
 BWD_REGISTERS, PAIR_BWD_REGISTERS = 72, 80  # seven and six; six too for the entropy under a softcap
 LABELS = tl.constexpr(32)  # labels of a row that are handled at once
-COLUMNS = tl.constexpr(STATE_WIDTH)
 # Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
 ENTROPY, EVERYTHING = tl.constexpr(1), tl.constexpr(2)
 EVERYTHING_BITS = sum(OUTPUT_BITS[name] for name in ("log_sum_sq_probs", "mean_logit", "is_top1"))
@@ -100,7 +115,8 @@ def row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumex
     if g_entropy is not None:
         g_h = tl.load(g_entropy + row)
         upstream = tl.maximum(upstream, (g_h != 0).to(tl.int32))
-        m, s1, umax = tl.load(state + row * COLUMNS), tl.load(state + row * COLUMNS + 2), tl.load(state + row * COLUMNS + 5)
+        p = state + row * STATE_WIDTH
+        m, s1, umax = tl.load(p + COL_M), tl.load(p + COL_S1), tl.load(p + COL_UMAX)
         a += tl.where(g_h == 0, 0.0, g_h * (tl.log(s0) - row_entropy(m, s0, s1, umax, c)))
         b = div(-g_h * LN2, s0)
     return a, b, upstream
@@ -137,24 +153,24 @@ SMALL = ["labels", "mask", "temperature_ptr", "state_in", "target_in", "state", 
 def finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
                OUTPUTS: tl.constexpr):  # fmt: skip
     """Writes the policy row's state and what is finished from it, the log-probs excepted."""
-    p = state + row * COLUMNS
-    tl.store(p, m)
-    tl.store(p + 1, s0)
-    tl.store(p + 2, s1)
-    tl.store(p + 3, s2)
-    tl.store(p + 4, sz)
-    tl.store(p + 5, umax)
-    tl.store(p + 6, top * 1.0)
-    tl.store(p + 7, scored * 1.0)
-    if OUTPUTS & 2:
+    p = state + row * STATE_WIDTH
+    tl.store(p + COL_M, m)
+    tl.store(p + COL_S0, s0)
+    tl.store(p + COL_S1, s1)
+    tl.store(p + COL_S2, s2)
+    tl.store(p + COL_SZ, sz)
+    tl.store(p + COL_UMAX, umax)
+    tl.store(p + COL_TOP, top * 1.0)
+    tl.store(p + COL_VALID, scored * 1.0)
+    if OUT_ENTROPY & OUTPUTS:
         tl.store(entropy + row, tl.where(scored != 0, row_entropy(m, s0, s1, umax, c), 0.0))
-    if OUTPUTS & 4:
+    if OUT_LOGSUMEXP & OUTPUTS:
         tl.store(logsumexp + row, tl.where(scored != 0, row_logsumexp(m, s0, umax, c), 0.0))
-    if OUTPUTS & 8:
+    if OUT_LOG_SUM_SQ & OUTPUTS:
         tl.store(log_sum_sq + row, tl.where(scored != 0, row_log_sum_sq(s0, s2), 0.0))
-    if OUTPUTS & 16:
+    if OUT_MEAN_LOGIT & OUTPUTS:
         tl.store(mean_logit + row, tl.where(scored != 0, div(sz, vocab_total.to(tl.float32)) * SUM_SHRINKS_BY * (c * LN2), 0.0))
-    if OUTPUTS & 32:
+    if OUT_IS_TOP1 & OUTPUTS:
         hit = tl.where(s0 != s0, s0, (top == tl.load(labels + row)).to(tl.float32))
         tl.store(is_top1 + row, tl.where(scored != 0, hit, 0.0))
 

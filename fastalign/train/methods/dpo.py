@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import fastalign
+from fastalign.preference.rules import RULES
 from fastalign.runtime.checks import check_number, shown
 from fastalign.train.config import TrainConfig, check_booleans
 from fastalign.train.data.formats import PREFERENCE
@@ -19,7 +20,6 @@ from fastalign.train.methods.base import LogprobFn, Method, Scored, Split, token
 from fastalign.train.metrics import Metrics
 from fastalign.train.vain import note_examples
 
-RULES = {rule.rule: rule for rule in (fastalign.BetaDPO, fastalign.AlphaDPO, fastalign.BCODelta)}
 # Column of the data -> the option of the loss that takes one number per pair.
 COLUMNS = {"soft_label": "soft_labels", "weight": "omega", "margin": "gamma_ext", "target": "target"}
 # What a rule returns -> the metric that shows it.

@@ -62,7 +62,7 @@ def estimate(method: str, config: OnlineConfig, step: Rewarded, kl_coef: float |
     gae = fastalign.gae(rewards, values, packed.cu_seqlens, mask=packed.mask, bootstrap=bootstrap, gamma=config.gamma, lam=config.lam)
     returns, errors = (variance_of(x, packed.mask) for x in (gae.returns, gae.returns - values))
     metrics = {**metrics, "val/explained_variance": (1.0 - errors.m2 / returns.m2, (returns.m2 > 0).double())}
-    return Estimate(fastalign.whiten(gae.advantages, packed.mask, moments=gae[2:]), packed.mask, metrics, gae.returns)
+    return Estimate(fastalign.whiten(gae.advantages, packed.mask, moments=gae.moments), packed.mask, metrics, gae.returns)
 
 
 def shaped_rewards(config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor) -> tuple[Tensor, Metrics]:
