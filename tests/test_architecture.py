@@ -144,3 +144,18 @@ def test_environment_variables_are_the_documented_ones():
     for path in [*FILES, ROOT / "setup.py"]:
         for name in re.findall(r"FASTALIGN_[A-Z_]+", path.read_text()):
             assert name in ("FASTALIGN_BACKEND", "FASTALIGN_EXTENSION", "FASTALIGN_CUDA", "FASTALIGN_ARCHS"), (path, name)
+
+
+def test_argument_lists_are_short():
+    """Beyond a dozen, positions say nothing: an object with names does. Triton's kernels take tensors and sizes one by one."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                count = len(node.args.posonlyargs) + len(node.args.args)
+                assert count <= 12, f"{layer(path)}: {node.name} takes {count} arguments by position"
+
+
+def test_no_argument_is_counted_off():
+    """Lists of None, as many as there are arguments, stand where only the order says what is what."""
+    for path in FILES:
+        assert "*(None,) * " not in path.read_text() or layer(path) == "bench/floors.py", layer(path)

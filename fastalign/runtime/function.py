@@ -13,7 +13,8 @@ from fastalign.runtime import backends
 
 
 class Function(torch.autograd.Function):
-    """A function with first derivatives only, whose backward runs on the backend of its forward.
+    """A function with first derivatives only, whose backward runs on the backend of its forward and returns the gradients of the first inputs, those
+    that can have one; the others' None is added here.
 
     A backward that is asked for a graph of itself (create_graph=True, as in hessian, hvp and gradient penalties) raises: its kernels have none,
     and the second-order term would be missing without a word. `names`: the public functions that it serves, for that message.
@@ -43,8 +44,13 @@ def _recording(forward: Callable[..., Any]) -> Callable[..., Any]:
     return recorded
 
 
-def _first_order(backward: Callable[..., Any], names: str) -> Callable[..., Any]:
-    @functools.wraps(backward)
+def _first_order(first_gradients: Callable[..., Any], names: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = first_gradients(ctx, *grads)
+        found = found if isinstance(found, tuple) else (found,)
+        return found + (None,) * (len(ctx.needs_input_grad) - len(found))
+
+    @functools.wraps(first_gradients)
     def first_order(ctx: Any, *grads: Any) -> Any:
         if torch.compiler.is_compiling():
             return backward(ctx, *grads)

@@ -107,7 +107,7 @@ class ListwiseFunction(Function):
     def backward(ctx, grad, *_):
         cu_seqlens, mask, list_offsets, slopes = ctx.saved_tensors
         per_sequence = _sequence_grad(grad, slopes, list_offsets)
-        return sequence_sum_bwd(SequenceSumBwd(per_sequence, cu_seqlens, mask, None, ctx.tokens)), *(None,) * 9
+        return sequence_sum_bwd(SequenceSumBwd(per_sequence, cu_seqlens, mask, None, ctx.tokens))
 
 
 class ListwiseFromSumsFunction(Function):
@@ -125,4 +125,4 @@ class ListwiseFromSumsFunction(Function):
     @staticmethod
     def backward(ctx, grad, *_):
         list_offsets, slopes = ctx.saved_tensors
-        return _sequence_grad(grad, slopes, list_offsets), *(None,) * 5
+        return _sequence_grad(grad, slopes, list_offsets)

@@ -135,7 +135,7 @@ class PolicyFunction(Function):
     @staticmethod
     def backward(ctx, grad, _):
         d_logprobs, d_entropy = policy_bwd(PolicyBwd(grad, *ctx.saved_tensors))
-        return d_logprobs, d_entropy if ctx.needs_input_grad[1] else None, None
+        return d_logprobs, d_entropy if ctx.needs_input_grad[1] else None
 
 
 class ValueFunction(Function):
@@ -151,4 +151,4 @@ class ValueFunction(Function):
     @staticmethod
     def backward(ctx, grad, _):
         slopes, stats = ctx.saved_tensors
-        return policy_bwd(PolicyBwd(grad, slopes, slopes.new_empty(0), stats))[0], None
+        return policy_bwd(PolicyBwd(grad, slopes, slopes.new_empty(0), stats))[0]

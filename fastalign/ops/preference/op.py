@@ -172,7 +172,7 @@ class PreferenceFunction(Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        return *_to_tokens(ctx, grad.contiguous()), *(None,) * 4
+        return _to_tokens(ctx, grad.contiguous())
 
 
 class PairSumsFunction(Function):
@@ -195,7 +195,7 @@ class PairSumsFunction(Function):
         slopes[:, RATIO_SLOPES] = grad[:, :, SUM_POLICY] + grad[:, :, SUM_RATIO]
         slopes[:, KL_SLOPES], slopes[:, TAB_SFT] = grad[:, :, SUM_KL], grad[:, CHOSEN, SUM_SFT]
         slopes[:, TAB_VALID] = 1.0  # every row counts
-        return *_to_tokens(ctx, grad.new_ones(()), slopes), *(None,) * 3
+        return _to_tokens(ctx, grad.new_ones(()), slopes)
 
 
 def _save(ctx, tokens: PairTokens, params: PairParams, *results: torch.Tensor) -> None:
@@ -233,4 +233,4 @@ class PreferenceFromSumsFunction(Function):
         out[:, :, SUM_RATIO] = times_slope(g, table[:, RATIO_SLOPES])
         out[:, :, SUM_KL] = times_slope(g, table[:, KL_SLOPES])
         out[:, CHOSEN, SUM_SFT] = times_slope(grad, table[:, TAB_SFT])
-        return out, None, None
+        return out

@@ -60,4 +60,4 @@ class SequenceSumFunction(Function):
     @staticmethod
     def backward(ctx, grad, _):
         cu_seqlens, mask, weights = ctx.saved_tensors
-        return sequence_sum_bwd(SequenceSumBwd(grad.contiguous(), cu_seqlens, mask, weights, ctx.tokens)), None, None, None
+        return sequence_sum_bwd(SequenceSumBwd(grad.contiguous(), cu_seqlens, mask, weights, ctx.tokens))

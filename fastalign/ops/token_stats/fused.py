@@ -98,7 +98,7 @@ class TokenKLLossFunction(Function):
         if torch.compiler.is_compiling():
             (grad,) = ctx.saved_tensors
             scale_rows_(ScaleRows(grad, g_loss))
-            return grad, *(None,) * 5
+            return grad
         if ctx.spent:
             raise RuntimeError(
                 "token_kl_loss can be differentiated once: its stored gradient was modified by an inplace operation, the scaling of the first time"
@@ -108,4 +108,4 @@ class TokenKLLossFunction(Function):
         if not overwrite.is_ours_alone(grad):  # saved-tensor hooks may keep what they gave
             grad = grad.clone()
         scale_rows_(ScaleRows(grad, g_loss))
-        return grad, *(None,) * 5
+        return grad

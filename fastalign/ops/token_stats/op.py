@@ -107,9 +107,8 @@ class TokenStatsFunction(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        none = (None,) * 3
         if not ctx.needs_input_grad[0]:
-            return None, *none
+            return None
         *tensors, state = ctx.saved_tensors
         rows = Rows(*tensors, *ctx.numbers)
         given = {n: None if g is None or g.numel() == 0 else g.contiguous() for n, g in zip(OUTPUT_BITS, grads)}
@@ -118,11 +117,11 @@ class TokenStatsFunction(Function):
             rows = rows._replace(ref_logits=None)
         logits = rows.logits
         if not (ctx.inplace and overwrite.may_overwrite(logits, "inplace_backward")):
-            return token_stats_bwd(TokenStatsBwd(rows, state, upstream)), *none
+            return token_stats_bwd(TokenStatsBwd(rows, state, upstream))
         grad = logits.detach()
         token_stats_bwd_(TokenStatsBwd(rows._replace(logits=grad), state, upstream))
         overwrite.retire(logits)
-        return grad, *none
+        return grad
 
 
 _TENSORS = Rows._fields.index("factor")  # the fields of Rows before the first number
