@@ -127,7 +127,7 @@ class Op:
         """The kernel that serves `tensor`'s device and dtype and the arguments `a`, or BackendError with the reasons."""
         key = (forced(), tensor.device.type, tensor.dtype, ffi.emulator())
         able = self._able.get(key)
-        if able is None:
+        if not able:  # nobody: asked anew, since a backend may come
             able = self._able[key] = self._find(tensor)
         if not self.declines:
             if able:
