@@ -164,7 +164,7 @@ class PreferenceFunction(Function):
 
     @staticmethod
     def forward(ctx, logprobs, kl, tokens: PairTokens, given: PairTensors, params, count):
-        tokens = tokens._replace(logprobs=logprobs, kl=kl)
+        tokens = _with_inputs(tokens, logprobs, kl)
         loss, pair_loss, table, sums = preference_fwd(PreferenceFwd(tokens, None, given, params, count, True))
         _save(ctx, tokens, params, sums, table)
         ctx.mark_non_differentiable(table, sums)
@@ -182,7 +182,7 @@ class PairSumsFunction(Function):
 
     @staticmethod
     def forward(ctx, logprobs, kl, tokens: PairTokens, params, count):
-        tokens = tokens._replace(logprobs=logprobs, kl=kl)
+        tokens = _with_inputs(tokens, logprobs, kl)
         *_, sums = preference_fwd(PreferenceFwd(tokens, None, PairTensors(), params, count, False))
         _save(ctx, tokens, params, sums)
         return sums
@@ -198,8 +198,14 @@ class PairSumsFunction(Function):
         return _to_tokens(ctx, grad.new_ones(()), slopes)
 
 
+def _with_inputs(tokens: PairTokens, logprobs: torch.Tensor, kl: torch.Tensor | None) -> PairTokens:
+    """The tokens with what a `Function` was given in its place; outside of the compiler it is the same."""
+    same = tokens.logprobs is logprobs and tokens.kl is kl
+    return tokens if same else tokens._replace(logprobs=logprobs, kl=kl)
+
+
 def _save(ctx, tokens: PairTokens, params: PairParams, *results: torch.Tensor) -> None:
-    kept = tokens._replace(kl=None)
+    kept = tokens if tokens.kl is None else tokens._replace(kl=None)
     ctx.save_for_backward(*kept, *results)
     ctx.params, ctx.with_kl = params, tokens.kl is not None
 
