@@ -24,7 +24,7 @@ def finals(report: dict[str, Any]) -> dict[str, dict[str, float]]:
         curves = report["curves"]
         first = next(iter(curves.values()))[0]
         return {"SFT": first, **{label: points[-1] for label, points in curves.items()}}
-    policies = report["policies"]
+    policies = report.get("policies") or sys.exit("demo_seeds: a run is neither of `demo tdpo` nor of `demo ppo`")
     return {PPO[name]: {"gold_reward": p["gold_reward"], "kl": p["kl"]["k3_per_sequence"]} for name, p in policies.items()}
 
 
@@ -46,7 +46,12 @@ def table(seeds: list[dict[str, Any]]) -> str:
 
 
 def main(out: str, *runs: str) -> None:
-    reports = [json.loads(Path(run).read_text(encoding="utf-8")) for run in runs]
+    try:
+        reports = [json.loads(Path(run).read_text(encoding="utf-8")) for run in runs]
+    except (OSError, ValueError) as error:
+        sys.exit(f"demo_seeds: {error}; legal: the metrics.json of `fastalign demo tdpo` or `fastalign demo ppo`")
+    if len({tuple(finals(report)) for report in reports}) > 1:
+        sys.exit("demo_seeds: the runs are of different demonstrations")
     kept = ("gold_reward", "kl", "seqkl_chosen", "seqkl_rejected", "accuracy")
     seeds = [
         {

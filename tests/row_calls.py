@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastalign.ops.token_stats.contract import RowOptions, Rows
+from fastalign.rows.spec import LOG2E
 
-LOG2E = 1.4426950408889634
 PLAIN = RowOptions(LOG2E, 0.0, 1.0, -100)
 
 

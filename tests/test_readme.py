@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -26,9 +28,17 @@ def ops_table():
     return "\n".join(lines)
 
 
+def seeds_table(name):
+    """What several seeds of a demonstration ended with, from the committed file."""
+    seeds = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["seeds"]
+    return runpy.run_path(str(ROOT / "benchmarks" / "demo_seeds.py"))["table"](seeds)
+
+
 LOSSES = ROOT / "docs" / "losses.md"
 TABLES = {
     "ops": (README, ops_table),
+    "demo_ppo": (README, lambda: seeds_table("2026-11-28-demo-ppo-seeds-0-1-2-3.json")),
+    "demo_tdpo": (README, lambda: seeds_table("2026-11-28-demo-tdpo-seeds-0-1-2.json")),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
     "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
     "policy": (ROOT / "docs" / "policy_losses.md", fa.policy_losses.available),

@@ -71,6 +71,18 @@ def test_a_backend_declines_a_call_by_its_arguments(monkeypatch):
         fa.gae(long.rewards, long.values, long.cu_seqlens)
 
 
+def test_a_call_that_nobody_serves_is_asked_anew(monkeypatch):
+    """A backend may come after the first refusal: an emulator, a device."""
+    x, cu = torch.ones(2), torch.tensor([0, 2], dtype=torch.int32)
+    monkeypatch.setattr(OPS["sequence_sum_fwd"], "_able", {})
+    monkeypatch.setattr(ffi, "_extension", None)
+    with fa.use_backend("cpu"):
+        with pytest.raises(fa.BackendError):
+            fa.sequence_sum(x, cu)
+        monkeypatch.undo()
+        assert fa.sequence_sum(x, cu).tolist() == [2.0]
+
+
 def test_what_is_available_is_what_can_run_here(monkeypatch):
     """Kernels without a device are not available, whatever was built and installed."""
     monkeypatch.setattr(ffi, "_extension_has_cuda", True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,62 +15,70 @@ from torch import Tensor
 
 from fastalign.runtime.distributed import merged_moments
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class Metric(NamedTuple):
-    """A mean, or a ratio of two sums: sum / count. Add sums and counts, divide at the end."""
+
+class _Sum(NamedTuple):
+    """A sum over `count` things; sums and counts add up."""
 
     sum: Tensor
     count: Tensor
 
-    def merge(self, other: Metric) -> Metric:
-        return Metric(self.sum + other.sum, self.count + other.count)
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.sum + other.sum, self.count + other.count)
+
+
+class Metric(_Sum):
+    """A mean, or a ratio of two sums: sum / count. Add sums and counts, divide at the end."""
+
+    __slots__ = ()
 
     def __float__(self) -> float:
         count = float(self.count)
         return float(self.sum) / count if count else math.nan
 
 
-class Total(NamedTuple):
+class Total(_Sum):
     """A sum or a number of things (`sum`), out of `count`: what is shown is the sum."""
 
-    sum: Tensor
-    count: Tensor
-
-    def merge(self, other: Total) -> Total:
-        return Total(self.sum + other.sum, self.count + other.count)
+    __slots__ = ()
 
     def __float__(self) -> float:
         return float(self.sum)
 
 
-class Largest(NamedTuple):
-    """The largest of `count` values; a NaN among them is not overlooked."""
+class _Extreme(NamedTuple):
+    """Of `count` values the one that `choose` prefers; a NaN among them is not overlooked."""
 
     value: Tensor
     count: Tensor
 
-    def merge(self, other: Largest) -> Largest:
-        return Largest(_extreme(torch.maximum, self, other), self.count + other.count)
+    def merge(self, other: Self) -> Self:
+        both = self.choose(self.value, other.value)
+        value = torch.where(self.count == 0, other.value, torch.where(other.count == 0, self.value, both))
+        return type(self)(value, self.count + other.count)
 
     def __float__(self) -> float:
         return float(self.value) if float(self.count) else math.nan
 
 
-class Smallest(NamedTuple):
-    """The smallest of `count` values, as `Largest`."""
+class Largest(_Extreme):
+    """The largest of `count` values."""
 
-    value: Tensor
-    count: Tensor
-
-    def merge(self, other: Smallest) -> Smallest:
-        return Smallest(_extreme(torch.minimum, self, other), self.count + other.count)
-
-    def __float__(self) -> float:
-        return float(self.value) if float(self.count) else math.nan
+    __slots__ = ()
+    choose = staticmethod(torch.maximum)
 
 
-class Variance(NamedTuple):
-    """The variance of `count` values, m2 / count: m2 is the sum of the squared deviations from their mean."""
+class Smallest(_Extreme):
+    """The smallest of `count` values."""
+
+    __slots__ = ()
+    choose = staticmethod(torch.minimum)
+
+
+class _Moments(NamedTuple):
+    """Of `count` values: their mean, and m2, the sum of the squared deviations from it."""
 
     count: Tensor
     mean: Tensor
@@ -80,27 +88,24 @@ class Variance(NamedTuple):
     def sum(self) -> Tensor:
         return self.m2
 
-    def merge(self, other: Variance) -> Variance:
-        return Variance(*_merged(self, other))
+    def merge(self, other: Self) -> Self:
+        return type(self)(*_merged(self, other))
+
+
+class Variance(_Moments):
+    """The variance of `count` values, m2 / count."""
+
+    __slots__ = ()
 
     def __float__(self) -> float:
         count = float(self.count)
         return float(self.m2) / count if count else math.nan
 
 
-class Deviation(NamedTuple):
+class Deviation(_Moments):
     """The unbiased standard deviation of `count` values, sqrt(m2 / (count - 1)); of a single value 0."""
 
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    @property
-    def sum(self) -> Tensor:
-        return self.m2
-
-    def merge(self, other: Deviation) -> Deviation:
-        return Deviation(*_merged(self, other))
+    __slots__ = ()
 
     def __float__(self) -> float:
         count = float(self.count)
@@ -205,9 +210,3 @@ def _over_ranks(metrics: dict[str, AnyMetric], group: dist.ProcessGroup) -> dict
 
 def _merged(a: Any, b: Any) -> tuple[Tensor, Tensor, Tensor]:
     return merged_moments(*(torch.stack([x, y]) for x, y in zip(a[:3], b[:3])))
-
-
-def _extreme(choose: Any, a: Any, b: Any) -> Tensor:
-    """Of two extremes; what is of nothing does not count."""
-    both = choose(a.value, b.value)
-    return torch.where(a.count == 0, b.value, torch.where(b.count == 0, a.value, both))

@@ -129,20 +129,20 @@ class Op:
         able = self._able.get(key)
         if not able:  # nobody: asked anew, since a backend may come
             able = self._able[key] = self._find(tensor)
-        if not self.declines:
-            if able:
-                return able[0][1]
-        else:
-            for backend, kernel in able:
-                if self.declined(backend, a) is None:
-                    return kernel
+        for backend, kernel in able:
+            if self.declined(backend, a) is None:
+                return kernel
         reasons = [f"  {backend}: {self.why_not(backend, tensor, a)}" for backend in self.tried(tensor.device.type)]
         raise BackendError(f"fastalign::{self.name} has no backend for {tensor.dtype} on {tensor.device}:\n" + "\n".join(reasons))
 
     def tried(self, device_type: str) -> tuple[str, ...]:
         """The backends that are asked for tensors of this device type, in order: the forced one alone, if one is."""
         name = forced()
-        return (name,) if name else self.order.get(device_type) or backends.usual_order(device_type)
+        return (name,) if name else self.in_order(device_type)
+
+    def in_order(self, device_type: str) -> tuple[str, ...]:
+        """All that would be asked if none were forced."""
+        return self.order.get(device_type) or backends.usual_order(device_type)
 
     def _find(self, tensor: torch.Tensor) -> list[tuple[str, Callable[..., Any]]]:
         """Those of them that can serve such tensors, with their kernels."""
@@ -192,7 +192,7 @@ def explain(op: str, *args: Any) -> str:
     if tensor is None:
         raise ValueError("explain needs at least one tensor argument")
     required = forced()
-    order = entry.order.get(tensor.device.type) or backends.usual_order(tensor.device.type)
+    order = entry.in_order(tensor.device.type)
     lines, chosen = [], None
     for backend in (*order, *(b for b in BACKENDS if b not in order)):
         why = entry.why_not(backend, tensor, a)

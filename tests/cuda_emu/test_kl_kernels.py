@@ -9,17 +9,17 @@ import pytest
 import test_contract_kl as contract
 import test_contract_kl_loss as kl_loss
 import torch
-from row_calls import rows_of
+from row_calls import PLAIN, rows_of
 from test_kernels import WHERE, assert_noticed, cluster  # noqa: F401
 
 import fastalign as fa
 from fastalign.ops.token_stats import fused as ops
-from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients, RowOptions, ScaleRows, TokenStatsFused
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients, ScaleRows, TokenStatsFused
 from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, make_labels, make_logits
 
 KLS = contract.KLS
-OPTIONS = RowOptions(1.4426950408889634, 0.0, 1.0, -100)
+OPTIONS = PLAIN
 BITS = sum(OUTPUT_BITS[n] for n in ("logprob", "entropy", "logsumexp", "ref_logprob", *KLS))
 TOP1 = OUTPUT_BITS["is_top1"]  # an output that the one-read kernel does not have: with it the call takes the two kernels
 

@@ -8,10 +8,7 @@ import torch
 
 from fastalign.ops.columns import MOMENT_WIDTH
 from fastalign.runtime.arguments import In, Maybe
-from fastalign.runtime.checks import (
-    check_cu_seqlens_values,
-    check_number,
-)
+from fastalign.runtime.checks import check_cu_seqlens_values, check_number
 from fastalign.runtime.op import SCALAR_DTYPES, Op
 
 

@@ -6,19 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from fastalign.ops.columns import MAX_LIST, NONE
+from fastalign.ops.columns import LIST_TABLE_WIDTH, MAX_LIST, NONE, SUM_WIDTH
 from fastalign.ops.listwise.params import ListParams
 from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceFwd, preference_fwd
 from fastalign.ops.sequence_sum.op import SequenceSumBwd, sequence_sum_bwd
 from fastalign.ops.slopes import times_slope
 from fastalign.runtime.arguments import In, Maybe
-from fastalign.runtime.checks import (
-    check_cu_seqlens_values,
-)
+from fastalign.runtime.checks import check_cu_seqlens_values
 from fastalign.runtime.function import Function
 from fastalign.runtime.op import SCALAR_DTYPES, Op
-
-TABLE_WIDTH = 9
 
 
 class ListTensors(NamedTuple):
@@ -30,7 +26,7 @@ class ListTensors(NamedTuple):
 
 
 class ListwiseFwd(NamedTuple):
-    sums: In("S,6")
+    sums: In(f"S,{SUM_WIDTH}")
     list_offsets: In("L+1", "int32")
     scores: In("S")
     given: ListTensors
@@ -50,7 +46,7 @@ def _check_values(a: ListwiseFwd) -> None:
 
 def _fake(a: ListwiseFwd) -> tuple[torch.Tensor, ...]:
     sequences, lists = a.sums.shape[0], a.list_offsets.shape[0] - 1
-    return tuple(a.sums.new_empty(s) for s in ((), (lists,), (sequences,), (sequences,), (lists, TABLE_WIDTH)))
+    return tuple(a.sums.new_empty(s) for s in ((), (lists,), (sequences,), (sequences,), (lists, LIST_TABLE_WIDTH)))
 
 
 listwise_fwd = Op(
@@ -61,11 +57,7 @@ listwise_fwd = Op(
     "listwise",
     SCALAR_DTYPES,
     check=_check_values,
-    public=(
-        "listwise_loss",
-        "listwise_loss_from_sums",
-        "kwise_reward_loss",
-    ),
+    public=("listwise_loss", "listwise_loss_from_sums", "kwise_reward_loss"),
 )
 # sums [S, SUM_WIDTH]: as in the pair kernel (policy, ratio, length, KL, SFT, SFT length). list_offsets [L + 1] int32. scores [S].
 # Results: loss [], list_loss [L], slopes [S] = d loss (or d list_loss) / d policy sum, SFT term included, rewards [S] = beta a,

@@ -9,9 +9,7 @@ import torch
 from fastalign.ops.columns import STATS, VALUE_STATS
 from fastalign.ops.policy.params import PolicyParams
 from fastalign.runtime.arguments import In, Maybe
-from fastalign.runtime.checks import (
-    check_cu_seqlens_values,
-)
+from fastalign.runtime.checks import check_cu_seqlens_values
 from fastalign.runtime.function import Function
 from fastalign.runtime.layout import refuse
 from fastalign.runtime.op import SCALAR_DTYPES, Op

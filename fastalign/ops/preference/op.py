@@ -23,10 +23,7 @@ from fastalign.ops.columns import (
 from fastalign.ops.preference.params import PairParams
 from fastalign.ops.slopes import times_slope
 from fastalign.runtime.arguments import In, Maybe, SymInt
-from fastalign.runtime.checks import (
-    check_cu_seqlens_values,
-    check_pairs_values,
-)
+from fastalign.runtime.checks import check_cu_seqlens_values, check_pairs_values
 from fastalign.runtime.function import Function
 from fastalign.runtime.layout import refuse
 from fastalign.runtime.op import SCALAR_DTYPES, Op
@@ -65,7 +62,7 @@ class PreferenceFwd(NamedTuple):
     """From tokens, or from the sums of them. count = P; without `table` the sums are all that is made."""
 
     tokens: PairTokens
-    sums: Maybe("count,2,6")
+    sums: Maybe(f"count,2,{SUM_WIDTH}")
     given: PairTensors
     params: PairParams
     count: SymInt
@@ -77,8 +74,8 @@ class PreferenceBwd(NamedTuple):
 
     grad: In("count?")
     tokens: PairTokens
-    sums: In("count,2,6")
-    table: In("count,11")
+    sums: In(f"count,2,{SUM_WIDTH}")
+    table: In(f"count,{TABLE_WIDTH}")
     params: PairParams
     with_kl: bool
 
@@ -111,12 +108,14 @@ def _check_values(a: PreferenceFwd) -> None:
 def _fwd_rules(a: PreferenceFwd) -> None:
     refuse((a.tokens.logprobs is None) == (a.sums is None), "either logprobs or sums must be given")
     refuse(a.sums is None and a.tokens.cu_seqlens is None, "logprobs need cu_seqlens")
+    refuse(a.sums is not None and any(x is not None for x in a.tokens), "what is given per token has no effect beside sums")
     if a.sums is None:
         _pair_rules(a.tokens, a.params, a.count)
 
 
 def _bwd_rules(a: PreferenceBwd) -> None:
     refuse(a.tokens.logprobs is None or a.tokens.cu_seqlens is None, "logprobs and cu_seqlens must be given")
+    refuse(a.tokens.kl is not None, "kl has no effect in backward, whose with_kl asks for its gradient")
     _pair_rules(a.tokens, a.params, a.table.shape[0])
 
 
@@ -138,11 +137,7 @@ preference_fwd = Op(
     SCALAR_DTYPES,
     _fwd_rules,
     _check_values,
-    public=(
-        "preference_loss",
-        "preference_loss_from_sums",
-        "reward_loss",
-    ),
+    public=("preference_loss", "preference_loss_from_sums", "reward_loss"),
 )
 # Results: loss [], pair_loss [P], table [P, TABLE_WIDTH] (columns.py; all three empty(0) if not `table`), sums [P, 2, SUM_WIDTH].
 preference_bwd = Op(

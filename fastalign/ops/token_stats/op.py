@@ -57,13 +57,7 @@ token_stats_fwd = Op(
     ROW_DTYPES,
     lambda a: row_rules(a.rows, a.outputs, target_in=a.target_in),
     check_values,
-    public=(
-        "token_stats",
-        "token_logprobs",
-        "selective_log_softmax",
-        "entropy_from_logits",
-        "token_kl",
-    ),
+    public=("token_stats", "token_logprobs", "selective_log_softmax", "entropy_from_logits", "token_kl"),
 )
 # Results: the outputs in the order of OUTPUT_BITS (PER_LABEL [rows, K], the others [rows]; empty(0) if not asked for), state [rows, STATE_WIDTH],
 # target [rows, K], with ref_logits [2, rows, K] for policy and reference (raw logit of each label, after tanh if capped; -inf while its shard has

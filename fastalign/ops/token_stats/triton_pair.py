@@ -81,6 +81,23 @@ def _rotate(x, window, q, column, shift, limit, SPAN: tl.constexpr, LANES: tl.co
     return x
 
 
+@triton.jit
+def _add(d, dr, s0, s1, s2, r0, t, tr, SUMS: tl.constexpr, WITH_T: tl.constexpr, WITH_TR: tl.constexpr):
+    """The sums with a tile more, which lies d and dr bits from the reference points of both rows."""
+    e, er = tl.exp2(d), tl.exp2(dr)
+    if WITH_T:  # where there is no mass the difference may be infinite or NaN, and counts nothing
+        t += tl.sum(tl.where(e == 0, 0.0, e * (d - dr)), 0)
+    if WITH_TR:
+        tr += tl.sum(tl.where(er == 0, 0.0, er * (d - dr)), 0)
+    if SUMS >= ENTROPY:
+        s1 += tl.sum(e * tl.maximum(d, -200.0), 0)
+    s0 += tl.sum(e, 0)
+    r0 += tl.sum(er, 0)
+    if SUMS == EVERYTHING:
+        s2 += tl.sum(e * e, 0)
+    return s0, s1, s2, r0, t, tr
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_pair_fwd_kernel(
     logits, ref, labels, mask, temperature_ptr, state_in, target_in, ref_target_in, logprob, entropy, logsumexp, log_sum_sq, mean_logit, is_top1,
@@ -155,17 +172,7 @@ def token_stats_pair_fwd_kernel(
         # Add the tile. Where all is -inf so far there is no reference point: count from 0.
         d = fma(u, c, tl.where(peak == float("-inf"), 0.0, -peak))
         dr = fma(v, c, tl.where(ref_peak == float("-inf"), 0.0, -ref_peak))
-        e, er = tl.exp2(d), tl.exp2(dr)
-        if WITH_T:  # where there is no mass the difference may be infinite or NaN, and counts nothing
-            t += tl.sum(tl.where(e == 0, 0.0, e * (d - dr)), 0)
-        if WITH_TR:
-            tr += tl.sum(tl.where(er == 0, 0.0, er * (d - dr)), 0)
-        if SUMS >= ENTROPY:
-            s1 += tl.sum(e * tl.maximum(d, -200.0), 0)
-        s0 += tl.sum(e, 0)
-        r0 += tl.sum(er, 0)
-        if SUMS == EVERYTHING:
-            s2 += tl.sum(e * e, 0)
+        s0, s1, s2, r0, t, tr = _add(d, dr, s0, s1, s2, r0, t, tr, SUMS, WITH_T, WITH_TR)
 
     # Both rows once more where one of them is far, now that their maxima are known (math/row_state.h).
     far, ref_far = is_far(umax, c), is_far(ref_umax, c)
@@ -179,17 +186,7 @@ def token_stats_pair_fwd_kernel(
         y = tl.load(ref + ref_offset + start + column, mask=inside, other=float("-inf"))
         d = row_bits(tl.where(inside, capped(x, cap_scale, CAPPED), float("-inf")), m, umax, c)
         dr = row_bits(tl.where(inside, capped(y, cap_scale, CAPPED), float("-inf")), rm, ref_umax, c)
-        e, er = tl.exp2(d), tl.exp2(dr)
-        if WITH_T:
-            t += tl.sum(tl.where(e == 0, 0.0, e * (d - dr)), 0)
-        if WITH_TR:
-            tr += tl.sum(tl.where(er == 0, 0.0, er * (d - dr)), 0)
-        if SUMS >= ENTROPY:
-            s1 += tl.sum(e * tl.maximum(d, -200.0), 0)
-        s0 += tl.sum(e, 0)
-        r0 += tl.sum(er, 0)
-        if SUMS == EVERYTHING:
-            s2 += tl.sum(e * e, 0)
+        s0, s1, s2, r0, t, tr = _add(d, dr, s0, s1, s2, r0, t, tr, SUMS, WITH_T, WITH_TR)
     ref_umax = tl.where(ref_far, ref_umax, 0.0)
 
     s0, r0 = fold(s0, SPAN), fold(r0, SPAN)
