@@ -1,5 +1,6 @@
-"""What several seeds of a demonstration end with: `python benchmarks/demo_seeds.py OUT.json RUN/metrics.json ...` writes each seed's final numbers
-to one small file and prints the README's table, mean and range. The runs: `fastalign demo tdpo|ppo --seed N --output RUN`."""
+"""What several seeds of a demonstration end with: `python benchmarks/demo_seeds.py OUT.json RUN/metrics.json
+...` writes each seed's final numbers to one small file and prints the README's table, mean and range. The
+runs: `fastalign demo tdpo|ppo --seed N --output RUN`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Microseconds per call of every public function on small CPU inputs (tests/every_call.py), in this tree and another one:
-`python benchmarks/host_time.py OTHER_TREE OUT.json`. Processes of both in turns, medians in each and over them; both trees
-need their extension built in place."""
+`python benchmarks/host_time.py OTHER_TREE OUT.json`. Processes of both in turns, medians in each and over
+them; both trees need their extension built in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Packed variable-length sequences: one row of tokens, `cu_seqlens` for the boundaries, labels aligned with the rows that predict them."""
+"""Packed variable-length sequences: one row of tokens, `cu_seqlens` for the boundaries, labels aligned with
+the rows that predict them."""
 
 from __future__ import annotations
 
@@ -26,9 +27,10 @@ IGNORE_INDEX = -100
 class PackedBatch(NamedTuple):
     """Sequences laid end to end. T tokens, S sequences.
 
-    input_ids [T] int64; position_ids [T] int64, restarting at 0 in every sequence; labels [T] int64: row t of the logits scores labels[t],
-    the next token of the same sequence, `ignore_index` where nothing is scored; mask [T] bool = labels != ignore_index (row-aligned);
-    cu_seqlens [S + 1] int32; max_seqlen: the longest sequence, a Python int."""
+    input_ids [T] int64; position_ids [T] int64, restarting at 0 in every sequence; labels [T] int64: row t of
+    the logits scores labels[t], the next token of the same sequence, `ignore_index` where nothing is scored;
+    mask [T] bool = labels != ignore_index (row-aligned); cu_seqlens [S + 1] int32; max_seqlen: the longest
+    sequence, a Python int."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -53,15 +55,17 @@ def pack(
 
     Args:
         sequences: S sequences of token ids (lists or 1-D integer tensors); empty ones are legal.
-        masks: for each sequence, which of its own tokens are scored (token-aligned: masks[i][j] says whether token j of sequence i is a
-            response token). Default: all. The first token of a sequence has no prediction and is never scored.
+        masks: for each sequence, which of its own tokens are scored (token-aligned: masks[i][j] says whether
+            token j of sequence i is a response token). Default: all. The first token of a sequence has no
+            prediction and is never scored.
         device: of the result; default: the CPU.
 
     Returns:
         PackedBatch.
 
     Raises:
-        ValueError, TypeError: sequences or masks of more than one dimension, token ids that are no integers, masks that do not match the sequences.
+        ValueError, TypeError: sequences or masks of more than one dimension, token ids that are no integers,
+            masks that do not match the sequences.
     """
     rows = [_row("sequences", i, s) for i, s in enumerate(sequences)]
     for i, r in enumerate(rows):
@@ -97,7 +101,8 @@ def shift_labels(input_ids: Tensor, cu_seqlens: Tensor, mask: Tensor | None = No
     Args:
         input_ids: [T] integers, packed.
         cu_seqlens: [S + 1] int32.
-        mask: [T] bool aligned with input_ids: which tokens are scored. Token t + 1 unscored makes labels[t] = ignore_index.
+        mask: [T] bool aligned with input_ids: which tokens are scored. Token t + 1 unscored makes labels[t] =
+            ignore_index.
 
     Returns:
         [T] int64. Nothing crosses a boundary of cu_seqlens.
@@ -120,8 +125,9 @@ def shift_labels(input_ids: Tensor, cu_seqlens: Tensor, mask: Tensor | None = No
         check_same_device("mask", mask, "input_ids", input_ids)
         following = torch.where(mask[1:].to(torch.bool), following, ignore_index)
     labels[:-1] = following
-    # The last row of every non-empty sequence. An empty sequence's "last row" is its predecessor's, which is a last row as well;
-    # leading empty ones have none, and fall on row T - 1 by the modulus: also a last row. No shape depends on data.
+    # The last row of every non-empty sequence. An empty sequence's "last row" is its predecessor's, which is
+    # a last row as well; leading empty ones have none, and fall on row T - 1 by the modulus: also a last row.
+    # No shape depends on data.
     last = torch.remainder(cu_seqlens[1:].to(torch.int64) - 1, input_ids.numel())
     return labels.index_fill(0, last, ignore_index)
 
@@ -133,8 +139,9 @@ def unpad(x: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x: [B, T, ...]. attention_mask: [B, T], non-zero at real tokens, on any side.
 
     Returns:
-        (packed [N, ...], cu_seqlens [B + 1] int32, indices [N] int64 into the flattened B * T): `packed = x.flatten(0, 1)[indices]`.
-        One sequence per row of the batch, empty rows included. N depends on data, so a CUDA mask costs one synchronisation.
+        (packed [N, ...], cu_seqlens [B + 1] int32, indices [N] int64 into the flattened B * T): `packed =
+        x.flatten(0, 1)[indices]`. One sequence per row of the batch, empty rows included. N depends on data,
+        so a CUDA mask costs one synchronisation.
     """
     if x.dim() < 2 or tuple(x.shape[:2]) != tuple(attention_mask.shape):
         raise ValueError(
@@ -171,18 +178,20 @@ def sequence_sum(
     Args:
         x: [T], floating; differentiable.
         cu_seqlens: [S + 1] int32, from 0 to T. Zero-length sequences give 0.
-        mask: [T] bool, row-aligned; False tokens are left out and get gradient 0, whatever they hold (NaN included).
+        mask: [T] bool, row-aligned; False tokens are left out and get gradient 0, whatever they hold (NaN
+            included).
         weights: [T], any sign; not differentiated.
         mean: divide by the number of scored tokens (at least 1), also when weights are given.
-        group: a process group over which every sequence's tokens are split (sequence parallel). All ranks pass the same S; sums and counts are
-            added across ranks, and every rank's loss may use the result: the gradient stays local (each rank differentiates its own copy of
-            the same loss once).
+        group: a process group over which every sequence's tokens are split (sequence parallel). All ranks
+            pass the same S; sums and counts are added across ranks, and every rank's loss may use the result:
+            the gradient stays local (each rank differentiates its own copy of the same loss once).
 
     Returns:
         [S] fp32 (fp64 for fp64 input). Fixed summation order: two runs are bitwise equal.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices; cu_seqlens not running monotonically from 0 to T (checked on the CPU).
+        ValueError, TypeError: shapes, dtypes, devices; cu_seqlens not running monotonically from 0 to T
+            (checked on the CPU).
     """
     x = per_token("x", x)
     cu_seqlens = check_cu_seqlens(cu_seqlens, x)

@@ -1,4 +1,5 @@
-"""The layers of docs/architecture.md, held by AST: adapters, train, bench, arena -> public names -> preference, policy -> rows, packing, losses -> ops
+"""The layers of docs/architecture.md, held by AST: adapters, train, bench, arena -> public names ->
+preference, policy -> rows, packing, losses -> ops
 -> runtime. An import goes down or stays in its room, never up."""
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def layer(path):
     return path.relative_to(PACKAGE).as_posix()
 
 
-# Rooms of each floor. On one floor they do not know each other, but for those of the top: the trainer is tried in the arena, all share a console.
+# Rooms of each floor. On one floor they do not know each other, but for those of the top: the trainer is
+# tried in the arena, all share a console.
 FLOORS = (
     {"runtime"},
     {"ops"},
@@ -43,7 +45,8 @@ TOP = FLOORS[-1]
 
 
 def room(name):
-    """Of a module's dotted name or of a file's path inside the package: its first part. The package itself is `__init__`."""
+    """Of a module's dotted name or of a file's path inside the package: its first part. The package itself is
+    `__init__`."""
     return name.removesuffix(".py").replace("/", ".").split(".")[0]
 
 
@@ -52,7 +55,8 @@ def floor(name):
 
 
 def modules(names):
-    """Of imported names those of modules, without the package's own name: `ops.gae.op` of `fastalign.ops.gae.op.gae_fwd`."""
+    """Of imported names those of modules, without the package's own name: `ops.gae.op` of
+    `fastalign.ops.gae.op.gae_fwd`."""
     found = set()
     for name in names:
         parts = name.split(".")[1:]
@@ -147,7 +151,8 @@ def test_environment_variables_are_the_documented_ones():
 
 
 def test_argument_lists_are_short():
-    """Beyond a dozen, positions say nothing: an object with names does. Triton's kernels take tensors and sizes one by one."""
+    """Beyond a dozen, positions say nothing: an object with names does. Triton's kernels take tensors and
+    sizes one by one."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and not any("triton.jit" in ast.unparse(d) for d in node.decorator_list):

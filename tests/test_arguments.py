@@ -1,4 +1,5 @@
-"""What an op's arguments declare: the schema, the layout, and the way from the object to single arguments and back."""
+"""What an op's arguments declare: the schema, the layout, and the way from the object to single arguments and
+back."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""An op's arguments are a tuple in Python and a struct in C++, and nothing but their order says which is which. Here the three places that hold the
-order are compared: the structs of csrc/ops.h, their lists of members in bindings.cpp, and the tuples that ops/*/native.py pass."""
+"""An op's arguments are a tuple in Python and a struct in C++, and nothing but their order says which is
+which. Here the three places that hold the order are compared: the structs of csrc/ops.h, their lists of
+members in bindings.cpp, and the tuples that ops/*/native.py pass."""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ def arguments_of(op):
 
 
 def launch_of(op, monkeypatch):
-    """(the C++ op, its tuple, {name: value} of everything that Python has a name for) of a call of the native kernel, which then does nothing."""
+    """(the C++ op, its tuple, {name: value} of everything that Python has a name for) of a call of the native
+    kernel, which then does nothing."""
     seen = []
 
     def launch(backend, function, tensor, arguments):

@@ -1,4 +1,5 @@
-"""Columns and codes have one name in C++, Python and Triton, and one number; no line of Python or Triton writes such a number itself."""
+"""Columns and codes have one name in C++, Python and Triton, and one number; no line of Python or Triton
+writes such a number itself."""
 
 from __future__ import annotations
 
@@ -78,8 +79,8 @@ FILES.remove(PACKAGE / "ops" / "columns.py")
 TABLES = {"table", "sums", "state", "stats", "slopes"}
 CODES = {"kind", "kl_kind", "link", "point_link", "labels", "transform", "surrogate", "surrogate_kind", "ratio", "aggregation", "is_mode",
          "reduction", "sft_norm", "pair_gain", "gain"}  # fmt: skip
-# Neither columns nor codes: the end of a sequence or list, which is where the next one begins; a pair's second sequence; the pair after a
-# sequence's own; the token after this one; a last dim of 1 to broadcast.
+# Neither columns nor codes: the end of a sequence or list, which is where the next one begins; a pair's
+# second sequence; the pair after a sequence's own; the token after this one; a last dim of 1 to broadcast.
 ALLOWED = {
     "cu_seqlens + i + 1", "list_offsets + n + 1", "pairs + 2 * i + 1", "s // 2 + 1", "t + 1", "ratio[:, :1]", "positions[..., :1]",
 }  # fmt: skip

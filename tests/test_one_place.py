@@ -1,5 +1,6 @@
-"""What a new loss costs. Of existing parts: one row in fastalign/losses/tables.py and its test (test_contract_packed.py adds a row while it runs). A new
-link or transform: one formula each in csrc/math/pair.h, fastalign/ops/math/pair.py and ops/preference/reference.py, and a name in its params.py."""
+"""What a new loss costs. Of existing parts: one row in fastalign/losses/tables.py and its test
+(test_contract_packed.py adds a row while it runs). A new link or transform: one formula each in
+csrc/math/pair.h, fastalign/ops/math/pair.py and ops/preference/reference.py, and a name in its params.py."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def strings(path):
 
 
 def test_a_link_is_a_name_and_its_formulas(monkeypatch):
-    """The name at the end of LINKS and the definition's formula are all that the Python side needs; the kernels take the code likewise."""
+    """The name at the end of LINKS and the definition's formula are all that the Python side needs; the
+    kernels take the code likewise."""
     plain = reference.link
 
     def link(kind, h, *rest):
@@ -64,7 +66,8 @@ def test_every_formula_stands_in_three_files(function):
 
 # Words that other vocabularies have too.
 COMMON = {"alpha", "linear", "squared", "sigmoid", "exp", "logistic", "sft", "dpo"}
-# file: name. Rules are classes of their own (rules.py), lists have an exo of their own, reward models have one preset; presets say what combines.
+# file: name. Rules are classes of their own (rules.py), lists have an exo of their own, reward models have
+# one preset; presets say what combines.
 SPECIAL = {
     "losses/pair.py: beta_dpo", "losses/pair.py: alpha_dpo", "losses/pair.py: bco", "preference/rules.py: beta_dpo",
     "preference/rules.py: alpha_dpo", "preference/rules.py: bco", "preference/unpaired.py: bco", "preference/pair.py: wpo",
@@ -74,7 +77,8 @@ MAY_NAME_PARTS = ("losses/pair.py", "losses/list.py")
 
 
 def test_names_are_data():
-    """Losses are named in losses/tables.py, links and transforms in ops/preference/params.py; no other code asks for one by its name."""
+    """Losses are named in losses/tables.py, links and transforms in ops/preference/params.py; no other code
+    asks for one by its name."""
     parts = {*LINKS, *TRANSFORMS} - COMMON
     names = ({*losses.PRESETS} - COMMON) | parts
     users = {"train", "adapters", "bench", "arena"}

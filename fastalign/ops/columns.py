@@ -1,5 +1,6 @@
-"""Columns and codes by name: where what stands in the tensors that ops share, and the numbers that stand for the names of options. Names and
-values are those of the enums in csrc/math (kTabValid is TAB_VALID); a test holds them together. Triton's: fastalign/ops/math/columns.py."""
+"""Columns and codes by name: where what stands in the tensors that ops share, and the numbers that stand for
+the names of options. Names and values are those of the enums in csrc/math (kTabValid is TAB_VALID); a test
+holds them together. Triton's: fastalign/ops/math/columns.py."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ MOMENTS, VALUE_MOMENTS = ("ratio_m2",), ("returns_m2", "error_m2")  # sums of sq
  VALUE_ERROR_SQ, VALUE_ERROR_M2, VALUE_NONFINITE) = range(len(VALUE_STATS))  # fmt: skip
 POLICY_WIDTH, VALUE_WIDTH = len(STATS), len(VALUE_STATS)
 
-# The moments that GAE gives, and those of one piece of a policy loss, whose count stands in the piece's statistics.
+# The moments that GAE gives, and those of one piece of a policy loss, whose count stands in the piece's
+# statistics.
 MOMENT_COUNT, MOMENT_MEAN, MOMENT_M2, MOMENT_WIDTH = range(4)
 PART_MEAN, PART_M2, PART_WIDTH = range(3)
 

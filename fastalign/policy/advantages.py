@@ -21,8 +21,9 @@ from fastalign.runtime.distributed import moments_over_group
 
 
 class GAE(NamedTuple):
-    """What `gae` returns. advantages, returns: [T]. count, mean, m2: 0-dim, of the scored advantages; m2 = sum of (A - mean)^2, so that
-    m2 / (count - 1) is the unbiased variance and moments of several batches can be merged (`whiten`)."""
+    """What `gae` returns. advantages, returns: [T]. count, mean, m2: 0-dim, of the scored advantages; m2 =
+    sum of (A - mean)^2, so that m2 / (count - 1) is the unbiased variance and moments of several batches can
+    be merged (`whiten`)."""
 
     advantages: Tensor
     returns: Tensor
@@ -58,20 +59,22 @@ def gae(
         rewards: [T], floating: the reward of emitting the token that row t predicts (`shape_rewards`).
         values: [T], floating: the value head's output at row t, the state before that token is emitted.
         cu_seqlens: [S + 1] int32, from 0 to T. Zero-length sequences are legal.
-        mask: [T] bool, row-aligned: which tokens the policy emitted. Others get 0 for both results, whatever they hold (NaN included).
-        bootstrap: [S], the value after each sequence's last token: 0 where the sequence ended by itself (terminal), the value head's estimate
-            where it was cut off. None: all ended.
+        mask: [T] bool, row-aligned: which tokens the policy emitted. Others get 0 for both results, whatever
+            they hold (NaN included).
+        bootstrap: [S], the value after each sequence's last token: 0 where the sequence ended by itself
+            (terminal), the value head's estimate where it was cut off. None: all ended.
         gamma, lam: discount and trace decay, in [0, 1]; a number or a 0-dim tensor.
 
     Returns:
-        GAE: advantages and returns [T], and count, mean, m2 (0-dim) of the scored advantages for `whiten`; without scored tokens all three
-        are 0. fp32 (fp64 if rewards or values are fp64), whatever the inputs. A scored reward or value that is not finite makes NaN of
-        its token's results and of those before it in its sequence, a bootstrap of the whole sequence's; nothing else is touched. Constants: no
-        gradient flows through them. Fixed order of operations: two runs are bitwise equal.
+        GAE: advantages and returns [T], and count, mean, m2 (0-dim) of the scored advantages for `whiten`;
+        without scored tokens all three are 0. fp32 (fp64 if rewards or values are fp64), whatever the inputs.
+        A scored reward or value that is not finite makes NaN of its token's results and of those before it in
+        its sequence, a bootstrap of the whole sequence's; nothing else is touched. Constants: no gradient
+        flows through them. Fixed order of operations: two runs are bitwise equal.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices; gamma or lam outside [0, 1]; cu_seqlens not running monotonically from 0 to T (values of
-            tensors are checked on the CPU).
+        ValueError, TypeError: shapes, dtypes, devices; gamma or lam outside [0, 1]; cu_seqlens not running
+            monotonically from 0 to T (values of tensors are checked on the CPU).
     """
     rewards = per_token("rewards", rewards).detach()
     check_shape("values", values, tuple(rewards.shape))
@@ -105,8 +108,8 @@ def _discount(name: str, value: float | Tensor, like: Tensor) -> tuple[Tensor | 
 def returns_to_go(rewards: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, gamma: float | Tensor = 1.0) -> Tensor:
     """Discounted sum of the rewards from each token to its sequence's end, R_t = r_t + gamma R_next: `gae` with values 0 and lam = 1.
 
-    The advantages of REINFORCE and, whitened over the whole rollout, of REINFORCE++ (Hu 2025, arXiv 2501.03262). Arguments, masking and errors as
-    `gae`; [T] fp32 (fp64 for fp64 rewards), no gradient."""
+    The advantages of REINFORCE and, whitened over the whole rollout, of REINFORCE++ (Hu 2025, arXiv
+    2501.03262). Arguments, masking and errors as `gae`; [T] fp32 (fp64 for fp64 rewards), no gradient."""
     rewards = per_token("rewards", rewards)
     return gae(rewards, torch.zeros_like(rewards), cu_seqlens, mask=mask, gamma=gamma, lam=1.0).returns
 
@@ -119,18 +122,20 @@ def whiten(
     group: dist.ProcessGroup | None = None,
     moments: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over the scored entries, var unbiased (divided by count - 1); shift_mean=False adds the mean again.
+    """(x - mean) / sqrt(var + 1e-8) over the scored entries, var unbiased (divided by count - 1);
+    shift_mean=False adds the mean again.
 
-    Whiten once per rollout, over all of it, never per micro-batch. With fewer than two entries or var = 0 nothing is divided: the
-    result is x - mean (that is 0), with shift_mean=False x itself.
+    Whiten once per rollout, over all of it, never per micro-batch. With fewer than two entries or var = 0
+    nothing is divided: the result is x - mean (that is 0), with shift_mean=False x itself.
 
     Args:
         x: any shape, floating. mask: the same shape, bool; False entries are 0 in the result, whatever they hold.
-        group: a process group; mean and variance are those of all its ranks' entries (merged in fp64, the same on every rank). Every rank must
-            take part, those without scored entries too.
-        moments: (count, mean, m2) where they are known: `out = gae(...)` has them, so `whiten(out.advantages, mask, moments=out.moments)`
-            reads the advantages once less. Those of x's own scored entries (that many) are taken as a first guess, which their rounding to fp32 makes
-            of them, and refined in fp64; those of other or more entries as they are.
+        group: a process group; mean and variance are those of all its ranks' entries (merged in fp64, the
+            same on every rank). Every rank must take part, those without scored entries too.
+        moments: (count, mean, m2) where they are known: `out = gae(...)` has them, so `whiten(out.advantages,
+            mask, moments=out.moments)` reads the advantages once less. Those of x's own scored entries (that
+            many) are taken as a first guess, which their rounding to fp32 makes of them, and refined in fp64;
+            those of other or more entries as they are.
 
     Returns:
         x's shape, fp32 (fp64 for fp64 input), no gradient.
@@ -165,7 +170,8 @@ def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _refined(x: Tensor, mask: Tensor | None, count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The moments in fp64, given them with a mean that was rounded: sums of x - mean and of its square lose nothing near the mean."""
+    """The moments in fp64, given them with a mean that was rounded: sums of x - mean and of its square lose
+    nothing near the mean."""
     d = x.double() - mean if mask is None else torch.where(mask, x.double() - mean, 0.0)
     n = torch.full_like(count, x.numel()) if mask is None else mask.sum(dtype=torch.float64)
     total, own = d.sum(), count == n

@@ -1,7 +1,9 @@
-"""Advantages from groups of samples of one prompt, DAPO's reward shaping and its filter: plain PyTorch on one value per sequence.
+"""Advantages from groups of samples of one prompt, DAPO's reward shaping and its filter: plain PyTorch on one
+value per sequence.
 
-Rewards are [S]. `groups` names each sequence's group: integers [S], any values, in any order; with `group=` (a process group) a prompt's samples may
-lie on several ranks: equal numbers mean the same prompt everywhere, and every rank gets the advantages of its own sequences."""
+Rewards are [S]. `groups` names each sequence's group: integers [S], any values, in any order; with `group=`
+(a process group) a prompt's samples may lie on several ranks: equal numbers mean the same prompt everywhere,
+and every rank gets the advantages of its own sequences."""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ KINDS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "remax")
 
 
 class GroupAdvantages(NamedTuple):
-    """advantages: [S], in the rewards' type (fp32 at least). valid: [S] bool, False where the reward was not finite. informative: [S] bool, True where
-    the sequence's group holds two valid rewards that differ: what DAPO keeps. frac_zero_std: 0-dim, the share of groups (of those with a valid
-    reward, over all ranks) whose rewards are all equal."""
+    """advantages: [S], in the rewards' type (fp32 at least). valid: [S] bool, False where the reward was not
+    finite. informative: [S] bool, True where the sequence's group holds two valid rewards that differ: what
+    DAPO keeps. frac_zero_std: 0-dim, the share of groups (of those with a valid reward, over all ranks) whose
+    rewards are all equal."""
 
     advantages: Tensor
     valid: Tensor
@@ -43,22 +46,29 @@ def group_advantages(
     - grpo (arXiv 2402.03300): (r - mean) / (std + eps), std unbiased.
     - dr_grpo (arXiv 2503.20783): r - mean.
     - rloo (arXiv 2402.14740): r - mean of the others = G / (G - 1) (r - mean).
-    - reinforce_plus_plus (arXiv 2501.03262, its baseline variant): x = r - mean, then (x - mean(x)) / sqrt(var(x) + eps^2), where every token of a
-      valid sequence carries its x (verl, OpenRLHF, NeMo: long responses count more), or with whiten_over="sequences" every valid sequence once.
+    - reinforce_plus_plus (arXiv 2501.03262, its baseline variant): x = r - mean, then (x - mean(x)) /
+      sqrt(var(x) + eps^2), where every token of a
+      valid sequence carries its x (verl, OpenRLHF, NeMo: long responses count more), or with
+      whiten_over="sequences" every valid sequence once.
     - remax (arXiv 2310.10505): r - greedy_rewards, the reward of the greedy answer to the same prompt.
 
-    A group whose valid rewards are all equal (max == min) gets exactly 0, a group of one 0 as well (except with remax, which needs no group). A
-    reward that is not finite (unscorable) is left out of every statistic and gets 0.
+    A group whose valid rewards are all equal (max == min) gets exactly 0, a group of one 0 as well (except
+    with remax, which needs no group). A reward that is not finite (unscorable) is left out of every statistic
+    and gets 0.
 
     Args:
-        rewards: [S] floating. groups: [S] integers. eps: of grpo and reinforce_plus_plus. greedy_rewards: [S], for remax only.
-        lengths: [S] integers >= 0, the numbers of scored tokens; for reinforce_plus_plus over tokens, which needs them.
-        whiten_over: "tokens" or "sequences", of reinforce_plus_plus. Both are unbiased variances, over that many tokens or sequences.
-        group: process group over which the samples of a prompt, and the batch of reinforce_plus_plus, are spread; ranks may hold different
-            numbers of sequences.
+        rewards: [S] floating. groups: [S] integers. eps: of grpo and reinforce_plus_plus. greedy_rewards:
+            [S], for remax only.
+        lengths: [S] integers >= 0, the numbers of scored tokens; for reinforce_plus_plus over tokens, which
+            needs them.
+        whiten_over: "tokens" or "sequences", of reinforce_plus_plus. Both are unbiased variances, over that
+            many tokens or sequences.
+        group: process group over which the samples of a prompt, and the batch of reinforce_plus_plus, are
+            spread; ranks may hold different numbers of sequences.
 
     Returns:
-        GroupAdvantages, detached; statistics in fp64. Only with `group` it waits for the device: ranks exchange their sizes.
+        GroupAdvantages, detached; statistics in fp64. Only with `group` it waits for the device: ranks
+        exchange their sizes.
 
     Raises:
         ValueError, TypeError: unknown kind, shapes, types, greedy_rewards or lengths missing or superfluous.
@@ -110,7 +120,8 @@ def group_advantages(
 def overlong_penalty(lengths: Tensor, *, max_length: int = 20480, cache_length: int = 4096) -> Tensor:
     """DAPO's soft punishment of long responses (arXiv 2503.14476, eq. 13), to be added to the rewards.
 
-    0 up to max_length - cache_length, then ((max_length - cache_length) - length) / cache_length, and -1 beyond max_length.
+    0 up to max_length - cache_length, then ((max_length - cache_length) - length) / cache_length, and -1
+    beyond max_length.
 
     Args:
         lengths: [S] numbers of response tokens. max_length, cache_length: tokens, 0 < cache_length <= max_length.
@@ -125,8 +136,8 @@ def overlong_penalty(lengths: Tensor, *, max_length: int = 20480, cache_length: 
 
 
 def dynamic_sampling_mask(rewards: Tensor, groups: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """DAPO's dynamic sampling (arXiv 2503.14476): [S] bool, True where the sequence's group holds two valid rewards that differ. The others have
-    no gradient; sample prompts until enough sequences are True."""
+    """DAPO's dynamic sampling (arXiv 2503.14476): [S] bool, True where the sequence's group holds two valid
+    rewards that differ. The others have no gradient; sample prompts until enough sequences are True."""
     return group_advantages(rewards, groups, kind="dr_grpo", group=group).informative
 
 
@@ -137,7 +148,8 @@ def _rewards(name: str, rewards: Tensor | None) -> Tensor:
 
 
 def _renumbered(ids: Tensor) -> Tensor:
-    """Numbers 0, 1, 2, ... in the order of the ids, equal where these are equal; without a shape that depends on the data, as torch.unique has."""
+    """Numbers 0, 1, 2, ... in the order of the ids, equal where these are equal; without a shape that depends
+    on the data, as torch.unique has."""
     order = ids.argsort(stable=True)
     ranked = ids[order]
     steps = torch.cat([torch.zeros_like(ranked[:1]), (ranked[1:] != ranked[:-1]).long()])
@@ -180,7 +192,8 @@ def _weights(kind: str, lengths: Tensor | None, whiten_over: str, rewards: Tenso
 
 
 def _gather(x: Tensor, ids: Tensor, weights: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Values, group numbers and weights of all ranks, in rank order, and where this rank's begin. Ranks exchange their sizes first."""
+    """Values, group numbers and weights of all ranks, in rank order, and where this rank's begin. Ranks
+    exchange their sizes first."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     size = torch.tensor([x.shape[0]], device=x.device)
     sizes = [torch.zeros_like(size) for _ in range(world)]

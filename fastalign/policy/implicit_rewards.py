@@ -1,4 +1,5 @@
-"""A DPO model read as a reward per token. Everything here is a constant of the loss: inputs are detached, results carry no gradient."""
+"""A DPO model read as a reward per token. Everything here is a constant of the loss: inputs are detached,
+results carry no gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from fastalign.runtime.checks import check_cu_seqlens, check_cu_seqlens_outside_
 
 
 class TokenRewards(NamedTuple):
-    """rewards: [T]; prefix_sums: [T], from the sequence's first row up to and with this one. See `token_rewards`."""
+    """rewards: [T]; prefix_sums: [T], from the sequence's first row up to and with this one. See
+    `token_rewards`."""
 
     rewards: Tensor
     prefix_sums: Tensor
@@ -29,7 +31,8 @@ def token_rewards(
     V*(s_t+1) - V*(s_0).
 
     Args:
-        logprobs, ref_logprobs: [T], of the labels under the DPO policy and its reference. cu_seqlens: [S + 1] int32, from 0 to T.
+        logprobs, ref_logprobs: [T], of the labels under the DPO policy and its reference. cu_seqlens: [S + 1]
+            int32, from 0 to T.
         mask: [T] bool, row-aligned; other rows have reward 0, whatever the log-probs hold there. beta: > 0, DPO's.
 
     Returns:
@@ -48,11 +51,12 @@ def token_rewards(
     back = tokens - cu_seqlens.flip(0)
 
     def prefix(x: Tensor) -> Tensor:
-        # A sum over a prefix is a return to go on the reversed batch. A difference of sums over the whole batch would carry one sequence's NaN into
-        # the next, and lose digits.
+        # A sum over a prefix is a return to go on the reversed batch. A difference of sums over the whole
+        # batch would carry one sequence's NaN into the next, and lose digits.
         return returns_to_go(x.flip(0), back).flip(0)
 
-    # Of infinities a return to go knows only that they spoil a sum; how many of either sign stand before a token says what the sum is.
+    # Of infinities a return to go knows only that they spoil a sum; how many of either sign stand before a
+    # token says what the sum is.
     finite = prefix(torch.where(rewards.isinf(), 0.0, rewards))
     above, below = (torch.where(prefix((rewards == sign * math.inf).to(rewards.dtype)) > 0, math.inf, 0.0) for sign in (1, -1))
     return TokenRewards(rewards, finite + above - below)
@@ -76,9 +80,12 @@ def rto_rewards(
     r_t = clip(beta (dpo_logprobs_t - ref_logprobs_t)) - kl_coef (old_logprobs_t - ref_logprobs_t) + 1[t is the last scored row] score_i.
 
     Args:
-        dpo_logprobs, old_logprobs, ref_logprobs: [T], of the sampled tokens under the DPO policy, the policy that sampled them and the reference.
-        cu_seqlens: [S + 1] int32. scores: [S], the reward model's. mask: [T] bool, row-aligned: the response's rows, others get exactly 0.
-        clip: the DPO reward is clipped to [-clip, clip] after it was scaled by beta; None: not. score_clip: likewise for the scores.
+        dpo_logprobs, old_logprobs, ref_logprobs: [T], of the sampled tokens under the DPO policy, the policy
+            that sampled them and the reference.
+        cu_seqlens: [S + 1] int32. scores: [S], the reward model's. mask: [T] bool, row-aligned: the
+            response's rows, others get exactly 0.
+        clip: the DPO reward is clipped to [-clip, clip] after it was scaled by beta; None: not. score_clip:
+            likewise for the scores.
         kl_coef: >= 0.
 
     Returns:

@@ -20,9 +20,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3", *, cla
 
     Args:
         logprobs, ref_logprobs: same shape and device, floating. kind: k1, k2, k3 or abs.
-        clamp: > 0; the estimate is clamped to [-clamp, clamp], without gradient where it is, as verl and OpenRLHF do with 10. None: as it is. k3
-            grows as e^-d, so that a loss made of it should be bounded: one token at d = -20 has a slope of -4.9e8 (`policy_loss` does that
-            with kl_clamp).
+        clamp: > 0; the estimate is clamped to [-clamp, clamp], without gradient where it is, as verl and
+            OpenRLHF do with 10. None: as it is. k3 grows as e^-d, so that a loss made of it should be
+            bounded: one token at d = -20 has a slope of -4.9e8 (`policy_loss` does that with kl_clamp).
 
     Returns:
         The same shape, fp32 (fp64 if either input is), differentiable in both.

@@ -46,43 +46,55 @@ def policy_loss(
     is_mode: str | None = None,
     **options: Any,
 ) -> PolicyOutput:
-    """A policy-gradient loss on packed tokens: sum of n_t (w_t s(rho_t, A_t) + kl_coef k(lp_t - ref_t) - entropy_coef H_t).
+    """A policy-gradient loss on packed tokens: sum of n_t (w_t s(rho_t, A_t) + kl_coef k(lp_t - ref_t) -
+    entropy_coef H_t).
 
-    The surrogate s, the ratio rho, the aggregation n and their defaults are the preset's: `fastalign.policy_losses` has the formulas, the table
-    of the named losses (`available()`) and their papers. An option left at None takes the preset's own value.
+    The surrogate s, the ratio rho, the aggregation n and their defaults are the preset's:
+    `fastalign.policy_losses` has the formulas, the table of the named losses (`available()`) and their
+    papers. An option left at None takes the preset's own value.
 
     Args:
         logprobs: [T] policy log-probs, row-aligned (row t scores the next token); differentiable.
-        old_logprobs: [T] log-probs under the policy that sampled; None: the current policy sampled, rho = 1. Never differentiated.
-        advantages: [T], or [S] (one per sequence, needs cu_seqlens). Losses with one ratio per sequence (gspo, luspo, gmpo, rloo) take [S] only;
-            where S == T they read it as [S] and all others as [T].
-        loss: a name (ppo, reinforce, grpo, dr_grpo, dapo, gspo, gspo_token, cispo, rloo, luspo, sapo, gmpo, vespo) or a PolicyPreset.
+        old_logprobs: [T] log-probs under the policy that sampled; None: the current policy sampled, rho = 1.
+            Never differentiated.
+        advantages: [T], or [S] (one per sequence, needs cu_seqlens). Losses with one ratio per sequence
+            (gspo, luspo, gmpo, rloo) take [S] only; where S == T they read it as [S] and all others as [T].
+        loss: a name (ppo, reinforce, grpo, dr_grpo, dapo, gspo, gspo_token, cispo, rloo, luspo, sapo, gmpo,
+            vespo) or a PolicyPreset.
         cu_seqlens: [S + 1] int32, from 0 to T; needed by losses and aggregations that look at sequences.
-        mask: [T] bool, row-aligned: the response tokens. All others get gradient 0, whatever they hold. None, every token is one, is legal only
-            where none are counted here: with aggregation="token_sum", or num_items and any other aggregation but seq_mean_token_mean, and with
-            ratio="token" or loss="reinforce".
-        ref_logprobs: [T] reference log-probs for the KL term and its metric. entropy: [T] entropy of the policy, differentiable.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high] (gmpo: the log-ratio to [-clip_low, clip_high]).
+        mask: [T] bool, row-aligned: the response tokens. All others get gradient 0, whatever they hold. None,
+            every token is one, is legal only where none are counted here: with aggregation="token_sum", or
+            num_items and any other aggregation but seq_mean_token_mean, and with ratio="token" or
+            loss="reinforce".
+        ref_logprobs: [T] reference log-probs for the KL term and its metric. entropy: [T] entropy of the
+            policy, differentiable.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high] (gmpo: the log-ratio to
+            [-clip_low, clip_high]).
         ratio_min, ratio_max: the same bounds as ratios; each replaces the preset's bound on that side.
         dual_clip: c > 1: where A < 0 the term is at most -A c.
-        kl_coef: weight of the KL term (number or 0-dim tensor); kl_kind: k1, k2, k3, abs (gradient: the estimator's own, 1, d, 1 - e^-d, sign d
-            with d = logprobs - ref_logprobs) or k3+ (value of k3, gradient of k2); needs ref_logprobs. kl_bias_correction (bool): the
-            term times rho; needs kl_coef. kl_clamp: the term is clamped to +-kl_clamp, without gradient beyond; None: never; "auto" (default):
-            10 for k3, which grows as e^-d, never for the others.
+        kl_coef: weight of the KL term (number or 0-dim tensor); kl_kind: k1, k2, k3, abs (gradient: the
+            estimator's own, 1, d, 1 - e^-d, sign d with d = logprobs - ref_logprobs) or k3+ (value of k3,
+            gradient of k2); needs ref_logprobs. kl_bias_correction (bool): the term times rho; needs kl_coef.
+            kl_clamp: the term is clamped to +-kl_clamp, without gradient beyond; None: never; "auto"
+            (default): 10 for k3, which grows as e^-d, never for the others.
         entropy_coef: weight of the entropy bonus (number or 0-dim tensor).
-        aggregation: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm (needs norm_length) or token_sum.
-            A sequence without scored tokens does not count.
-        num_items: tokens (token_mean) or sequences (seq_...) over all micro-batches and ranks: number or 0-dim tensor.
-        is_weight: [T] or [S] importance weights on the surrogate (not on KL and entropy), constants. is_mode: None (as given), "truncate"
-            (at most is_max), "mask" (0 outside [is_min, is_max]).
-        options: every other field of PolicyPreset by name: is_max, is_min, norm_length, ratio, surrogate, kl_bias_correction, tau_pos, ...
+        aggregation: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm (needs
+            norm_length) or token_sum. A sequence without scored tokens does not count.
+        num_items: tokens (token_mean) or sequences (seq_...) over all micro-batches and ranks: number or
+            0-dim tensor.
+        is_weight: [T] or [S] importance weights on the surrogate (not on KL and entropy), constants. is_mode:
+            None (as given), "truncate" (at most is_max), "mask" (0 outside [is_min, is_max]).
+        options: every other field of PolicyPreset by name: is_max, is_min, norm_length, ratio, surrogate,
+            kl_bias_correction, tau_pos, ...
 
     Returns:
-        PolicyOutput: loss (scalar) and metrics() (clip fractions, approximate KL, ratio, KL, entropy) as (sum, count) on the device.
+        PolicyOutput: loss (scalar) and metrics() (clip fractions, approximate KL, ratio, KL, entropy) as
+        (sum, count) on the device.
 
     Raises:
-        ValueError, TypeError: unknown loss, option or aggregation, an option without effect, shapes, dtypes, devices, missing cu_seqlens, mask,
-            ref_logprobs or entropy, cu_seqlens not running monotonically from 0 to T (values of tensors are checked on the CPU).
+        ValueError, TypeError: unknown loss, option or aggregation, an option without effect, shapes, dtypes,
+            devices, missing cu_seqlens, mask, ref_logprobs or entropy, cu_seqlens not running monotonically
+            from 0 to T (values of tensors are checked on the CPU).
     """
     for name, option in (("clip_low", clip_low), ("clip_high", clip_high), ("ratio_min", ratio_min), ("ratio_max", ratio_max),
                          ("dual_clip", dual_clip), ("kl_coef", kl_coef), ("kl_kind", kl_kind), ("entropy_coef", entropy_coef),
@@ -159,21 +171,24 @@ def value_loss(
 ) -> ValueOutput:
     """The value function's loss (Schulman et al. 2017, arXiv 1707.06347): l = max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2) / 2.
 
-    d l / d v = v - R, or 0 where the clipped branch is strictly larger. There is no other factor: multiply by your vf_coef.
+    d l / d v = v - R, or 0 where the clipped branch is strictly larger. There is no other factor: multiply by
+    your vf_coef.
 
     Args:
-        values: [T], differentiable, any floating type. returns: [T]. old_values: [T], the values at rollout; not needed with clip=None.
+        values: [T], differentiable, any floating type. returns: [T]. old_values: [T], the values at rollout;
+            not needed with clip=None.
         clip: half the width of the range that a value may move in, >= 0; None: the plain squared error.
-        mask: [T] bool, row-aligned: the response tokens. None, every token is one, is legal only with aggregation="token_sum", or num_items and any
-            other aggregation but seq_mean_token_mean.
-        cu_seqlens: [S + 1] int32, for the seq_... aggregations. aggregation, norm_length, num_items: as in `policy_loss`.
+        mask: [T] bool, row-aligned: the response tokens. None, every token is one, is legal only with
+            aggregation="token_sum", or num_items and any other aggregation but seq_mean_token_mean.
+        cu_seqlens: [S + 1] int32, for the seq_... aggregations. aggregation, norm_length, num_items: as in
+            `policy_loss`.
 
     Returns:
         ValueOutput: loss (scalar), explained_variance (0-dim), metrics() as (sum, count) on the device.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, unknown aggregation, missing mask, cu_seqlens, old_values or norm_length, malformed cu_seqlens
-            (as in `policy_loss`).
+        ValueError, TypeError: shapes, dtypes, devices, unknown aggregation, missing mask, cu_seqlens,
+            old_values or norm_length, malformed cu_seqlens (as in `policy_loss`).
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
     values = per_token("values", values)
@@ -235,7 +250,8 @@ def _per_token_or_sequence(name: str, tensor: Any, like: Tensor, cu_seqlens: Ten
 
 
 def _unused(cu_seqlens: Tensor | None, like: Tensor) -> None:
-    """Boundaries that the loss does not need: their values are checked here, for the op, which checks the others, does not see them."""
+    """Boundaries that the loss does not need: their values are checked here, for the op, which checks the
+    others, does not see them."""
     if cu_seqlens is not None:
         check_cu_seqlens_outside_ops(cu_seqlens, like.shape[0])
 

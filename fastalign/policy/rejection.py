@@ -1,4 +1,5 @@
-"""Statistical rejection sampling: from many scored samples of one policy to some that look like samples of the optimal one."""
+"""Statistical rejection sampling: from many scored samples of one policy to some that look like samples of
+the optimal one."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ from fastalign.runtime.checks import check_number
 def rejection_sample(rewards: Sequence[float], num_samples: int, *, beta: float = 0.5, seed: int = 0) -> list[int]:
     """Which of a prompt's candidates to keep (RSO, Liu et al. 2023, arXiv 2309.06657, algorithm 1).
 
-    Passes over the candidates that are left accept each with probability exp((r - r_max) / beta), r_max their highest reward as the pass
-    begins, until `num_samples` are accepted: candidates drawn from the reference then follow pi_ref(y) exp(r(y) / beta) approximately.
-    beta -> 0 keeps the best, beta -> infinity the first.
+    Passes over the candidates that are left accept each with probability exp((r - r_max) / beta), r_max their
+    highest reward as the pass begins, until `num_samples` are accepted: candidates drawn from the reference
+    then follow pi_ref(y) exp(r(y) / beta) approximately. beta -> 0 keeps the best, beta -> infinity the
+    first.
 
     Args:
         rewards: one number per candidate; a candidate whose reward is NaN is never kept.

@@ -1,7 +1,8 @@
 """Between sampling and the policy loss: rewards per token, returns, whitening, the adaptive KL coefficient.
 
-A rollout goes `shape_rewards` -> `gae` (or `returns_to_go`) -> `whiten` -> `policy_loss`. Everything here is a constant of the loss: inputs are
-detached, results carry no gradient. Nothing synchronises with the device."""
+A rollout goes `shape_rewards` -> `gae` (or `returns_to_go`) -> `whiten` -> `policy_loss`. Everything here is
+a constant of the loss: inputs are detached, results carry no gradient. Nothing synchronises with the
+device."""
 
 from __future__ import annotations
 
@@ -49,25 +50,32 @@ def shape_rewards(
 
     r_t = -kl_coef kl_t + 1[t is the sequence's last scored row] score_i.
 
-    In this order: the score is clipped to [-score_clip, score_clip], a sequence that did not finish loses missing_eos_penalty, the KL penalty
-    is added. The last scored row is the one that predicts the end-of-sequence token, or the last token of a response that was cut off.
+    In this order: the score is clipped to [-score_clip, score_clip], a sequence that did not finish loses
+    missing_eos_penalty, the KL penalty is added. The last scored row is the one that predicts the
+    end-of-sequence token, or the last token of a response that was cut off.
 
     Args:
         scores: [S], the reward model's. cu_seqlens: [S + 1] int32, from 0 to T.
-        mask: [T] bool, row-aligned: the response's rows. Others get exactly 0, whatever the other tensors hold there.
-        logprobs, ref_logprobs: [T], of the sampled tokens under the policy that sampled them and under the reference, both divided by the sampling
-            temperature. kl_kind: k1 (None), k2, k3 or abs, see `kl_estimate`. Only k1 in the reward has the gradient of KL(policy || ref).
+        mask: [T] bool, row-aligned: the response's rows. Others get exactly 0, whatever the other tensors
+            hold there.
+        logprobs, ref_logprobs: [T], of the sampled tokens under the policy that sampled them and under the
+            reference, both divided by the sampling temperature. kl_kind: k1 (None), k2, k3 or abs, see
+            `kl_estimate`. Only k1 in the reward has the gradient of KL(policy || ref).
         kl: [T], a penalty to use in their place, such as `token_stats`' exact KL.
-        kl_coef: a number or a tensor of one element (`AdaptiveKLController.value`). The number 0: no penalty, and none of the three is needed.
+        kl_coef: a number or a tensor of one element (`AdaptiveKLController.value`). The number 0: no penalty,
+            and none of the three is needed.
         score_clip: > 0, or None: not clipped.
-        finished: [S] bool, whether the response ended by itself; needed with missing_eos_penalty (>= 0, subtracted from the score).
+        finished: [S] bool, whether the response ended by itself; needed with missing_eos_penalty (>= 0,
+            subtracted from the score).
 
     Returns:
-        [T] fp32 (fp64 if scores are fp64). A sequence without scored rows has no place for its score: it is dropped. To scale the rewards,
-        divide them by their standard deviation; `whiten(rewards, mask, shift_mean=False)`, TRL's whiten_rewards, moves tokens without a reward.
+        [T] fp32 (fp64 if scores are fp64). A sequence without scored rows has no place for its score: it is
+        dropped. To scale the rewards, divide them by their standard deviation; `whiten(rewards, mask,
+        shift_mean=False)`, TRL's whiten_rewards, moves tokens without a reward.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, unknown kl_kind, numbers out of range, missing or contradictory arguments.
+        ValueError, TypeError: shapes, dtypes, devices, unknown kl_kind, numbers out of range, missing or
+            contradictory arguments.
     """
     scores = per_token("scores", scores).detach()
     cu_seqlens = check_cu_seqlens(cu_seqlens, scores)
@@ -114,7 +122,8 @@ def _penalty(logprobs: Tensor | None, ref_logprobs: Tensor | None, kl: Tensor | 
 
 
 def _at_last_scored_row(scores: Tensor, cu_seqlens: Tensor, mask: Tensor) -> Tensor:
-    """[T]: each sequence's score at its last scored row, 0 elsewhere. Gathers only: no order of additions, no shape that depends on data."""
+    """[T]: each sequence's score at its last scored row, 0 elsewhere. Gathers only: no order of additions, no
+    shape that depends on data."""
     tokens = mask.shape[0]
     if tokens == 0 or scores.shape[0] == 0:
         return scores.new_zeros(tokens)
@@ -128,8 +137,8 @@ def _at_last_scored_row(scores: Tensor, cu_seqlens: Tensor, mask: Tensor) -> Ten
 def mean_sequence_kl(
     logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(mean over sequences of the sum of k1 = logprobs - ref_logprobs, number of sequences), 0-dim, over all ranks of `group`: what
-    `AdaptiveKLController.update` takes. Sequences without scored rows do not count."""
+    """(mean over sequences of the sum of k1 = logprobs - ref_logprobs, number of sequences), 0-dim, over all
+    ranks of `group`: what `AdaptiveKLController.update` takes. Sequences without scored rows do not count."""
     k1 = kl_estimate(per_token("logprobs", logprobs).detach(), per_token("ref_logprobs", ref_logprobs).detach(), "k1")
     sums = sequence_sum(k1, cu_seqlens, mask=mask)
     filled = sequence_sum(torch.ones_like(k1), cu_seqlens, mask=mask) > 0
@@ -144,10 +153,11 @@ class AdaptiveKLController:
 
     value <- value (1 + clip(current_kl / target - 1, -0.2, 0.2) n_steps / horizon),
 
-    with current_kl the mean KL of the rollout's sequences and n_steps their number, over all ranks: `controller.update(*mean_sequence_kl(...))`.
-    An update at most halves or doubles the value, whatever n_steps / horizon is (the formula alone goes below 0 beyond 5): it is finite and never
-    negative. A measurement that is NaN changes nothing.
-    `value` starts as a number and becomes a 0-dim tensor with the first update by tensors, so nothing waits for the device."""
+    with current_kl the mean KL of the rollout's sequences and n_steps their number, over all ranks:
+    `controller.update(*mean_sequence_kl(...))`. An update at most halves or doubles the value, whatever
+    n_steps / horizon is (the formula alone goes below 0 beyond 5): it is finite and never negative. A
+    measurement that is NaN changes nothing. `value` starts as a number and becomes a 0-dim tensor with the
+    first update by tensors, so nothing waits for the device."""
 
     def __init__(self, init_kl_coef: float = 0.2, target: float = 6.0, horizon: float = 10000):
         check_number("init_kl_coef", init_kl_coef, low=0.0)

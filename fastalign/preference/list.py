@@ -41,31 +41,37 @@ def listwise_loss(
     num_sft_tokens: float | Tensor | None = None,
     **options: Any,
 ) -> ListwiseOutput:
-    """A loss over lists of responses to the same prompt, ranked by scores; the formula of every loss is in `losses.available_listwise()`.
+    """A loss over lists of responses to the same prompt, ranked by scores; the formula of every loss is in
+    `losses.available_listwise()`.
 
     Args:
         logprobs: [T] policy log-probs, row-aligned (row t scores the next token); differentiable.
-        ref_logprobs: [T] reference log-probs, never differentiated; None where the loss needs none (it is accepted and not read then).
+        ref_logprobs: [T] reference log-probs, never differentiated; None where the loss needs none (it is
+            accepted and not read then).
         cu_seqlens: [S + 1] int32, from 0 to T.
-        list_offsets: [L + 1] integers, from 0 to S: list l holds the sequences list_offsets[l] to list_offsets[l + 1] - 1, at most 64 of them.
-            Lists of none or one are legal.
-        scores: [S] finite numbers, higher is better; constants. The ranking comes from them: equal scores keep the order of the list in
-            plackett_luce and are no contrast in rrhf, pro and lipo; infonca, nca and exo_list take them as rewards, lipo as graded
-            labels (its gain is 2^score: give a bounded scale).
+        list_offsets: [L + 1] integers, from 0 to S: list l holds the sequences list_offsets[l] to
+            list_offsets[l + 1] - 1, at most 64 of them. Lists of none or one are legal.
+        scores: [S] finite numbers, higher is better; constants. The ranking comes from them: equal scores
+            keep the order of the list in plackett_luce and are no contrast in rrhf, pro and lipo; infonca,
+            nca and exo_list take them as rewards, lipo as graded labels (its gain is 2^score: give a bounded
+            scale).
         loss: a name of `losses.available_listwise()` or a ListPreset.
         mask: [T] bool, row-aligned: the response tokens. Required by losses that use lengths.
         reduction: "mean" over the valid lists, "sum", or "none" ([L]; its mean over the valid lists is "mean").
-        num_items: the number of valid lists over all micro-batches and ranks, for "mean" under gradient accumulation; number or 0-dim tensor.
+        num_items: the number of valid lists over all micro-batches and ranks, for "mean" under gradient
+            accumulation; number or 0-dim tensor.
         num_sft_tokens: likewise the number of tokens of the SFT term (sft_norm="token_mean_global").
-        options: the loss's own options and fields of ListPreset, by name. beta may be a tensor, 0-dim or [L], a constant here.
+        options: the loss's own options and fields of ListPreset, by name. beta may be a tensor, 0-dim or [L],
+            a constant here.
 
     Returns:
         ListwiseOutput. A list without any scored token is not valid and counts nowhere.
 
     Raises:
-        ValueError, TypeError: unknown loss or option, shapes, dtypes, devices, missing mask or reference log-probs; on the CPU also offsets that
-            do not run from 0 to S, a list of more than 64 responses and scores that are not finite. On a GPU, where values are not looked at,
-            the loss of such a list is NaN (`fastalign.runtime.op.debug_checks` raises there too).
+        ValueError, TypeError: unknown loss or option, shapes, dtypes, devices, missing mask or reference
+            log-probs; on the CPU also offsets that do not run from 0 to S, a list of more than 64 responses
+            and scores that are not finite. On a GPU, where values are not looked at, the loss of such a list
+            is NaN (`fastalign.runtime.op.debug_checks` raises there too).
     """
     preset, tensors = resolve_listwise(loss, options)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -102,8 +108,10 @@ def listwise_loss_from_sums(
 
     Args:
         totals: [S] sums (never means) of the policy's log-probs over the response tokens; differentiable.
-        ref_totals: [S], the reference's; needed where the loss needs a reference. fp64 is worth its bytes: the sums cancel.
-        lengths: [S] numbers of response tokens; required by losses that use lengths. Without them every response counts as non-empty.
+        ref_totals: [S], the reference's; needed where the loss needs a reference. fp64 is worth its bytes:
+            the sums cancel.
+        lengths: [S] numbers of response tokens; required by losses that use lengths. Without them every
+            response counts as non-empty.
         list_offsets, scores, loss, reduction, num_items, num_sft_tokens, options: as in `listwise_loss`.
 
     Returns:

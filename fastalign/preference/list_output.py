@@ -27,8 +27,8 @@ from fastalign.runtime.metric import AnyMetric, Metric, Total
 
 @copies_without_graph
 class ListwiseOutput(NamedTuple):
-    """What a listwise loss returns. `loss` is differentiable: a scalar, or [L] with reduction="none". Everything else is detached, and read
-    from the kernel's own `table` and `sums` only when asked for."""
+    """What a listwise loss returns. `loss` is differentiable: a scalar, or [L] with reduction="none".
+    Everything else is detached, and read from the kernel's own `table` and `sums` only when asked for."""
 
     loss: Tensor
     rewards: Tensor  # [S]: beta * a, with the method's own aggregation (token means where the method averages)
@@ -39,7 +39,8 @@ class ListwiseOutput(NamedTuple):
 
     @property
     def logprobs(self) -> Tensor:
-        """[S]: sums of the policy's log-probs over the scored tokens (means for the reference-free methods that average)."""
+        """[S]: sums of the policy's log-probs over the scored tokens (means for the reference-free methods
+        that average)."""
         total = self.sums[:, SUM_POLICY]
         if self.preset.reference or not self.preset.length_norm:
             return total
@@ -67,11 +68,12 @@ class ListwiseOutput(NamedTuple):
     def metrics(self) -> dict[str, AnyMetric]:
         """TRL's keys -> Metric (sum, count). For lists of two they are the metrics of the pair.
 
-        Over the pairs of every valid list whose scores differ, the higher first: rewards/margins, rewards/accuracies (the reward is higher
-        too, strictly). Over the valid lists: rewards/chosen and rewards/rejected, logps/chosen and logps/rejected, of the responses with the
-        highest and the lowest score; rewards/top1_accuracies, over the lists with such a pair: the best response has a higher reward than
-        every response of a lower score; nll_loss (per token) with an SFT term. n_empty: the number of responses without a token;
-        nonfinite_lists: of lists whose values are not finite (a Total each)."""
+        Over the pairs of every valid list whose scores differ, the higher first: rewards/margins,
+        rewards/accuracies (the reward is higher too, strictly). Over the valid lists: rewards/chosen and
+        rewards/rejected, logps/chosen and logps/rejected, of the responses with the highest and the lowest
+        score; rewards/top1_accuracies, over the lists with such a pair: the best response has a higher reward
+        than every response of a lower score; nll_loss (per token) with an SFT term. n_empty: the number of
+        responses without a token; nonfinite_lists: of lists whose values are not finite (a Total each)."""
         valid, zero = self.valid, torch.zeros_like(self.table[:, LIST_TERM])
         count, pairs = valid.sum(dtype=zero.dtype), self.table[:, LIST_PAIRS]
 

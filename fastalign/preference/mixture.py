@@ -1,4 +1,5 @@
-"""What happens between a pair's sums and its row of the table: mixtures of losses, rules that look at the whole batch, sorted order."""
+"""What happens between a pair's sums and its row of the table: mixtures of losses, rules that look at the
+whole batch, sorted order."""
 
 from __future__ import annotations
 
@@ -107,7 +108,8 @@ def is_valid(sums: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _sorted(sums: Tensor, order: str, valid: Tensor) -> Tensor:
-    """AOT: row i compares the i-th smallest values across the valid pairs; the gradient goes back through the permutation. Stable."""
+    """AOT: row i compares the i-th smallest values across the valid pairs; the gradient goes back through the
+    permutation. Stable."""
     policy, ratio = sums[:, :, SUM_POLICY], sums[:, :, SUM_RATIO]
     if order == "paired":
         reference = (policy - ratio).detach()
@@ -122,7 +124,8 @@ def _sorted(sums: Tensor, order: str, valid: Tensor) -> Tensor:
         row = sums[permutation, side]
         filled = (torch.arange(len(values), device=sums.device) < count).to(sums.dtype)
         zero = torch.zeros_like(filled)
-        # A length of 1 or 0 says whether the row is valid; the log-ratio column holds the sorted value; the SFT columns stay the pair's own.
+        # A length of 1 or 0 says whether the row is valid; the log-ratio column holds the sorted value; the
+        # SFT columns stay the pair's own.
         sorted_values = torch.where(filled > 0, values[permutation], zero)
         sides.append(torch.stack([row[:, SUM_POLICY], sorted_values, filled, zero, row[:, SUM_SFT], row[:, SUM_SFT_LENGTH]], -1))
     return torch.stack(sides, 1)

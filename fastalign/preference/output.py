@@ -30,8 +30,8 @@ from fastalign.runtime.metric import AnyMetric, Metric, Total
 
 @copies_without_graph
 class PreferenceOutput(NamedTuple):
-    """What a preference loss returns. `loss` is differentiable: a scalar, or [P] with reduction="none". Everything else is detached, and read
-    from the kernel's own `table` and `sums` only when asked for."""
+    """What a preference loss returns. `loss` is differentiable: a scalar, or [P] with reduction="none".
+    Everything else is detached, and read from the kernel's own `table` and `sums` only when asked for."""
 
     loss: Tensor
     preset: Preset
@@ -58,8 +58,8 @@ class PreferenceOutput(NamedTuple):
 
     @property
     def chosen_logprobs(self) -> Tensor:
-        """[P]: sums of the policy's log-probs over the scored tokens, each times its weight where tokens have weights (`weights`, ld_alpha); means
-        for the reference-free methods that average, as TRL logs them."""
+        """[P]: sums of the policy's log-probs over the scored tokens, each times its weight where tokens have
+        weights (`weights`, ld_alpha); means for the reference-free methods that average, as TRL logs them."""
         return self._logprobs(CHOSEN)
 
     @property
@@ -79,11 +79,13 @@ class PreferenceOutput(NamedTuple):
         return total / self.sums[:, side, SUM_LENGTH].clamp(min=1.0) ** self.preset.length_norm
 
     def _peer_rewards(self) -> tuple[Sequence[Tensor], bool] | None:
-        """(chosen and rejected [P], whether they differ from `chosen_rewards` and `rejected_rewards`): the rewards that TRL logs for this loss.
+        """(chosen and rejected [P], whether they differ from `chosen_rewards` and `rejected_rewards`): the
+        rewards that TRL logs for this loss.
 
-        With a reference beta times the sum of log-ratios, also where the loss averages them (ipo: tau times it); of a mixture those of its first
-        loss that compares responses; without a reference beta times the log-probs as averaged, transformed (alphapo), times tau (ipo without a
-        reference) or times pair_weight (orpo). None for SFT alone: TRL's need a reference, which the loss does not have."""
+        With a reference beta times the sum of log-ratios, also where the loss averages them (ipo: tau times
+        it); of a mixture those of its first loss that compares responses; without a reference beta times the
+        log-probs as averaged, transformed (alphapo), times tau (ipo without a reference) or times pair_weight
+        (orpo). None for SFT alone: TRL's need a reference, which the loss does not have."""
         p = next((p for p in self.parts or (self.preset,) if p.compares), None)
         if p is None:
             return None
@@ -106,11 +108,13 @@ class PreferenceOutput(NamedTuple):
         return rewards, differ
 
     def metrics(self) -> dict[str, AnyMetric]:
-        """TRL's keys -> Metric (sum, count) over the valid pairs: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies
-        (chosen > rejected, strictly) of the rewards that TRL logs (beta times the sum of log-ratios where there is a
-        reference; none for SFT alone); where the loss compares other numbers, `chosen_rewards` and `rejected_rewards`, the same four of these
-        as loss_rewards/...; logps/chosen, logps/rejected; nll_loss (per token) with an SFT term, seqkl/chosen and seqkl/rejected with
-        sequence KLs; n_empty and nonfinite_pairs, a Total each: the number of pairs with an empty side, and of those with a non-finite margin."""
+        """TRL's keys -> Metric (sum, count) over the valid pairs: rewards/chosen, rewards/rejected,
+        rewards/margins, rewards/accuracies (chosen > rejected, strictly) of the rewards that TRL logs (beta
+        times the sum of log-ratios where there is a reference; none for SFT alone); where the loss compares
+        other numbers, `chosen_rewards` and `rejected_rewards`, the same four of these as loss_rewards/...;
+        logps/chosen, logps/rejected; nll_loss (per token) with an SFT term, seqkl/chosen and seqkl/rejected
+        with sequence KLs; n_empty and nonfinite_pairs, a Total each: the number of pairs with an empty side,
+        and of those with a non-finite margin."""
         valid, zero = self.valid, torch.zeros_like(self.margins)
         count = valid.sum(dtype=self.margins.dtype)
 

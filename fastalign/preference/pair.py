@@ -51,31 +51,40 @@ def preference_loss(
     state: BatchRule | Sequence[BatchRule] | None = None,
     **options: Any,
 ) -> PreferenceOutput:
-    """A preference loss over pairs of packed sequences; the formula of every loss is in `fastalign.losses.available()`.
+    """A preference loss over pairs of packed sequences; the formula of every loss is in
+    `fastalign.losses.available()`.
 
     Args:
-        logprobs: [T] policy log-probs, row-aligned (row t scores the next token), 0 at unscored rows; differentiable.
-        ref_logprobs: [T] reference log-probs, never differentiated; None where the loss needs none (it is accepted and not read then).
+        logprobs: [T] policy log-probs, row-aligned (row t scores the next token), 0 at unscored rows;
+            differentiable.
+        ref_logprobs: [T] reference log-probs, never differentiated; None where the loss needs none (it is
+            accepted and not read then).
         cu_seqlens: [S + 1] int32, from 0 to T.
-        loss: a name of `losses.available()`, a Preset, or a mixture [(name or Preset, weight), ...] whose losses share one pass and add up;
-            a mixture takes no further options (put them into Presets), and its rewards are those of its first loss (in metrics(): of the first
-            that is not SFT).
-        pairs: [P, 2] integers, (chosen, rejected) sequence numbers; default (0, 1), (2, 3), ... A sequence may be in several pairs.
+        loss: a name of `losses.available()`, a Preset, or a mixture [(name or Preset, weight), ...] whose
+            losses share one pass and add up; a mixture takes no further options (put them into Presets), and
+            its rewards are those of its first loss (in metrics(): of the first that is not SFT).
+        pairs: [P, 2] integers, (chosen, rejected) sequence numbers; default (0, 1), (2, 3), ... A sequence
+            may be in several pairs.
         mask: [T] bool, row-aligned: the response tokens. Required by losses that use lengths.
         kl_ref_policy: [T] exact KL(ref || policy) per token, for losses with sequence KLs; differentiable.
-        weights: [T] token weights, any sign, on log-probs and reference alike; not differentiated, and not applied to the SFT term.
+        weights: [T] token weights, any sign, on log-probs and reference alike; not differentiated, and not
+            applied to the SFT term.
         reduction: "mean" over the valid pairs, "sum", or "none" ([P]; its mean over the valid pairs is "mean").
-        num_items: the number of valid pairs over all micro-batches and ranks, for "mean" under gradient accumulation; number or 0-dim tensor.
+        num_items: the number of valid pairs over all micro-batches and ranks, for "mean" under gradient
+            accumulation; number or 0-dim tensor.
         num_sft_tokens: likewise the number of tokens of the SFT term (sft_norm="token_mean_global").
-        state: the rule object (`fastalign.BetaDPO`, `AlphaDPO`, `BCODelta`) that beta_dpo, alpha_dpo and bco need; it remembers between calls.
-        options: the loss's own options and fields of Preset, by name. beta, target and anchor may be tensors, 0-dim or [P]; omega
-            (pair weights), gamma_ext (extra margin), soft_labels (P(chosen wins)) and valid (bool) are tensors [P]. Tensors are constants here.
+        state: the rule object (`fastalign.BetaDPO`, `AlphaDPO`, `BCODelta`) that beta_dpo, alpha_dpo and bco
+            need; it remembers between calls.
+        options: the loss's own options and fields of Preset, by name. beta, target and anchor may be tensors,
+            0-dim or [P]; omega (pair weights), gamma_ext (extra margin), soft_labels (P(chosen wins)) and
+            valid (bool) are tensors [P]. Tensors are constants here.
 
     Returns:
         PreferenceOutput. A pair whose two responses are both empty is not valid and counts nowhere.
 
     Raises:
-        ValueError, TypeError: unknown loss or option, impossible combination, shapes, dtypes, devices, missing mask or reference log-probs.
+        ValueError, TypeError: unknown loss or option, impossible combination, shapes, dtypes, devices,
+            missing mask or reference log-probs.
         IndexError: pairs outside [0, S) (checked on the CPU).
     """
     components, tensors = mixture.components(loss, options)
@@ -123,7 +132,8 @@ def _from_sums(
     num_items: Any,
     num_sft_tokens: Any,
 ) -> PreferenceOutput:
-    """The table of every component from the same sums (with log-ratios against the reference where any component has one), added up."""
+    """The table of every component from the same sums (with log-ratios against the reference where any
+    component has one), added up."""
     total, first = None, None
     rules = mixture.rules_of(components, state)
     with_reference = any(p.needs_reference for p, _ in components)
@@ -158,13 +168,15 @@ def preference_loss_from_sums(
     """The same losses for trainers that have already summed their log-probs over tokens.
 
     Args:
-        chosen, rejected: [P] sums (never means) of the policy's log-probs over the response tokens; differentiable.
-        ref_chosen, ref_rejected: [P], the reference's; needed where the loss needs a reference. fp64 is worth its bytes: the sums cancel.
-        chosen_lengths, rejected_lengths: [P] numbers of response tokens; required by losses that use lengths. Without them every
-            response counts as non-empty.
+        chosen, rejected: [P] sums (never means) of the policy's log-probs over the response tokens;
+            differentiable.
+        ref_chosen, ref_rejected: [P], the reference's; needed where the loss needs a reference. fp64 is worth
+            its bytes: the sums cancel.
+        chosen_lengths, rejected_lengths: [P] numbers of response tokens; required by losses that use lengths.
+            Without them every response counts as non-empty.
         chosen_kl, rejected_kl: [P] sequence KLs, differentiable, for losses with sequence KLs.
-        loss, reduction, num_items, num_sft_tokens, state, options: as in `preference_loss`. Options that act on single tokens (ld_alpha, token_clamp,
-            sft_include_prompt) raise here.
+        loss, reduction, num_items, num_sft_tokens, state, options: as in `preference_loss`. Options that act
+            on single tokens (ld_alpha, token_clamp, sft_include_prompt) raise here.
 
     Returns:
         PreferenceOutput.
@@ -190,7 +202,8 @@ def preference_loss_from_sums(
         for name, policy, ref in (("ref_chosen", chosen, ref_chosen), ("ref_rejected", rejected, ref_rejected)):
             check_shape(name, ref, tuple(chosen.shape))
             check_same_device(name, ref, "chosen", chosen)
-            # Subtract in the wider type, then round once. Equal infinities differ by 0; equal numbers do too, but pass the gradient on.
+            # Subtract in the wider type, then round once. Equal infinities differ by 0; equal numbers do too,
+            # but pass the gradient on.
             difference = (policy - ref.detach()).to(policy.dtype)
             ratios.append(torch.where((policy == ref) & torch.isinf(policy), torch.zeros_like(policy), difference))
     else:

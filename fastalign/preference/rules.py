@@ -1,8 +1,10 @@
-"""Rules of preference losses that look at the whole batch and remember: dynamic beta, adaptive margins, running anchors, pair weights.
+"""Rules of preference losses that look at the whole batch and remember: dynamic beta, adaptive margins,
+running anchors, pair weights.
 
-A rule is an explicit object passed as `state=` to `preference_loss`. It sees the sums of all pairs (detached), updates its memory while it is
-in training mode, and returns tensors for the pair kernel. `state_dict` / `load_state_dict` make runs resumable; with `group` the statistics
-are those of all ranks, the same on each. Everything a rule returns is a constant of the loss.
+A rule is an explicit object passed as `state=` to `preference_loss`. It sees the sums of all pairs
+(detached), updates its memory while it is in training mode, and returns tensors for the pair kernel.
+`state_dict` / `load_state_dict` make runs resumable; with `group` the statistics are those of all ranks, the
+same on each. Everything a rule returns is a constant of the loss.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from fastalign.runtime.checks import (
 
 
 class BatchRule:
-    """Base of the rules: memory as a dict of tensors and numbers, training and evaluation mode, reductions over `group`."""
+    """Base of the rules: memory as a dict of tensors and numbers, training and evaluation mode, reductions
+    over `group`."""
 
     rule = ""
 
@@ -90,7 +93,8 @@ class BatchRule:
         return list(total.unbind())
 
     def _moments(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(count, mean, unbiased standard deviation) of the valid and finite entries over all ranks; 0 where undefined. fp64."""
+        """(count, mean, unbiased standard deviation) of the valid and finite entries over all ranks; 0 where
+        undefined. fp64."""
         valid = valid & x.isfinite()
         x = torch.where(valid, x, 0.0).double()
         count, total = self._sum(valid.sum(dtype=torch.float64), x.sum())
@@ -99,7 +103,8 @@ class BatchRule:
         return count, mean, torch.sqrt(square / (count - 1.0).clamp(min=1.0))
 
     def _move_average(self, momentum: float, count: Tensor, mean: Tensor, std: Tensor) -> None:
-        """Exponential averages of mean and std, updated before use. A batch in which nothing counts repeats what they were."""
+        """Exponential averages of mean and std, updated before use. A batch in which nothing counts repeats
+        what they were."""
         known = self._averages(momentum, mean, std)
         for name, value, was in zip(("mean", "std"), (mean, std), known):
             old = self.memory[name]
@@ -116,8 +121,8 @@ class BatchRule:
 
 
 def _uniform(seed: int, count: int, device: torch.device) -> Tensor:
-    """[count] fp64 in (0, 1), the same on every rank and device: splitmix64 (Steele, Lea and Flood 2014). Made where it is used, without a copy from
-    the host."""
+    """[count] fp64 in (0, 1), the same on every rank and device: splitmix64 (Steele, Lea and Flood 2014).
+    Made where it is used, without a copy from the host."""
 
     def signed(number: int) -> int:  # as int64 holds it; torch's products wrap
         return (number + (1 << 63)) % (1 << 64) - (1 << 63)
@@ -132,7 +137,8 @@ def _uniform(seed: int, count: int, device: torch.device) -> Tensor:
 
 
 def _check_memory(name: str, value: Any, needed: bool) -> None:
-    """What a rule may remember: nothing yet, or a finite number (a tensor of no dimensions); only a mean may be negative."""
+    """What a rule may remember: nothing yet, or a finite number (a tensor of no dimensions); only a mean may
+    be negative."""
     if value is None and not needed:
         return
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
@@ -141,8 +147,9 @@ def _check_memory(name: str, value: Any, needed: bool) -> None:
 
 
 class PairValues:
-    """What a rule sees of the batch, all [P] and detached: log-ratio sums D, policy sums A, lengths L of both sides, validity, beta. `usable`: valid
-    and finite; what is not does not enter a memory, which it would spoil for good."""
+    """What a rule sees of the batch, all [P] and detached: log-ratio sums D, policy sums A, lengths L of both
+    sides, validity, beta. `usable`: valid and finite; what is not does not enter a memory, which it would
+    spoil for good."""
 
     def __init__(self, sums: Tensor, valid: Tensor, beta: Tensor | float):
         sums = sums.detach()
@@ -157,9 +164,10 @@ class BetaDPO(BatchRule):
     keep floor((1 - filter) B) pairs drawn without replacement by weights exp(-(M - M0)^2 / (2 s^2)), and
     beta = max(beta_0 (1 + alpha (mean over kept M - M0)), 1e-3).
 
-    The averages are bias-corrected and updated before use, in training only; the draw is Gumbel-top-k, seeded, the same on every rank. With s
-    below 1e-6 all pairs weigh the same; a batch of one keeps its pair and uses alpha = 0. Evaluation keeps every pair. With `group` every
-    rank must hold the same number of pairs."""
+    The averages are bias-corrected and updated before use, in training only; the draw is Gumbel-top-k,
+    seeded, the same on every rank. With s below 1e-6 all pairs weigh the same; a batch of one keeps its pair
+    and uses alpha = 0. Evaluation keeps every pair. With `group` every rank must hold the same number of
+    pairs."""
 
     rule = "beta_dpo"
 
@@ -213,8 +221,9 @@ class BetaDPO(BatchRule):
 
 
 class AlphaDPO(BatchRule):
-    """alpha-DPO (Wu et al. 2024, arXiv 2410.10148): h = beta (A_c / L_c - A_r / L_r - stop[alpha z + gamma_beta_ratio]), z the reference-adjusted
-    gap of token means, standardised by its moving mean and standard deviation (z = 0 where the latter is below 1e-6)."""
+    """alpha-DPO (Wu et al. 2024, arXiv 2410.10148): h = beta (A_c / L_c - A_r / L_r - stop[alpha z +
+    gamma_beta_ratio]), z the reference-adjusted gap of token means, standardised by its moving mean and
+    standard deviation (z = 0 where the latter is below 1e-6)."""
 
     rule = "alpha_dpo"
 
@@ -237,9 +246,9 @@ class AlphaDPO(BatchRule):
 
 
 class BCODelta(BatchRule):
-    """BCO's reward shift (Jung et al. 2024, arXiv 2404.04656): delta = mean of beta a over all responses seen, chosen and rejected alike, updated
-    before use in training and frozen in evaluation; 0 before any was seen. momentum: an exponential average of batch means instead of the
-    cumulative one."""
+    """BCO's reward shift (Jung et al. 2024, arXiv 2404.04656): delta = mean of beta a over all responses
+    seen, chosen and rejected alike, updated before use in training and frozen in evaluation; 0 before any was
+    seen. momentum: an exponential average of batch means instead of the cumulative one."""
 
     rule = "bco"
 
@@ -281,7 +290,8 @@ def wpo_weights(
     omega = min(clamp, exp(v_c + v_r)), v = mean over the response's tokens of (log p(y_t) - log sum_v p_v^2).
 
     Args:
-        logprobs, log_sum_sq_probs: [T], row-aligned, the outputs of `token_stats` of those names. mask: [T] bool, the response tokens.
+        logprobs, log_sum_sq_probs: [T], row-aligned, the outputs of `token_stats` of those names. mask: [T]
+            bool, the response tokens.
         pairs: [P, 2]; default (0, 1), (2, 3), ... clamp: upper bound; None: unbounded.
 
     Returns:

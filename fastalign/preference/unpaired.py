@@ -1,5 +1,6 @@
-"""Losses on binary feedback: each response alone, desirable or not, against an anchor. A pair whose other side is empty: a desirable response is
-its chosen side, h = beta D - anchor, an undesirable one its rejected side, h = anchor - beta D."""
+"""Losses on binary feedback: each response alone, desirable or not, against an anchor. A pair whose other
+side is empty: a desirable response is its chosen side, h = beta D - anchor, an undesirable one its rejected
+side, h = anchor - beta D."""
 
 from __future__ import annotations
 
@@ -49,8 +50,9 @@ _OPTIONS = {"kto": ("beta", *_WEIGHTS), "apo_zero_unpaired": ("beta", *_WEIGHTS)
 
 @copies_without_graph
 class UnpairedOutput(NamedTuple):
-    """loss: scalar, or [S] with reduction="none". rewards, logprobs: [S], detached: beta D and the policy's sums. desirable, valid: [S] bool.
-    anchor: what rewards were compared with, 0-dim (kto: beta z0; bco: delta; otherwise 0)."""
+    """loss: scalar, or [S] with reduction="none". rewards, logprobs: [S], detached: beta D and the policy's
+    sums. desirable, valid: [S] bool. anchor: what rewards were compared with, 0-dim (kto: beta z0; bco:
+    delta; otherwise 0)."""
 
     loss: Tensor
     rewards: Tensor
@@ -60,7 +62,8 @@ class UnpairedOutput(NamedTuple):
     anchor: Tensor
 
     def metrics(self) -> dict[str, Metric]:
-        """TRL's keys -> Metric (sum, count); a class that is absent from the batch has count 0 (its mean is NaN: leave it out)."""
+        """TRL's keys -> Metric (sum, count); a class that is absent from the batch has count 0 (its mean is
+        NaN: leave it out)."""
         zero = torch.zeros_like(self.rewards)
         out = {}
         for side, where in (("chosen", self.valid & self.desirable), ("rejected", self.valid & ~self.desirable)):
@@ -77,7 +80,8 @@ def kto_baseline(
     """KTO's reference point z0 = max(0, mean over sequences of D), D = sum (logprobs - ref_logprobs), of mismatched prompt-response pairs.
 
     Args:
-        logprobs, ref_logprobs: [T], of responses paired with other prompts (x_i with y_{i-1}). mask: [T] bool, row-aligned.
+        logprobs, ref_logprobs: [T], of responses paired with other prompts (x_i with y_{i-1}). mask: [T]
+            bool, row-aligned.
         group: sum and count are taken over all ranks of it.
 
     Returns:
@@ -110,26 +114,33 @@ def unpaired_loss(
 ) -> UnpairedOutput:
     """A loss on single responses with binary feedback. With D = sum over the response of (logprobs - ref_logprobs), per response:
 
-    - kto (arXiv 2402.01306): desirable_weight sigmoid(beta (z0 - D)) if desirable, undesirable_weight sigmoid(beta (D - z0)) if not; z0 = `baseline`.
+    - kto (arXiv 2402.01306): desirable_weight sigmoid(beta (z0 - D)) if desirable, undesirable_weight
+      sigmoid(beta (D - z0)) if not; z0 = `baseline`.
     - apo_zero_unpaired (arXiv 2408.06266): kto with z0 = 0.
-    - bco (arXiv 2404.04656): softplus(-(beta D - delta)) if desirable, omega softplus(beta D - delta) if not; delta = `baseline`, or the
+    - bco (arXiv 2404.04656): softplus(-(beta D - delta)) if desirable, omega softplus(beta D - delta) if not;
+      delta = `baseline`, or the
       running mean of beta D that `state` (a BCODelta) keeps.
-    - dro (arXiv 2405.19107): (r - V - tau D)^2 / 2 with `rewards` r and `values` V; `desirable` is used for metrics only.
+    - dro (arXiv 2405.19107): (r - V - tau D)^2 / 2 with `rewards` r and `values` V; `desirable` is used for
+      metrics only.
 
     Args:
         logprobs: [T], row-aligned, differentiable. ref_logprobs: [T]. cu_seqlens: [S + 1] int32. mask: [T] bool.
         desirable: [S] bool.
-        baseline: kto: z0, required (`kto_baseline`); bco: delta, required without `state`. A number or 0-dim tensor, a constant of the loss.
-        reduction: "mean" over all non-empty responses of both classes, "sum", "none". num_items: their global number, for "mean".
-        options: beta (default 0.1; bco 0.01; a number or 0-dim tensor), desirable_weight, undesirable_weight (default 1); bco: omega [S], weights
-            of undesirable responses; dro: tau (default 1), rewards [S], values [S] (differentiable), rescale (default True: the policy's
-            gradient divided by tau, as in the paper's algorithm 1; the value's is not).
+        baseline: kto: z0, required (`kto_baseline`); bco: delta, required without `state`. A number or 0-dim
+            tensor, a constant of the loss.
+        reduction: "mean" over all non-empty responses of both classes, "sum", "none". num_items: their global
+            number, for "mean".
+        options: beta (default 0.1; bco 0.01; a number or 0-dim tensor), desirable_weight, undesirable_weight
+            (default 1); bco: omega [S], weights of undesirable responses; dro: tau (default 1), rewards [S],
+            values [S] (differentiable), rescale (default True: the policy's gradient divided by tau, as in
+            the paper's algorithm 1; the value's is not).
 
     Returns:
         UnpairedOutput. An empty response counts nowhere.
 
     Raises:
-        ValueError, TypeError: unknown loss or option, missing baseline, state, rewards or values, shapes, dtypes, devices.
+        ValueError, TypeError: unknown loss or option, missing baseline, state, rewards or values, shapes,
+            dtypes, devices.
     """
     check_choice("loss", loss, NAMES)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -194,7 +205,8 @@ def _with_beta(loss: str, options: dict[str, Any]) -> tuple[Preset, dict[str, Te
 
 
 def _weights(desirable: Tensor, options: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
-    """The weights of both classes, and those of single undesirable responses, as the pair kernel's omega; nothing where all are 1."""
+    """The weights of both classes, and those of single undesirable responses, as the pair kernel's omega;
+    nothing where all are 1."""
     good, bad = (options.get(name, 1.0) for name in _WEIGHTS)
     for name, weight in zip(_WEIGHTS, (good, bad)):
         check_number(name, weight, low=0.0)
@@ -219,7 +231,8 @@ def _constant(name: str, value: Any, like: Tensor) -> Tensor:
 
 def _dro(sums: Tensor, desirable: Tensor, num_items: Any, reduction: str, *, rewards: Tensor | None = None, values: Tensor | None = None,
          tau: float = 1.0, rescale: bool = True) -> UnpairedOutput:  # fmt: skip
-    """A squared residual of three numbers per response: plain PyTorch over the sums, which carry the gradient to the tokens."""
+    """A squared residual of three numbers per response: plain PyTorch over the sums, which carry the gradient
+    to the tokens."""
     valid = sums.detach()[:, 0, SUM_LENGTH] > 0
     items = valid.sum(dtype=sums.dtype).clamp(min=1.0) if num_items is None else global_count("num_items", num_items, sums)
     check_number("tau", tau, above=0.0)

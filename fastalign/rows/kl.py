@@ -1,4 +1,5 @@
-"""The exact KL between a policy's and a reference's rows: per token, and as a loss that leaves no [N, V] temporary."""
+"""The exact KL between a policy's and a reference's rows: per token, and as a loss that leaves no [N, V]
+temporary."""
 
 from __future__ import annotations
 
@@ -31,13 +32,15 @@ def token_kl(
     differentiable in `logits` only.
 
     Args:
-        logits, ref_logits: (..., V), the same shape, floating dtype and device; strides free but for a contiguous last dim.
+        logits, ref_logits: (..., V), the same shape, floating dtype and device; strides free but for a
+            contiguous last dim.
         direction: policy_ref or ref_policy.
         mask: (...) bool; masked rows give 0 with gradient 0, whatever they hold.
         temperature: > 0, of both; a number or a 0-dim tensor.
 
     Returns:
-        (...), fp32 (fp64 for fp64 logits). +inf where the first distribution has mass on a token that the second one gives none.
+        (...), fp32 (fp64 for fp64 logits). +inf where the first distribution has mass on a token that the
+        second one gives none.
     """
     check_choice("direction", direction, tuple(DIRECTIONS))
     name = DIRECTIONS[direction]
@@ -62,18 +65,21 @@ def token_kl_loss(
     temperature: float | Tensor = 1.0,
     inplace: bool = False,
 ) -> TokenKLLoss:
-    """sum over rows of coef * KL, with the gradient made in the forward pass: each pair of rows is read while it is in the cache or in shared
-    memory instead of twice from memory. For a KL penalty whose weight is known beforehand, as in `beta * mean(KL)`: coef = beta / tokens.
+    """sum over rows of coef * KL, with the gradient made in the forward pass: each pair of rows is read while
+    it is in the cache or in shared memory instead of twice from memory. For a KL penalty whose weight is
+    known beforehand, as in `beta * mean(KL)`: coef = beta / tokens.
 
-    The gradient is rounded to the logits' dtype with `coef` in it. Backward multiplies it by the upstream gradient of `loss` and touches nothing
-    where that is 1: put constant factors (a loss scale too) into `coef`. It can be taken once.
+    The gradient is rounded to the logits' dtype with `coef` in it. Backward multiplies it by the upstream
+    gradient of `loss` and touches nothing where that is 1: put constant factors (a loss scale too) into
+    `coef`. It can be taken once.
 
     Args:
         logits, ref_logits, direction, mask, temperature: see `token_kl`.
-        coef: (...), the weight of each row, or 0-dim for all. A constant: no gradient flows into it. Not read in masked rows.
-        inplace: write the gradient over `logits`, at once: the logits are gone (empty, (..., 0)) after this call, and whatever needs them raises.
-            What is refused, and when the gradient gets memory of its own after all: see inplace_backward of `token_stats`. Under
-            torch.compile it has no effect.
+        coef: (...), the weight of each row, or 0-dim for all. A constant: no gradient flows into it. Not read
+            in masked rows.
+        inplace: write the gradient over `logits`, at once: the logits are gone (empty, (..., 0)) after this
+            call, and whatever needs them raises. What is refused, and when the gradient gets memory of its
+            own after all: see inplace_backward of `token_stats`. Under torch.compile it has no effect.
 
     Returns:
         TokenKLLoss: loss, a scalar; kl, (...) without gradient. fp32 (fp64 for fp64 logits).

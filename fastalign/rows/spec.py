@@ -24,7 +24,8 @@ FP32_LOW, FP32_HIGH = 2.0**-126, 2.0**128
 
 
 def check_rows(logits, labels, mask):
-    """Validate and bring into the op's shapes: logits with a collapsible layout, labels [rows, K] int64, mask [rows] bool."""
+    """Validate and bring into the op's shapes: logits with a collapsible layout, labels [rows, K] int64, mask
+    [rows] bool."""
     if not isinstance(logits, Tensor) or logits.dim() < 1:
         raise TypeError("logits must be a tensor of shape (..., V)")
     check_floating("logits", logits)

@@ -69,39 +69,48 @@ def token_stats(
     and with q = softmax of `ref_logits`, transformed alike, in the same pass over both rows:
 
     - ref_logprob = log q[label]
-    - kl_policy_ref = KL(p || q) = sum p (log p - log q), exact over the vocabulary, never negative, 0 for identical rows
+    - kl_policy_ref = KL(p || q) = sum p (log p - log q), exact over the vocabulary, never negative, 0 for
+      identical rows
     - kl_ref_policy = KL(q || p) = sum q (log q - log p), likewise (the sequence KL of TDPO, arXiv 2404.11999)
 
-    logprob, entropy, logsumexp and both KLs are differentiable in `logits`, the other outputs are not; nothing is in `ref_logits`.
+    logprob, entropy, logsumexp and both KLs are differentiable in `logits`, the other outputs are not;
+    nothing is in `ref_logits`.
 
     Args:
-        logits: (..., V), fp32, bf16 or fp16 (fp64 on the reference and CPU backends); last dim contiguous, any leading dims and strides.
-        labels: (...) or, for the log-probs of K >= 1 tokens per row, (..., K); integers. Row t is scored against labels[t]. Needed by logprob,
-            ref_logprob and is_top1. A label equal to `ignore_index` masks its row (with K labels: that entry; the row when all are ignored).
-        ref_logits: logits of the reference model, of the shape, dtype and device of `logits`, strides of its own. A constant: no gradient
-            flows into it. Needed by ref_logprob, kl_policy_ref and kl_ref_policy; not read for the others.
+        logits: (..., V), fp32, bf16 or fp16 (fp64 on the reference and CPU backends); last dim contiguous,
+            any leading dims and strides.
+        labels: (...) or, for the log-probs of K >= 1 tokens per row, (..., K); integers. Row t is scored
+            against labels[t]. Needed by logprob, ref_logprob and is_top1. A label equal to `ignore_index`
+            masks its row (with K labels: that entry; the row when all are ignored).
+        ref_logits: logits of the reference model, of the shape, dtype and device of `logits`, strides of its
+            own. A constant: no gradient flows into it. Needed by ref_logprob, kl_policy_ref and
+            kl_ref_policy; not read for the others.
         outputs: names from the lists above.
-        mask: (...) bool, row-aligned; False masks the row. Masked rows give exactly 0 in every output and receive exactly 0 gradient,
-            whatever they hold.
+        mask: (...) bool, row-aligned; False masks the row. Masked rows give exactly 0 in every output and
+            receive exactly 0 gradient, whatever they hold.
         temperature: > 0; a 0-dim tensor for schedules (no recompilation under torch.compile).
         logit_scale, softcap: > 0; the model head's own transform, applied in the order scale, cap, temperature.
-        inplace_backward: write the gradient over `logits`, which saves one [N, V] allocation. Refused for leaves (and views of leaves) and for
-            overlapping memory. `logits` must not be read after backward: they are then empty, (..., 0), and whatever still needs them raises.
-            Where another tensor shares their memory (a slice, `detach()`, a layer that saved its output, such as tanh) or saved-tensor
-            hooks hold it, the gradient gets memory of its own: the result is the same, nothing is saved, and a warning says so once.
-            A slice of logits saves little: autograd's backward of logits[:, :-1] allocates all of it again, so shift the labels instead.
-            Under torch.compile the compiler decides about buffers and this has no effect.
+        inplace_backward: write the gradient over `logits`, which saves one [N, V] allocation. Refused for
+            leaves (and views of leaves) and for overlapping memory. `logits` must not be read after backward:
+            they are then empty, (..., 0), and whatever still needs them raises. Where another tensor shares
+            their memory (a slice, `detach()`, a layer that saved its output, such as tanh) or saved-tensor
+            hooks hold it, the gradient gets memory of its own: the result is the same, nothing is saved, and
+            a warning says so once. A slice of logits saves little: autograd's backward of logits[:, :-1]
+            allocates all of it again, so shift the labels instead. Under torch.compile the compiler decides
+            about buffers and this has no effect.
 
     Returns:
-        TokenStats; each output (...) (logprob and ref_logprob: the shape of labels), fp32, or fp64 for fp64 logits. NaN or +inf logits, and rows
-        that are -inf throughout, give NaN in their own row only; single -inf logits have probability 0 and gradient 0. A softcap makes ordinary
-        logits of infinite ones, softcap and -softcap in front of the temperature, with probabilities above 0; only NaN then gives NaN. A KL is
-        +inf where its first distribution has mass on a token that the second one gives none; the gradient of an infinite kl_policy_ref is NaN
-        in that row.
+        TokenStats; each output (...) (logprob and ref_logprob: the shape of labels), fp32, or fp64 for fp64
+        logits. NaN or +inf logits, and rows that are -inf throughout, give NaN in their own row only; single
+        -inf logits have probability 0 and gradient 0. A softcap makes ordinary logits of infinite ones,
+        softcap and -softcap in front of the temperature, with probabilities above 0; only NaN then gives NaN.
+        A KL is +inf where its first distribution has mass on a token that the second one gives none; the
+        gradient of an infinite kl_policy_ref is NaN in that row.
 
     Raises:
         ValueError, TypeError: on shapes, dtypes, devices, unknown outputs, non-positive temperature, scale or cap.
-        IndexError: label outside [0, V) that is not ignore_index (CPU; on CUDA that row is NaN, without a synchronisation).
+        IndexError: label outside [0, V) that is not ignore_index (CPU; on CUDA that row is NaN, without a
+            synchronisation).
     """
     if isinstance(outputs, str):
         raise TypeError(f'outputs must be a sequence of names, not a string; write outputs=("{outputs}",)')
@@ -159,14 +168,15 @@ def selective_log_softmax(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`log_softmax(logits / temperature, -1).gather(-1, index)` without the [N, V] temporary; the signature of TRL's helper.
+    """`log_softmax(logits / temperature, -1).gather(-1, index)` without the [N, V] temporary; the signature
+    of TRL's helper.
 
     Args:
         logits: (..., V). index: (...) or (..., K), integers in [0, V); no index is ignored. temperature: > 0.
-        row_mask: the shape of `index`, bool or integers: where it is False (0) the result is exactly 0, without gradient, whatever logits and
-            index hold there.
-        dtype: of the result; None: fp32 (fp64 for fp64 logits), as TRL's kernel gives. Its eager fallback rounds to the logits' own dtype:
-            dtype=logits.dtype.
+        row_mask: the shape of `index`, bool or integers: where it is False (0) the result is exactly 0,
+            without gradient, whatever logits and index hold there.
+        dtype: of the result; None: fp32 (fp64 for fp64 logits), as TRL's kernel gives. Its eager fallback
+            rounds to the logits' own dtype: dtype=logits.dtype.
 
     Returns:
         The shape of `index`.
@@ -193,7 +203,8 @@ def entropy_from_logits(
 
     Args:
         logits: (..., V). temperature: > 0.
-        chunk_size: accepted because TRL's helper has it, and without effect: there is no [N, V] temporary that chunks would make smaller.
+        chunk_size: accepted because TRL's helper has it, and without effect: there is no [N, V] temporary
+            that chunks would make smaller.
         dtype: as in `selective_log_softmax`.
     """
     if chunk_size is not None:

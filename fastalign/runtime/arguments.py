@@ -1,5 +1,6 @@
-"""An op's arguments, declared once: a NamedTuple whose annotations say what each argument is. The schema that torch.library takes, the layout that
-raw calls are held against, and the way there and back come out of it; fake, checks and every backend take the one object.
+"""An op's arguments, declared once: a NamedTuple whose annotations say what each argument is. The schema that
+torch.library takes, the layout that raw calls are held against, and the way there and back come out of it;
+fake, checks and every backend take the one object.
 
     class GaeForward(NamedTuple):
         rewards: In("T")                      # a tensor [T]
@@ -7,8 +8,8 @@ raw calls are held against, and the way there and back come out of it; fake, che
         mask: Maybe("T", "bool")              # a tensor or None
         gamma: float
 
-Dims are written as in layout.py. A field that is itself a NamedTuple of numbers (the parameters of a loss) travels as float[] and int[]; one with
-other fields (what a row is) stands for its fields."""
+Dims are written as in layout.py. A field that is itself a NamedTuple of numbers (the parameters of a loss)
+travels as float[] and int[]; one with other fields (what a row is) stands for its fields."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""What `fastalign ...` and `python -m fastalign ...` need before torch is loaded; in a user's own program nothing here has an effect.
+"""What `fastalign ...` and `python -m fastalign ...` need before torch is loaded; in a user's own program
+nothing here has an effect.
 
-Threads that wait spin for some ten microseconds and then sleep. Beside another busy process threads that spin for long take one another's cores, and
-a minute becomes half an hour; threads that sleep at once are woken late, and a small model trains at half its speed on an idle machine. torch's OpenMP
-runtime reads that setting once, when it is loaded. Not under `bench`, which measures what a user's own program sees."""
+Threads that wait spin for some ten microseconds and then sleep. Beside another busy process threads that spin
+for long take one another's cores, and a minute becomes half an hour; threads that sleep at once are woken
+late, and a small model trains at half its speed on an idle machine. torch's OpenMP runtime reads that setting
+once, when it is loaded. Not under `bench`, which measures what a user's own program sees."""
 
 import os
 import sys

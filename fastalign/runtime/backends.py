@@ -16,8 +16,9 @@ from fastalign.runtime import as_command, ffi
 
 @dataclass(frozen=True)
 class Backend:
-    """Where its kernel of an op stands ("module:function" or "module:function:first argument"), why it cannot serve a device type's tensors (None: it
-    can), the device types that it is tried on unasked, its place among the others there (the highest first), and whether it computes in fp64."""
+    """Where its kernel of an op stands ("module:function" or "module:function:first argument"), why it cannot
+    serve a device type's tensors (None: it can), the device types that it is tried on unasked, its place
+    among the others there (the highest first), and whether it computes in fp64."""
 
     kernel: str
     absent: Callable[[str], str | None]
@@ -26,7 +27,8 @@ class Backend:
     fp64: bool
 
 
-# CUDA C++ before Triton on NVIDIA; Triton alone on ROCm, where the extension has no kernels. What nothing else serves, the reference does.
+# CUDA C++ before Triton on NVIDIA; Triton alone on ROCm, where the extension has no kernels. What nothing
+# else serves, the reference does.
 _ROWS = {
     "reference": Backend("{op}.reference:{function}", lambda device: None, (), 0, True),
     "cpu": Backend("{op}.native:{function}:cpu", ffi.why_not_cpu, ("cpu",), 2, True),
@@ -85,17 +87,20 @@ if os.environ.get("FASTALIGN_BACKEND"):
             as_command.end(f"FASTALIGN_BACKEND: {error}")
         raise ValueError(f"FASTALIGN_BACKEND: {error}") from None
 
-# A thread's (or asyncio task's) own choice, and those of the main thread, the last one first in force, for threads that made none.
+# A thread's (or asyncio task's) own choice, and those of the main thread, the last one first in force, for
+# threads that made none.
 _own: ContextVar[tuple[str | None] | None] = ContextVar("fastalign_backend", default=None)
 _of_main_thread: list[use_backend] = []
 
 
 class use_backend:
-    """Force one backend (`reference`, `cpu`, `triton` or `cuda`; None: automatic): `with use_backend("triton"): ...`, or for good as
-    a plain call `use_backend("triton")`. A call that the forced backend cannot serve raises `BackendError`; nothing falls back.
+    """Force one backend (`reference`, `cpu`, `triton` or `cuda`; None: automatic): `with
+    use_backend("triton"): ...`, or for good as a plain call `use_backend("triton")`. A call that the forced
+    backend cannot serve raises `BackendError`; nothing falls back.
 
-    The choice is that of the thread (or asyncio task) that makes it; threads without one follow the main thread. Backward runs on the backend
-    that was in force in forward, on whichever thread (a graph compiled by torch.compile: on what is in force where it runs)."""
+    The choice is that of the thread (or asyncio task) that makes it; threads without one follow the main
+    thread. Backward runs on the backend that was in force in forward, on whichever thread (a graph compiled
+    by torch.compile: on what is in force where it runs)."""
 
     def __init__(self, name: str | None):
         self.name = None if name is None else _check_name(name)
@@ -123,7 +128,8 @@ def forced() -> str | None:
 
 @contextmanager
 def on_backend(name: str | None) -> Iterator[None]:
-    """`name` as the choice of this thread alone, whatever was chosen before: for backward, which may run on another thread than forward."""
+    """`name` as the choice of this thread alone, whatever was chosen before: for backward, which may run on
+    another thread than forward."""
     before = _own.get()
     _own.set((name,))
     try:

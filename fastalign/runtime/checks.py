@@ -1,4 +1,5 @@
-"""Argument checks that every public function shares: each message names the argument, what was given and what is legal."""
+"""Argument checks that every public function shares: each message names the argument, what was given and what
+is legal."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _LARGEST = sys.float_info.max
 
 
 def shown(value: Any) -> str:
-    """repr, shortened: a message is one line also about an integer of thousands of digits, which Python refuses to print."""
+    """repr, shortened: a message is one line also about an integer of thousands of digits, which Python
+    refuses to print."""
     if isinstance(value, int) and value.bit_length() > 10_000:
         return f"an integer of about {int(value.bit_length() * 0.30103)} digits"
     text = " ".join(repr(value).split())
@@ -46,8 +48,8 @@ def check_number(
     """A finite number in (above, below) and [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    # Comparisons only: torch.compile traces through here, and math.isfinite would break the graph. NaN fails every one of them, and an
-    # integer that no float holds the first.
+    # Comparisons only: torch.compile traces through here, and math.isfinite would break the graph. NaN fails
+    # every one of them, and an integer that no float holds the first.
     if not (-_LARGEST <= value <= _LARGEST and above < value < below and low <= value <= high):
         bounds = [
             f"> {above:g}" * (above > -math.inf), f"< {below:g}" * (below < math.inf),
@@ -85,8 +87,9 @@ def check_choice(name: str, value: Any, legal: Any) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor, *, name: str = "cu_seqlens", total: str = "tokens") -> Tensor:
-    """Shape, dtype and device; returns it as contiguous int32. Values are checked by `check_cu_seqlens_values`, inside the ops. Offsets of
-    other things than sequences of tokens have another `name` and `total`."""
+    """Shape, dtype and device; returns it as contiguous int32. Values are checked by
+    `check_cu_seqlens_values`, inside the ops. Offsets of other things than sequences of tokens have another
+    `name` and `total`."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} must be a 1-D integer tensor that starts at 0 and ends at the number of {total}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -96,8 +99,8 @@ def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor, *, name: str = "cu_seqlens
 
 
 def as_int32(numbers: Tensor) -> Tensor:
-    """Contiguous int32. What int32 cannot hold becomes its least or largest number, which is no legal offset or sequence number: were it cut off, 2^32 + 8
-    would pass for 8."""
+    """Contiguous int32. What int32 cannot hold becomes its least or largest number, which is no legal offset
+    or sequence number: were it cut off, 2^32 + 8 would pass for 8."""
     if numbers.dtype == torch.int32 and numbers.is_contiguous():
         return numbers
     limits = torch.iinfo(torch.int32)
@@ -126,7 +129,8 @@ def check_cu_seqlens_outside_ops(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def values_are_here(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at without a synchronisation: on the CPU, not traced, and no fake, which has none."""
+    """Whether a tensor's values can be looked at without a synchronisation: on the CPU, not traced, and no
+    fake, which has none."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -139,7 +143,8 @@ def check_pairs_values(pairs: Tensor, sequences: int) -> None:
 
 
 def global_count(name: str, value: Any, like: Tensor) -> Tensor | None:
-    """num_items and its kin, a number or a tensor of one element, as a 0-dim tensor of `like`'s dtype and device; a constant. None stays None."""
+    """num_items and its kin, a number or a tensor of one element, as a 0-dim tensor of `like`'s dtype and
+    device; a constant. None stays None."""
     if value is None:
         return None
     if isinstance(value, Tensor):
@@ -159,7 +164,8 @@ def one_element(name: str, value: Tensor, like: Tensor) -> Tensor:
 
 
 def per_token(name: str, tensor: Any, like: Tensor | None = None) -> Tensor:
-    """A floating [T] tensor widened to fp32 (fp64 stays), contiguous; with `like`: of its shape, dtype and device."""
+    """A floating [T] tensor widened to fp32 (fp64 stays), contiguous; with `like`: of its shape, dtype and
+    device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if (

@@ -20,17 +20,20 @@ class _SumOverGroup(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Every rank computes the same loss from the same total; summing the ranks' equal gradients would count it world_size times.
+        # Every rank computes the same loss from the same total; summing the ranks' equal gradients would
+        # count it world_size times.
         return grad, None
 
 
 def sum_over_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum of `x` over the ranks of `group`, the same on every rank; the gradient is passed on locally (see `sequence_sum`)."""
+    """Sum of `x` over the ranks of `group`, the same on every rank; the gradient is passed on locally (see
+    `sequence_sum`)."""
     return _SumOverGroup.apply(x, group)
 
 
 def global_denominator(mask: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Number of True entries of `mask` over all ranks of `group` (None: this rank alone), a 0-dim fp32 tensor: a loss's `num_items`."""
+    """Number of True entries of `mask` over all ranks of `group` (None: this rank alone), a 0-dim fp32
+    tensor: a loss's `num_items`."""
     count = mask.sum(dtype=torch.float32)
     if group is not None:
         dist.all_reduce(count, group=group)
@@ -38,7 +41,8 @@ def global_denominator(mask: Tensor, group: dist.ProcessGroup | None = None) -> 
 
 
 def moments_over_group(count: Tensor, mean: Tensor, m2: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """(count, mean, sum of (x - mean)^2) of the values of all ranks of `group`, 0-dim fp64, the same bits on every rank."""
+    """(count, mean, sum of (x - mean)^2) of the values of all ranks of `group`, 0-dim fp64, the same bits on
+    every rank."""
     own = torch.stack([x.double() for x in (count, mean, m2)])
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)

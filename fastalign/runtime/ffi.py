@@ -1,6 +1,8 @@
-"""The one place where a tensor becomes a raw pointer, where a backend's presence is known, and where kernel outputs are allocated.
+"""The one place where a tensor becomes a raw pointer, where a backend's presence is known, and where kernel
+outputs are allocated.
 
-The extension holds no torch symbols: it gets addresses, sizes, strides, a dtype code, a device number and a stream."""
+The extension holds no torch symbols: it gets addresses, sizes, strides, a dtype code, a device number and a
+stream."""
 
 from __future__ import annotations
 
@@ -37,12 +39,14 @@ except ImportError as error:
 # Triton decides at its import whether kernels are interpreted; only then can they run on CPU tensors.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
-# Set by `use_emulator` (tests): the CUDA kernels compiled for the CPU, which then serve CPU tensors as backend "cuda".
+# Set by `use_emulator` (tests): the CUDA kernels compiled for the CPU, which then serve CPU tensors as
+# backend "cuda".
 _emulator: Any = None
 
 
 def use_emulator(module: Any) -> None:
-    """Serve backend "cuda" by `module` (the CUDA sources compiled with the emulation header) on CPU tensors; None ends it."""
+    """Serve backend "cuda" by `module` (the CUDA sources compiled with the emulation header) on CPU tensors;
+    None ends it."""
     global _emulator
     _emulator = module
 
@@ -82,8 +86,8 @@ def why_not_cuda(device_type: str) -> str | None:
 
 
 def _no_device() -> str | None:
-    """Why torch has no GPU, if it has none. Asked anew each time: once per op, device type and dtype (dispatch keeps its choice), and only for
-    CUDA tensors."""
+    """Why torch has no GPU, if it has none. Asked anew each time: once per op, device type and dtype
+    (dispatch keeps its choice), and only for CUDA tensors."""
     if torch.cuda.is_available():
         return None
     if torch.version.hip:
@@ -92,19 +96,22 @@ def _no_device() -> str | None:
 
 
 def missing_backends(*, of_use: bool = False) -> list[str]:
-    """One sentence per backend that this installation lacks altogether (not: that this machine has no device for). of_use: not those that this torch could not
-    use either, as Triton where torch is built without a GPU."""
+    """One sentence per backend that this installation lacks altogether (not: that this machine has no device
+    for). of_use: not those that this torch could not use either, as Triton where torch is built without a
+    GPU."""
     for_gpu = torch.version.cuda or torch.version.hip or not of_use
     return [error for error in (_extension_error, _triton_error if for_gpu else "") if error]
 
 
 def build_info() -> dict[str, Any]:
-    """How the compiled extension was built, and the instruction sets that it can use on this CPU; empty without an extension."""
+    """How the compiled extension was built, and the instruction sets that it can use on this CPU; empty
+    without an extension."""
     return {} if _extension is None else {**_extension.build_info(), "cpu_isas": _extension.cpu_isas()}
 
 
 def empty(shape: tuple[int, ...] | list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The only allocation of kernel outputs; tests replace it by one that poisons the memory and guards its edges."""
+    """The only allocation of kernel outputs; tests replace it by one that poisons the memory and guards its
+    edges."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -123,8 +130,9 @@ def holds_no_tensor(cls: type) -> None:
 
 
 def are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether the tensors among them are of torch's own types and their memory holds their values: not so for lazily negated ones, zeros without
-    memory and functional tensors, which the dispatcher resolves. Numbers, lists and None count as plain; a tuple is looked into."""
+    """Whether the tensors among them are of torch's own types and their memory holds their values: not so for
+    lazily negated ones, zeros without memory and functional tensors, which the dispatcher resolves. Numbers,
+    lists and None count as plain; a tuple is looked into."""
     for a in args:
         kind = type(a)
         if kind in _TENSORS:
@@ -163,7 +171,8 @@ def numbers(params: Any, floats: int) -> tuple[list[float], list[int]]:
 
 
 def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
-    """(rows, inner, stride_outer, stride_inner) if the leading dims collapse to at most two strided ones and the last is contiguous."""
+    """(rows, inner, stride_outer, stride_inner) if the leading dims collapse to at most two strided ones and
+    the last is contiguous."""
     if logits.numel() and logits.shape[-1] > 1 and logits.stride(-1) != 1:
         return None
     dims = [(size, stride) for size, stride in zip(logits.shape[:-1], logits.stride()[:-1]) if size != 1]
@@ -184,14 +193,15 @@ def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
 
 
 def offsets_are_valid(offsets: torch.Tensor, total: int) -> bool:
-    """Whether `offsets` run from 0 to `total` and never decrease. False also where only torch can tell: other than contiguous int32 on the CPU, or
-    without the extension."""
+    """Whether `offsets` run from 0 to `total` and never decrease. False also where only torch can tell: other
+    than contiguous int32 on the CPU, or without the extension."""
     plain = offsets.device.type == "cpu" and offsets.dtype == torch.int32 and offsets.is_contiguous() and not offsets.is_neg()
     return plain and _extension is not None and _extension.offsets_are_valid(offsets.data_ptr(), offsets.numel(), total)
 
 
 def rows_view(logits: torch.Tensor | None) -> tuple[int, int, int, int, int, int]:
-    """The RowsView of csrc/ops.h; data is null for None. The public functions made the layout collapsible before."""
+    """The RowsView of csrc/ops.h; data is null for None. The public functions made the layout collapsible
+    before."""
     if logits is None:
         return (0,) * 6
     layout = row_layout(logits)
@@ -200,16 +210,18 @@ def rows_view(logits: torch.Tensor | None) -> tuple[int, int, int, int, int, int
 
 
 def counter(tensor: torch.Tensor) -> torch.Tensor:
-    """A zero for one launch, by which the block that arrives last is known (see csrc/ops.h); keep it referenced until the launch.
+    """A zero for one launch, by which the block that arrives last is known (see csrc/ops.h); keep it
+    referenced until the launch.
 
-    It is made, and filled, on the current stream in every call: what a graph captures includes the fill, no two graphs or streams share a word, and
-    no tensor outlives the call in the pool of whoever records it."""
+    It is made, and filled, on the current stream in every call: what a graph captures includes the fill, no
+    two graphs or streams share a word, and no tensor outlives the call in the pool of whoever records it."""
     return torch.zeros(1, dtype=torch.int32, device=tensor.device)
 
 
 def aligned(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """For Triton: (a tensor that starts at a 16-byte boundary, the elements from there to `tensor`, elements per 16 bytes). Memory of others that
-    does not start at such a boundary is (tensor, 0, 1): one element at a time."""
+    """For Triton: (a tensor that starts at a 16-byte boundary, the elements from there to `tensor`, elements
+    per 16 bytes). Memory of others that does not start at such a boundary is (tensor, 0, 1): one element at a
+    time."""
     itemsize = tensor.element_size()
     skip = tensor.data_ptr() % 16 // itemsize
     if skip == 0:
@@ -231,15 +243,17 @@ def triton_options(threads: int, warp_size: int, max_registers: int | None) -> d
 
 @lru_cache
 def launch_options(threads: int, device: torch.device, max_registers: int | None = None) -> dict[str, Any]:
-    """`triton_options` for a device. Warps have 32 threads on NVIDIA and RDNA, 64 on CDNA. max_registers: per thread, NVIDIA only; without it
-    ptxas may spill a few to reach the next round number of blocks per multiprocessor."""
+    """`triton_options` for a device. Warps have 32 threads on NVIDIA and RDNA, 64 on CDNA. max_registers: per
+    thread, NVIDIA only; without it ptxas may spill a few to reach the next round number of blocks per
+    multiprocessor."""
     warp_size = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     return triton_options(threads, warp_size, None if torch.version.hip else max_registers)
 
 
 def launch(backend: str, function: str, tensor: torch.Tensor, arguments: tuple[Any, ...]) -> None:
-    """Run `_C.<function>` for "cpu", or for "cuda" on `tensor`'s device and current stream (the emulator when one is in use). `arguments` are the
-    members of the op's struct in csrc/ops.h, in order; tests/test_bindings.py holds them against the names in bindings.cpp."""
+    """Run `_C.<function>` for "cpu", or for "cuda" on `tensor`'s device and current stream (the emulator when
+    one is in use). `arguments` are the members of the op's struct in csrc/ops.h, in order;
+    tests/test_bindings.py holds them against the names in bindings.cpp."""
     if backend == "cpu":
         getattr(_extension, function)(-1, 0, arguments)
     elif _emulator is not None:

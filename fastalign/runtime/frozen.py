@@ -41,8 +41,8 @@ def freeze(preset: Any) -> None:
 
 
 def copies_without_graph(output: T) -> T:
-    """For the NamedTuples that losses return: deep copies, pickles and what goes to another process hold the values, detached. torch
-    refuses such copies of a tensor that is part of a graph."""
+    """For the NamedTuples that losses return: deep copies, pickles and what goes to another process hold the
+    values, detached. torch refuses such copies of a tensor that is part of a graph."""
 
     def reduce(self: Any) -> tuple[Any, ...]:
         return type(self), tuple(x.detach() if isinstance(x, Tensor) else x for x in self)

@@ -13,13 +13,15 @@ from fastalign.runtime import backends
 
 
 class Function(torch.autograd.Function):
-    """A function with first derivatives only, whose backward runs on the backend of its forward and returns the gradients of the first inputs, those
-    that can have one; the others' None is added here.
+    """A function with first derivatives only, whose backward runs on the backend of its forward and returns
+    the gradients of the first inputs, those that can have one; the others' None is added here.
 
-    A backward that is asked for a graph of itself (create_graph=True, as in hessian, hvp and gradient penalties) raises: its kernels have none,
-    and the second-order term would be missing without a word. `names`: the public functions that it serves, for that message.
+    A backward that is asked for a graph of itself (create_graph=True, as in hessian, hvp and gradient
+    penalties) raises: its kernels have none, and the second-order term would be missing without a word.
+    `names`: the public functions that it serves, for that message.
 
-    Autograd may run backward on a thread of its own, where `use_backend` of the forward's thread is not seen; forward leaves it in ctx."""
+    Autograd may run backward on a thread of its own, where `use_backend` of the forward's thread is not seen;
+    forward leaves it in ctx."""
 
     names = ""
 
@@ -30,7 +32,8 @@ class Function(torch.autograd.Function):
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode derivatives are being taken, which tensors do not show in requires_grad. A `Function` refuses them."""
+    """Whether forward-mode derivatives are being taken, which tensors do not show in requires_grad. A
+    `Function` refuses them."""
     return not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0
 
 

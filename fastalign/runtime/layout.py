@@ -1,5 +1,6 @@
-"""The tensors that an op takes: shapes, dtypes, one device. The public functions bring their inputs into this form; `torch.ops.fastalign.*` is
-public too, and what is called there is held against it before a kernel sees an address."""
+"""The tensors that an op takes: shapes, dtypes, one device. The public functions bring their inputs into this
+form; `torch.ops.fastalign.*` is public too, and what is called there is held against it before a kernel sees
+an address."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _DTYPES = {"int32": torch.int32, "int64": torch.int64, "bool": torch.bool}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its place and name in the schema, its dims, its type: "same" as the first tensor's, "acc" (what that accumulates in), or a name."""
+    """One tensor: its place and name in the schema, its dims, its type: "same" as the first tensor's, "acc"
+    (what that accumulates in), or a name."""
 
     place: int
     name: str
@@ -31,9 +33,10 @@ class Entry:
 
 
 def parse(layout: str, names: Sequence[str], written: Sequence[str] = ()) -> tuple[Entry, ...]:
-    """`layout` is a list of tensors like "x[T] cu_seqlens[S+1]:int32 beta[P?] logits[*rows,V]": dims are letters that must agree throughout, numbers, or
-    names of the op's integer arguments; `+1` adds one, a final `?` allows a tensor without dims, `*rows` stands for any leading dims.
-    Floating tensors without a type have the type of the first one."""
+    """`layout` is a list of tensors like "x[T] cu_seqlens[S+1]:int32 beta[P?] logits[*rows,V]": dims are
+    letters that must agree throughout, numbers, or names of the op's integer arguments; `+1` adds one, a
+    final `?` allows a tensor without dims, `*rows` stands for any leading dims. Floating tensors without a
+    type have the type of the first one."""
     entries = []
     for text in layout.split():
         name, dims, kind = re.fullmatch(r"(\w+)\[([^]]*)\](?::(\w+))?", text).groups()

@@ -1,5 +1,6 @@
-"""Keeps what a call works out from its options alone: a training step asks for the same loss with the same options every time, and validating
-forty fields costs more than the kernels. Under torch.compile nothing is kept: tracing happens once."""
+"""Keeps what a call works out from its options alone: a training step asks for the same loss with the same
+options every time, and validating forty fields costs more than the kernels. Under torch.compile nothing is
+kept: tracing happens once."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ _MOST = 1024  # results per function; options that change with every step must n
 
 
 def by_options(resolve: Callable[[Any, Mapping[str, Any]], tuple[Any, dict]]) -> Callable[[Any, Mapping[str, Any]], tuple[Any, dict]]:
-    """For functions (name, options) -> (preset, options that are tensors): kept where the name is a string and every option a plain value, so
-    that there are no tensors. What raises is not kept."""
+    """For functions (name, options) -> (preset, options that are tensors): kept where the name is a string
+    and every option a plain value, so that there are no tensors. What raises is not kept."""
     kept: dict[tuple, Any] = {}
 
     @functools.wraps(resolve)
@@ -51,6 +52,7 @@ def on_instance(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_this_graph(numbers: Any) -> Any:
-    """A NamedTuple of numbers with every float read here. Under torch.compile(dynamic=True) the floats of a preset are inputs of the graph, read
-    where they are first used; that must not be inside a `Function`, whose part of the graph the next function that uses them cannot see."""
+    """A NamedTuple of numbers with every float read here. Under torch.compile(dynamic=True) the floats of a
+    preset are inputs of the graph, read where they are first used; that must not be inside a `Function`,
+    whose part of the graph the next function that uses them cannot see."""
     return type(numbers)(*(float(x) if isinstance(x, float) else x for x in numbers))

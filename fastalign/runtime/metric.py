@@ -1,7 +1,9 @@
-"""The forms in which losses and trainers report numbers: each knows how it merges with the same number of another part of the batch.
+"""The forms in which losses and trainers report numbers: each knows how it merges with the same number of
+another part of the batch.
 
-Every form is a tuple of 0-dim tensors on the loss's device; `a.merge(b)` is exact (what one call on all the data would give, up to rounding),
-`float(a)` is the number that is shown (NaN where nothing was seen). `merge_metrics` merges what whole calls report, over micro-batches and ranks."""
+Every form is a tuple of 0-dim tensors on the loss's device; `a.merge(b)` is exact (what one call on all the
+data would give, up to rounding), `float(a)` is the number that is shown (NaN where nothing was seen).
+`merge_metrics` merges what whole calls report, over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -113,8 +115,8 @@ class Deviation(_Moments):
 
 
 class ExplainedVariance(NamedTuple):
-    """1 - Var(errors) / Var(targets) of `count` targets and their errors, each by mean and sum of squared deviations. NaN where the targets do
-    not vary by more than rounding."""
+    """1 - Var(errors) / Var(targets) of `count` targets and their errors, each by mean and sum of squared
+    deviations. NaN where the targets do not vary by more than rounding."""
 
     count: Tensor
     mean: Tensor
@@ -168,11 +170,13 @@ def as_metric(value: Any) -> AnyMetric:
 
 
 def merge_metrics(*parts: Mapping[str, AnyMetric], group: dist.ProcessGroup | None = None) -> dict[str, AnyMetric]:
-    """What the calls of several micro-batches report (`output.metrics()` of each), as one call on all of them would.
+    """What the calls of several micro-batches report (`output.metrics()` of each), as one call on all of them
+    would.
 
     Args:
         parts: name -> metric. A name may be absent from some of them.
-        group: a process group; the result is over all its ranks, the same on each. Every rank must come with the same names.
+        group: a process group; the result is over all its ranks, the same on each. Every rank must come with
+            the same names.
 
     Returns:
         name -> metric, with fp64 tensors; `float(metric)` is its value.

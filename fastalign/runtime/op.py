@@ -1,7 +1,8 @@
 """The one place where a call finds its kernel.
 
-An `Op` is a `torch.library` operator (schema, one Python implementation that selects the backend, a fake for tracing) with a kernel per backend.
-Backends are tried in an order per device type, which an op may have of its own; each may decline a call with a reason, and `explain` prints them."""
+An `Op` is a `torch.library` operator (schema, one Python implementation that selects the backend, a fake for
+tracing) with a kernel per backend. Backends are tried in an order per device type, which an op may have of
+its own; each may decline a call with a reason, and `explain` prints them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from fastalign.runtime import backends, ffi, layout
 from fastalign.runtime.arguments import Declaration
 from fastalign.runtime.backends import BACKENDS, BackendError, forced, standard_kernels
 
-# True: also check the values of CUDA tensors (labels, cu_seqlens, pairs) before every op, at the price of a device synchronisation.
+# True: also check the values of CUDA tensors (labels, cu_seqlens, pairs) before every op, at the price of a
+# device synchronisation.
 _debug_checks = False
 
 _library = torch.library.Library("fastalign", "DEF")
@@ -28,7 +30,8 @@ PUBLIC: dict[str, str] = {}  # public functions and the op that they call first
 
 @contextmanager
 def debug_checks() -> Iterator[None]:
-    """Within this context CUDA inputs are checked by value as CPU inputs always are (costs a synchronisation per op)."""
+    """Within this context CUDA inputs are checked by value as CPU inputs always are (costs a synchronisation
+    per op)."""
     global _debug_checks
     previous, _debug_checks = _debug_checks, True
     try:
@@ -45,7 +48,8 @@ _can_tell = None not in (_dispatch_modes, _transforms, _tracing) and hasattr(tor
 
 
 def dispatcher_can_be_skipped() -> bool:
-    """Whether no one but the kernel would see an op pass the dispatcher: no compiler or tracer, dispatch mode, functorch transform or profiler."""
+    """Whether no one but the kernel would see an op pass the dispatcher: no compiler or tracer, dispatch
+    mode, functorch transform or profiler."""
     return _can_tell and not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
@@ -59,12 +63,14 @@ def dispatcher_can_be_skipped() -> bool:
 class Op:
     """One registered operator.
 
-    `arguments` is the NamedTuple class that declares them (arguments.py), `results` what the schema returns; `fake`, `rules`, `check`, `declines` and
-    the kernels take one such object. `folder` is that of its kernels, which bear its name; `dtypes` are the storage types that it takes for its first
-    tensor, fp64 only from backends that compute in it; `rules` say what else than the layout must hold where a call comes through the dispatcher;
-    `check` validates tensor values (CPU always, CUDA under `debug_checks`) and raises. `public` names the public functions that call it first,
-    `writes` the tensor that it writes in place. `order`: its own order of backends on a device type, a measured choice; `declines`: a backend's reason not
-    to serve some arguments, or None."""
+    `arguments` is the NamedTuple class that declares them (arguments.py), `results` what the schema returns;
+    `fake`, `rules`, `check`, `declines` and the kernels take one such object. `folder` is that of its
+    kernels, which bear its name; `dtypes` are the storage types that it takes for its first tensor, fp64 only
+    from backends that compute in it; `rules` say what else than the layout must hold where a call comes
+    through the dispatcher; `check` validates tensor values (CPU always, CUDA under `debug_checks`) and
+    raises. `public` names the public functions that call it first, `writes` the tensor that it writes in
+    place. `order`: its own order of backends on a device type, a measured choice; `declines`: a backend's
+    reason not to serve some arguments, or None."""
 
     name: str
     arguments: Any
@@ -96,12 +102,14 @@ class Op:
         PUBLIC.update(dict.fromkeys(self.public, self.name))
 
     def __call__(self, a: Any) -> Any:
-        """Through torch's dispatcher where anything may listen to it (tracing, dispatch modes, tensor subclasses, transforms, the profiler); else
-        straight to the kernel, which saves the dispatcher's conversion of every argument, twice (20 to 60 us)."""
+        """Through torch's dispatcher where anything may listen to it (tracing, dispatch modes, tensor
+        subclasses, transforms, the profiler); else straight to the kernel, which saves the dispatcher's
+        conversion of every argument, twice (20 to 60 us)."""
         return self._run(a) if dispatcher_can_be_skipped() and ffi.are_plain(a) else self.overload(*self.declaration.flatten(a))
 
     def _no_derivative(self, ctx: Any, *grads: Any) -> NoReturn:
-        """The derivatives are those of the public functions; a graph that holds the bare op would lose them without a word."""
+        """The derivatives are those of the public functions; a graph that holds the bare op would lose them
+        without a word."""
         raise RuntimeError(
             f"torch.ops.fastalign.{self.name} has no derivative by itself: differentiate fastalign's functions, not their ops. A program of "
             "torch.export holds the ops and is for inference; torch.compile is for training"
@@ -124,7 +132,8 @@ class Op:
         return self.select(tensor, a)(a)
 
     def select(self, tensor: torch.Tensor, a: Any = None) -> Callable[..., Any]:
-        """The kernel that serves `tensor`'s device and dtype and the arguments `a`, or BackendError with the reasons."""
+        """The kernel that serves `tensor`'s device and dtype and the arguments `a`, or BackendError with the
+        reasons."""
         key = (forced(), tensor.device.type, tensor.dtype, ffi.emulator())
         able = self._able.get(key)
         if not able:  # nobody: asked anew, since a backend may come
@@ -136,7 +145,8 @@ class Op:
         raise BackendError(f"fastalign::{self.name} has no backend for {tensor.dtype} on {tensor.device}:\n" + "\n".join(reasons))
 
     def tried(self, device_type: str) -> tuple[str, ...]:
-        """The backends that are asked for tensors of this device type, in order: the forced one alone, if one is."""
+        """The backends that are asked for tensors of this device type, in order: the forced one alone, if one
+        is."""
         name = forced()
         return (name,) if name else self.in_order(device_type)
 
@@ -175,14 +185,16 @@ class Op:
         return self._loaded[backend]
 
 
-# Storage types of ops over vocabulary rows, and of ops over per-token scalars, which the public functions have already widened.
+# Storage types of ops over vocabulary rows, and of ops over per-token scalars, which the public functions
+# have already widened.
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCALAR_DTYPES = (torch.float32, torch.float64)
 
 
 def explain(op: str, *args: Any) -> str:
-    """Which backend would serve `op` (a name of `OPS`, or a public function's name: the op that it calls first) for these arguments, and why the others
-    would not. Only the first tensor among `args` matters (its device and dtype); for the op's own arguments object, all of them do."""
+    """Which backend would serve `op` (a name of `OPS`, or a public function's name: the op that it calls
+    first) for these arguments, and why the others would not. Only the first tensor among `args` matters (its
+    device and dtype); for the op's own arguments object, all of them do."""
     name = op if op in OPS else PUBLIC.get(op)
     if name is None:
         raise ValueError(f"op={op!r} is unknown; legal: {', '.join([*OPS, *PUBLIC])}")

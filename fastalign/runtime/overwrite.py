@@ -1,14 +1,18 @@
-"""Writing a gradient over a tensor of the graph: refused where it would destroy what the user owns, done only where nobody else can read it.
+"""Writing a gradient over a tensor of the graph: refused where it would destroy what the user owns, done only
+where nobody else can read it.
 
 What makes it safe is checked at the moment of writing, not promised by the caller:
 
-1. Nobody else has the memory. A tensor that shares it (a view, `detach()`, `.data`, a parameter, a producer such as tanh or softmax that saved its
-   output, whatever saved-tensor hooks packed) is one more user of the storage, and storages count their users; autograd itself adds gradients in
-   place by the same test. Memory that came from elsewhere (NumPy, DLPack, shared memory) has users that are not counted, and is never
-   overwritten. Where there is another user, the gradient gets memory of its own.
-2. Nobody reads it later through the tensor itself. Its version counter moves, so that autograd raises where another function saved it; and since
-   torch does not look at versions under saved-tensor hooks, nor in a closure that a checkpoint runs again, the tensor is emptied: its last dim
-   becomes 0, and any use of it fails.
+1. Nobody else has the memory. A tensor that shares it (a view, `detach()`, `.data`, a parameter, a producer
+such as tanh or softmax that saved its
+   output, whatever saved-tensor hooks packed) is one more user of the storage, and storages count their
+   users; autograd itself adds gradients in place by the same test. Memory that came from elsewhere (NumPy,
+   DLPack, shared memory) has users that are not counted, and is never overwritten. Where there is another
+   user, the gradient gets memory of its own.
+2. Nobody reads it later through the tensor itself. Its version counter moves, so that autograd raises where
+another function saved it; and since
+   torch does not look at versions under saved-tensor hooks, nor in a closure that a checkpoint runs again,
+   the tensor is emptied: its last dim becomes 0, and any use of it fails.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ _warned = False
 
 
 def check_overwritable(tensor: Tensor, name: str) -> None:
-    """What `name`=True refuses at once: leaves (parameters, inputs; also as views) and memory that overlaps itself."""
+    """What `name`=True refuses at once: leaves (parameters, inputs; also as views) and memory that overlaps
+    itself."""
     owner = tensor._base if tensor._is_view() else tensor
     if tensor.requires_grad and (tensor.is_leaf or (owner.is_leaf and owner.requires_grad)):
         raise ValueError(f"{name}=True would overwrite a leaf tensor; pass the output of a layer, or leave it False")
@@ -49,7 +54,8 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def _users(storage: torch.UntypedStorage) -> tuple[int, int] | None:
-    """(tensors and others that hold the storage, references to its Python object): constants for a storage of one tensor. None: not known."""
+    """(tensors and others that hold the storage, references to its Python object): constants for a storage of
+    one tensor. None: not known."""
     return None if _use_count is None else (_use_count(storage._cdata), sys.getrefcount(storage))
 
 
@@ -58,8 +64,8 @@ _users_of_one = _users(_one.untyped_storage())
 
 
 def is_ours_alone(tensor: Tensor) -> bool:
-    """Whether no tensor but this one (and the base that it is a view of) uses its memory. False for tensor subclasses and under the compiler, and
-    where torch does not tell."""
+    """Whether no tensor but this one (and the base that it is a view of) uses its memory. False for tensor
+    subclasses and under the compiler, and where torch does not tell."""
     if _use_count is None or torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     users, references = _users(tensor.untyped_storage())
@@ -90,7 +96,8 @@ def may_overwrite(tensor: Tensor, name: str) -> bool:
 
 
 def retire(tensor: Tensor) -> None:
-    """Take the memory away from a tensor, and from the base that it is a view of: what it held is gone, and nobody may take the gradient for it."""
+    """Take the memory away from a tensor, and from the base that it is a view of: what it held is gone, and
+    nobody may take the gradient for it."""
     torch.autograd.graph.increment_version(tensor)
     for x in (tensor._base, tensor) if tensor._is_view() else (tensor,):
         x.data = x.new_empty((*x.shape[:-1], 0))

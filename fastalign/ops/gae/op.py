@@ -1,4 +1,5 @@
-"""Generalised advantage estimation over packed sequences: advantages, returns and the moments that whitening needs, in one launch."""
+"""Generalised advantage estimation over packed sequences: advantages, returns and the moments that whitening
+needs, in one launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The definition of generalised advantage estimation in plain PyTorch: the loop over time steps, all sequences at once."""
+"""The definition of generalised advantage estimation in plain PyTorch: the loop over time steps, all
+sequences at once."""
 
 from __future__ import annotations
 

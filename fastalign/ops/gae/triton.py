@@ -1,5 +1,6 @@
-"""Generalised advantage estimation in Triton: a program per sequence goes against time, block by block, with a scan of affine maps inside a block
-(the formulas are in fastalign/ops/math/affine.py). The last program to finish merges the moments of all sequences in index order."""
+"""Generalised advantage estimation in Triton: a program per sequence goes against time, block by block, with
+a scan of affine maps inside a block (the formulas are in fastalign/ops/math/affine.py). The last program to
+finish merges the moments of all sequences in index order."""
 
 import torch
 import triton
@@ -46,8 +47,9 @@ def gae_fwd_kernel(
     total, square = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
     lane = tl.arange(0, TOKENS)
     for first in range(0, end - begin, TOKENS):
-        # Lane order runs from the sequence's end, so the scan is a forward one. Each lane brings in the map of the token after its own: the scan
-        # then holds X_next without moving results between lanes, and the last lane's is where the next block starts.
+        # Lane order runs from the sequence's end, so the scan is a forward one. Each lane brings in the map
+        # of the token after its own: the scan then holds X_next without moving results between lanes, and the
+        # last lane's is where the next block starts.
         t = end - 1 - (first + lane)
         inside = t >= begin
         r, v, scored = _load(rewards, values, mask, t, inside)

@@ -45,6 +45,7 @@ class KlEstimateFunction(Function):
     @staticmethod
     def backward(ctx, grad):
         (slope,) = ctx.saved_tensors
-        # Selected also where nothing comes from above: the slope of k2 is infinite for an infinite d, and all slopes are NaN for NaN.
+        # Selected also where nothing comes from above: the slope of k2 is infinite for an infinite d, and all
+        # slopes are NaN for NaN.
         g = times_slope(grad, slope).masked_fill(grad == 0, 0.0)
         return g, -g if ctx.needs_input_grad[1] else None

@@ -1,4 +1,5 @@
-"""Losses over ranked lists of responses: sums per sequence, one block per list for value and slopes, slopes carried back to the tokens."""
+"""Losses over ranked lists of responses: sums per sequence, one block per list for value and slopes, slopes
+carried back to the tokens."""
 
 from __future__ import annotations
 
@@ -59,9 +60,9 @@ listwise_fwd = Op(
     check=_check_values,
     public=("listwise_loss", "listwise_loss_from_sums", "kwise_reward_loss"),
 )
-# sums [S, SUM_WIDTH]: as in the pair kernel (policy, ratio, length, KL, SFT, SFT length). list_offsets [L + 1] int32. scores [S].
-# Results: loss [], list_loss [L], slopes [S] = d loss (or d list_loss) / d policy sum, SFT term included, rewards [S] = beta a,
-# table [L, LIST_TABLE_WIDTH] (columns.py).
+# sums [S, SUM_WIDTH]: as in the pair kernel (policy, ratio, length, KL, SFT, SFT length). list_offsets [L +
+# 1] int32. scores [S]. Results: loss [], list_loss [L], slopes [S] = d loss (or d list_loss) / d policy sum,
+# SFT term included, rewards [S] = beta a, table [L, LIST_TABLE_WIDTH] (columns.py).
 
 
 def _evaluate(a: ListwiseFwd):
@@ -85,7 +86,8 @@ class ListwiseFunction(Function):
 
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, cu_seqlens, mask, list_offsets, scores, given: ListTensors, pair, params, count):
-        # Pairs (0, 1), (2, 3), ... visit every sequence once; behind the last one stands an empty one, for odd counts.
+        # Pairs (0, 1), (2, 3), ... visit every sequence once; behind the last one stands an empty one, for
+        # odd counts.
         tokens = PairTokens(logprobs, ref_logprobs, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), None, mask)
         *_, sums = preference_fwd(PreferenceFwd(tokens, None, PairTensors(), pair, (count + 1) // 2, False))
         sums = sums.flatten(0, 1)[:count]
@@ -103,7 +105,8 @@ class ListwiseFunction(Function):
 
 
 class ListwiseFromSumsFunction(Function):
-    """From the sums of the policy's log-probs (or a reward model's scores) [S]; `sums` holds them and what belongs to them, as constants."""
+    """From the sums of the policy's log-probs (or a reward model's scores) [S]; `sums` holds them and what
+    belongs to them, as constants."""
 
     names = "listwise_loss_from_sums"
 

@@ -10,7 +10,8 @@ PAIR_GAINS = ("one", "lambda")
 
 
 class ListParams(NamedTuple):
-    """A preset as the kernels take it, in the order of FA_LIST_SCALARS and FA_LIST_SWITCHES of csrc/math/list.h."""
+    """A preset as the kernels take it, in the order of FA_LIST_SCALARS and FA_LIST_SWITCHES of
+    csrc/math/list.h."""
 
     length_norm: float
     beta: float

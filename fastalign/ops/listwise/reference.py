@@ -1,4 +1,5 @@
-"""The definition of the list kernel in plain PyTorch; the twin of csrc/math/list.h. Lists are padded to [L, MAX_LIST]."""
+"""The definition of the list kernel in plain PyTorch; the twin of csrc/math/list.h. Lists are padded to [L,
+MAX_LIST]."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The list kernel in Triton: a program per list, and the last one to finish applies the normalisers, which count all lists, and reduces the loss,
-both in a fixed order. The formulas are in fastalign/ops/math/list.py."""
+"""The list kernel in Triton: a program per list, and the last one to finish applies the normalisers, which
+count all lists, and reduces the loss, both in a fixed order. The formulas are in
+fastalign/ops/math/list.py."""
 
 import triton
 import triton.language as tl
@@ -34,8 +35,9 @@ BLOCK = 256  # sequences or lists that the last program looks at together
 
 @triton.jit
 def _bounds(list_offsets, lists, sequences, n, live):
-    """First sequence and number of responses of lists n; -1 responses where the list does not lie inside, is too long, or is the first (the last)
-    and leaves out sequences. The values of list_offsets cannot be checked without a synchronisation."""
+    """First sequence and number of responses of lists n; -1 responses where the list does not lie inside, is
+    too long, or is the first (the last) and leaves out sequences. The values of list_offsets cannot be
+    checked without a synchronisation."""
     begin, end = tl.load(list_offsets + n, mask=live, other=0), tl.load(list_offsets + n + 1, mask=live, other=0)
     good = (begin >= 0) & (end >= begin) & (end <= sequences) & (end - begin <= MAX_LIST)
     good = good & ((n > 0) | (begin == 0)) & ((n < lists - 1) | (end == sequences))
@@ -119,7 +121,8 @@ def listwise_fwd_kernel(
 @triton.jit
 def _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, slopes, table, sequences, lists, sft_weight, sft_power,
                sft_norm: tl.constexpr, reduction: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Divides everything by the normalisers and sums the loss. The slopes of lists that do not count are 0 already."""
+    """Divides everything by the normalisers and sums the loss. The slopes of lists that do not count are 0
+    already."""
     lane = tl.arange(0, BLOCK)
     lists_here, tokens_here = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, lists, BLOCK):

@@ -1,4 +1,5 @@
-"""The names of fastalign/ops/columns.py as kernels read them: the only globals that Triton lets a kernel read are constexpr."""
+"""The names of fastalign/ops/columns.py as kernels read them: the only globals that Triton lets a kernel read
+are constexpr."""
 
 import triton.language as tl
 

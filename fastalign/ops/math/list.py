@@ -1,5 +1,6 @@
-"""The formulas of csrc/math/list.h as @triton.jit functions; the rules of fastalign/ops/math/scalar.py hold here too. A list lies in one block of
-`s`, `r`, `live`, [K] each with K = MAX_LIST; pairs of responses are [K, K] with i along the first axis."""
+"""The formulas of csrc/math/list.h as @triton.jit functions; the rules of fastalign/ops/math/scalar.py hold
+here too. A list lies in one block of `s`, `r`, `live`, [K] each with K = MAX_LIST; pairs of responses are [K,
+K] with i along the first axis."""
 
 import triton
 import triton.language as tl
@@ -23,8 +24,9 @@ def logsumexp(x, where):
 
 @triton.jit
 def evaluate_list(KIND: tl.constexpr, LINK: tl.constexpr, GAIN: tl.constexpr, s, r, live, target, temperature):
-    """The responses' shares of the term [K] and d term / d s [K], before list_weight and the division of pair_mean; and for the metrics the
-    number of pairs of each response with the ones of a lower score, how many of them are right, and their differences of s."""
+    """The responses' shares of the term [K] and d term / d s [K], before list_weight and the division of
+    pair_mean; and for the metrics the number of pairs of each response with the ones of a lower score, how
+    many of them are right, and their differences of s."""
     k = tl.arange(0, s.shape[0])
     s_i, s_j, r_i, r_j = s[:, None], s[None, :], r[:, None], r[None, :]
     both = live[:, None] & live[None, :]

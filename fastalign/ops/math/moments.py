@@ -1,4 +1,5 @@
-"""csrc/math/moments.h as @triton.jit functions: counts, means and squared deviations that merge; the rules of scalar.py hold."""
+"""csrc/math/moments.h as @triton.jit functions: counts, means and squared deviations that merge; the rules of
+scalar.py hold."""
 
 import triton
 import triton.language as tl
@@ -19,7 +20,8 @@ def moved_m2(count, mean, m2, new_mean):
 
 @triton.jit
 def merge_lanes(count, shift, total, square):
-    """Count, mean and m2 of all lanes' sums, in fp64: the lanes' means may lie far from 0 against their deviations."""
+    """Count, mean and m2 of all lanes' sums, in fp64: the lanes' means may lie far from 0 against their
+    deviations."""
     count, total = count.to(tl.float64), total.to(tl.float64)
     mean = total / tl.where(count > 0, count, 1.0)
     m2 = square.to(tl.float64) - mean * total
@@ -31,7 +33,8 @@ def merge_lanes(count, shift, total, square):
 
 @triton.jit
 def merge_parts(counts, count_stride, means, m2s, stride, parts, BLOCK: tl.constexpr):
-    """Count, mean and m2 of all parts, in index order, in fp64. Part i's numbers lie at counts + i count_stride, means + i stride, m2s + i stride."""
+    """Count, mean and m2 of all parts, in index order, in fp64. Part i's numbers lie at counts + i
+    count_stride, means + i stride, m2s + i stride."""
     lane = tl.arange(0, BLOCK)
     n, weighted, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(0, parts, BLOCK):

@@ -88,7 +88,8 @@ def link(KIND: tl.constexpr, h, t, tau, prob):
 
 @triton.jit
 def weigh_labels(LINK: tl.constexpr, LABELS: tl.constexpr, LABEL_ENTROPY: tl.constexpr, h, target, tau, soft, label_smoothing):
-    """The pair term c_pos f(h) + c_neg f(-h) and its slope; labels: hard, smooth, robust, soft. Exo takes the label as its target instead."""
+    """The pair term c_pos f(h) + c_neg f(-h) and its slope; labels: hard, smooth, robust, soft. Exo takes the
+    label as its target instead."""
     value, slope = link(LINK, h, target, tau, soft)
     if LABELS != HARD and LINK != EXO:
         c_pos, c_neg = soft, 1.0 - soft
@@ -123,7 +124,8 @@ def evaluate_pair(
     TRANSFORM: tl.constexpr, LINK: tl.constexpr, LABELS: tl.constexpr, LABEL_ENTROPY: tl.constexpr, DETACH_KL_CHOSEN: tl.constexpr,
     POINT_LINK: tl.constexpr, POINT_SOFT_TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Loss of a pair, its slopes in (ratio_w, ratio_l, kl_w, kl_l), the two rewards and the logit; before the normalisers."""
+    """Loss of a pair, its slopes in (ratio_w, ratio_l, kl_w, kl_l), the two rewards and the logit; before the
+    normalisers."""
     beta_l = tl.where(beta_rejected == beta_rejected, beta_rejected, beta)  # NaN: the same as beta
     norm_w, norm_l = power(tl.maximum(length_w, 1.0), length_norm), power(tl.maximum(length_l, 1.0), length_norm)
     a_w, a_l = div(ratio_w, norm_w), div(ratio_l, norm_l)

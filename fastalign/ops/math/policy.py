@@ -77,7 +77,8 @@ def kl_term(KIND: tl.constexpr, logprob, ref_logprob):
 
 @triton.jit
 def clamp_kl(KIND: tl.constexpr, value, slope, bound):
-    """What the loss adds of an estimate: clamped to +-bound, without gradient where it is; k3+ keeps the slope of k2."""
+    """What the loss adds of an estimate: clamped to +-bound, without gradient where it is; k3+ keeps the
+    slope of k2."""
     held = clamp(value, -bound, bound)
     if KIND != K3_PLUS:
         slope = tl.where((value > bound) | (value < -bound), 0.0, slope)

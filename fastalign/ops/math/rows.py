@@ -1,4 +1,5 @@
-"""csrc/math/row_state.h as @triton.jit functions: row states, their merge, and what follows from them; the rules of scalar.py hold."""
+"""csrc/math/row_state.h as @triton.jit functions: row states, their merge, and what follows from them; the
+rules of scalar.py hold."""
 
 import triton
 import triton.language as tl
@@ -29,8 +30,9 @@ def merge(ma, a0, a1, a2, az, ua, ta, mb, b0, b1, b2, bz, ub, tb):
 
 @triton.jit
 def reference_point(umax, c):
-    """fl(umax c), while a row is swept. Far below zero, at mask values like -1e30, its rounding error alone overflows exp2: there it is -inf, and
-    nothing has mass, unless the row turns out to be far (math/row_state.h)."""
+    """fl(umax c), while a row is swept. Far below zero, at mask values like -1e30, its rounding error alone
+    overflows exp2: there it is -inf, and nothing has mass, unless the row turns out to be far
+    (math/row_state.h)."""
     m = umax * c
     return tl.where(m < -1073741824.0, float("-inf"), m)
 

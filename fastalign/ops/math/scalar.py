@@ -1,9 +1,12 @@
-"""csrc/math/scalar.h as @triton.jit functions. The other files of this folder are the twins of the other headers; kernels stand in ops/*/triton.py.
+"""csrc/math/scalar.h as @triton.jit functions. The other files of this folder are the twins of the other
+headers; kernels stand in ops/*/triton.py.
 
-Rules that hold for every function of this folder. No libdevice: Triton's interpreter has none. What must be rounded once says `fma`, and kernels are compiled
-without fusion of their own, so the interpreter, NVIDIA and AMD do the same arithmetic. Selections are tl.where and written so that NaN survives.
-Kinds (transform, link, labels) are constexpr: a run uses one loss, so one small kernel per loss is compiled at first use, instead of one that
-holds every formula and branches at run time. Numbers (beta, margins, weights) are run-time arguments and never cause a compilation.
+Rules that hold for every function of this folder. No libdevice: Triton's interpreter has none. What must be
+rounded once says `fma`, and kernels are compiled without fusion of their own, so the interpreter, NVIDIA and
+AMD do the same arithmetic. Selections are tl.where and written so that NaN survives. Kinds (transform, link,
+labels) are constexpr: a run uses one loss, so one small kernel per loss is compiled at first use, instead of
+one that holds every formula and branches at run time. Numbers (beta, margins, weights) are run-time arguments
+and never cause a compilation.
 """
 
 import triton
@@ -56,7 +59,8 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    # log(1 + x) = 2 atanh(x / (2 + x)) where adding 1 would lose digits of x. Beyond, the sum is exact or harmless.
+    # log(1 + x) = 2 atanh(x / (2 + x)) where adding 1 would lose digits of x. Beyond, the sum is exact or
+    # harmless.
     s = div(x, 2.0 + x)
     q = s * s
     r = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
@@ -65,8 +69,9 @@ def log1p(x):
 
 @triton.jit
 def tanh(x):
-    # A fitted odd polynomial (error below 3e-9) up to 0.6; beyond, 1 - 2 / (e^2x + 1), which does not cancel there. For every element of capped
-    # logits, hence no more accurate than needed: an approximate exp2 and division.
+    # A fitted odd polynomial (error below 3e-9) up to 0.6; beyond, 1 - 2 / (e^2x + 1), which does not cancel
+    # there. For every element of capped logits, hence no more accurate than needed: an approximate exp2 and
+    # division.
     a = tl.abs(x)
     q = a * a
     p = q * (

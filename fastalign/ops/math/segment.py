@@ -6,13 +6,15 @@ import triton.language as tl
 
 @triton.jit
 def sequence_bounds(cu_seqlens, i, tokens):
-    """First and last + 1 token of sequence i, inside [0, tokens] whatever cu_seqlens holds (its values are not checked on the device)."""
+    """First and last + 1 token of sequence i, inside [0, tokens] whatever cu_seqlens holds (its values are
+    not checked on the device)."""
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + i), 0), tokens)
     return begin, tl.minimum(tl.maximum(tl.load(cu_seqlens + i + 1), begin), tokens)
 
 
 @triton.jit
 def sequence_share(cu_seqlens, i, sequences, tokens):
-    """The tokens that sequence i has to write, first and last + 1: its own, and those that boundaries which have changed would leave to nobody."""
+    """The tokens that sequence i has to write, first and last + 1: its own, and those that boundaries which
+    have changed would leave to nobody."""
     begin, end = sequence_bounds(cu_seqlens, i, tokens)
     return tl.where(i == 0, 0, begin), tl.where(i == sequences - 1, tokens, end)

@@ -1,4 +1,5 @@
-"""Policy-gradient and value losses on packed per-token log-probs: value, slopes and all metrics in one evaluation, one launch each way."""
+"""Policy-gradient and value losses on packed per-token log-probs: value, slopes and all metrics in one
+evaluation, one launch each way."""
 
 from __future__ import annotations
 
@@ -93,8 +94,8 @@ policy_fwd = Op(
     _check_values,
     public=("policy_loss",),
 )
-# Results: loss [], slopes [T] in the log-probs and in the entropy ([T] or empty(0)), both still to be divided by the number of items, stats [STATS]
-# with that number first.
+# Results: loss [], slopes [T] in the log-probs and in the entropy ([T] or empty(0)), both still to be divided
+# by the number of items, stats [STATS] with that number first.
 value_fwd = Op(
     "value_fwd",
     ValueFwd,

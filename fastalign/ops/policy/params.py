@@ -13,7 +13,8 @@ IS_MODES = (None, "truncate", "mask")
 
 
 class PolicyParams(NamedTuple):
-    """A preset and a call's layout as the kernels take them, in the order of FA_POLICY_SCALARS and FA_POLICY_SWITCHES of csrc/math/policy.h."""
+    """A preset and a call's layout as the kernels take them, in the order of FA_POLICY_SCALARS and
+    FA_POLICY_SWITCHES of csrc/math/policy.h."""
 
     ratio_min: float  # of gmpo: bounds of the log-ratio
     ratio_max: float

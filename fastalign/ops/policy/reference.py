@@ -1,4 +1,5 @@
-"""The definition of the policy and value losses in plain PyTorch; the twin of csrc/math/policy.h, function by function."""
+"""The definition of the policy and value losses in plain PyTorch; the twin of csrc/math/policy.h, function by
+function."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ LOG_W_MIN = math.log(1e-8)  # of vespo
 
 
 def log_ratio(p, logprobs, old_logprobs, advantages):
-    """What a sequence sums: each token's log-ratio, of gmpo clipped on the side that A's sign allows, of vespo clamped; and whether it is open."""
+    """What a sequence sums: each token's log-ratio, of gmpo clipped on the side that A's sign allows, of
+    vespo clamped; and whether it is open."""
     lr = torch.where(logprobs == old_logprobs, torch.zeros_like(logprobs), logprobs - old_logprobs)
     if p.surrogate == GMPO:
         high, low = (advantages > 0) & (lr > p.ratio_max), ~(advantages > 0) & (lr < p.ratio_min)
@@ -85,7 +87,8 @@ def kl_term(p, logprobs, ref_logprobs):
 
 
 def clamp_kl(p, value, slope):
-    """What the loss adds of an estimate: clamped to +-kl_clamp, without gradient where it is (k3+ keeps the slope of k2)."""
+    """What the loss adds of an estimate: clamped to +-kl_clamp, without gradient where it is (k3+ keeps the
+    slope of k2)."""
     outside = value.abs() > p.kl_clamp
     value = torch.clamp(value, -p.kl_clamp, p.kl_clamp)
     return value, slope if p.kl_kind == K3_PLUS else torch.where(outside, torch.zeros_like(slope), slope)
@@ -99,7 +102,8 @@ def divisors(aggregation, norm_length, length):
 
 
 def clips_sequences(p):
-    """Whether a sequence has one ratio, so that a bound holds for all of it: it then counts once among the clipped. gmpo clips tokens."""
+    """Whether a sequence has one ratio, so that a bound holds for all of it: it then counts once among the
+    clipped. gmpo clips tokens."""
     return p.ratio in (RATIO_SEQ_MEAN, RATIO_SEQ_SUM) and p.surrogate != GMPO
 
 

@@ -1,6 +1,7 @@
-"""The policy and value losses in Triton. Forward, one launch: a program per sequence (or per tile of tokens, where sequences do not matter) reads its
-tokens once for their number and log-ratio if the loss needs these first, then writes their slopes and one row of sums; the last program to finish
-adds the rows in index order. Backward is elementwise. The formulas are in fastalign/ops/math/policy.py."""
+"""The policy and value losses in Triton. Forward, one launch: a program per sequence (or per tile of tokens,
+where sequences do not matter) reads its tokens once for their number and log-ratio if the loss needs these
+first, then writes their slopes and one row of sums; the last program to finish adds the rows in index order.
+Backward is elementwise. The formulas are in fastalign/ops/math/policy.py."""
 
 import torch
 import triton
@@ -70,8 +71,8 @@ def _store_moments(part, count, shift, difference, square):
 @triton.jit
 def _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, AGGREGATION: tl.constexpr, STATS: tl.constexpr, TOKENS: tl.constexpr,
                  SEQUENCES: tl.constexpr, M2_AT: tl.constexpr, OTHER_M2_AT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """In the program that arrives last: the totals of all rows, the number of items and the loss. parts: mean and m2 of every row, fp64, for each
-    m2 column (OTHER_M2_AT: -1 where there is one)."""
+    """In the program that arrives last: the totals of all rows, the number of items and the loss. parts: mean
+    and m2 of every row, fp64, for each m2 column (OTHER_M2_AT: -1 where there is one)."""
     tl.debug_barrier()  # every thread's part of the row is written before this program is counted, and read after
     last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
     tl.debug_barrier()

@@ -1,4 +1,5 @@
-"""Every DPO-family loss on packed per-token log-probs or on sequence sums: value and slopes in one evaluation, one launch each way."""
+"""Every DPO-family loss on packed per-token log-probs or on sequence sums: value and slopes in one
+evaluation, one launch each way."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class PairTokens(NamedTuple):
 
 
 class PairTensors(NamedTuple):
-    """What a call gives per pair, or once for all, in place of the parameters' numbers; and the two global counts."""
+    """What a call gives per pair, or once for all, in place of the parameters' numbers; and the two global
+    counts."""
 
     beta: Maybe("count?") = None
     omega: Maybe("count?") = None
@@ -120,7 +122,8 @@ def _bwd_rules(a: PreferenceBwd) -> None:
 
 
 def _pair_rules(tokens: PairTokens, params: PairParams, count: int) -> None:
-    """What the kernels read without asking: the reference where the parameters have one, the sequences of the default pairs."""
+    """What the kernels read without asking: the reference where the parameters have one, the sequences of the
+    default pairs."""
     refuse(params.reference != 0 and tokens.ref_logprobs is None, "the parameters need ref_logprobs")
     refuse(
         tokens.pairs is None and 2 * count > tokens.cu_seqlens.shape[0] - 1,
@@ -139,7 +142,8 @@ preference_fwd = Op(
     _check_values,
     public=("preference_loss", "preference_loss_from_sums", "reward_loss"),
 )
-# Results: loss [], pair_loss [P], table [P, TABLE_WIDTH] (columns.py; all three empty(0) if not `table`), sums [P, 2, SUM_WIDTH].
+# Results: loss [], pair_loss [P], table [P, TABLE_WIDTH] (columns.py; all three empty(0) if not `table`),
+# sums [P, 2, SUM_WIDTH].
 preference_bwd = Op(
     "preference_bwd",
     PreferenceBwd,
@@ -153,7 +157,8 @@ preference_bwd = Op(
 
 
 class PreferenceFunction(Function):
-    """From per-token tensors. logprobs and kl stand in the tokens too; they are named apart because they are differentiated."""
+    """From per-token tensors. logprobs and kl stand in the tokens too; they are named apart because they are
+    differentiated."""
 
     names = "preference_loss (unpaired_loss, reward_loss)"
 
@@ -171,7 +176,8 @@ class PreferenceFunction(Function):
 
 
 class PairSumsFunction(Function):
-    """Sums [P, 2, SUM_WIDTH] of per-token tensors: the first half of the kernel, for losses that do something between the halves."""
+    """Sums [P, 2, SUM_WIDTH] of per-token tensors: the first half of the kernel, for losses that do something
+    between the halves."""
 
     names = "preference_loss (unpaired_loss, reward_loss)"
 
@@ -184,8 +190,8 @@ class PairSumsFunction(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # The gradient of the sums takes the place of the table's slopes. The policy's sums move with its log-probs as the log-ratios do
-        # (no token clamp where they are used: see mixture.shared_params).
+        # The gradient of the sums takes the place of the table's slopes. The policy's sums move with its
+        # log-probs as the log-ratios do (no token clamp where they are used: see mixture.shared_params).
         slopes = grad.new_zeros((grad.shape[0], TABLE_WIDTH))
         slopes[:, RATIO_SLOPES] = grad[:, :, SUM_POLICY] + grad[:, :, SUM_RATIO]
         slopes[:, KL_SLOPES], slopes[:, TAB_SFT] = grad[:, :, SUM_KL], grad[:, CHOSEN, SUM_SFT]

@@ -13,7 +13,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class PairParams(NamedTuple):
-    """A preset as the kernels take it, in the order of FA_PAIR_SCALARS and FA_PAIR_SWITCHES of csrc/math/pair.h. NaN: same as beta."""
+    """A preset as the kernels take it, in the order of FA_PAIR_SCALARS and FA_PAIR_SWITCHES of
+    csrc/math/pair.h. NaN: same as beta."""
 
     reference: float
     length_norm: float

@@ -117,7 +117,8 @@ def _ranks(mask, cu_seqlens, index):
 
 
 def _tail_weights(p, before):
-    """1 where `before` (the partner's length), ld_alpha beyond, in fp64: a Python float in torch.where would be rounded to fp32."""
+    """1 where `before` (the partner's length), ld_alpha beyond, in fp64: a Python float in torch.where would
+    be rounded to fp32."""
     return torch.where(before, 1.0, torch.full((), p.ld_alpha, dtype=torch.float64, device=before.device))
 
 
@@ -132,7 +133,8 @@ def _token_terms(p, logprobs, ref_logprobs):
 
 
 def pair_sums(p, t, count):
-    """[P, 2, SUM_WIDTH]: per side the sums of lp, of the log-ratio, the length, the KL, the SFT log-probs and their number."""
+    """[P, 2, SUM_WIDTH]: per side the sums of lp, of the log-ratio, the length, the KL, the SFT log-probs and
+    their number."""
     tokens, device = t.logprobs.shape[0], t.logprobs.device
     pairs = _pairs(t.pairs, count, device)
     index = _segments(t.cu_seqlens, tokens)

@@ -1,5 +1,6 @@
-"""The pair kernel in Triton. Forward, one launch: a program per pair side sums its sequence, and the last one to finish evaluates the table of
-all pairs in index order. Backward: a program per sequence walks the pairs in index order. The formulas are in fastalign/ops/math/pair.py."""
+"""The pair kernel in Triton. Forward, one launch: a program per pair side sums its sequence, and the last one
+to finish evaluates the table of all pairs in index order. Backward: a program per sequence walks the pairs in
+index order. The formulas are in fastalign/ops/math/pair.py."""
 
 import triton
 import triton.language as tl
@@ -70,7 +71,8 @@ def _token_ratio(logprob, ref_logprobs, t, scored, reference, low, high):
 @triton.jit
 def _sum_side(i, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, tokens, sequences, reference, ld_alpha, low, high,
               sft_include_prompt: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """One row of `sums`: side i % 2 of pair i // 2. A pair that names no sequence (CUDA does not check) becomes NaN."""
+    """One row of `sums`: side i % 2 of pair i // 2. A pair that names no sequence (CUDA does not check)
+    becomes NaN."""
     s, partner = _sequence(pairs, i), _sequence(pairs, i ^ 1)
     known = (s >= 0) & (s < sequences) & (partner >= 0) & (partner < sequences)
     begin, end = sequence_bounds(cu_seqlens, tl.where(known, s, 0), tokens)

@@ -14,7 +14,8 @@ def _segments(cu_seqlens, tokens):
 
 
 def covered(cu_seqlens, index):
-    """Whether every token lies in its sequence: False somewhere only for boundaries that are none, or none of these tokens."""
+    """Whether every token lies in its sequence: False somewhere only for boundaries that are none, or none of
+    these tokens."""
     rows = torch.arange(index.shape[0], device=index.device)
     return (cu_seqlens[index] <= rows) & (rows < cu_seqlens[index + 1]) if index.numel() else rows > 0
 

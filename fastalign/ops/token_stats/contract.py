@@ -37,8 +37,8 @@ MAX_VOCAB = 1 << 24  # the state keeps the top-1 index in fp32
 class RowOptions(NamedTuple):
     """How raw logits become probabilities, as the ops take it (see csrc/math/row_state.h).
 
-    factor: log2(e) * logit_scale (with a softcap: log2(e) * softcap); cap_scale: logit_scale / softcap, 0 without a softcap;
-    temperature: a float, used where temperature_tensor is None."""
+    factor: log2(e) * logit_scale (with a softcap: log2(e) * softcap); cap_scale: logit_scale / softcap, 0
+    without a softcap; temperature: a float, used where temperature_tensor is None."""
 
     factor: float
     cap_scale: float
@@ -47,8 +47,8 @@ class RowOptions(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows, and how they are read. logits is [..., V]; ref_logits has strides of its own; vocab_start and vocab_total say which part of the
-    vocabulary this is."""
+    """The rows, and how they are read. logits is [..., V]; ref_logits has strides of its own; vocab_start and
+    vocab_total say which part of the vocabulary this is."""
 
     logits: In("*rows,V")
     ref_logits: Maybe("*rows,V")

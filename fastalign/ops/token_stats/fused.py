@@ -43,7 +43,8 @@ token_stats_fused = Op(
     check_values,
     public=("token_kl_loss",),
 )
-# Results: the outputs in the order of OUTPUT_BITS, and d loss / d logits; the op with an underscore writes that over the logits.
+# Results: the outputs in the order of OUTPUT_BITS, and d loss / d logits; the op with an underscore writes
+# that over the logits.
 token_stats_fused_ = Op(
     "token_stats_fused_",
     TokenStatsFused,

@@ -1,4 +1,5 @@
-"""Vocabulary rows: log-prob of the label, entropy, log-sum-exp and friends in one pass over the logits, one pass back."""
+"""Vocabulary rows: log-prob of the label, entropy, log-sum-exp and friends in one pass over the logits, one
+pass back."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def _fwd_fake(a: TokenStatsFwd) -> tuple[torch.Tensor, ...]:
 
 
 def check_values(a: TokenStatsFwd | TokenStatsFused) -> None:
-    """Values that cannot be checked without reading tensors: temperature > 0, labels of unmasked rows inside the vocabulary."""
+    """Values that cannot be checked without reading tensors: temperature > 0, labels of unmasked rows inside
+    the vocabulary."""
     rows = a.rows
     if rows.temperature_tensor is not None and not float(rows.temperature_tensor) > 0:
         raise ValueError(f"temperature must be positive, got {float(rows.temperature_tensor)}")
@@ -59,9 +61,10 @@ token_stats_fwd = Op(
     check_values,
     public=("token_stats", "token_logprobs", "selective_log_softmax", "entropy_from_logits", "token_kl"),
 )
-# Results: the outputs in the order of OUTPUT_BITS (PER_LABEL [rows, K], the others [rows]; empty(0) if not asked for), state [rows, STATE_WIDTH],
-# target [rows, K], with ref_logits [2, rows, K] for policy and reference (raw logit of each label, after tanh if capped; -inf while its shard has
-# not come; empty(0) without labels).
+# Results: the outputs in the order of OUTPUT_BITS (PER_LABEL [rows, K], the others [rows]; empty(0) if not
+# asked for), state [rows, STATE_WIDTH], target [rows, K], with ref_logits [2, rows, K] for policy and
+# reference (raw logit of each label, after tanh if capped; -inf while its shard has not come; empty(0)
+# without labels).
 token_stats_bwd = Op(
     "token_stats_bwd",
     TokenStatsBwd,
@@ -71,7 +74,8 @@ token_stats_bwd = Op(
     ROW_DTYPES,
     _bwd_rules,
 )
-# Result: d loss / d logits (logits' shape and dtype, contiguous); the op with an underscore writes it over the logits.
+# Result: d loss / d logits (logits' shape and dtype, contiguous); the op with an underscore writes it over
+# the logits.
 token_stats_bwd_ = Op(
     "token_stats_bwd_",
     TokenStatsBwd,

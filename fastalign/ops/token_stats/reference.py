@@ -1,4 +1,5 @@
-"""The definition of the row ops in plain PyTorch: any device, any float dtype. Makes [N, V] temporaries; the kernels do not."""
+"""The definition of the row ops in plain PyTorch: any device, any float dtype. Makes [N, V] temporaries; the
+kernels do not."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ def _capped(logits, cap_scale):
 
 
 def _scale(u, factor, temperature, temperature_tensor):
-    """c: bits per unit of u, a 0-dim tensor in the accumulation dtype, formed by one division as in the kernels."""
+    """c: bits per unit of u, a 0-dim tensor in the accumulation dtype, formed by one division as in the
+    kernels."""
     t = torch.full((), temperature, dtype=u.dtype, device=u.device) if temperature_tensor is None else temperature_tensor
     return torch.full((), factor, dtype=u.dtype, device=u.device) / t
 
 
 def _select(mask_rows, value):
-    """value where the row is scored, exactly 0 elsewhere (a selection: garbage in masked rows must not survive as NaN)."""
+    """value where the row is scored, exactly 0 elsewhere (a selection: garbage in masked rows must not
+    survive as NaN)."""
     return torch.where(mask_rows, value, torch.zeros((), dtype=value.dtype, device=value.device))
 
 
@@ -38,14 +41,15 @@ def _scored_rows(rows, labels, mask, ignore_index, device):
 
 
 def _bits(u, umax, c):
-    """w - max w in bits; the subtraction comes first (of halves, which no finite u overflows), so a common offset cancels exactly. -inf stays -inf, and
-    so does a row of it."""
+    """w - max w in bits; the subtraction comes first (of halves, which no finite u overflows), so a common
+    offset cancels exactly. -inf stays -inf, and so does a row of it."""
     peak = torch.where(torch.isneginf(umax), torch.zeros_like(umax), umax)
     return (0.5 * u - 0.5 * peak.unsqueeze(-1)) * c * 2.0
 
 
 def _is_far(umax, c):
-    """Rows whose sums count from max u * c itself, as rounding it would take off too much; see csrc/math/row_state.h."""
+    """Rows whose sums count from max u * c itself, as rounding it would take off too much; see
+    csrc/math/row_state.h."""
     limit = 2.0**59 if umax.dtype == torch.float64 else 2.0**30
     return torch.isfinite(umax) & ~((umax * c).abs() < limit)
 
@@ -92,7 +96,8 @@ def merge_states(a, b):
 
 def _row_states(u, c, scored, vocab_start, raw):
     umax, top = u.amax(-1), raw.reshape(u.shape).argmax(-1)  # of the raw logits: large ones are equal after tanh
-    # amax reports NaN as the maximum; the kernels' running max skips it and lets the sums carry the NaN. The state's sums are NaN either way.
+    # amax reports NaN as the maximum; the kernels' running max skips it and lets the sums carry the NaN. The
+    # state's sums are NaN either way.
     d = _bits(u, umax, c)
     e = torch.exp2(d)
     s0 = e.sum(-1)
@@ -120,7 +125,8 @@ def _row_states(u, c, scored, vocab_start, raw):
 
 
 def _add_reference(state, u, ref_u, c, scored):
-    """Fills the columns from COL_REF_M on: the reference row's m and s0, the sums over both rows, and its largest u if it is far."""
+    """Fills the columns from COL_REF_M on: the reference row's m and s0, the sums over both rows, and its
+    largest u if it is far."""
     row = _row_states(ref_u, c, scored, 0, ref_u)
     m, r0, ref_max = row[:, COL_M], row[:, COL_S0], row[:, COL_UMAX]
     d, dr = _cross_bits(u, state[:, COL_M], state[:, COL_UMAX], c), _cross_bits(ref_u, m, ref_max, c)
@@ -152,7 +158,8 @@ def _shift(umax, c, m):
 
 
 def _entropy(s0, s1, shift):
-    """Exactly 0 where the largest element (`shift` from what the sums count from) has all the mass and every other one none at all."""
+    """Exactly 0 where the largest element (`shift` from what the sums count from) has all the mass and every
+    other one none at all."""
     one_hot = (s0 == torch.exp2(shift)) & (s1 == s0 * shift)
     return torch.where(one_hot, 0.0, torch.clamp(torch.log(s0) - LN2 * (s1 / s0), min=0.0))
 
@@ -184,7 +191,8 @@ def token_stats_fwd(a):
     peaked = s0 == torch.exp2(shift)  # the largest element has all the mass, to rounding
 
     def logprob(u, d, mass, far, largest):
-        """Exactly 0 where the label has all the mass. Of far rows the difference of the logits goes into nats at once: bits may overflow first."""
+        """Exactly 0 where the label has all the mass. Of far rows the difference of the logits goes into nats
+        at once: bits may overflow first."""
         nats = torch.where(far.unsqueeze(-1), (0.5 * u - 0.5 * largest.unsqueeze(-1)) * (c * LN2) * 2.0, LN2 * d)
         lp = torch.where(torch.exp2(d) == mass.unsqueeze(-1), LN2 * (d - d), nats - torch.log(mass).unsqueeze(-1))
         return torch.where(r.labels == r.ignore_index, 0.0, torch.clamp(lp, max=0.0))
@@ -249,7 +257,8 @@ def _gradient(r, state, g):
     if r.cap_scale:
         slope = slope * r.cap_scale * (1 - u * u)
     dx = dz * slope
-    # -inf logits: probability 0, gradient 0 (also where the target sits on one); a row without any mass, or with NaN: NaN.
+    # -inf logits: probability 0, gradient 0 (also where the target sits on one); a row without any mass, or
+    # with NaN: NaN.
     dx = torch.where(torch.isneginf(u), torch.zeros_like(dx), dx)
     dx = torch.where(defined.unsqueeze(-1), dx, torch.full_like(dx, math.nan))
     scored = _scored_rows(u.shape[0], r.labels, r.mask, r.ignore_index, u.device)

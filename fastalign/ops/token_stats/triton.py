@@ -1,15 +1,18 @@
 """Row ops in Triton: one program streams one vocabulary row forward; backward is elementwise over pieces of rows.
 
-16-byte loads at any V and stride. A row starts at any element, so programs count in aligned coordinates: q = element + shift, where LANES
-elements are 16 bytes and shift < LANES is the row's distance from the boundary before it. Every address is then a known multiple of LANES plus
-q, and masks are rounded out to whole groups of LANES: the two facts that the compiler needs to emit wide loads. In loops a mask compares q itself
-with a bound, `q < limit - C` and never `q + C < limit`: Triton 3.6 does not see that the sum, too, runs in whole groups, and loads element by
-element. The rest of a 16-byte chunk that holds an element of the row is readable memory; what it holds is discarded. Stores are masked exactly.
+16-byte loads at any V and stride. A row starts at any element, so programs count in aligned coordinates: q =
+element + shift, where LANES elements are 16 bytes and shift < LANES is the row's distance from the boundary
+before it. Every address is then a known multiple of LANES plus q, and masks are rounded out to whole groups
+of LANES: the two facts that the compiler needs to emit wide loads. In loops a mask compares q itself with a
+bound, `q < limit - C` and never `q + C < limit`: Triton 3.6 does not see that the sum, too, runs in whole
+groups, and loads element by element. The rest of a 16-byte chunk that holds an element of the row is readable
+memory; what it holds is discarded. Stores are masked exactly.
 
-The reduction tree depends on V and the dtype alone, not on shift. Tiles are cut at fixed elements of the row: DEPTH slices of SPAN elements. A
-slice lies rotated by shift in the SPAN columns of its tile: its last `shift` elements, which lie beyond the aligned window, go to the columns
-in front, which the window left to elements of the slice before. Each column keeps its own running sums, which see the same elements in the
-same order whatever the shift, and in the end the columns are folded in halves, a tree that rotation does not change.
+The reduction tree depends on V and the dtype alone, not on shift. Tiles are cut at fixed elements of the row:
+DEPTH slices of SPAN elements. A slice lies rotated by shift in the SPAN columns of its tile: its last `shift`
+elements, which lie beyond the aligned window, go to the columns in front, which the window left to elements
+of the slice before. Each column keeps its own running sums, which see the same elements in the same order
+whatever the shift, and in the end the columns are folded in halves, a tree that rotation does not change.
 """
 
 import math
@@ -96,7 +99,8 @@ def token_stats_fwd_kernel(
         if SUMS == EVERYTHING:
             sz += tl.sum(counted * SUM_SHARE, 0)
 
-        # Move the sums to the new reference point, add the tile. Where all is -inf so far there is no reference point: count from 0.
+        # Move the sums to the new reference point, add the tile. Where all is -inf so far there is no
+        # reference point: count from 0.
         umax = tl.maximum(umax, tile_max)
         peak = reference_point(umax, c)
         d = fma(u, c, tl.where(peak == float("-inf"), 0.0, -peak))
@@ -109,7 +113,8 @@ def token_stats_fwd_kernel(
             s2 = fma(s2, f * f, tl.sum(e * e, 0))
         m = peak
 
-    # A far row once more, now that its maximum is known (math/row_state.h), as slowly as the fewest registers allow.
+    # A far row once more, now that its maximum is known (math/row_state.h), as slowly as the fewest registers
+    # allow.
     far = is_far(umax, c)
     s0, s1, s2 = tl.where(far, 0.0, s0), tl.where(far, 0.0, s1), tl.where(far, 0.0, s2)
     m = tl.where(far, umax * c, m)
@@ -180,7 +185,8 @@ def token_stats_bwd_kernel(
     base_u, m = gradient_origin(m, tl.load(p + COL_UMAX), c)
     a, b, upstream = row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
     a, b = div(a, s0) * (c * LN2), b * (c * LN2)  # and the slope of z in u
-    # Rows that do not count, or that nothing flows back into, are zeros without reading; NaN rows and rows without mass are NaN.
+    # Rows that do not count, or that nothing flows back into, are zeros without reading; NaN rows and rows
+    # without mass are NaN.
     live = (scored != 0) & ((upstream != 0) | (s0 != s0) | (s0 == 0))
 
     offset = row_offset(row, base, inner, stride_outer, stride_inner)
@@ -189,7 +195,8 @@ def token_stats_bwd_kernel(
     out_offset = offset if IN_PLACE else grad_base + row * vocab
     out = grad + tl.multiple_of(out_offset - shift, LANES)
     limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES, LANES)
-    # The whole groups lie in [first, last); the elements beside them, at both ends of the row, are handled by themselves.
+    # The whole groups lie in [first, last); the elements beside them, at both ends of the row, are handled by
+    # themselves.
     first = tl.multiple_of((shift + (LANES - 1)) // LANES * LANES, LANES)
     last = tl.multiple_of((vocab + shift) // LANES * LANES, LANES)
     label_shift = shift - vocab_start

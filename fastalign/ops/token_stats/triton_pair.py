@@ -1,7 +1,8 @@
 """The Triton kernels over a policy row and a reference row at once; addressing and reduction tree as in triton.py.
 
-Columns of a tile belong to elements by the policy row's shift. Where the reference row has the same shift (TOGETHER, known to the launcher) it is
-read in the same 16-byte groups; elsewhere element by element, into the same places: the same bits either way."""
+Columns of a tile belong to elements by the policy row's shift. Where the reference row has the same shift
+(TOGETHER, known to the launcher) it is read in the same 16-byte groups; elsewhere element by element, into
+the same places: the same bits either way."""
 
 import triton
 import triton.language as tl
@@ -63,8 +64,8 @@ from fastalign.ops.token_stats.triton_rows import (
 
 @triton.jit
 def _load_tile(logits, window, q, AHEAD: tl.constexpr, column, shift, offset, limit, vocab, SPAN: tl.constexpr, WINDOWED: tl.constexpr):
-    """The tile that lies AHEAD of the places q: in 16-byte groups from the aligned window, the rotated part still missing; or, not WINDOWED,
-    element by element, complete."""
+    """The tile that lies AHEAD of the places q: in 16-byte groups from the aligned window, the rotated part
+    still missing; or, not WINDOWED, element by element, complete."""
     if WINDOWED:
         return tl.load(window + q + AHEAD, mask=q < limit - AHEAD, other=float("-inf"))
     else:
@@ -275,7 +276,8 @@ def token_stats_pair_bwd_kernel(
     a, b = div(a, s0) * slope, b * slope
     kc, mean, k, ratio = div(g_p * LN2, s0) * slope, div(t, s0), div(g_r, s0) * slope, tl.where(g_r == 0, 1.0, div(s0, r0))
     defined = (s0 > 0) & has_kl_gradient(r0, t, g_p, g_r)
-    # Rows that do not count, or that nothing flows back into, are zeros without reading; rows without a gradient are NaN.
+    # Rows that do not count, or that nothing flows back into, are zeros without reading; rows without a
+    # gradient are NaN.
     live = (scored != 0) & ((upstream != 0) | ~defined)
     nan = tl.where(defined, 0.0, float("nan"))
 
@@ -287,7 +289,8 @@ def token_stats_pair_bwd_kernel(
     out_offset = offset if IN_PLACE else grad_base + row * vocab
     out = grad + tl.multiple_of(out_offset - shift, LANES)
     limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES, LANES)
-    # The whole groups lie in [first, last); the elements beside them, at both ends of the row, are handled by themselves.
+    # The whole groups lie in [first, last); the elements beside them, at both ends of the row, are handled by
+    # themselves.
     first = tl.multiple_of((shift + (LANES - 1)) // LANES * LANES, LANES)
     last = tl.multiple_of((vocab + shift) // LANES * LANES, LANES)
     label_shift = shift - vocab_start

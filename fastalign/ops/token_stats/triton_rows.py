@@ -1,4 +1,5 @@
-"""What the kernels over vocabulary rows share: how a row is addressed, scaled and labelled, and what is written of it in the end."""
+"""What the kernels over vocabulary rows share: how a row is addressed, scaled and labelled, and what is
+written of it in the end."""
 
 import triton
 import triton.language as tl
@@ -40,7 +41,8 @@ def row_offset(row, base, inner, stride_outer, stride_inner):
 
 @triton.jit
 def row_scored(row, labels, mask, targets, ignore_index, vocab_total):
-    """Whether the row counts, and whether one of its labels is neither ignored nor in the vocabulary; both int32."""
+    """Whether the row counts, and whether one of its labels is neither ignored nor in the vocabulary; both
+    int32."""
     scored, bad = 1, 0
     if mask is not None:
         scored = tl.load(mask + row).to(tl.int32)
@@ -74,13 +76,15 @@ def bits_per_unit(factor, temperature, temperature_ptr):
 
 @triton.jit
 def element(q, column, shift, SPAN: tl.constexpr):
-    """The element of the row that a place of a tile holds. Not kept over the loop: registers are what limits the programs in flight."""
+    """The element of the row that a place of a tile holds. Not kept over the loop: registers are what limits
+    the programs in flight."""
     return q - shift + tl.where(column < shift, SPAN, 0)
 
 
 @triton.jit
 def first_place(top, best, x, q, column, shift, vocab, SPAN: tl.constexpr):
-    """Index and value of the row's first maximum, after one more tile. Of the raw logits: large ones are equal after tanh."""
+    """Index and value of the row's first maximum, after one more tile. Of the raw logits: large ones are
+    equal after tanh."""
     x = tl.where(element(q, column, shift, SPAN) < vocab, x.to(tl.float32), float("-inf"))
     largest = tl.max(tl.max(x, 0), 0)
     if (largest > best) | (top < 0):  # the first of a row of -inf is a maximum, too
@@ -99,8 +103,9 @@ def fold(x, SPAN: tl.constexpr):
 
 @triton.jit
 def row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index):
-    """A and B of the coefficient contract in math/row_state.h from the upstream gradients, for p = e / s0 and log p = ln2 d - log s0: A still to be
-    divided by s0, B for the factors e and d. And whether any of the upstream is not 0."""
+    """A and B of the coefficient contract in math/row_state.h from the upstream gradients, for p = e / s0 and
+    log p = ln2 d - log s0: A still to be divided by s0, B for the factors e and d. And whether any of the
+    upstream is not 0."""
     a, b, upstream = 0.0, 0.0, 0
     if g_logsumexp is not None:
         a = tl.load(g_logsumexp + row)
@@ -124,14 +129,16 @@ def row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumex
 
 @triton.jit
 def gradient_origin(m, umax, c):
-    """(base, m) of a row's exponents fma(u - base, c, -m): of a far row they count from max u, of the others from m."""
+    """(base, m) of a row's exponents fma(u - base, c, -m): of a far row they count from max u, of the others
+    from m."""
     far = is_far(umax, c)
     return tl.where(far, umax, 0.0), tl.where(far, 0.0, m)
 
 
 @triton.jit
 def add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, targets, ignore_index, label_shift, c):
-    """dx + [is a label] g c ln2, for the elements at q, all in [q_begin, q_end). An element at -inf gets nothing."""
+    """dx + [is a label] g c ln2, for the elements at q, all in [q_begin, q_end). An element at -inf gets
+    nothing."""
     if g_logprob is not None:
         for k in range(targets):
             y = tl.load(labels + row * targets + k)
