@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops.token_stats.contract import Rows
 from fastalign.ops.token_stats.fused import DIRECTIONS, TokenKLLossFunction
-from fastalign.rows.spec import check_ref, check_rows, row_options
+from fastalign.rows.spec import check_logits, check_ref, row_spec
 from fastalign.rows.stats import token_stats
 from fastalign.runtime import overwrite
 from fastalign.runtime.checks import check_choice, check_same_device, check_shape
@@ -85,21 +84,22 @@ def token_kl_loss(
         TokenKLLoss: loss, a scalar; kl, (...) without gradient. fp32 (fp64 for fp64 logits).
     """
     check_choice("direction", direction, tuple(DIRECTIONS))
+    logits = check_logits(logits)
     ref_logits = check_ref(ref_logits, logits)
-    rows_shape, logits, _, mask = check_rows(logits, None, mask)
-    options, temperature_tensor = row_options(logits, temperature, 1.0, None, -100)
+    shape = tuple(logits.shape[:-1])
+    spec = row_spec(shape, logits.shape[-1], logits.dtype, logits, mask=mask, temperature=temperature)
     if not isinstance(coef, Tensor):
         raise TypeError(f"coef must be a tensor, one weight per row or 0-dim, got {type(coef).__name__}")
     if coef.dim():
-        check_shape("coef", coef, rows_shape)
+        check_shape("coef", coef, shape)
     check_same_device("coef", coef, "logits", logits)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    coef = coef.detach().to(acc).expand(rows_shape).reshape(-1).contiguous()
+    coef = coef.detach().to(acc).expand(shape).reshape(-1).contiguous()
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     inplace = inplace and with_grad and not torch.compiler.is_compiling()
     if inplace:
         overwrite.check_overwritable(logits, "inplace")
         inplace = overwrite.may_overwrite(logits, "inplace")
-    rows = Rows(logits, ref_logits, None, mask, temperature_tensor, *options, 0, logits.shape[-1])
+    rows = spec.rows(logits, ref_logits)
     loss, kl = TokenKLLossFunction.apply(logits, rows, direction, coef, with_grad, inplace)
-    return TokenKLLoss(loss, kl.view(rows_shape))
+    return TokenKLLoss(loss, kl.view(shape))

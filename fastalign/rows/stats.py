@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.token_stats.contract import (
-    NEED_LABELS,
-    NEED_REF,
-    OUTPUT_BITS,
-    PER_LABEL,
-    Rows,
-)  # fmt: skip
+from fastalign.ops.token_stats.contract import NEED_REF
 from fastalign.ops.token_stats.op import TokenStatsFunction
-from fastalign.rows.spec import check_ref, check_rows, row_options
+from fastalign.rows.spec import check_logits, check_ref, row_spec
 from fastalign.runtime import overwrite
 from fastalign.runtime.checks import (
     check_integers,
@@ -112,35 +106,20 @@ def token_stats(
         IndexError: label outside [0, V) that is not ignore_index (CPU; on CUDA that row is NaN, without a
             synchronisation).
     """
-    if isinstance(outputs, str):
-        raise TypeError(f'outputs must be a sequence of names, not a string; write outputs=("{outputs}",)')
-    unknown = [name for name in outputs if name not in OUTPUT_BITS]
-    if unknown or not outputs:
-        raise ValueError(f"outputs={tuple(outputs)!r}: unknown or empty; legal names: {', '.join(OUTPUT_BITS)}")
-    if labels is None and (need := [name for name in outputs if name in NEED_LABELS]):
-        raise ValueError(f"labels is required for outputs {', '.join(need)}")
-    if ref_logits is None and (need := [name for name in outputs if name in NEED_REF]):
-        raise ValueError(f"ref_logits is required for outputs {', '.join(need)}")
+    logits = check_logits(logits)
     ref_logits = None if ref_logits is None else check_ref(ref_logits, logits)
-    rows_shape, logits, flat_labels, mask = check_rows(logits, labels, mask)
-    if "is_top1" in outputs and flat_labels.shape[1] != 1:
-        raise ValueError("is_top1 needs one label per row; labels has a trailing dim of several")
-    options, temperature_tensor = row_options(logits, temperature, logit_scale, softcap, ignore_index)
+    spec = row_spec(
+        tuple(logits.shape[:-1]), logits.shape[-1], logits.dtype, logits, labels=labels, mask=mask, outputs=outputs,
+        with_ref=ref_logits is not None, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        ignore_index=ignore_index,
+    )  # fmt: skip
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward:
         overwrite.check_overwritable(logits, "inplace_backward")
-    bits = 0
-    for name in outputs:
-        bits |= OUTPUT_BITS[name]
     if not any(name in NEED_REF for name in outputs):
         ref_logits = None
-    rows = Rows(logits, ref_logits, flat_labels, mask, temperature_tensor, *options, 0, logits.shape[-1])
-    results = TokenStatsFunction.apply(logits, rows, bits, inplace_backward)
-    named: dict[str, Any] = {}
-    for name, value in zip(OUTPUT_BITS, results):
-        if name in outputs:
-            named[name] = value.view(labels.shape if name in PER_LABEL else rows_shape)
-    return TokenStats(**named)
+    results = TokenStatsFunction.apply(logits, spec.rows(logits, ref_logits), spec.bits, inplace_backward)
+    return TokenStats(**spec.named(results))
 
 
 def token_logprobs(

@@ -103,28 +103,70 @@ class ScaleRows(NamedTuple):
     scale: In("", "acc")
 
 
+class RowStatesMerge(NamedTuple):
+    """states: what R parts of the vocabulary gave for the same rows, each without a state_in. targets: their last
+    results, [R, rows, K], with reference logits [R, 2, rows, K]; None without labels."""
+
+    states: In(f"R,rows,{STATE_WIDTH}")
+    targets: Unchecked
+
+
+class RowStatesFinish(NamedTuple):
+    """state, target: the last two results of token_stats_fwd or those of row_states_merge, over all the vocabulary;
+    the rest is what Rows and TokenStatsFwd say. The states hold what the outputs need if the parts were asked for
+    the same outputs."""
+
+    state: In(f"rows,{STATE_WIDTH}")
+    target: Unchecked
+    labels: Maybe("rows,K", "int64")
+    mask: Maybe("rows", "bool")
+    temperature_tensor: Maybe("", "acc")
+    factor: float
+    temperature: float
+    ignore_index: int
+    vocab_total: int
+    outputs: int
+
+
+def output_shapes(rows, labels, outputs):
+    """Shapes of the outputs, (0,) of those that are not asked for."""
+    targets = (0,) if labels is None else (rows, labels.shape[1])
+    return [(targets if name in PER_LABEL else (rows,)) if outputs & bit else (0,) for name, bit in OUTPUT_BITS.items()]
+
+
 def forward_shapes(rows, outputs):
     """Shapes of the results of token_stats_fwd, all in the accumulation dtype."""
     labels, ref_logits, rows = rows.labels, rows.ref_logits, math.prod(rows.logits.shape[:-1])
     targets = (0,) if labels is None else (rows, labels.shape[1])
-    asked = [(targets if name in PER_LABEL else (rows,)) if outputs & bit else (0,) for name, bit in OUTPUT_BITS.items()]
+    asked = output_shapes(rows, labels, outputs)
     return [*asked, (rows, STATE_WIDTH), targets if labels is None or ref_logits is None else (2, *targets)]
+
+
+def output_rules(outputs, labels, with_ref):
+    """Whether the labels and the reference are there that the outputs need."""
+    asked = [name for name, bit in OUTPUT_BITS.items() if outputs & bit]
+    refuse(labels is not None and labels.shape[1] == 0, "labels has no label per row")
+    refuse(labels is None and any(n in NEED_LABELS for n in asked), "labels is required for these outputs")
+    refuse("is_top1" in asked and labels.shape[1] != 1, "is_top1 needs one label per row")
+    refuse(not with_ref and any(n in NEED_REF for n in asked), "ref_logits is required for these outputs")
+
+
+def like_states(name, tensor, states):
+    """Whether the labels' logits have the device and dtype of the states beside them, and are contiguous."""
+    refuse(tensor.device != states.device, f"{name} is on {tensor.device}; legal here: {states.device}")
+    refuse(tensor.dtype != states.dtype, f"{name} is {tensor.dtype}; legal here: {states.dtype}")
+    refuse(not tensor.is_contiguous(), f"{name} must be contiguous")
 
 
 def row_rules(rows, outputs=0, upstream=None, target_in=None):
     """Whether the labels and the reference are there that the outputs and gradients asked for need."""
     upstream = upstream or RowGradients()
-    logits, labels, ref_logits, g_logprob = rows.logits, rows.labels, rows.ref_logits, upstream.g_logprob
-    g_kls = (upstream.g_kl_policy_ref, upstream.g_kl_ref_policy)
-    bits = {name: outputs & bit for name, bit in OUTPUT_BITS.items()}
+    logits, labels, ref_logits = rows.logits, rows.labels, rows.ref_logits
     refuse(not 1 <= logits.shape[-1] < MAX_VOCAB, f"logits has a vocabulary of {logits.shape[-1]}; legal: 1 to {MAX_VOCAB - 1}")
-    refuse(labels is not None and labels.shape[1] == 0, "labels has no label per row")
-    refuse(labels is None and (g_logprob is not None or any(bits[n] for n in NEED_LABELS)), "labels is required for these outputs")
-    refuse(bool(bits["is_top1"]) and labels.shape[1] != 1, "is_top1 needs one label per row")
-    refuse(
-        ref_logits is None and any((*(bits[n] for n in NEED_REF), *(g is not None for g in g_kls))),
-        "ref_logits is required for these outputs",
-    )
+    output_rules(outputs, labels, ref_logits is not None)
+    refuse(labels is None and upstream.g_logprob is not None, "labels is required for these outputs")
+    g_kls = (upstream.g_kl_policy_ref, upstream.g_kl_ref_policy)
+    refuse(ref_logits is None and any(g is not None for g in g_kls), "ref_logits is required for these outputs")
     if target_in is not None:
         refuse(labels is None, "target_in belongs to labels")
         shape = tuple(labels.shape) if ref_logits is None else (2, *labels.shape)

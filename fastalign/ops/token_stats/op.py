@@ -10,15 +10,21 @@ from fastalign.ops.token_stats.contract import (
     OUTPUT_BITS,
     RowGradients,
     Rows,
+    RowStatesFinish,
+    RowStatesMerge,
     TokenStatsBwd,
     TokenStatsFused,
     TokenStatsFwd,
     forward_shapes,
+    like_states,
+    output_rules,
+    output_shapes,
     row_rules,
 )
 from fastalign.runtime import ffi, overwrite
 from fastalign.runtime.function import Function
-from fastalign.runtime.op import ROW_DTYPES, Op
+from fastalign.runtime.layout import refuse
+from fastalign.runtime.op import ROW_DTYPES, SCALAR_DTYPES, Op
 
 
 def _fwd_fake(a: TokenStatsFwd) -> tuple[torch.Tensor, ...]:
@@ -28,9 +34,12 @@ def _fwd_fake(a: TokenStatsFwd) -> tuple[torch.Tensor, ...]:
 
 
 def check_values(a: TokenStatsFwd | TokenStatsFused) -> None:
+    check_row_values(a.rows)
+
+
+def check_row_values(rows: Rows | RowStatesFinish) -> None:
     """Values that cannot be checked without reading tensors: temperature > 0, labels of unmasked rows inside
     the vocabulary."""
-    rows = a.rows
     if rows.temperature_tensor is not None and not float(rows.temperature_tensor) > 0:
         raise ValueError(f"temperature must be positive, got {float(rows.temperature_tensor)}")
     labels = rows.labels
@@ -63,8 +72,9 @@ token_stats_fwd = Op(
 )
 # Results: the outputs in the order of OUTPUT_BITS (PER_LABEL [rows, K], the others [rows]; empty(0) if not
 # asked for), state [rows, STATE_WIDTH], target [rows, K], with ref_logits [2, rows, K] for policy and
-# reference (raw logit of each label, after tanh if capped; -inf while its shard has not come; empty(0)
-# without labels).
+# reference (raw logit of each label, after tanh if capped; -inf where it lies in another part of the vocabulary;
+# empty(0) without labels). Of a row that is not scored the state is the empty one, which merges with any other
+# without a trace, and the target -inf, as that of every ignored label is.
 token_stats_bwd = Op(
     "token_stats_bwd",
     TokenStatsBwd,
@@ -86,6 +96,56 @@ token_stats_bwd_ = Op(
     _bwd_rules,
     writes="logits",
 )
+
+
+def merge_shapes(a: RowStatesMerge) -> list[tuple[int, ...]]:
+    return [tuple(a.states.shape[1:]), (0,) if a.targets is None else tuple(a.targets.shape[1:])]
+
+
+def _merge_rules(a: RowStatesMerge) -> None:
+    parts, rows = a.states.shape[:2]
+    refuse(parts == 0, "states has no part; legal: 1 or more")
+    if a.targets is not None:
+        given = tuple(a.targets.shape)
+        fits = given[:1] == (parts,) and given[1:-1] in ((rows,), (2, rows))
+        refuse(not fits, f"targets has shape {given}; legal here: ({parts}, {rows}, K) or ({parts}, 2, {rows}, K)")
+        like_states("targets", a.targets, a.states)
+
+
+def _finish_rules(a: RowStatesFinish) -> None:
+    labels, given = a.labels, None if a.target is None else tuple(a.target.shape)
+    refuse((labels is None) != (given is None), "target and labels are given together or not at all")
+    output_rules(a.outputs, labels, labels is None or len(given) == 3)
+    if labels is not None:
+        shape = tuple(labels.shape)
+        refuse(given not in (shape, (2, *shape)), f"target has shape {given}; legal here: {shape} or {(2, *shape)}")
+        like_states("target", a.target, a.state)
+
+
+# Between pushing the parts of a vocabulary into states and pulling gradients out of them.
+row_states_merge = Op(
+    "row_states_merge",
+    RowStatesMerge,
+    "(Tensor, Tensor)",
+    lambda a: tuple(a.states.new_empty(shape) for shape in merge_shapes(a)),
+    "token_stats",
+    SCALAR_DTYPES,
+    _merge_rules,
+)
+# Results: state [rows, STATE_WIDTH] and target (targets' shape without its first dim; empty(0) without targets) of
+# all R parts, merged in index order: over all of the vocabulary what token_stats_fwd gives for it. One part comes
+# out as it is, to the bit. A label lies in one part at most, and where none holds it the target is -inf.
+row_states_finish = Op(
+    "row_states_finish",
+    RowStatesFinish,
+    f"({', '.join(['Tensor'] * len(OUTPUT_BITS))})",
+    lambda a: tuple(a.state.new_empty(shape) for shape in output_shapes(a.state.shape[0], a.labels, a.outputs)),
+    "token_stats",
+    SCALAR_DTYPES,
+    _finish_rules,
+    check_row_values,
+)
+# Results: the outputs, as token_stats_fwd gives them.
 
 
 class TokenStatsFunction(Function):

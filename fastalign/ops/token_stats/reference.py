@@ -4,10 +4,11 @@ kernels do not."""
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
-from fastalign.ops.columns import COL_M, COL_REF_M, COL_REF_S0, COL_S0, COL_S1, COL_S2, COL_UMAX, COL_VALID, STATE_WIDTH
+from fastalign.ops.columns import COL_M, COL_REF_M, COL_REF_S0, COL_S0, COL_S1, COL_S2, COL_TOP, COL_UMAX, COL_VALID, STATE_WIDTH
 from fastalign.ops.slopes import times_slope
 from fastalign.ops.token_stats.contract import OUTPUT_BITS, PER_LABEL, TokenStatsFwd
 from fastalign.runtime import ffi
@@ -61,9 +62,21 @@ def _cross_bits(u, m, umax, c):
     return torch.where(_is_far(umax, c).unsqueeze(-1), _bits(u, umax, c), near)
 
 
+def _apart(ma, ua, mb, ub):
+    """Two stored reference points as `merge_states` may compare them. Those of two far rows differ by less than
+    their rounding took off: in their place stands how far each lies below the larger."""
+    limit = 2.0**59 if ma.dtype == torch.float64 else 2.0**30
+    far = [torch.isfinite(u) & (u != 0) & ~(m.abs() < limit) for m, u in ((ma, ua), (mb, ub))]
+    peak = torch.maximum(ua, ub)
+    below = [torch.where(u == peak, torch.zeros_like(m), (0.5 * u - 0.5 * peak) * (m / u) * 2.0) for m, u in ((ma, ua), (mb, ub))]
+    return (torch.where(far[0] & far[1], by, m) for m, by in zip((ma, mb), below))
+
+
 def merge_states(a, b):
-    """The monoid on states [rows, STATE_WIDTH]: the twin of `merge` in csrc/math/row_state.h."""
+    """The monoid on states [rows, STATE_WIDTH]: the twin of `merge_stored` in csrc/math/row_state.h."""
     (ma, a0, a1, a2, az, ua, ta), (mb, b0, b1, b2, bz, ub, tb) = a.unbind(-1)[:COL_VALID], b.unbind(-1)[:COL_VALID]
+    true_m = torch.maximum(ma, mb)
+    ma, mb = _apart(ma, ua, mb, ub)
     m = torch.maximum(ma, mb)
     fa, fb = (torch.where(x == m, 1.0, torch.exp2(x - m)) for x in (ma, mb))
 
@@ -72,10 +85,13 @@ def merge_states(a, b):
 
     take_b = (ub > ua) | ((ub == ua) & (tb >= 0) & ((ta < 0) | (tb < ta)))
     columns = [
-        m, a0 * fa + b0 * fb, moved(ma, a0, a1, fa) + moved(mb, b0, b1, fb), a2 * fa * fa + b2 * fb * fb, az + bz,
+        true_m, a0 * fa + b0 * fb, moved(ma, a0, a1, fa) + moved(mb, b0, b1, fb), a2 * fa * fa + b2 * fb * fb, az + bz,
         torch.where(take_b, ub, ua), torch.where(take_b, tb, ta), torch.maximum(a[:, COL_VALID], b[:, COL_VALID]),
     ]  # fmt: skip
     (rma, ra0, at, atr, ra), (rmb, rb0, bt, btr, rb) = a.unbind(-1)[COL_REF_M:], b.unbind(-1)[COL_REF_M:]
+    without = (rma == 0) & (ra0 == 0)  # reference logits: a row that has one has mass where m is 0
+    true_rm = torch.maximum(rma, rmb)
+    rma, rmb = _apart(rma, ra, rmb, rb)
     rm = torch.maximum(rma, rmb)
 
     def shift(old, new):
@@ -89,9 +105,25 @@ def merge_states(a, b):
 
     da, db = shift(ma, m) - shift(rma, rm), shift(mb, m) - shift(rmb, rm)
     ga, gb = factor(rma, rm), factor(rmb, rm)
-    columns += [rm, ra0 * ga + rb0 * gb, cross(at, a0, da, fa) + cross(bt, b0, db, fb), cross(atr, ra0, da, ga) + cross(btr, rb0, db, gb),
-                torch.where(rma == rm, ra, rb)]  # fmt: skip
-    return torch.stack(columns, -1)
+    of_both = [
+        true_rm,
+        ra0 * ga + rb0 * gb,
+        cross(at, a0, da, fa) + cross(bt, b0, db, fb),
+        cross(atr, ra0, da, ga) + cross(btr, rb0, db, gb),
+        torch.where((rma == rm) & ((rmb != rm) | (ra != 0)), ra, rb),  # of a far row, if one is: -inf is an empty one's m as well
+    ]
+    return torch.stack([*columns, *(torch.where(without, 0.0, x) for x in of_both)], -1)
+
+
+def found_targets(before, here):
+    """The labels' logits from those of two parts of the vocabulary: -inf where neither holds the label."""
+    return torch.where(torch.isneginf(here), before, here)
+
+
+def empty_states(state, with_ref):
+    """The monoid's neutral element, which is what the state of an unscored row is."""
+    empty = {COL_M: -math.inf, COL_UMAX: -math.inf, COL_TOP: -1.0, COL_REF_M: -math.inf if with_ref else 0.0}
+    return torch.stack([torch.full_like(state[:, COL_M], empty.get(i, 0.0)) for i in range(STATE_WIDTH)], -1)
 
 
 def _row_states(u, c, scored, vocab_start, raw):
@@ -135,10 +167,10 @@ def _add_reference(state, u, ref_u, c, scored):
     return torch.cat([state[:, :COL_REF_M], torch.stack([m, r0, *sums, far_max], -1)], -1)
 
 
-def _local_targets(u, labels, vocab_start):
-    """Raw logit of each label that lies in this part of the vocabulary, -inf for the others."""
+def _local_targets(u, labels, counts, vocab_start):
+    """Raw logit of each label that counts and lies in this part of the vocabulary, -inf for the others."""
     local = labels - vocab_start
-    return torch.where((local >= 0) & (local < u.shape[1]), u.gather(-1, local.clamp(0, u.shape[1] - 1)), -math.inf)
+    return torch.where(counts & (local >= 0) & (local < u.shape[1]), u.gather(-1, local.clamp(0, u.shape[1] - 1)), -math.inf)
 
 
 def _is_mass(state):
@@ -164,27 +196,13 @@ def _entropy(s0, s1, shift):
     return torch.where(one_hot, 0.0, torch.clamp(torch.log(s0) - LN2 * (s1 / s0), min=0.0))
 
 
-def token_stats_fwd(a):
-    r = a.rows
-    u = _capped(r.logits, r.cap_scale)
-    ref_u = None if r.ref_logits is None else _capped(r.ref_logits, r.cap_scale)
-    c = _scale(u, r.factor, r.temperature, r.temperature_tensor)
-    rows = u.shape[0]
-    scored = _scored_rows(rows, r.labels, r.mask, r.ignore_index, u.device)
-    state = _row_states(u, c, scored, r.vocab_start, r.logits)
-    if ref_u is not None:
-        state = _add_reference(state, u, ref_u, c, scored)
-    if a.state_in is not None:
-        state = merge_states(a.state_in, state)
-    target = u.new_empty(0)
-    if r.labels is not None:
-        target = _local_targets(u, r.labels, r.vocab_start)
-        if ref_u is not None:
-            target = torch.stack([target, _local_targets(ref_u, r.labels, r.vocab_start)])
-        if a.target_in is not None:
-            target = torch.maximum(target, a.target_in)
-        bad = ((r.labels != r.ignore_index) & ((r.labels < 0) | (r.labels >= r.vocab_total))).any(-1)
-        state = torch.where(bad.unsqueeze(-1) & _is_mass(state), math.nan, state)
+def _bad_rows(labels, ignore_index, vocab_total):
+    return ((labels != ignore_index) & ((labels < 0) | (labels >= vocab_total))).any(-1)
+
+
+def _finish(a, state, target, c, scored):
+    """The outputs asked for, in the order of OUTPUT_BITS. a: who says which, and knows the labels; target: [rows, K],
+    with reference logits [2, rows, K]."""
     m, s0, s1, s2, sz, umax, top, _, rm, r0, t, tr, ref_max = state.unbind(-1)
     log_s0, log_ratio = torch.log(s0), torch.log(s0 / r0)
     far, shift = _is_far(umax, c), _shift(umax, c, m)
@@ -195,10 +213,11 @@ def token_stats_fwd(a):
         at once: bits may overflow first."""
         nats = torch.where(far.unsqueeze(-1), (0.5 * u - 0.5 * largest.unsqueeze(-1)) * (c * LN2) * 2.0, LN2 * d)
         lp = torch.where(torch.exp2(d) == mass.unsqueeze(-1), LN2 * (d - d), nats - torch.log(mass).unsqueeze(-1))
-        return torch.where(r.labels == r.ignore_index, 0.0, torch.clamp(lp, max=0.0))
+        return torch.where(a.labels == a.ignore_index, 0.0, torch.clamp(lp, max=0.0))
 
     def kl(value):
-        return torch.where(peaked & (value < 2.0 * torch.finfo(u.dtype).eps * (1.0 + log_ratio.abs())), 0.0, torch.clamp(value, min=0.0))
+        eps = torch.finfo(state.dtype).eps
+        return torch.where(peaked & (value < 2.0 * eps * (1.0 + log_ratio.abs())), 0.0, torch.clamp(value, min=0.0))
 
     policy_target = target[0] if target.dim() == 3 else target
     finished = {
@@ -206,17 +225,74 @@ def token_stats_fwd(a):
         "entropy": lambda: _entropy(s0, s1, shift),
         "logsumexp": lambda: torch.where(far, umax * (c * LN2), LN2 * m) + log_s0,
         "log_sum_sq_probs": lambda: torch.clamp(torch.log(s2) - 2 * log_s0, max=0.0),
-        "mean_logit": lambda: sz / r.vocab_total / SUM_SHARE * (c * LN2),
-        "is_top1": lambda: torch.where(torch.isnan(s0), s0, (top == r.labels[:, 0]).to(u.dtype)),
+        "mean_logit": lambda: sz / a.vocab_total / SUM_SHARE * (c * LN2),
+        "is_top1": lambda: torch.where(torch.isnan(s0), s0, (top == a.labels[:, 0]).to(state.dtype)),
         "ref_logprob": lambda: logprob(target[1], _cross_bits(target[1], rm, ref_max, c), r0, _is_far(ref_max, c), ref_max),
         "kl_policy_ref": lambda: kl(LN2 * (t / s0) - log_ratio),
         "kl_ref_policy": lambda: kl(log_ratio - LN2 * (tr / r0)),
     }
-    results = [u.new_empty(0)] * len(OUTPUT_BITS)
+    results = [state.new_empty(0)] * len(OUTPUT_BITS)
     for i, (name, bit) in enumerate(OUTPUT_BITS.items()):
         if a.outputs & bit:
             results[i] = _select(scored.unsqueeze(-1) if name in PER_LABEL else scored, finished[name]())
+    return results
+
+
+class _Finishing(NamedTuple):
+    """What `_finish` reads of the arguments of token_stats_fwd."""
+
+    labels: torch.Tensor | None
+    ignore_index: int
+    vocab_total: int
+    outputs: int
+
+
+def token_stats_fwd(a):
+    r = a.rows
+    u = _capped(r.logits, r.cap_scale)
+    ref_u = None if r.ref_logits is None else _capped(r.ref_logits, r.cap_scale)
+    c = _scale(u, r.factor, r.temperature, r.temperature_tensor)
+    scored = _scored_rows(u.shape[0], r.labels, r.mask, r.ignore_index, u.device)
+    state = _row_states(u, c, scored, r.vocab_start, r.logits)
+    if ref_u is not None:
+        state = _add_reference(state, u, ref_u, c, scored)
+    if a.state_in is not None:
+        state = merge_states(a.state_in, state)
+    target = u.new_empty(0)
+    if r.labels is not None:
+        counts = scored.unsqueeze(-1) & (r.labels != r.ignore_index)
+        target = _local_targets(u, r.labels, counts, r.vocab_start)
+        if ref_u is not None:
+            target = torch.stack([target, _local_targets(ref_u, r.labels, counts, r.vocab_start)])
+        if a.target_in is not None:
+            target = found_targets(a.target_in, target)
+        bad = _bad_rows(r.labels, r.ignore_index, r.vocab_total)
+        state = torch.where(bad.unsqueeze(-1) & _is_mass(state), math.nan, state)
+    state = torch.where(scored.unsqueeze(-1), state, empty_states(state, ref_u is not None))
+    results = _finish(_Finishing(r.labels, r.ignore_index, r.vocab_total, a.outputs), state, target, c, scored)
     return (*results, state, target)
+
+
+def row_states_merge(a):
+    state = a.states[0]
+    for part in a.states[1:]:
+        state = merge_states(state, part)
+    target = state.new_empty(0)
+    if a.targets is not None:
+        target = a.targets[0]
+        for part in a.targets[1:]:
+            target = found_targets(target, part)
+    return state.clone(), target.clone()
+
+
+def row_states_finish(a):
+    state = a.state
+    scored = _scored_rows(state.shape[0], a.labels, a.mask, a.ignore_index, state.device)
+    if a.labels is not None:
+        bad = _bad_rows(a.labels, a.ignore_index, a.vocab_total)
+        state = torch.where(bad.unsqueeze(-1) & _is_mass(state), math.nan, state)
+    target = state.new_empty(0) if a.target is None else a.target
+    return tuple(_finish(a, state, target, _scale(state, a.factor, a.temperature, a.temperature_tensor), scored))
 
 
 def _gradient(r, state, g):
