@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = ROOT / "build" / "gpu-carry"  # what gpu_prepare.py leaves
-CONTRACT = tuple(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_contract*.py")))
+CONTRACT = tuple(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "contract").glob("test_*.py")))
 FOUND = 86  # the exit code by which compute-sanitizer says that it found an error
 SECONDS = {1: 540, 2: 180}
 FILES = {
@@ -107,7 +107,9 @@ def _pytest(place: Place, step: str, workers: int, seconds: int, *arguments: str
 def _first(place: Place) -> list[Step]:
     smoke = [Command(f"smoke {b}", _python("tests/gpu/sanitize.py", b, place.device)) for b in place.backends]
     # A dry run shows that the commands work; the contract itself is tested on the CPU elsewhere.
-    chosen = ("tests/test_contract.py", "tests/test_contract_packed.py", "-k", "top1 or cu_seqlens") if place.dry else CONTRACT
+    chosen = (
+        ("tests/contract/test_contract.py", "tests/contract/test_contract_packed.py", "-k", "top1 or cu_seqlens") if place.dry else CONTRACT
+    )
     workers = 2 if place.dry else min(14, max(2, (os.cpu_count() or 4) - 2))
     contract = Command("contract", _pytest(place, "contract", workers, 60, *chosen), {"CUDA_LAUNCH_BLOCKING": "1", "OMP_NUM_THREADS": "2"})
     if place.dry:

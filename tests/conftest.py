@@ -61,6 +61,15 @@ def row_dtypes(backend):
     return OPS["token_stats_fwd"].takes(backend)
 
 
+@pytest.fixture
+def one_thread():
+    """Bitwise comparisons between runs need the same number of threads throughout; for models this small one is the fastest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
-def _threads():
+def _seed():
     torch.manual_seed(0)

@@ -142,7 +142,7 @@ LOOPS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# How TRL 1.16 spells a loss that is no loss_type of its DPOTrainer under one name; each is held by tests/test_trl*.py. (CPO): the CPOTrainer.
+# How TRL 1.16 spells a loss that is no loss_type of its DPOTrainer under one name; each is held by tests/losses/test_trl*.py. (CPO): the CPOTrainer.
 TRL_FORMS: Mapping[str, str] = MappingProxyType({
     "gpo_logistic": "sigmoid", "gpo_hinge": "hinge",
     "wpo": "sigmoid, use_weighting=True (clamp=None)",

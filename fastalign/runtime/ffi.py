@@ -253,7 +253,7 @@ def launch_options(threads: int, device: torch.device, max_registers: int | None
 def launch(backend: str, function: str, tensor: torch.Tensor, arguments: tuple[Any, ...]) -> None:
     """Run `_C.<function>` for "cpu", or for "cuda" on `tensor`'s device and current stream (the emulator when
     one is in use). `arguments` are the members of the op's struct in csrc/ops.h, in order;
-    tests/test_bindings.py holds them against the names in bindings.cpp."""
+    tests/ops/test_bindings.py holds them against the names in bindings.cpp."""
     if backend == "cpu":
         getattr(_extension, function)(-1, 0, arguments)
     elif _emulator is not None:

@@ -57,7 +57,7 @@ def test_cuda_graph(backend, name):
             assert torch.equal(got, want)
 
 
-# The ops that count their blocks to know the last one; tests/test_contract_counter.py holds on any machine what the tests below hold on a device.
+# The ops that count their blocks to know the last one; tests/contract/test_contract_counter.py holds on any machine what the tests below hold on a device.
 WITH_LAST_BLOCK = ("preference_loss", "listwise_loss", "gae", "policy_loss", "value_loss")
 
 

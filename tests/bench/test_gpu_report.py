@@ -14,7 +14,7 @@ import torch
 from fastalign.runtime import op
 from fastalign.runtime.op import OPS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 

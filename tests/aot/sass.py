@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1].resolve()
+ROOT = Path(__file__).parents[2].resolve()
 CSRC = ROOT / "csrc"
 OUT = ROOT / "build" / "cuda_aot"
 ARCHS = ("80", "90", "100")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fastalign"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if p.is_dir() and p.name not in ("math", "__pycache__"))

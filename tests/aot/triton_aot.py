@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from fastalign.runtime import ffi
 
-OUT = Path(__file__).parents[1].resolve() / "build" / "triton_aot"
+OUT = Path(__file__).parents[2].resolve() / "build" / "triton_aot"
 DRIVER = "_active" if hasattr(driver, "_active") else "active"  # where Triton keeps the driver in use; "active" before 3.5
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 

@@ -18,7 +18,7 @@ from fastalign.ops.token_stats.contract import OUTPUT_BITS
 from fastalign.runtime import ffi
 from fastalign.runtime.op import OPS
 
-HEADER = (Path(__file__).resolve().parent.parent / "csrc" / "ops.h").read_text()
+HEADER = (Path(__file__).resolve().parents[2] / "csrc" / "ops.h").read_text()
 CPP_OPS = dict(re.findall(r"^ +X\((\w+), (\w+)\)", HEADER, re.MULTILINE))
 
 # Sizes of the tensors by the letters of `In("T")`, all different ("tokens" is a dim too).

@@ -12,7 +12,7 @@ import pytest
 import fastalign as fa
 from fastalign.cli import main as cli
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fastalign(*words, **env):

@@ -17,6 +17,8 @@ from fastalign.arena.demos import common, dpo, tdpo
 from fastalign.train import TrainConfig
 from fastalign.train.data.tokenise import token_pair
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def byte_tokenizer():

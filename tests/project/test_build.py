@@ -19,7 +19,7 @@ import torch
 import fastalign as fa
 from fastalign import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 with mock.patch("setuptools.setup"):
     SETUP = runpy.run_path(str(ROOT / "setup.py"))
 

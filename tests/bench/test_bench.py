@@ -18,7 +18,7 @@ from fastalign.bench.cases import packed as packed_cases
 from fastalign.bench.cases.case import Contestant
 from fastalign.bench.shapes import OPS, Rows, Sequences
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

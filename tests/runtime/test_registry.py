@@ -28,7 +28,7 @@ from fastalign.runtime import backends, checks, ffi, op
 from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_priority_and_explain():

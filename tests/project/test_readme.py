@@ -1,4 +1,4 @@
-"""The README against the code: its example runs, its tables are those the code prints. `python tests/test_readme.py` rewrites the tables."""
+"""The README against the code: its example runs, its tables are those the code prints. `python tests/project/test_readme.py` rewrites the tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 import fastalign as fa
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 WHY = {"reference": "reference (any device)", "cpu": "cpu (C++)", "triton": "triton", "cuda": "cuda (C++)"}
 
@@ -52,7 +52,7 @@ def section(text, name):
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_current(name):
     path, table = TABLES[name]
-    assert section(path.read_text(), name).group(1).strip() == table(), "run: python tests/test_readme.py"
+    assert section(path.read_text(), name).group(1).strip() == table(), "run: python tests/project/test_readme.py"
 
 
 def test_example_runs(capsys):

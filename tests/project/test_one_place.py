@@ -19,7 +19,7 @@ from fastalign.ops.preference import reference
 from fastalign.ops.preference.params import LINKS, TRANSFORMS
 from fastalign.testing import gradient, make_batch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = sorted((ROOT / "fastalign").rglob("*.py"))
 FORMULAS = {"csrc/math/pair.h", "fastalign/ops/math/pair.py", "fastalign/ops/preference/reference.py"}
 

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "train"))
-
 import transformers
 from tiny import make_model, make_rows, make_tokenizer, write_jsonl
 
