@@ -265,6 +265,11 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
             preference("dpo", "table", beta=beta)
             preference("dpo", "table", label_smoothing=0.0)
             listwise("rrhf", list_weight=1.0 + beta, sft_weight=beta)
+        for skip in (0, 1):
+            x = torch.zeros(9 + skip)[skip:]
+            for one_or_all in (x[0], x[:2]):
+                preference("dpo", "table", given=PairTensors(beta=one_or_all, num_items=x[0]))
+            preference("dpo", "sums", kl=x, weights=x)
         for n, discount in ((16, 0.5), (17, 0.0), (1024, 1.0)):
             token = torch.zeros(n + 1)[1:]
             offsets = torch.tensor([0, n], dtype=torch.int32)
@@ -273,7 +278,7 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
     assert {name: len({k.hash for k in group}) for name, group in by_name(kernels).items()} == {
         "token_stats_fwd_kernel": 1,
         "token_stats_bwd_kernel": 3,  # in place; out of place; out of place with an alignment of its own
-        "preference_fwd_kernel": 2,  # dpo with and without label smoothing
+        "preference_fwd_kernel": 4,  # dpo with and without label smoothing, with its own beta, and its sums
         "listwise_fwd_kernel": 1,
         "gae_fwd_kernel": 1,
         "policy_fwd_kernel": 1,

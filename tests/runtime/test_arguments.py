@@ -3,11 +3,14 @@ back."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from fastalign.ops.preference.op import PairTensors, PairTokens
 from fastalign.runtime import ffi
 from fastalign.runtime.arguments import Declaration, In, Maybe, SymInt, Unchecked
 from fastalign.runtime.op import OPS
@@ -73,3 +76,17 @@ def test_tensors_are_found_in_parts():
 
     assert ffi.are_plain(Whole(Part(x), None, None, Numbers(0.0, 0.0, 0, 0), 0, False))
     assert not ffi.are_plain(Whole(Part(x.as_subclass(Other)), None, None, Numbers(0.0, 0.0, 0, 0), 0, False))
+
+
+# Triton kernels that are given the fields of such parts one by one (what lies in a tuple, Triton specialises on).
+BY_PARTS = {
+    ("preference", "preference_fwd_kernel"): (PairTokens, PairTensors),
+    ("preference", "preference_bwd_kernel"): (PairTokens,),
+}
+
+
+@pytest.mark.parametrize("op, name", BY_PARTS)
+def test_kernels_name_the_fields_as_the_parts_do(op, name):
+    kernel = getattr(importlib.import_module(f"fastalign.ops.{op}.triton"), name)
+    fields = [field for part in BY_PARTS[op, name] for field in part._fields]
+    assert [*inspect.signature(kernel.fn).parameters][: len(fields)] == fields

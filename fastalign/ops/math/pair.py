@@ -1,5 +1,7 @@
 """csrc/math/pair.h as @triton.jit functions; the rules of fastalign/ops/math/scalar.py hold."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -115,51 +117,66 @@ def point_term(LINK: tl.constexpr, u, target, tau, prob, k_pos, k_neg):
     return value, slope
 
 
+class SideSums(NamedTuple):
+    """What the formula reads of a side's sums."""
+
+    ratio: tl.tensor
+    length: tl.tensor
+    kl: tl.tensor
+
+
+class PairValues(NamedTuple):
+    """A pair's own values, or the preset's."""
+
+    beta: tl.tensor
+    omega: tl.tensor
+    soft_label: tl.tensor
+    gamma_ext: tl.tensor
+    target: tl.tensor
+    anchor: tl.tensor
+
+
 @triton.jit
-def evaluate_pair(
-    ratio_w, length_w, kl_w, ratio_l, length_l, kl_l,               # sums of the two sides
-    beta, omega, soft_label, gamma_ext, target, anchor,             # per pair
-    length_norm, transform_alpha, beta_rejected, gamma, gamma_beta_ratio, len_coef, pos_penalty, kl_chosen, kl_rejected, tau, label_smoothing,
-    pair_weight, point_beta, point_beta_power, point_target, chosen_pos, chosen_neg, rejected_pos, rejected_neg,
-    TRANSFORM: tl.constexpr, LINK: tl.constexpr, LABELS: tl.constexpr, LABEL_ENTROPY: tl.constexpr, DETACH_KL_CHOSEN: tl.constexpr,
-    POINT_LINK: tl.constexpr, POINT_SOFT_TARGET: tl.constexpr,
-):  # fmt: skip
-    """Loss of a pair, its slopes in (ratio_w, ratio_l, kl_w, kl_l), the two rewards and the logit; before the
+def evaluate_pair(win, lose, x, p):
+    """win, lose: SideSums of the chosen and the rejected response; x: PairValues; p: PairParams. Loss of a
+    pair, its slopes in (win.ratio, lose.ratio, win.kl, lose.kl), the two rewards and the logit; before the
     normalisers."""
-    beta_l = tl.where(beta_rejected == beta_rejected, beta_rejected, beta)  # NaN: the same as beta
-    norm_w, norm_l = power(tl.maximum(length_w, 1.0), length_norm), power(tl.maximum(length_l, 1.0), length_norm)
-    a_w, a_l = div(ratio_w, norm_w), div(ratio_l, norm_l)
-    g_w, dg_w = transform(TRANSFORM, a_w, transform_alpha)
-    g_l, dg_l = transform(TRANSFORM, a_l, transform_alpha)
+    beta_l = tl.where(p.beta_rejected == p.beta_rejected, p.beta_rejected, x.beta)  # NaN: the same as beta
+    norm_w, norm_l = power(tl.maximum(win.length, 1.0), p.length_norm), power(tl.maximum(lose.length, 1.0), p.length_norm)
+    a_w, a_l = div(win.ratio, norm_w), div(lose.ratio, norm_l)
+    g_w, dg_w = transform(p.transform, a_w, p.transform_alpha)
+    g_l, dg_l = transform(p.transform, a_l, p.transform_alpha)
 
     # Options that are off must not touch infinite sums: selected, not multiplied by 0.
-    with_kl = (kl_chosen != 0.0) | (kl_rejected != 0.0)
-    margin = gamma + beta * gamma_beta_ratio + gamma_ext - len_coef * (length_w - length_l)
-    margin += tl.where(pos_penalty != 0.0, beta * pos_penalty * relu(-a_w), 0.0)
-    margin += tl.where(with_kl, beta * (kl_rejected * kl_l - kl_chosen * kl_w), 0.0)
-    h = beta * g_w - beta_l * g_l - margin
+    with_kl = (p.kl_chosen != 0.0) | (p.kl_rejected != 0.0)
+    margin = p.gamma + x.beta * p.gamma_beta_ratio + x.gamma_ext - p.len_coef * (win.length - lose.length)
+    margin += tl.where(p.pos_penalty != 0.0, x.beta * p.pos_penalty * relu(-a_w), 0.0)
+    margin += tl.where(with_kl, x.beta * (p.kl_rejected * lose.kl - p.kl_chosen * win.kl), 0.0)
+    h = x.beta * g_w - beta_l * g_l - margin
 
-    soft = soft_label if LABELS == SOFT else tl.zeros_like(h) + (1.0 - label_smoothing)
-    loss, dh = weigh_labels(LINK, LABELS, LABEL_ENTROPY, h, target, tau, soft, label_smoothing)
-    loss, dh = tl.where(pair_weight != 0.0, loss * pair_weight, 0.0), tl.where(pair_weight != 0.0, dh * pair_weight, 0.0)
-    slope_w, slope_l = dh * beta * dg_w, -dh * beta_l * dg_l
-    slope_w += tl.where(pos_penalty != 0.0, tl.where(a_w < 0, dh * beta * pos_penalty, 0.0), 0.0)
+    soft = x.soft_label if p.labels == SOFT else tl.zeros_like(h) + (1.0 - p.label_smoothing)
+    loss, dh = weigh_labels(p.link, p.labels, p.label_entropy, h, x.target, p.tau, soft, p.label_smoothing)
+    loss, dh = tl.where(p.pair_weight != 0.0, loss * p.pair_weight, 0.0), tl.where(p.pair_weight != 0.0, dh * p.pair_weight, 0.0)
+    slope_w, slope_l = dh * x.beta * dg_w, -dh * beta_l * dg_l
+    slope_w += tl.where(p.pos_penalty != 0.0, tl.where(a_w < 0, dh * x.beta * p.pos_penalty, 0.0), 0.0)
 
-    if POINT_LINK != NO_LINK:
-        beta_pt = tl.where(point_beta == point_beta, point_beta, beta)
-        scale = power(beta_pt, point_beta_power)
-        t_w = soft_label - 0.5 if POINT_SOFT_TARGET else point_target
-        t_l = 0.5 - soft_label if POINT_SOFT_TARGET else point_target
-        prob = tl.zeros_like(h) + (1.0 - label_smoothing)
-        value_w, du_w = point_term(POINT_LINK, beta_pt * g_w - anchor, t_w, tau, prob, chosen_pos, chosen_neg)
-        value_l, du_l = point_term(POINT_LINK, beta_pt * g_l - anchor, t_l, tau, prob, rejected_pos, rejected_neg)
+    if p.point_link != NO_LINK:
+        beta_pt = tl.where(p.point_beta == p.point_beta, p.point_beta, x.beta)
+        scale = power(beta_pt, p.point_beta_power)
+        t_w = x.soft_label - 0.5 if p.point_soft_target else p.point_target
+        t_l = 0.5 - x.soft_label if p.point_soft_target else p.point_target
+        prob = tl.zeros_like(h) + (1.0 - p.label_smoothing)
+        value_w, du_w = point_term(p.point_link, beta_pt * g_w - x.anchor, t_w, p.tau, prob, p.chosen_pos, p.chosen_neg)
+        value_l, du_l = point_term(p.point_link, beta_pt * g_l - x.anchor, t_l, p.tau, prob, p.rejected_pos, p.rejected_neg)
         loss += scale * value_w + scale * value_l
         slope_w += scale * du_w * beta_pt * dg_w
         slope_l += scale * du_l * beta_pt * dg_l
 
-    d_kl_w = tl.where(with_kl, omega * dh * beta * kl_chosen, 0.0)
-    if DETACH_KL_CHOSEN:
+    d_kl_w = tl.where(with_kl, x.omega * dh * x.beta * p.kl_chosen, 0.0)
+    if p.detach_kl_chosen:
         d_kl_w = tl.zeros_like(h)
-    d_kl_l = tl.where(with_kl, -omega * dh * beta * kl_rejected, 0.0)
-    reward_w, reward_l = beta * (a_w + tl.where(with_kl, kl_w, 0.0)), beta_l * (a_l + tl.where(with_kl, kl_l, 0.0))
-    return omega * loss, div(omega * slope_w, norm_w), div(omega * slope_l, norm_l), d_kl_w, d_kl_l, reward_w, reward_l, h
+    d_kl_l = tl.where(with_kl, -x.omega * dh * x.beta * p.kl_rejected, 0.0)
+    reward_w = x.beta * (a_w + tl.where(with_kl, win.kl, 0.0))
+    reward_l = beta_l * (a_l + tl.where(with_kl, lose.kl, 0.0))
+    slope_w, slope_l = div(x.omega * slope_w, norm_w), div(x.omega * slope_l, norm_l)
+    return x.omega * loss, slope_w, slope_l, d_kl_w, d_kl_l, reward_w, reward_l, h

@@ -1,4 +1,5 @@
-"""csrc/segment.h as @triton.jit functions: where a packed sequence begins and ends, whatever cu_seqlens hold."""
+"""csrc/segment.h as @triton.jit functions: where a packed sequence begins and ends, whatever cu_seqlens hold;
+and which of its tokens count."""
 
 import triton
 import triton.language as tl
@@ -18,3 +19,12 @@ def sequence_share(cu_seqlens, i, sequences, tokens):
     have changed would leave to nobody."""
     begin, end = sequence_bounds(cu_seqlens, i, tokens)
     return tl.where(i == 0, 0, begin), tl.where(i == sequences - 1, tokens, end)
+
+
+@triton.jit
+def scored_tokens(mask, t, inside):
+    """Which of the tokens t, those inside, the mask lets count; without one all do."""
+    scored = inside
+    if mask is not None:
+        scored = tl.load(mask + t, mask=inside, other=0) != 0
+    return scored

@@ -31,9 +31,12 @@ from fastalign.ops.math.columns import (
     TABLE_WIDTH,
     TOKEN_MEAN_GLOBAL,
 )
-from fastalign.ops.math.pair import evaluate_pair
+from fastalign.ops.math.pair import PairValues, SideSums, evaluate_pair
+from fastalign.ops.math.params import kernel_params
 from fastalign.ops.math.scalar import at_least_one, div, is_finite, times_slope
-from fastalign.ops.math.segment import sequence_bounds, sequence_share
+from fastalign.ops.math.segment import scored_tokens, sequence_bounds, sequence_share
+from fastalign.ops.preference.op import PairTensors, PairTokens
+from fastalign.ops.preference.params import SCALAR_COUNT
 from fastalign.runtime import ffi
 
 TOKENS = 1024  # of a sequence, at a time
@@ -50,14 +53,6 @@ def _sequence(pairs, i):
 
 
 @triton.jit
-def _scored(mask, t, inside):
-    scored = inside
-    if mask is not None:
-        scored = tl.load(mask + t, mask=inside, other=0) != 0
-    return scored
-
-
-@triton.jit
 def _token_ratio(logprob, ref_logprobs, t, scored, reference, low, high):
     """Each token's clamped log-ratio, and whether its gradient passes the clamp."""
     d = logprob
@@ -69,49 +64,55 @@ def _token_ratio(logprob, ref_logprobs, t, scored, reference, low, high):
 
 
 @triton.jit
-def _sum_side(i, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, tokens, sequences, reference, ld_alpha, low, high,
-              sft_include_prompt: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """One row of `sums`: side i % 2 of pair i // 2. A pair that names no sequence (CUDA does not check)
-    becomes NaN."""
+def _sides(i, cu_seqlens, pairs, tokens, sequences):
+    """Of pair side i, side i % 2 of pair i // 2: whether the pair names sequences (CUDA does not check), its
+    first token and end, those of the other side."""
     s, partner = _sequence(pairs, i), _sequence(pairs, i ^ 1)
     known = (s >= 0) & (s < sequences) & (partner >= 0) & (partner < sequences)
     begin, end = sequence_bounds(cu_seqlens, tl.where(known, s, 0), tokens)
     other_begin, other_end = sequence_bounds(cu_seqlens, tl.where(known, partner, 0), tokens)
+    return known, begin, end, other_begin, other_end
 
-    shorter = 0.0  # tokens of the partner, beyond which LD-DPO weighs by ld_alpha
-    if ld_alpha != 1.0:
-        n = tl.zeros([TOKENS], tl.int32)
-        for start in range(other_begin, other_end, TOKENS):
-            t = start + tl.arange(0, TOKENS)
-            n += _scored(mask, t, t < other_end).to(tl.int32)
-        shorter = tl.sum(n, 0).to(tl.float32)
 
+@triton.jit
+def _scored_between(mask, begin, end, TOKENS: tl.constexpr):
+    n = tl.zeros([TOKENS], tl.int32)
+    for start in range(begin, end, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        n += scored_tokens(mask, t, t < end).to(tl.int32)
+    return tl.sum(n, 0).to(tl.float32)
+
+
+@triton.jit
+def _sum_side(row, logprobs, ref_logprobs, kl, mask, weights, known, begin, end, shorter, p, TOKENS: tl.constexpr):
+    """One row of the sums: of the tokens from begin to end, those beyond the first `shorter` weighed by
+    ld_alpha. NaN where the sequence is not known."""
     policy, ratio = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
     kl_sum, sft = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
     length, sft_length, before = tl.zeros([TOKENS], tl.int32), tl.zeros([TOKENS], tl.int32), 0
     for start in range(begin, end, TOKENS):
         t = start + tl.arange(0, TOKENS)
-        scored = _scored(mask, t, t < end)
+        scored = scored_tokens(mask, t, t < end)
         one = scored.to(tl.int32)
         logprob = tl.load(logprobs + t, mask=t < end, other=0.0)
         w = tl.zeros([TOKENS], tl.float32) + 1.0
         if weights is not None:
             w = tl.load(weights + t, mask=scored, other=0.0)
         rank = (before + tl.cumsum(one, 0) - one).to(tl.float32)
-        w = tl.where(rank < shorter, w, w * ld_alpha)
-        d, _ = _token_ratio(logprob, ref_logprobs, t, scored, reference, low, high)
+        w = tl.where(rank < shorter, w, w * p.ld_alpha)
+        d, _ = _token_ratio(logprob, ref_logprobs, t, scored, p.reference, p.token_clamp_low, p.token_clamp_high)
         # Selected, not multiplied: what masked tokens hold must not leak.
         policy += tl.where(scored, w * logprob, 0.0)
         ratio += tl.where(scored, w * d, 0.0)
         if kl is not None:
             kl_sum += tl.load(kl + t, mask=scored, other=0.0)
-        counted = (t < end - 1) if sft_include_prompt else scored  # every row but the last of a sequence predicts something
+        # Every row but the last of a sequence predicts something.
+        counted = (t < end - 1) if p.sft_include_prompt else scored
         sft += tl.where(counted, logprob, 0.0)
         sft_length += counted.to(tl.int32)
         length += one
         before += tl.sum(one, 0)
 
-    row = sums + i * SUM_WIDTH
     nothing = tl.where(known, 0.0, float("nan"))
     tl.store(row + SUM_POLICY, tl.sum(policy, 0) + nothing)
     tl.store(row + SUM_RATIO, tl.sum(ratio, 0) + nothing)
@@ -122,39 +123,46 @@ def _sum_side(i, logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, s
 
 
 @triton.jit
-def _per_pair(values, stride, i, live, default):
+def _own(values, per_pair, N: tl.constexpr, i, live, default):
+    """Of pairs i the N-th of PairTensors, which holds one value for all unless bit N of per_pair is set;
+    without it the parameters' number."""
     v = tl.zeros_like(i).to(tl.float32) + default
     if values is not None:
-        v = tl.load(values + i * stride, mask=live, other=0.0)
+        v = tl.load(values + i * ((per_pair >> N) & 1), mask=live, other=0.0)
     return v
 
 
+@triton.jit
+def _side_sums(row, live):
+    return SideSums(
+        tl.load(row + SUM_RATIO, mask=live, other=0.0),
+        tl.load(row + SUM_LENGTH, mask=live, other=0.0),
+        tl.load(row + SUM_KL, mask=live, other=0.0),
+    )
+
+
 # Neither sizes nor alignments compile anything anew; which tensors are given, and the kinds of the loss, do.
-SIZES = ["tokens", "sequences", "count", "grad_stride", "beta_stride", "omega_stride", "soft_label_stride", "gamma_ext_stride", "target_stride",
-         "anchor_stride"]  # fmt: skip
-TENSORS = ["logprobs", "ref_logprobs", "kl", "cu_seqlens", "pairs", "mask", "weights", "sums", "betas", "omegas", "soft_labels", "gamma_exts",
-           "targets", "anchors", "valid", "num_items", "num_sft_tokens", "grad", "table"]  # fmt: skip
+# Triton specialises on whatever lies in a tuple: such arguments come one by one, in the order of their class.
+SIZES = ["per_pair", "tokens", "sequences", "count", "grad_stride"]
+TENSORS = [*PairTokens._fields, *PairTensors._fields, "sums", "grad", "table"]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def preference_fwd_kernel(
-    logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums,
-    betas, beta_stride: tl.int32, omegas, omega_stride: tl.int32, soft_labels, soft_label_stride: tl.int32, gamma_exts, gamma_ext_stride: tl.int32,
-    targets, target_stride: tl.int32, anchors, anchor_stride: tl.int32, valid, num_items, num_sft_tokens, loss, pair_loss, table, counter,
-    tokens: tl.int32, sequences: tl.int32, count: tl.int32,
-    # PairParams, by name
-    reference, length_norm, ld_alpha, token_clamp_low, token_clamp_high, transform_alpha, beta, beta_rejected, gamma, gamma_beta_ratio, len_coef,
-    pos_penalty, kl_chosen, kl_rejected, target, tau, label_smoothing, pair_weight, point_beta, point_beta_power, point_target, anchor, chosen_pos,
-    chosen_neg, rejected_pos, rejected_neg, sft_weight,
-    transform: tl.constexpr, link: tl.constexpr, labels: tl.constexpr, label_entropy: tl.constexpr, detach_kl_chosen: tl.constexpr,
-    point_link: tl.constexpr, point_soft_target: tl.constexpr, sft_norm: tl.constexpr, sft_include_prompt: tl.constexpr,
-    drop_nonfinite: tl.constexpr, reduction: tl.constexpr,
+    logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights,
+    beta, omega, soft_labels, gamma_ext, target, anchor, valid, num_items, num_sft_tokens, per_pair: tl.int32,
+    sums, loss, pair_loss, table, counter, tokens: tl.int32, sequences: tl.int32, count: tl.int32, p,
     WITH_SUMS: tl.constexpr, WITH_TABLE: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
+    """p: PairParams."""
     last = WITH_TABLE
     if WITH_SUMS:
-        _sum_side(tl.program_id(0), logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, sums, tokens, sequences, reference, ld_alpha,
-                  token_clamp_low, token_clamp_high, sft_include_prompt, TOKENS)  # fmt: skip
+        side = tl.program_id(0)
+        known, begin, end, other_begin, other_end = _sides(side, cu_seqlens, pairs, tokens, sequences)
+        shorter = 0.0  # tokens of the partner, beyond which LD-DPO weighs by ld_alpha
+        if p.ld_alpha != 1.0:
+            shorter = _scored_between(mask, other_begin, other_end, TOKENS)
+        _sum_side(sums + side * SUM_WIDTH, logprobs, ref_logprobs, kl, mask, weights, known, begin, end, shorter, p, TOKENS)
         if WITH_TABLE:
             tl.debug_barrier()  # every thread's sums are written before this program is counted, and read after
             last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
@@ -166,27 +174,22 @@ def preference_fwd_kernel(
             i = first + tl.arange(0, PAIRS)
             live = i < count
             w, row = sums + i * (2 * SUM_WIDTH), table + i * TABLE_WIDTH
-            rejected = w + SUM_WIDTH
-            length_w, length_l = tl.load(w + SUM_LENGTH, mask=live, other=0.0), tl.load(rejected + SUM_LENGTH, mask=live, other=0.0)
-            b = _per_pair(betas, beta_stride, i, live, beta)
-            value, d_w, d_l, d_kl_w, d_kl_l, reward_w, reward_l, h = evaluate_pair(
-                tl.load(w + SUM_RATIO, mask=live, other=0.0), length_w, tl.load(w + SUM_KL, mask=live, other=0.0),
-                tl.load(rejected + SUM_RATIO, mask=live, other=0.0), length_l, tl.load(rejected + SUM_KL, mask=live, other=0.0), b,
-                _per_pair(omegas, omega_stride, i, live, 1.0),
-                _per_pair(soft_labels, soft_label_stride, i, live, 1.0),
-                _per_pair(gamma_exts, gamma_ext_stride, i, live, 0.0),
-                _per_pair(targets, target_stride, i, live, target),
-                _per_pair(anchors, anchor_stride, i, live, anchor), length_norm, transform_alpha, beta_rejected,
-                gamma, gamma_beta_ratio, len_coef, pos_penalty, kl_chosen, kl_rejected, tau, label_smoothing,
-                pair_weight, point_beta, point_beta_power, point_target, chosen_pos, chosen_neg, rejected_pos,
-                rejected_neg, transform, link, labels, label_entropy, detach_kl_chosen, point_link, point_soft_target,
-            )  # fmt: skip
-            keep = live & ((length_w > 0) | (length_l > 0))
+            win, lose = _side_sums(w, live), _side_sums(w + SUM_WIDTH, live)
+            own = PairValues(
+                _own(beta, per_pair, 0, i, live, p.beta),
+                _own(omega, per_pair, 1, i, live, 1.0),
+                _own(soft_labels, per_pair, 2, i, live, 1.0),
+                _own(gamma_ext, per_pair, 3, i, live, 0.0),
+                _own(target, per_pair, 4, i, live, p.target),
+                _own(anchor, per_pair, 5, i, live, p.anchor),
+            )
+            value, d_w, d_l, d_kl_w, d_kl_l, reward_w, reward_l, h = evaluate_pair(win, lose, own, p)
+            keep = live & ((win.length > 0) | (lose.length > 0))
             if valid is not None:
                 keep = keep & (tl.load(valid + i, mask=live, other=0) != 0)
-            if drop_nonfinite:
+            if p.drop_nonfinite:
                 sft = tl.load(w + SUM_SFT, mask=live, other=0.0)
-                keep = keep & is_finite(value) & is_finite(h) & is_finite(tl.where(sft_weight != 0.0, sft, 0.0))
+                keep = keep & is_finite(value) & is_finite(h) & is_finite(tl.where(p.sft_weight != 0.0, sft, 0.0))
             tl.store(row + TAB_CHOSEN, tl.where(keep, d_w, 0.0), mask=live)
             tl.store(row + TAB_REJECTED, tl.where(keep, d_l, 0.0), mask=live)
             tl.store(row + TAB_KL_CHOSEN, tl.where(keep, d_kl_w, 0.0), mask=live)
@@ -205,7 +208,7 @@ def preference_fwd_kernel(
             items = tl.load(num_items)
         if num_sft_tokens is not None:
             sft_items = tl.load(num_sft_tokens)
-        pair_norm = at_least_one(items) if reduction == MEAN else 1.0
+        pair_norm = at_least_one(items) if p.reduction == MEAN else 1.0
         total = tl.zeros([PAIRS], tl.float32)
         tl.debug_barrier()
         for first in range(0, count, PAIRS):
@@ -216,14 +219,14 @@ def preference_fwd_kernel(
                 tl.store(row + column, div(tl.load(row + column, mask=live, other=0.0), pair_norm), mask=live)
             kept = tl.load(row + TAB_VALID, mask=live, other=0.0) > 0
             value = div(tl.load(row + TAB_PAIR, mask=live, other=0.0), pair_norm)
-            norm = tl.zeros([PAIRS], tl.float32) + (at_least_one(sft_items) if sft_norm == TOKEN_MEAN_GLOBAL else at_least_one(items))
-            if sft_norm == SEQ_MEAN:
+            norm = tl.zeros([PAIRS], tl.float32) + (at_least_one(sft_items) if p.sft_norm == TOKEN_MEAN_GLOBAL else at_least_one(items))
+            if p.sft_norm == SEQ_MEAN:
                 norm *= at_least_one(tl.load(w + SUM_SFT_LENGTH, mask=live, other=0.0))
-            if reduction != MEAN:
+            if p.reduction != MEAN:
                 norm = div(norm, at_least_one(local))
-            with_sft = kept & (tl.zeros([PAIRS], tl.float32) + sft_weight != 0.0)
-            nll = tl.where(with_sft, div(-sft_weight * tl.load(w + SUM_SFT, mask=live, other=0.0), norm), 0.0)
-            tl.store(row + TAB_SFT, tl.where(with_sft, div(-sft_weight, norm), 0.0), mask=live)
+            with_sft = kept & (tl.zeros([PAIRS], tl.float32) + p.sft_weight != 0.0)
+            nll = tl.where(with_sft, div(-p.sft_weight * tl.load(w + SUM_SFT, mask=live, other=0.0), norm), 0.0)
+            tl.store(row + TAB_SFT, tl.where(with_sft, div(-p.sft_weight, norm), 0.0), mask=live)
             tl.store(row + TAB_PAIR, value, mask=live)
             tl.store(row + TAB_NLL, nll, mask=live)
             tl.store(pair_loss + i, value + nll, mask=live)
@@ -233,7 +236,7 @@ def preference_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def preference_bwd_kernel(
-    grad, logprobs, ref_logprobs, cu_seqlens, pairs, mask, weights, sums, table, d_logprobs, d_kl,
+    logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, grad, sums, table, d_logprobs, d_kl,
     grad_stride: tl.int32, tokens: tl.int32, sequences: tl.int32, count: tl.int32, reference, ld_alpha,
     token_clamp_low, token_clamp_high, SFT_INCLUDE_PROMPT: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -248,7 +251,7 @@ def preference_bwd_kernel(
     for start in range(share_begin, share_end, TOKENS):
         t = start + tl.arange(0, TOKENS)
         own_token = (t >= begin) & (t < end)
-        scored = _scored(mask, t, own_token)
+        scored = scored_tokens(mask, t, own_token)
         one = scored.to(tl.int32)
         rank = (before + tl.cumsum(one, 0) - one).to(tl.float32)
         before += tl.sum(one, 0)
@@ -288,8 +291,9 @@ def preference_bwd_kernel(
             tl.store(d_kl + t, tl.where(own_token, tl.where(scored, kl_slope, 0.0), float("nan")), mask=t < share_end)
 
 
-def _stride(values):
-    return 0 if values is None or values.numel() == 1 else values.stride(0)
+def _per_pair(given):
+    """Bit n: whether the n-th holds a value per pair, not one for all."""
+    return sum((x is not None and x.numel() > 1) << n for n, x in enumerate(given))
 
 
 def preference_fwd(a):
@@ -303,14 +307,12 @@ def preference_fwd(a):
     if a.count == 0:
         return loss.zero_(), pair_loss, rows, out_sums
     tokens, sequences = (t.logprobs.shape[0], t.cu_seqlens.shape[0] - 1) if with_sums else (0, 0)
-    per_pair = [x for values in given[:6] for x in (values, _stride(values))]
     with ffi.triton_device(device):
         preference_fwd_kernel[(2 * a.count if with_sums else 1,)](
-            t.logprobs, t.ref_logprobs, t.kl, t.cu_seqlens, t.pairs, t.mask, t.weights, out_sums, *per_pair,
-            given.valid, given.num_items, given.num_sft_tokens, loss, pair_loss, rows,
-            ffi.counter(like) if with_sums and a.table else None, tokens, sequences, a.count, **a.params._asdict(),
-            WITH_SUMS=with_sums, WITH_TABLE=bool(a.table), TOKENS=TOKENS, PAIRS=PAIRS,
-            **ffi.launch_options(PAIRS, device, 168),
+            *t, *given, _per_pair(given), out_sums, loss, pair_loss, rows,
+            ffi.counter(like) if with_sums and a.table else None, tokens, sequences, a.count,
+            kernel_params(a.params, SCALAR_COUNT), WITH_SUMS=with_sums, WITH_TABLE=bool(a.table), TOKENS=TOKENS,
+            PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
         )  # fmt: skip
     return loss, pair_loss, rows, out_sums
 
@@ -324,9 +326,8 @@ def preference_bwd(a):
     if tokens:
         with ffi.triton_device(device):
             preference_bwd_kernel[(sequences,)](
-                a.grad, t.logprobs, t.ref_logprobs, t.cu_seqlens, t.pairs, t.mask, t.weights, a.sums, a.table,
-                d_logprobs, d_kl if a.with_kl else None, a.grad.dim(), tokens, sequences, a.table.shape[0],
-                p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
+                *t, a.grad, a.sums, a.table, d_logprobs, d_kl if a.with_kl else None, a.grad.dim(), tokens, sequences,
+                a.table.shape[0], p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
                 SFT_INCLUDE_PROMPT=p.sft_include_prompt, TOKENS=TOKENS, PAIRS=PAIRS,
                 **ffi.launch_options(PAIRS, device, 168),
             )  # fmt: skip
