@@ -6,31 +6,17 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastalign.cli.console import Parser
 from fastalign.train import help
 from fastalign.train.config import RunConfig, TrainConfig, add_arguments, common_settings, flag_of, from_arguments
 from fastalign.train.errors import TrainingError, UserError
-from fastalign.train.methods import METHODS as OFFLINE
-from fastalign.train.methods.online import METHODS as ONLINE
+from fastalign.train.methods import METHODS
 from fastalign.train.online_config import OnlineConfig
 
-
-class Command(NamedTuple):
-    """A method on the command line. `home`: "module:function" that takes (method, config), imported when used: --help answers without
-    loading transformers. `settings`: those of the configuration class `config` that the method has, besides the common ones."""
-
-    summary: str
-    home: str
-    config: type[RunConfig]
-    settings: tuple[str, ...]
-
-
-COMMANDS = {
-    **{name: Command(entry.summary, "fastalign.train.offline:train", TrainConfig, entry.settings) for name, entry in OFFLINE.items()},
-    **{name: Command(entry.summary, "fastalign.train.online:train_online", OnlineConfig, entry.settings) for name, entry in ONLINE.items()},
-}
+# The function for training with a class of configuration, "module:function": imported when used.
+_FUNCTIONS = {TrainConfig: "fastalign.train.offline:train", OnlineConfig: "fastalign.train.online:train_online"}
 
 
 def main(argv: list[str]) -> int:
@@ -39,17 +25,17 @@ def main(argv: list[str]) -> int:
         prog="fastalign train", description="Train a Hugging Face causal LM. 'fastalign train METHOD --help' says what a method is."
     )
     commands = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
-    for name, command in COMMANDS.items():
-        page = {"usage": help.usage(name, command.config), "description": help.description(name), "formatter_class": help.Formatter}
-        own = commands.add_parser(name, help=command.summary, allow_abbrev=False, **page)
-        add_arguments(own, command.config, command.settings, help.GROUPS)
+    for name, row in METHODS.items():
+        page = {"usage": help.usage(name, row.config), "description": help.description(row), "formatter_class": help.Formatter}
+        own = commands.add_parser(name, help=row.summary, allow_abbrev=False, **page)
+        add_arguments(own, row.config, row.settings, help.GROUPS)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         own.prog = f"fastalign train {arguments.method}"
         own.error(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown, arguments.method)}")
-    command = COMMANDS[arguments.method]
+    config = METHODS[arguments.method].config
     try:
-        _load(command)(arguments.method, from_arguments(arguments, command.config))
+        _load(_FUNCTIONS[config])(arguments.method, from_arguments(arguments, config))
     except UserError as error:
         return _fail(error, 2)
     except TrainingError as error:
@@ -68,21 +54,21 @@ def hint(unknown: list[str], method: str) -> str:
     name = flag[2:].replace("-", "_")
     if name in help.loss_options():
         return f"; an option of the loss is given by --set {name}={value or 'VALUE'}"
-    flags = {flag_of(setting, COMMANDS[method].config) for setting in (*common_settings(), *COMMANDS[method].settings)}
+    flags = {flag_of(setting, METHODS[method].config) for setting in (*common_settings(), *METHODS[method].settings)}
     if near := difflib.get_close_matches(flag, flags, n=1):
         return f"; did you mean {near[0]}?"
-    others = [other for other, command in COMMANDS.items() if name in command.settings]
+    others = [other for other, row in METHODS.items() if name in row.settings]
     return f"; {flag} belongs to {', '.join(others)}" if others else ""
 
 
-def _load(command: Command) -> Callable[[str, RunConfig], Any]:
+def _load(home: str) -> Callable[[str, RunConfig], Any]:
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"fastalign train needs transformers and tokenizers: pip install 'fastalign[train]' ({error})") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    module, function = command.home.split(":")
+    module, function = home.split(":")
     return getattr(importlib.import_module(module), function)
 
 

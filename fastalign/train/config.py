@@ -1,7 +1,9 @@
-"""The settings of a training run, and the command-line flags generated from them.
+"""The settings of a training run: name, type, default, documentation and bounds of each in one line. The flags of the
+command line are made from them (`add_arguments`, `from_arguments`).
 
-`RunConfig` holds what every trainer has; a family of methods adds its own settings in a subclass (`TrainConfig`: the methods that learn
-from a fixed data file). A method that does not have one of its class's settings refuses a value for it (`check_settings`)."""
+`RunConfig` holds what every method has, `LossConfig` what both halves have; `TrainConfig` is of the methods that learn
+from a data file, `OnlineConfig` (online_config.py) of those that learn from the policy's own samples. A method that does not have one of
+its class's settings refuses a value for it (`check_settings`)."""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import numbers
 import os
 import sys
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastalign.runtime.checks import shown
 from fastalign.train.errors import UserError
@@ -24,9 +26,25 @@ LARGEST = 1e30  # of any number: training computes in float32, which ends at 3.4
 MAX_SEED = 2**32 - 1  # what every generator takes, NumPy's among them; the order of an epoch multiplies it by 10^6
 
 
-def setting(default: Any, doc: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field with its one line of documentation (`--help` shows it) and how its flag is spelled."""
-    metadata = {"doc": doc, "choices": choices, "flag": flag, "metavar": metavar}
+class Bound(NamedTuple):
+    """Which numbers a setting may have, other than None. `words` complete "it must"."""
+
+    words: str
+    fits: Callable[[float], bool]
+
+
+POSITIVE = Bound("be positive", lambda x: x > 0 and math.isfinite(x))
+NOT_NEGATIVE = Bound("not be negative", lambda x: x >= 0 and math.isfinite(x))
+NOT_BELOW_0 = Bound("be not negative", NOT_NEGATIVE.fits)
+SHARE = Bound("lie in [0, 1]", lambda x: 0 <= x <= 1)
+SHARE_BELOW_1 = Bound("lie in [0, 1)", lambda x: 0 <= x < 1)
+SEED = Bound(f"lie in [0, {MAX_SEED}]", lambda x: 0 <= x <= MAX_SEED)
+
+
+def setting(default: Any, doc: str, *bounds: Bound, **how: Any) -> Any:
+    """A dataclass field with its one line of documentation (`--help` shows it) and the numbers that it may have. `how`:
+    `choices`, the words that it may be; `flag` and `metavar`, how its flag is spelled."""
+    metadata = {"doc": doc, "bounds": bounds, "choices": None, "flag": None, "metavar": None, **how}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -45,8 +63,8 @@ class RunConfig:
 
     # Data
     eval_data: str | None = setting(None, "data to evaluate on, in the same format", metavar="FILE")
-    eval_fraction: float = setting(0.0, "share of the training examples that is held out for evaluation instead")
-    max_length: int | None = setting(None, "longest sequence in tokens (prompt + completion); default: the model's positions")
+    eval_fraction: float = setting(0.0, "share of the training examples that is held out for evaluation instead", SHARE_BELOW_1)
+    max_length: int | None = setting(None, "longest sequence in tokens (prompt + completion); default: the model's positions", POSITIVE)
     overlong: str = setting(
         "error",
         "what to do with an example that exceeds --max-length or --tokens-per-batch: stop, leave it out, "
@@ -63,17 +81,19 @@ class RunConfig:
     )
 
     # Steps
-    batch_size: int = setting(32, "examples per optimizer step")
+    batch_size: int = setting(32, "examples per optimizer step", POSITIVE)
     tokens_per_batch: int = setting(
-        8192, "token budget of one forward pass; a step is split into as many passes as it needs, and the split does not change its result"
+        8192,
+        "token budget of one forward pass; a step is split into as many passes as it needs, and the split does not change its result",
+        POSITIVE,
     )
-    epochs: int = setting(1, "passes over the training examples")
-    max_steps: int | None = setting(None, "number of optimizer steps, in place of --epochs")
-    learning_rate: float = setting(1e-6, "peak learning rate of AdamW")
-    warmup_ratio: float = setting(0.1, "share of the steps over which the learning rate rises; afterwards it falls as a cosine to 0")
-    weight_decay: float = setting(0.0, "weight decay of AdamW, on matrices only")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0: no clipping")
-    seed: int = setting(0, "seed of the data order and of the evaluation split")
+    epochs: int = setting(1, "passes over the training examples", POSITIVE)
+    max_steps: int | None = setting(None, "number of optimizer steps, in place of --epochs", POSITIVE)
+    learning_rate: float = setting(1e-6, "peak learning rate of AdamW", POSITIVE)
+    warmup_ratio: float = setting(0.1, "share of the steps over which the learning rate rises; afterwards it falls as a cosine to 0", SHARE)
+    weight_decay: float = setting(0.0, "weight decay of AdamW, on matrices only", NOT_NEGATIVE)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0: no clipping", NOT_NEGATIVE)
+    seed: int = setting(0, "seed of the data order and of the evaluation split", SEED)
 
     # Machine
     dtype: str = setting(
@@ -93,10 +113,10 @@ class RunConfig:
     trust_remote_code: bool = setting(False, "run Python code that the model directory brings along")
 
     # Output
-    log_every: int = setting(10, "steps between lines on the console; metrics.jsonl has every step")
-    eval_every: int = setting(0, "steps between evaluations; 0: only before the first and after the last step")
-    save_every: int = setting(0, "steps between checkpoints; 0: none")
-    keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept")
+    log_every: int = setting(10, "steps between lines on the console; metrics.jsonl has every step", POSITIVE)
+    eval_every: int = setting(0, "steps between evaluations; 0: only before the first and after the last step", NOT_NEGATIVE)
+    save_every: int = setting(0, "steps between checkpoints; 0: none", NOT_NEGATIVE)
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept", POSITIVE)
     resume: bool = setting(False, "go on from the newest checkpoint in the output directory")
     overwrite: bool = setting(
         False,
@@ -109,36 +129,22 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_types()
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if (
-                isinstance(value, int) and abs(value) >= 1 << 63 and field.name != "seed"
-            ):  # no float need hold it: nothing below could look at it
-                raise UserError(f"{flag_of(field.name, type(self))} is {shown(value)}: its magnitude must be below 2^63")
+            value, flag = getattr(self, field.name), flag_of(field.name, type(self))
+            # No float need hold such an integer: nothing below could look at it.
+            if isinstance(value, int) and abs(value) >= 1 << 63 and field.name != "seed":
+                raise UserError(f"{flag} is {shown(value)}: its magnitude must be below 2^63")
             if isinstance(value, float) and LARGEST < abs(value) < math.inf:
-                raise UserError(f"{flag_of(field.name, type(self))} is {value}: its magnitude must be at most {LARGEST:g}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UserError(f"--seed is {shown(self.seed)}: it must lie in [0, {MAX_SEED}]")
-        positive = ("batch_size", "tokens_per_batch", "epochs", "max_steps", "max_length", "log_every", "keep_checkpoints", "learning_rate")
-        not_negative = ("weight_decay", "max_grad_norm", "eval_every", "save_every")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"{flag_of(name)} is {value}: it must be positive")
-        for name in not_negative:
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f"{flag_of(name)} is {getattr(self, name)}: it must not be negative")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"--warmup-ratio is {self.warmup_ratio}: it must lie in [0, 1]")
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError(f"--eval-fraction is {self.eval_fraction}: it must lie in [0, 1)")
+                raise UserError(f"{flag} is {value}: its magnitude must be at most {LARGEST:g}")
+            for bound in field.metadata["bounds"] if value is not None else ():
+                if not bound.fits(value):
+                    raise UserError(f"{flag} is {shown(value)}: it must {bound.words}")
+            choices = field.metadata["choices"]
+            if choices and value not in (*choices, field.default):
+                raise UserError(f"{flag} is '{value}'; legal: {', '.join(choices)}")
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("--eval-data and --eval-fraction exclude each other")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other")
-        for field in dataclasses.fields(self):
-            choices = field.metadata["choices"]
-            if choices and getattr(self, field.name) not in (*choices, field.default):
-                raise UserError(f"{flag_of(field.name, type(self))} is '{getattr(self, field.name)}'; legal: {', '.join(choices)}")
 
     def _check_types(self) -> None:
         """Refuse a value of another type than its setting's; a path object becomes its text, NumPy's numbers become Python's. The command line has
@@ -195,16 +201,22 @@ _TYPES: dict[type, tuple[Any, str]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(RunConfig):
-    """Settings of the methods that learn from a fixed data file."""
+class LossConfig(RunConfig):
+    """Settings that methods of both halves have."""
 
     ref_model: str | None = setting(None, "directory of the reference model; default: the weights that training starts from", metavar="DIR")
-    precompute_ref: bool = setting(
-        False, "compute the reference log-probs once, cache them in the output directory, and free the reference model"
-    )
     loss: str | None = setting(None, "name of the loss; default: the method's own; an unknown name lists the legal ones", metavar="NAME")
     loss_options: dict[str, Any] = setting(
         {}, "an option of the loss, for example --set beta=0.05 (repeatable)", flag="--set", metavar="OPTION=VALUE"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(LossConfig):
+    """Settings of the methods that learn from a fixed data file."""
+
+    precompute_ref: bool = setting(
+        False, "compute the reference log-probs once, cache them in the output directory, and free the reference model"
     )
     token_metrics: bool = setting(True, "also log entropy, mean logits and token accuracy; they come out of the same pass over the logits")
 
@@ -240,18 +252,6 @@ def check_settings(config: RunConfig, names: Collection[str], method: str) -> No
             raise UserError(f"{method} has no setting {flag_of(field.name, type(config))}; beside the common ones it has: {own}")
 
 
-def check_kind(function: str, method: str, config: Any, kind: type[RunConfig], elsewhere: tuple[str, str, Collection[str]]) -> None:
-    """Refuse a method or a configuration that belongs to the other function for training. `elsewhere`: that function, its class of
-    configuration and its methods."""
-    other, others_kind, methods = elsewhere
-    if method in methods:
-        raise UserError(f"{function} has no method {method!r}: call {other}({method!r}, {others_kind}(...))")
-    if not isinstance(config, kind):
-        found = type(config).__name__
-        hint = f", which belongs to {other}" if found == others_kind else ""
-        raise UserError(f"{function}({method!r}, config): config must be an instance of {kind.__name__}, got {found}{hint}")
-
-
 def check_booleans(options: Mapping[str, Any], preset: Any) -> None:
     """Refuse an option of --set that is not true or false although the preset's field of its name is."""
     for name, value in options.items():
@@ -266,7 +266,8 @@ def add_arguments(
     --help; that they are refused with a reason is the work of `check_settings`."""
     types = typing.get_type_hints(kind)
     of_group = {name: group for title, members in groups.items() for group in [parser.add_argument_group(title)] for name in members}
-    for field in dataclasses.fields(kind):
+    order = list(of_group)
+    for field in sorted(dataclasses.fields(kind), key=lambda field: order.index(field.name)):
         options: dict[str, Any] = {"dest": field.name, "help": field.metadata["doc"].replace("%", "%%"), "default": argparse.SUPPRESS}
         hint = types[field.name]
         hint = next((k for k in typing.get_args(hint) if k is not type(None)), hint) if type(None) in typing.get_args(hint) else hint

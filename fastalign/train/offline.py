@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +10,19 @@ from typing import Any
 import torch
 
 from fastalign.runtime.metric import Total
-from fastalign.train import checkpoint
-from fastalign.train.config import TrainConfig, check_kind
+from fastalign.train.config import TrainConfig
 from fastalign.train.data.examples import Schedule, fingerprint, load_examples
 from fastalign.train.data.tokenise import TokenExample
-from fastalign.train.errors import UserError
 from fastalign.train.files import inside
-from fastalign.train.loop import Run, TrainResult
-from fastalign.train.methods import make_method
+from fastalign.train.loop import TrainResult
+from fastalign.train.methods import check_kind, make_method
 from fastalign.train.methods.base import LogprobFn, Method, Split, join
 from fastalign.train.methods.dpo import PreferenceMethod
-from fastalign.train.methods.online import METHODS as ONLINE
 from fastalign.train.metrics import MetricSums
 from fastalign.train.models import packed as models
-from fastalign.train.models.reference import LiveReference, precompute, weights_fingerprint, weights_of
+from fastalign.train.models.reference import LiveReference, precompute, weights_fingerprint
 from fastalign.train.optimise import Optimizer
+from fastalign.train.session import Session, tokens
 
 
 def train(
@@ -54,46 +51,27 @@ def train(
         UserError: anything wrong with settings, paths or data; before the first step.
         TrainingError: a gradient that is not finite.
     """
-    name = method.name if isinstance(method, Method) else method
-    check_kind("train", name, config, TrainConfig, ("train_online", "OnlineConfig", ONLINE))
+    check_kind(method.name if isinstance(method, Method) else method, config, TrainConfig)
     method = method if isinstance(method, Method) else make_method(method, config)
     config = method.config
-    check_one_process()
-    models.check_device(config.device)
-    if model is None and config.model is None:
-        raise UserError("--model is missing: it names the directory of the model to train")
-    trust = {"trust_remote_code": config.trust_remote_code}
-    if tokenizer is None:
-        tokenizer = models.load_tokenizer(config.model, **trust)
-    model_config = model.config if model is not None else models.load_config(config.model, **trust)
-    if config.ref_model is not None:
-        models.load_config(config.ref_model, **trust)
-    output = checkpoint.check_output(config)
-    positions = models.max_positions(model_config)
-    stops = models.load_stops(config.model, model_config, model)
-    train_examples, eval_examples = load_examples(config, method.format, tokenizer, positions, examples, eval_examples, stops=stops)
-    method.read(train_examples, eval_examples)
-    method.max_length = config.max_length or positions
-    if config.ref_model is not None:
-        models.check_companion("--ref-model", config.ref_model, tokenizer, method.longest(train_examples, eval_examples), **trust)
-    longest = method.longest(train_examples, eval_examples)
-    method.lengths = models.Lengths(
-        longest, min(config.tokens_per_batch, sum(example.tokens() for example in train_examples + eval_examples))
-    )
-    lm, tokenizer = method.make_lm(model if model is not None else method.load_model(config.model, **trust), tokenizer)
-    try:
-        check_vocabulary(train_examples + eval_examples, lm, "model")
+    with Session(method, model, tokenizer) as session:
+        data = load_examples(config, method.format, session.tokenizer, session.positions, examples, eval_examples, stops=session.stops)
+        method.read(*data)
+        method.max_length = config.max_length or session.positions
+        longest = method.longest(*data)
+        session.check_beside(longest)
+        everything = [example for part in data for example in part]
+        pack = min(config.tokens_per_batch, sum(example.tokens() for example in everything))
+        lm = session.open(models.Lengths(longest, pack), everything)
         method.start(lm)
-        splits = Split(train_examples), Split(eval_examples)
-        reference = _reference(method, lm, splits) if method.needs_reference else None
-        frozen = {"ref_model": reference.model} if config.ref_model is not None and reference is not None else {}
-        weights = weights_of(config, {"model": lm.model, **frozen})
-        with checkpoint.opened(output, config, method.name):
+        splits = Split(data[0]), Split(data[1])
+        reference = _reference(method, session, everything) if method.needs_reference else None
+
+        def prepare() -> None:
             if reference is not None:
-                _attach_reference(method, output, reference, splits)
-            return Run(config, output, lm, tokenizer, OfflineTask(method, lm, *splits), callback, weights).fit()
-    finally:
-        lm.restore()
+                _attach_reference(method, session.output, reference, splits)
+
+        return session.fit(OfflineTask(method, lm, *splits), {"ref_model": reference}, callback, prepare=prepare)
 
 
 def train_dpo(
@@ -194,31 +172,11 @@ def _jointly(
     return loss.detach() + router
 
 
-def check_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this trainer is one process; started as several (WORLD_SIZE > 1) they would overwrite each other's output")
-
-
-def check_vocabulary(examples: Sequence[TokenExample], lm: models.PackedModel, what: str) -> None:
-    """Refuse examples with token ids that the model does not have."""
-    lm.check_tokens(what, (part for example in examples for part in (example.prompt, *example.completions)))
-
-
-def _reference(method: Method, lm: models.PackedCausalLM, splits: Sequence[Split]) -> models.PackedCausalLM:
+def _reference(method: Method, session: Session, examples: Sequence[TokenExample]) -> models.PackedCausalLM:
     """The reference model: that of --ref-model, or the policy as it is now."""
-    config = method.config
-    if config.ref_model is None:
-        return lm if config.precompute_ref else lm.frozen_copy()
-    loaded = models.load_model(config.ref_model, trust_remote_code=config.trust_remote_code)
-    reference = models.PackedCausalLM(loaded, attention=lm.attention, dtype=config.dtype, device=config.device, lengths=method.lengths)
-    check_vocabulary([example for split in splits for example in split.examples], reference, "reference model")
-    if reference.vocabulary() != lm.vocabulary() and (method.exact_kl or not models.has_tokenizer(config.ref_model)):
-        reason = "their distributions cannot be compared" if method.exact_kl else "without a tokenizer of its own it must have the same one"
-        name = reference.vocabulary_weight()[0]
-        raise UserError(
-            f"the reference model's vocabulary has {reference.vocabulary()} entries, the model's {lm.vocabulary()} ({name}): {reason}"
-        )
-    return reference
+    if method.config.ref_model is not None:
+        return session.beside("ref_model", tokens(examples), exact=method.exact_kl)
+    return session.lm if method.config.precompute_ref else session.lm.frozen_copy()
 
 
 def _attach_reference(method: Method, output: Path, reference: models.PackedCausalLM, splits: Sequence[Split]) -> None:

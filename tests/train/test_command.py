@@ -13,7 +13,7 @@ from tiny import make_lists, make_responses, make_rows, write_jsonl
 from fastalign.cli import main as cli
 from fastalign.train import TrainConfig
 from fastalign.train.config import _parse_option, flag_of
-from fastalign.train.methods import METHODS
+from fastalign.train.methods import METHODS, of_kind
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_help_lists_the_methods_and_a_method_only_its_own_settings(capsys):
     assert "--loss" in text and "--set" in text and "precompute-ref" not in text and "token-metrics" not in text
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", of_kind(TrainConfig))
 def test_every_method_refuses_in_one_line(command, capsys, tmp_path, method):
     """Another data format, an unknown loss, an unknown option, a directory that is not there: exit code 2, nothing written."""
     rows = {"dpo": make_responses, "tdpo": make_responses, "reward": make_lists, "listwise": make_rows}.get(method, make_rows)

@@ -15,9 +15,9 @@ from tiny import make_lists, make_model, make_responses, make_rows, make_tokeniz
 
 import fastalign as fa
 from fastalign.cli import main as cli
-from fastalign.train.command import COMMANDS
 from fastalign.train.data import formats
-from fastalign.train.help import GROUPS, PAGES
+from fastalign.train.help import GROUPS
+from fastalign.train.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAPERS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,7 +80,7 @@ def run_commands(code):
         words = shlex.split(line, comments=True)
         if words and not line.startswith(NOT_HERE):
             assert words[0] == "fastalign", line
-            short = ["--max-new-tokens", "4"] if words[1] == "train" and COMMANDS[words[2]].config.__name__ == "OnlineConfig" else []
+            short = ["--max-new-tokens", "4"] if words[1] == "train" and METHODS[words[2]].config.__name__ == "OnlineConfig" else []
             assert cli.main([*words[1:], *short]) == 0, line
 
 
@@ -121,9 +121,9 @@ def test_calls_in_sentences(path, call):
 # --- --help ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", COMMANDS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_command_of_a_methods_page_runs_on_the_pages_line_of_data(method, desk, capsys):
-    page = PAGES[method]
+    page = METHODS[method].page
     words = shlex.split(page.command)
     file = words[words.index("--data") + 1]
     Path(file).write_text((page.data + "\n") * 4)
@@ -136,7 +136,7 @@ def test_the_command_of_a_methods_page_runs_on_the_pages_line_of_data(method, de
 
 
 @pytest.mark.parametrize(
-    "kind", sorted({command.config for command in COMMANDS.values()}, key=lambda k: k.__name__), ids=lambda k: k.__name__
+    "kind", sorted({command.config for command in METHODS.values()}, key=lambda k: k.__name__), ids=lambda k: k.__name__
 )
 def test_every_setting_stands_in_one_group(kind):
     members = [name for names in GROUPS.values() for name in names]

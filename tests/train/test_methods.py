@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tiny import make_lists, make_model, make_responses, make_rows, without_times, write_jsonl
 
 import fastalign
-from fastalign.train import UserError, load_tokenizer, train
+from fastalign.train import OnlineConfig, TrainConfig, UserError, load_tokenizer, train
 from fastalign.train.data.formats import UNPAIRED
 from fastalign.train.data.tokenise import tokenise
-from fastalign.train.methods import METHODS, make_method
+from fastalign.train.methods import METHODS, make_method, of_kind
 from fastalign.train.methods.dpo import COLUMNS
 
 LN2 = math.log(2)
@@ -407,12 +407,13 @@ def test_a_reward_model_needs_its_weights_when_it_is_one(run, tmp_path, model_di
 def test_the_guide_names_every_method_loss_and_column():
     guide = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     rows = {row.split("|")[1].strip(" `"): row for row in guide.splitlines() if row.startswith("| `")}
-    for name in METHODS:
+    for name in of_kind(TrainConfig):
         method = importlib.import_module(f"fastalign.train.methods.{METHODS[name].home.split(':')[0]}")
         assert getattr(method, METHODS[name].home.split(":")[1]).default_loss in rows[name], name
     assert all(f"`{loss}`" in guide for loss in fastalign.losses.LISTWISE) and all(column in rows for column in COLUMNS)
 
 
 def test_every_method_has_a_summary():
-    assert set(METHODS) == {"dpo", "tdpo", "kto", "bco", "dro", "listwise", "reward"}
+    assert set(of_kind(TrainConfig)) == {"dpo", "tdpo", "kto", "bco", "dro", "listwise", "reward"}
+    assert set(METHODS) == {*of_kind(TrainConfig), *of_kind(OnlineConfig)}
     assert all(entry.summary and "loss" in entry.settings for entry in METHODS.values())

@@ -17,13 +17,11 @@ from fastalign.cli import main as cli
 from fastalign.train import DataError, OnlineConfig, UserError
 from fastalign.train.data.prompts import load_prompts, load_texts
 from fastalign.train.data.tokenise import TokenExample
+from fastalign.train.methods import METHODS, make_method, of_kind
 from fastalign.train.methods.base import Scored
-from fastalign.train.methods.online import METHODS
+from fastalign.train.methods.online import split_evenly
 from fastalign.train.methods.online_dpo import best_against_worst
-from fastalign.train.methods.online_task import split_evenly
-from fastalign.train.methods.policy_gradient import resolve_loss
 from fastalign.train.models.packed import PackedCausalLM
-from fastalign.train.online_config import resolve
 from fastalign.train.sampling.actor import Actor
 from fastalign.train.sampling.advantages import Rewarded, estimate
 from fastalign.train.sampling.rollout import Rollout, Sampler
@@ -62,8 +60,12 @@ def whitened(values, mask):
     return torch.where(mask, (values - kept.mean()) / torch.sqrt(kept.var() + 1e-8), 0.0)
 
 
+def resolved(method, **options):
+    return make_method(method, OnlineConfig(**options)).config
+
+
 def settings(method, **options):
-    return resolve(method, OnlineConfig(reward_clip=10.0, missing_eos_penalty=1.0, **options))
+    return resolved(method, reward_clip=10.0, missing_eos_penalty=1.0, **options)
 
 
 def k1(step):
@@ -72,7 +74,7 @@ def k1(step):
 
 @pytest.mark.parametrize("bootstrap", [False, True])
 def test_ppo(step, bootstrap):
-    found = estimate("ppo", settings("ppo", gamma=0.9, lam=0.8, bootstrap_truncated=bootstrap), step, 0.3)
+    found = estimate("gae", settings("ppo", gamma=0.9, lam=0.8, bootstrap_truncated=bootstrap), step, 0.3)
     kl, values, mask = k1(step), step.seen.policy["value"].double().tolist(), step.seen.packed.mask
     advantages, returns = torch.zeros(len(values), dtype=torch.float64), torch.zeros(len(values), dtype=torch.float64)
     for i, rows in enumerate(rows_of(step)):
@@ -108,8 +110,10 @@ def test_reinforce_pp(step, samples):
     ids=["grpo", "unscaled", "dr_grpo", "kl in reward", "rloo"],
 )  # fmt: skip
 def test_groups(step, method, options):
-    config = settings(method, kl_coef=0.3, samples_per_prompt=3, **options)
-    found = estimate(method, config, step, 0.3)
+    given = {"kl_coef": 0.3, "samples_per_prompt": 3, "reward_clip": 10.0, "missing_eos_penalty": 1.0}
+    learner = make_method(method, OnlineConfig(**given, **options))
+    config = learner.config
+    found = estimate(learner.estimator, config, step, 0.3)
     penalty = 0.3 if config.kl_in == "reward" else 0.0
     rewards = [final_score(i) - penalty * sum(k1(step)[t] for t in rows) for i, rows in enumerate(rows_of(step))]
     for i in range(6):
@@ -125,7 +129,7 @@ def test_groups(step, method, options):
 
 def test_what_is_left_out(step):
     step = dataclasses.replace(step, scores=torch.tensor([1.0, 1.0, 1.0, 0.0, math.nan, 2.0]), finished=torch.tensor([True] * 5 + [False]))
-    config = resolve("grpo", OnlineConfig(drop_equal_groups=True, mask_truncated=True, samples_per_prompt=3))
+    config = resolved("grpo", drop_equal_groups=True, mask_truncated=True, samples_per_prompt=3)
     found = estimate("grpo", config, step, 0.0)
     assert found.advantages[:3].tolist() == [0.0] * 3 and found.advantages[4] == 0
     assert float(found.advantages[5]) == -float(found.advantages[3]) == pytest.approx(1 / math.sqrt(2), abs=1e-3)
@@ -136,8 +140,8 @@ def test_what_is_left_out(step):
 
 def test_overlong_penalty(step):
     """DAPO: the last tokens before the limit cost up to 1."""
-    config = resolve("grpo", OnlineConfig(max_new_tokens=5, overlong_buffer=2, samples_per_prompt=3, scale_rewards=False))
-    found = estimate("grpo", config, dataclasses.replace(step, scores=torch.zeros(6)), 0.0)
+    config = resolved("grpo", max_new_tokens=5, overlong_buffer=2, samples_per_prompt=3, scale_rewards=False)
+    found = estimate("dr_grpo", config, dataclasses.replace(step, scores=torch.zeros(6)), 0.0)
     assert found.advantages.tolist() == pytest.approx([1 / 3, 1 / 3, -2 / 3, 1 / 6, -1 / 3, 1 / 6], abs=1e-6)
 
 
@@ -273,12 +277,12 @@ def test_texts(tmp_path):
 
 
 def test_defaults_and_presets():
-    assert resolve("ppo", OnlineConfig()).kl_coef == 0.05 and resolve("grpo", OnlineConfig()).samples_per_prompt == 8
-    config = resolve("ppo", OnlineConfig(preset="instructgpt", ptx_data="texts.jsonl"))
+    assert resolved("ppo").kl_coef == 0.05 and resolved("grpo").samples_per_prompt == 8
+    config = resolved("ppo", preset="instructgpt", ptx_data="texts.jsonl")
     assert (config.kl_coef, config.kl_in, config.kl_kind, config.ptx_coef, config.value_clip) == (0.02, "reward", "k1", 27.8, 0.2)
-    config = resolve("ppo", OnlineConfig(preset="anthropic_hh", kl_coef=0.5))
+    config = resolved("ppo", preset="anthropic_hh", kl_coef=0.5)
     assert (config.kl_coef, config.gamma, config.entropy_coef) == (0.5, 1.0, 0.0)
-    assert resolve_loss("grpo", resolve("grpo", OnlineConfig(loss="dr_grpo", max_new_tokens=77))).norm_length == 77
+    assert make_method("grpo", OnlineConfig(loss="dr_grpo", max_new_tokens=77)).preset.norm_length == 77
 
 
 WRONG = [
@@ -310,8 +314,7 @@ WRONG = [
 @pytest.mark.parametrize("method, options, words", WRONG, ids=[" ".join([m, *o]) for m, o, _ in WRONG])
 def test_settings_that_are_refused(method, options, words):
     with pytest.raises(UserError, match=re.escape(words)):
-        config = resolve(method, OnlineConfig(**options))
-        resolve_loss(method, config)
+        make_method(method, OnlineConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -397,7 +400,7 @@ def test_errors_are_one_line_with_exit_code_2(command, capsys, monkeypatch, tmp_
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", of_kind(OnlineConfig))
 def test_help_shows_the_methods_own_settings(method, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["train", method, "--help"])

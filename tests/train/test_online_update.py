@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny import make_model
 
 from fastalign.train import OnlineConfig, train_online
-from fastalign.train import online as run
+from fastalign.train.methods.policy_gradient import PolicyGradient
 from fastalign.train.models.heads import ValueHead
 from fastalign.train.optimise import Optimizer
 from fastalign.train.sampling import rollout
@@ -42,7 +42,7 @@ def first_update(tmp_path, monkeypatch, tokenizer):
             raise Stop
 
         monkeypatch.setattr(rollout.Sampler, "__call__", remember)
-        monkeypatch.setattr(run, "_value_head", lambda *arguments: head)
+        monkeypatch.setattr(PolicyGradient, "_value_head", lambda *arguments: head)
         monkeypatch.setattr(Optimizer, "update", stop)
         config = OnlineConfig(
             output=str(tmp_path / "out"), ref_model=str(tmp_path / "reference"), batch_size=4, minibatches=1, tokens_per_batch=70, max_new_tokens=6,

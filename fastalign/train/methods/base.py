@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 
 import fastalign
-from fastalign.train.config import TrainConfig, check_kind, check_settings
+from fastalign.train.config import RunConfig, TrainConfig, check_settings
 from fastalign.train.data.examples import Batch, pack_examples
 from fastalign.train.data.formats import Format
 from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
-from fastalign.train.methods import METHODS
+from fastalign.train.methods import METHODS, check_kind
 from fastalign.train.metrics import Metrics
 from fastalign.train.models import packed as models
 
@@ -61,24 +61,48 @@ def join(parts: Sequence[Scored]) -> Scored:
     return Scored(examples, packed, policy, fixed)
 
 
-class Method:
-    """Base of the methods.
+class Learner:
+    """What every method is, whatever it learns from.
 
-    `config` is the configuration with the method's own defaults filled in. `joint`: the loss must see all examples of a step at once,
+    `config` is the configuration with the method's own defaults filled in."""
+
+    name: ClassVar[str]
+    config: RunConfig
+
+    def load_model(self, directory: str, *, trust_remote_code: bool) -> torch.nn.Module:
+        return models.load_model(directory, trust_remote_code=trust_remote_code)
+
+    def make_lm(self, model: torch.nn.Module, tokenizer: Any, **options: Any) -> tuple[models.PackedModel, Any]:
+        """(the model on packed sequences, the tokenizer that is saved with it). `options`: of `PackedModel`."""
+        return models.PackedCausalLM(model, **options), tokenizer
+
+    def modules(self) -> Mapping[str, torch.nn.Module]:
+        """What is trained besides the model, by name."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method remembers between steps: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Method(Learner):
+    """Base of the methods that learn from a data file.
+
+    `joint`: the loss must see all examples of a step at once,
     because it sorts them or takes statistics over them; otherwise it is a sum over batches with `constants` as the denominators.
     """
 
-    name: ClassVar[str]
     format: ClassVar[Format]
     default_loss: ClassVar[str]
     needs_reference = True
     exact_kl = False  # the loss compares whole distributions: the reference model must have the policy's vocabulary
     joint = False
-    lengths: models.Lengths | None = None  # of sequences and packs; set when the data is known
     max_length: int | None = None  # longest sequence, in tokens; set when the model is known
 
     def __init__(self, config: TrainConfig, *, logprob_fn: LogprobFn | None = None):
-        check_kind("train", self.name, config, TrainConfig, ("train_online", "OnlineConfig", ()))
+        check_kind(self.name, config, TrainConfig)
         check_settings(config, METHODS[self.name].settings, f"fastalign train {self.name}")
         self.config = dataclasses.replace(config, loss=config.loss or self.default_loss)
         self.outputs = ("logprob", *(TOKEN_METRICS if config.token_metrics else ()))
@@ -101,27 +125,8 @@ class Method:
         """The most tokens of a sequence that the reference is given."""
         return max(example.longest() for example in (*train, *evaluation))
 
-    def load_model(self, directory: str, *, trust_remote_code: bool) -> torch.nn.Module:
-        return models.load_model(directory, trust_remote_code=trust_remote_code)
-
-    def make_lm(self, model: torch.nn.Module, tokenizer: Any) -> tuple[models.PackedModel, Any]:
-        """(the model on packed sequences, the tokenizer that is saved with it)."""
-        config = self.config
-        options = {"attention": config.attention, "dtype": config.dtype, "device": config.device, "lengths": self.lengths}
-        return models.PackedCausalLM(model, **options), tokenizer
-
     def start(self, lm: models.PackedModel) -> None:
         """Make what is trained besides the model."""
-
-    def modules(self) -> dict[str, torch.nn.Module]:
-        """What is trained besides the model, by name."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the method remembers between steps: tensors and plain values."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def labels(self, packed: fastalign.PackedBatch) -> torch.Tensor:
         """Which tokens the policy's log-probs are taken of."""

@@ -9,43 +9,50 @@ from typing import Any
 
 import torch
 
-from fastalign.train.config import RunConfig, TrainConfig
+from fastalign.train.config import LossConfig, TrainConfig
 from fastalign.train.data.examples import pack_examples
 from fastalign.train.data.tokenise import TokenExample, token_pair
 from fastalign.train.errors import UserError
 from fastalign.train.methods.base import Split
 from fastalign.train.methods.dpo import PreferenceMethod
-from fastalign.train.methods.online_task import OnlineTask
+from fastalign.train.methods.online import OnlineMethod
 from fastalign.train.metrics import MetricSums
 from fastalign.train.models.reference import LiveReference
 from fastalign.train.offline import accumulate
 from fastalign.train.online_config import OnlineConfig
 from fastalign.train.optimise import Optimizer, learning_rate
+from fastalign.train.sampling.actor import Actor
 from fastalign.train.sampling.advantages import final_scores, shaped_rewards
+from fastalign.train.sampling.rewards import Reward
 from fastalign.train.sampling.rollout import Rollout
 
 
 def make_learner(config: OnlineConfig) -> PreferenceMethod:
     """DPO, or what --loss names, on pairs of samples. Raises `UserError` for a loss that such pairs cannot serve."""
-    common = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
-    learner = PreferenceMethod(TrainConfig(**common, ref_model=config.ref_model, loss=config.loss, loss_options=config.loss_options))
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(LossConfig)}
+    learner = PreferenceMethod(TrainConfig(**shared))
     if learner.format.required:
         raise UserError(f"--loss {config.loss} needs columns ({', '.join(learner.format.required)}) that pairs of samples do not have")
     return learner
 
 
-class OnlineDPOTask(OnlineTask):
+class OnlineDPO(OnlineMethod):
     """Sample, score, pair the best with the worst response to each prompt, and take one step of a preference loss on the pairs.
 
     Prompts whose responses score the same give no pair. Responses that cannot be scored are left out. The loss takes log-probs at
     temperature 1."""
 
-    excludes_unscored = True
+    name, compares_samples, needs_reference = "online_dpo", True, True
 
-    def __init__(self, method: str, config: OnlineConfig, *parts: Any):
-        super().__init__(method, config, *parts)
-        self.learner = make_learner(config)
-        self.learner.start(self.actor.lm)
+    def __init__(self, config: OnlineConfig, **options: Any):
+        super().__init__(config, **options)
+        self.learner = make_learner(self.config)
+
+    def start(self, actor: Actor, reward: Reward, directory: str | None) -> None:
+        self.learner.start(actor.lm)
+
+    def begin(self, *parts: Any) -> None:
+        super().begin(*parts)
         self.reference = LiveReference(self.actor.reference, self.learner.token_stats) if self.learner.needs_reference else None
 
     def modules(self) -> dict[str, torch.nn.Module]:

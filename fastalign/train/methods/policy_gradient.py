@@ -1,4 +1,4 @@
-"""PPO, GRPO, RLOO and REINFORCE++: several updates of a policy-gradient loss on the responses of a step."""
+"""What PPO, GRPO, RLOO and REINFORCE++ share: several updates of a policy-gradient loss on the responses of a step."""
 
 from __future__ import annotations
 
@@ -13,44 +13,22 @@ from torch import Tensor
 import fastalign
 from fastalign.train.config import check_booleans
 from fastalign.train.data.examples import Batch, fingerprint, pack_examples
-from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
 from fastalign.train.methods.base import Scored
-from fastalign.train.methods.online_task import OnlineTask, split_evenly
+from fastalign.train.methods.online import OnlineMethod, split_evenly
 from fastalign.train.metrics import MetricSums
+from fastalign.train.models.heads import ValueHead
+from fastalign.train.models.packed import PackedCausalLM
+from fastalign.train.models.scorer import score_head
 from fastalign.train.online_config import OnlineConfig
 from fastalign.train.optimise import Optimizer, learning_rate
-from fastalign.train.sampling.advantages import Estimate, estimate
+from fastalign.train.sampling.actor import Actor
+from fastalign.train.sampling.advantages import ESTIMATORS, Estimate, estimate
+from fastalign.train.sampling.rewards import ModelReward, Reward
 from fastalign.train.sampling.rollout import Rollout
 
 # Fields of a policy preset that have settings of their own.
 _OWN_FLAGS = {"kl_coef": "--kl-coef", "kl_kind": "--kl-kind", "entropy_coef": "--entropy-coef"}
-
-
-def resolve_loss(method: str, config: OnlineConfig) -> fastalign.PolicyPreset:
-    """The preset that --loss and --set name. Raises `UserError` that lists the legal names, or says why the trainer cannot serve it."""
-    for name, flag in _OWN_FLAGS.items():
-        if name in config.loss_options:
-            raise UserError(f"--set {name} is given by {flag} here")
-    for name in ("kl_clamp", "kl_bias_correction"):
-        if name in config.loss_options and not (config.kl_coef and config.kl_in == "loss"):
-            raise UserError(f"--set {name} has no effect: it is of the KL in the loss (--kl-in loss and --kl-coef above 0)")
-    options = {"entropy_coef": config.entropy_coef} | ({"kl_kind": config.kl_kind} if config.kl_in == "loss" else {})
-    try:
-        check_booleans(config.loss_options, fastalign.policy_losses.PolicyPreset)
-        preset, _ = fastalign.policy_losses.resolve(config.loss, {**config.loss_options, **options})
-        if preset.aggregation == "seq_mean_token_sum_norm" and preset.norm_length is None:
-            preset = preset.replace(norm_length=config.max_new_tokens)
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
-    if preset.is_mode is not None:
-        raise UserError("--set is_mode corrects for a sampler with other weights, and this trainer samples from the policy itself")
-    if preset.needs_sequence_values and method in ("ppo", "reinforce_pp"):
-        fitting = [name for name, p in fastalign.policy_losses.PRESETS.items() if not p.needs_sequence_values]
-        raise UserError(
-            f"--loss {config.loss} takes one advantage per response, and {method} has one per token; legal: {', '.join(fitting)}"
-        )
-    return preset
 
 
 @dataclass
@@ -65,18 +43,75 @@ class Part:
     sequences: int
 
 
-class PolicyGradientTask(OnlineTask):
+class PolicyGradient(OnlineMethod):
     """Sample, score, estimate advantages over the whole step, then `rollout_epochs` passes of `minibatches` updates each.
+    A subclass names its `estimator`, a row of `ESTIMATORS`.
 
     The responses are dealt to minibatches and packs once per step; the old log-probs come from these very packs, so that the first update
     of a step sees ratios of exactly 1."""
 
-    def __init__(self, method: str, config: OnlineConfig, *parts: Any, texts: Sequence[TokenExample] = ()):
-        super().__init__(method, config, *parts)
-        self.preset, self.texts, self.excludes_unscored = resolve_loss(method, config), texts, method in ("grpo", "rloo")
-        self.data = fingerprint(self.train, self.evaluation, texts)
-        target = config.kl_target
-        self.controller = None if target is None else fastalign.AdaptiveKLController(config.kl_coef, target, config.kl_horizon)
+    estimator: str
+
+    def __init__(self, config: OnlineConfig, **options: Any):
+        super().__init__(config, **options)
+        self.preset, target = self._resolve_loss(), config.kl_target
+        self.controller = None if target is None else fastalign.AdaptiveKLController(self.config.kl_coef, target, config.kl_horizon)
+
+    @property
+    def compares_samples(self) -> bool:
+        return not ESTIMATORS[self.estimator].per_token
+
+    def _resolve_loss(self) -> fastalign.PolicyPreset:
+        """The preset that --loss and --set name. Raises `UserError` that lists the legal names, or says why the trainer
+        cannot serve it."""
+        config = self.config
+        for name, flag in _OWN_FLAGS.items():
+            if name in config.loss_options:
+                raise UserError(f"--set {name} is given by {flag} here")
+        for name in ("kl_clamp", "kl_bias_correction"):
+            if name in config.loss_options and not (config.kl_coef and config.kl_in == "loss"):
+                raise UserError(f"--set {name} has no effect: it is of the KL in the loss (--kl-in loss and --kl-coef above 0)")
+        options = {"entropy_coef": config.entropy_coef} | ({"kl_kind": config.kl_kind} if config.kl_in == "loss" else {})
+        try:
+            check_booleans(config.loss_options, fastalign.policy_losses.PolicyPreset)
+            preset, _ = fastalign.policy_losses.resolve(config.loss, {**config.loss_options, **options})
+            if preset.aggregation == "seq_mean_token_sum_norm" and preset.norm_length is None:
+                preset = preset.replace(norm_length=config.max_new_tokens)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from None
+        if preset.is_mode is not None:
+            raise UserError("--set is_mode corrects for a sampler with other weights, and this trainer samples from the policy itself")
+        if preset.needs_sequence_values and not self.compares_samples:
+            fitting = [name for name, p in fastalign.policy_losses.PRESETS.items() if not p.needs_sequence_values]
+            raise UserError(
+                f"--loss {config.loss} takes one advantage per response, and {self.name} has one per token; legal: {', '.join(fitting)}"
+            )
+        return preset
+
+    def start(self, actor: Actor, reward: Reward, directory: str | None) -> None:
+        if ESTIMATORS[self.estimator].reads_values:
+            actor.value_head = self._value_head(actor.lm, reward, directory)
+
+    def _value_head(self, lm: PackedCausalLM, reward: Reward, directory: str | None) -> ValueHead:
+        """The value head that an earlier run of this method left beside the model in `directory`; else a new one: that of
+        the reward model where its hidden states have the policy's size, or zeros."""
+        size = lm.model.get_output_embeddings().weight.shape[1]
+        head = ValueHead(size).to(lm.device)
+        if directory is not None and head.load_beside(directory, method=self.name):
+            print(f"value head: that of the {self.name.upper()} run in {directory}")
+            return head
+        source = score_head(reward.scorer.model) if isinstance(reward, ModelReward) else None
+        if source is not None and source.weight.shape == head.linear.weight.shape:
+            with torch.no_grad():
+                head.linear.weight.copy_(source.weight)
+                if source.bias is not None:
+                    head.linear.bias.copy_(source.bias)
+            print("value head: that of the reward model")
+        return head
+
+    def begin(self, *parts: Any) -> None:
+        super().begin(*parts)
+        self.data = fingerprint(self.train, self.evaluation, self.texts)
 
     def modules(self) -> Mapping[str, torch.nn.Module]:
         return {} if self.actor.value_head is None else {"value_head": self.actor.value_head}
@@ -98,7 +133,7 @@ class PolicyGradientTask(OnlineTask):
         dealt = split_evenly(draw.sample(range(len(rollouts)), len(rollouts)), config.minibatches)
         minibatches = [pack_examples(examples, chosen, config.tokens_per_batch) for chosen in dealt]
         seen, order = self.look(rollouts, minibatches)
-        found = estimate(self.method, config, self.rewarded(rollouts, scores, seen, order), self.kl_coef())
+        found = estimate(self.estimator, config, self.rewarded(rollouts, scores, seen, order), self.kl_coef())
         parts, sums, updates = _cut(found, seen, minibatches), MetricSums(), 0
         sums.add(found.metrics)
         for chosen in self._turns(len(parts), draw):

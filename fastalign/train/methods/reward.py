@@ -70,10 +70,8 @@ class Reward(Method):
     def load_model(self, directory: str, *, trust_remote_code: bool) -> torch.nn.Module:
         return load_scorer(directory, seed=self.config.seed, trust_remote_code=trust_remote_code)
 
-    def make_lm(self, model: torch.nn.Module, tokenizer: Any) -> tuple[models.PackedModel, Any]:
-        config = self.config
+    def make_lm(self, model: torch.nn.Module, tokenizer: Any, **options: Any) -> tuple[models.PackedModel, Any]:
         tokenizer = with_padding(model, tokenizer)
-        options = {"attention": config.attention, "dtype": config.dtype, "device": config.device, "lengths": self.lengths}
         return PackedScorer(model, **options), tokenizer
 
     def constants(self, lm: Any, split: Split, indices: Sequence[int]) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,29 +43,44 @@ class Estimate:
     per_token: bool = True
 
 
-def estimate(method: str, config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor) -> Estimate:
-    """The advantages of a step by the method of this name. `kl_coef` is the coefficient of the moment."""
+class Estimator(NamedTuple):
+    """A way from rewards to advantages. `advantages`: (settings, step, rewards per token [T], metrics of the rewards) ->
+    `Estimate`. `per_token`: one advantage per token, else one per response, relative to the others for the same prompt.
+    `reads_values`: of a value head."""
+
+    advantages: Callable[[OnlineConfig, Rewarded, Tensor, Metrics], Estimate]
+    per_token: bool
+    reads_values: bool = False
+
+
+def estimate(estimator: str, config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor) -> Estimate:
+    """The advantages of a step by this row of `ESTIMATORS`. `kl_coef` is the coefficient of the moment."""
     rewards, metrics = shaped_rewards(config, step, kl_coef)
-    packed, per_token = step.seen.packed, method in ("ppo", "reinforce_pp")
-    if not per_token:
-        return _within_groups(method, config, step, rewards, metrics)
-    if method == "reinforce_pp" and config.samples_per_prompt > 1:  # REINFORCE++-baseline: less the mean score of the prompt's responses
-        scores = final_scores(config, step)
-        means = scores - fastalign.group_advantages(scores, step.groups, kind="dr_grpo").advantages
-        rewards = rewards - fastalign.shape_rewards(means, packed.cu_seqlens, mask=packed.mask)
-    if config.whiten_rewards:
-        rewards = _over_deviation(rewards, packed.mask)
-    if method == "reinforce_pp":
-        returns = fastalign.returns_to_go(rewards, packed.cu_seqlens, mask=packed.mask, gamma=config.gamma)
-        return Estimate(fastalign.whiten(returns, packed.mask), packed.mask, metrics)
-    values = step.seen.policy["value"]
-    bootstrap = None
+    return ESTIMATORS[estimator].advantages(config, step, rewards, metrics)
+
+
+def _gae(config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics) -> Estimate:
+    """Generalised advantage estimation on the value head, whitened (Schulman et al. 2016, arXiv 1506.02438)."""
+    packed, values = step.seen.packed, step.seen.policy["value"]
+    rewards, bootstrap = _whitened(config, rewards, packed.mask), None
     if config.bootstrap_truncated:
         bootstrap = torch.where(step.finished, 0.0, values[packed.cu_seqlens[1:].long() - 1])
     gae = fastalign.gae(rewards, values, packed.cu_seqlens, mask=packed.mask, bootstrap=bootstrap, gamma=config.gamma, lam=config.lam)
     returns, errors = (variance_of(x, packed.mask) for x in (gae.returns, gae.returns - values))
     metrics = {**metrics, "val/explained_variance": (1.0 - errors.m2 / returns.m2, (returns.m2 > 0).double())}
     return Estimate(fastalign.whiten(gae.advantages, packed.mask, moments=gae.moments), packed.mask, metrics, gae.returns)
+
+
+def _reinforce_pp(config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics) -> Estimate:
+    """Returns to go, whitened. With several samples per prompt their mean score goes off first (REINFORCE++-baseline)."""
+    packed = step.seen.packed
+    if config.samples_per_prompt > 1:
+        scores = final_scores(config, step)
+        means = scores - fastalign.group_advantages(scores, step.groups, kind="dr_grpo").advantages
+        rewards = rewards - fastalign.shape_rewards(means, packed.cu_seqlens, mask=packed.mask)
+    rewards = _whitened(config, rewards, packed.mask)
+    returns = fastalign.returns_to_go(rewards, packed.cu_seqlens, mask=packed.mask, gamma=config.gamma)
+    return Estimate(fastalign.whiten(returns, packed.mask), packed.mask, metrics)
 
 
 def shaped_rewards(config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor) -> tuple[Tensor, Metrics]:
@@ -111,20 +129,22 @@ def final_scores(config: OnlineConfig, step: Rewarded) -> Tensor:
     return fastalign.sequence_sum(placed, cu_seqlens, mask=mask)
 
 
-def _over_deviation(rewards: Tensor, mask: Tensor) -> Tensor:
-    """The scored rewards divided by their standard deviation; their mean is not taken off, so that no reward stays none."""
+def _whitened(config: OnlineConfig, rewards: Tensor, mask: Tensor) -> Tensor:
+    """With --whiten-rewards the scored rewards divided by their standard deviation; their mean is not taken off, so that
+    no reward stays none."""
+    if not config.whiten_rewards:
+        return rewards
     variance = variance_of(rewards, mask)
     scale = torch.where(variance.m2 > 0, torch.rsqrt(variance.m2 / (variance.count - 1.0).clamp(min=1.0)), 1.0)
     return torch.where(mask, rewards * scale.to(rewards.dtype), 0.0)
 
 
-def _within_groups(method: str, config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics) -> Estimate:
-    """One advantage per response, relative to the other responses for the same prompt. What cannot be scored is left out.
+def _within_groups(config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics, *, kind: str) -> Estimate:
+    """One advantage per response, relative to the other responses for the same prompt (`fastalign.group_advantages`). What cannot be scored is left out.
 
     Which groups teach nothing is judged by the reward's own scores, as in DAPO: penalties for length or KL would make every group differ."""
     packed = step.seen.packed
     totals = fastalign.sequence_sum(rewards, packed.cu_seqlens, mask=packed.mask)
-    kind = method if method == "rloo" else "grpo" if config.scale_rewards and config.loss != "dr_grpo" else "dr_grpo"
     group = fastalign.group_advantages(totals, step.groups, kind=kind)
     raw = fastalign.group_advantages(step.scores, step.groups, kind="dr_grpo")
     keep = raw.valid.clone()
@@ -135,3 +155,10 @@ def _within_groups(method: str, config: OnlineConfig, step: Rewarded, rewards: T
     mask = packed.mask & torch.repeat_interleave(keep, packed.cu_seqlens.diff().long(), output_size=packed.mask.numel())
     metrics = {**metrics, "frac_zero_std": (raw.frac_zero_std, 1), "frac_kept": (keep.sum(), len(keep))}
     return Estimate(group.advantages, mask, metrics, per_token=False)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": Estimator(_gae, per_token=True, reads_values=True),
+    "reinforce_pp": Estimator(_reinforce_pp, per_token=True),
+    **{kind: Estimator(partial(_within_groups, kind=kind), per_token=False) for kind in ("grpo", "dr_grpo", "rloo")},
+}

@@ -1,0 +1,124 @@
+"""What a new training method costs: one file and one row, offline and online alike. The change is made on a copy of
+the package, and the copy trains by the command line."""
+
+import filecmp
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_rows, write_jsonl
+
+PACKAGE = Path(__file__).resolve().parents[2] / "fastalign"
+TABLE = "train/methods/__init__.py"
+
+OFFLINE = '''
+"""The likelihood of the better response alone."""
+
+import fastalign
+from fastalign.train.data.formats import PREFERENCE
+from fastalign.train.methods.base import Method
+
+
+class Likelihood(Method):
+    name, format, default_loss, needs_reference = "likelihood", PREFERENCE, "nll", False
+
+    def constants(self, lm, split, indices):
+        return {"count": len(indices)}
+
+    def loss(self, scored, *, training, count):
+        packed = scored.packed
+        totals = fastalign.sequence_sum(scored.policy["logprob"], packed.cu_seqlens, mask=packed.mask)[0::2]
+        return -totals.sum() / count, {"logps/chosen": (totals.detach().sum(), totals.numel())}
+'''
+
+ONLINE = '''
+"""RAFT: the likelihood of the best sample for each prompt."""
+
+import fastalign
+from fastalign.train.data.examples import pack_examples
+from fastalign.train.methods.online import OnlineMethod
+from fastalign.train.metrics import MetricSums
+
+
+class RAFT(OnlineMethod):
+    name, compares_samples = "raft", True
+
+    def learn(self, step, rollouts, scores, optimizer):
+        groups, sums = scores.view(-1, self.config.samples_per_prompt), MetricSums()
+        best = groups.argmax(1) + self.config.samples_per_prompt * groups.new_tensor(range(len(groups))).long()
+        examples, total = [rollouts[i].example for i in best.tolist()], 0.0
+        for batch in pack_examples(examples, range(len(examples)), self.config.tokens_per_batch):
+            packed = self.actor.lm.to_device(batch.packed)
+            logprobs = fastalign.token_logprobs(self.actor.lm.logits(packed), packed.labels)
+            loss = -fastalign.sequence_sum(logprobs, packed.cu_seqlens, mask=packed.mask).sum() / len(examples)
+            loss.backward()
+            total = total + loss.detach()
+        sums.add({"loss": (total, 1), "grad_norm": (optimizer.clip(), 1), "best": (groups.amax(1).sum(), len(groups))})
+        metrics = sums.means()
+        return metrics | {"learning_rate": optimizer.update(step, metrics)}
+'''
+
+# A policy gradient of other advantages: the names of a class and of an estimator.
+GRADIENT = '''
+"""CISPO's loss on RLOO's advantages."""
+
+from fastalign.train.methods.policy_gradient import PolicyGradient
+
+
+class CispoLoo(PolicyGradient):
+    name, estimator = "cispo_loo", "rloo"
+'''
+
+ROWS = {
+    "likelihood": '''Row("the better response alone", "likelihood:Likelihood", TrainConfig, _LOSS,
+        Page("Likelihood.", "-log pi", "none", _PAIR, _offline("likelihood", "pairs")))''',
+    "raft": '''Row("the best of several samples", "raft:RAFT", OnlineConfig, (*_REWARD, *_SAMPLING),
+        Page("RAFT.", "-log pi(y_best|x)", "arXiv 2304.06767", _PROMPT, _online("raft")), {"samples_per_prompt": 4})''',
+    "cispo_loo": '''Row("CISPO with RLOO's advantages", "cispo_loo:CispoLoo", OnlineConfig, (*_GRADIENT, *_GROUPS),
+        Page("CISPO with RLOO's advantages.", "-stop[rho] A lp", "none", _PROMPT, _online("cispo_loo")),
+        _ONCE | {"loss": "cispo", "samples_per_prompt": 2, "kl_coef": 0.1, "kl_in": "reward", "kl_kind": "k1"})''',
+}  # fmt: skip
+
+
+def changed(copy):
+    """The files of a copy that are new, or differ from the package's."""
+    files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    before = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
+    return {name for name in files if name not in before or not filecmp.cmp(copy / name, PACKAGE / name, shallow=False)}
+
+
+@pytest.mark.parametrize(
+    "method, source, metric",
+    [("likelihood", OFFLINE, "logps/chosen"), ("raft", ONLINE, "best"), ("cispo_loo", GRADIENT, "frac_kept")],
+)
+def test_a_method_is_one_file_and_one_row(method, source, metric, tmp_path, model_dir):
+    copy = tmp_path / "fastalign"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "train" / "methods" / f"{method}.py").write_text(source)
+    table = (copy / TABLE).read_text()
+    start = "METHODS: dict[str, Row] = {\n"
+    (copy / TABLE).write_text(table.replace(start, f'{start}    "{method}": {ROWS[method]},\n'))
+    assert changed(copy) == {TABLE, f"train/methods/{method}.py"}
+
+    data = [{"prompt": row["prompt"]} for row in make_rows(4)] if "Online" in ROWS[method] else make_rows(4)
+    write_jsonl(tmp_path / "data.jsonl", data)
+    (tmp_path / "rewards.py").write_text("def length(completions):\n    return [float(len(c)) for c in completions]\n")
+    own = ["--reward", "rewards:length", "--max-new-tokens", "4"] if "Online" in ROWS[method] else []
+    words = ["train", method, "--model", model_dir, "--data", "data.jsonl", "--output", "out", "--max-steps", 1, *own]
+
+    def fastalign(*words):
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "fastalign", *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert f"  command  fastalign train {method} --model" in fastalign("train", method, "--help")
+    fastalign(*words, "--no-tensorboard", "--no-progress", "--device", "cpu")
+    record = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["step"] == 1 and metric in record and record["loss"] == record["loss"] and record["grad_norm"] > 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
