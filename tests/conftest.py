@@ -14,6 +14,7 @@ if ffi.TRITON_INTERPRETED:
 
     fast_interpreter.install()
 
+pytest.register_assert_rewrite("checks")  # so that a failed check says what it compared
 pytest_plugins = ("cuda_emu.plugin",)  # the `emulator` fixture: backend "cuda" on CPU tensors
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import calls
 
 from fastalign.runtime import op
 from fastalign.runtime.op import OPS
@@ -174,10 +174,7 @@ def test_gpu_tests_refuse_to_run_without_a_device():
 
 
 def test_calls_of_the_gpu_checks_reach_every_op(monkeypatch):
-    """Tests on a device and the sanitizer run what tests/gpu/calls.py lists: a new op must be among it."""
-    spec = importlib.util.spec_from_file_location("calls", ROOT / "tests" / "gpu" / "calls.py")
-    calls = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(calls)
+    """Tests on a device and the sanitizer run what tests/checks/calls.py lists: a new op must be among it."""
     reached, select = set(), op.Op.select
     monkeypatch.setattr(op.Op, "select", lambda op, *call: (reached.add(op.name), select(op, *call))[1])
     listed = calls.public_calls("cpu", rows=3, vocab=37, dtype=torch.float32, pairs=2)

@@ -7,40 +7,26 @@ import math
 
 import pytest
 import torch
-from row_calls import rows_of
+from checks.rows import (
+    ALL,
+    DIFFERENTIABLE,
+    check_accuracy_fp32,
+    check_bad_rows_stay_alone,
+    check_masked_rows_are_zeros,
+    check_minus_inf_logits,
+    check_rows,
+    check_scale_softcap_temperature,
+    check_several_labels,
+    check_shards_merge,
+    check_top1_is_argmax,
+)
 
 import fastalign as fa
 from fastalign.runtime.backends import BackendError
 from fastalign.testing import assert_close, gradient, gradient_scale, make_labels, make_logits, token_stats_truth
 
-ALL = ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1")
-DIFFERENTIABLE = ("logprob", "entropy", "logsumexp")
 VOCABS = (1, 2, 3, 127, 128, 129, 1000, 5003)
 LARGE_VOCABS = (32000, 50257, 129920, 151936, 262144, 262145)
-
-
-def check(logits, labels, names=ALL, **options):
-    """Forward and backward of each output against fp64 truth, with plain PyTorch in fp32 as the yardstick. Of fp64 the truth is no better than
-    what is tested; there the yardstick is the truth itself with the vocabulary in reverse, whose sums round otherwise."""
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    mine, true, plain = (logits.detach().clone().requires_grad_() for _ in range(3))
-    stats = fa.token_stats(mine, labels, outputs=names, **options)
-    truth = token_stats_truth(true, labels, **options)
-    turned, places = (plain.flip(-1), labels.new_tensor(plain.shape[-1] - 1) - labels) if acc == torch.float64 else (plain, labels)
-    base = token_stats_truth(turned, places.where(labels >= 0, labels), dtype=acc, **options)
-    for name in names:
-        got = getattr(stats, name)
-        assert got.dtype == acc
-        assert_close(got, truth[name], base[name], what=name)
-    weights = torch.linspace(-1.0, 1.5, labels.numel(), device=logits.device).view(labels.shape)
-    for name in set(names) & set(DIFFERENTIABLE):
-        got = torch.autograd.grad(getattr(stats, name), mine, weights.to(acc), retain_graph=True)[0]
-        assert got.dtype == logits.dtype and got.shape == logits.shape
-        want = torch.autograd.grad(truth[name], true, weights.double(), retain_graph=True)[0]
-        yard = torch.autograd.grad(base[name], plain, weights.to(acc), retain_graph=True)[0]
-        scale = weights.abs().double().unsqueeze(-1) * gradient_scale(logits.detach(), labels, name, **options)
-        assert_close(got, want, yard, what=f"gradient of {name}", scale=scale)
-    return stats
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------------------------
@@ -49,10 +35,7 @@ def check(logits, labels, names=ALL, **options):
 @pytest.mark.parametrize("kind", ["normal", "peaked", "flat", "offset"])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_accuracy_fp32(backend, device, vocab, kind):  # rows 5-9
-    labels = make_labels(5, vocab, ignored=0.2, device=device)
-    stats = check(make_logits(5, vocab, device=device, kind=kind), labels)
-    assert bool((stats.logprob <= 0).all()) and bool((stats.entropy >= 0).all())
-    assert float(stats.entropy.detach().max()) <= math.log(vocab) * (1 + 4e-7) + 2e-7
+    check_accuracy_fp32(device, vocab, kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -63,7 +46,7 @@ def test_accuracy_other_dtypes(backend, device, row_dtypes, vocab, dtype):  # ro
         with pytest.raises(BackendError, match="float64"):
             fa.token_logprobs(logits, labels)
         return
-    check(logits, labels)
+    check_rows(logits, labels)
 
 
 @pytest.mark.parametrize("vocab", LARGE_VOCABS)
@@ -71,7 +54,7 @@ def test_accuracy_large_vocabularies(backend, device, slow_backend, vocab):  # r
     if slow_backend:
         vocab = vocab // 32 + vocab % 2
     for dtype, kind in ((torch.bfloat16, "normal"), (torch.float32, "peaked")):
-        check(make_logits(2, vocab, dtype=dtype, device=device, kind=kind), make_labels(2, vocab, device=device))
+        check_rows(make_logits(2, vocab, dtype=dtype, device=device, kind=kind), make_labels(2, vocab, device=device))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e2, -1e4, 1e4, 1e6, -1e6])
@@ -93,12 +76,7 @@ def test_common_offset_cancels(backend, device, offset):  # row 9, E6
     "scale,cap,temperature", [(1.0, 30.0, 1.0), (0.5, 5.0, 0.6), (3.0, None, 2.0), (0.0625, 2.0, 1e-2), (1.0, None, 1e-2)]
 )
 def test_scale_softcap_temperature(backend, device, scale, cap, temperature):  # rows 15, 16; E17, E18
-    x, labels = make_logits(4, 300, device=device) * 4, make_labels(4, 300, device=device)
-    names = tuple(n for n in ALL if n != "is_top1")  # capping may create ties, and argmax then depends on rounding
-    check(x, labels, names, logit_scale=scale, softcap=cap, temperature=temperature)
-    tensor = torch.tensor(temperature, device=device)
-    by_tensor = fa.token_logprobs(x, labels, logit_scale=scale, softcap=cap, temperature=tensor)
-    assert torch.equal(by_tensor, fa.token_logprobs(x, labels, logit_scale=scale, softcap=cap, temperature=temperature))
+    check_scale_softcap_temperature(device, scale, cap, temperature)
 
 
 def test_softcap_of_huge_logits(backend, device):  # row 15
@@ -118,7 +96,7 @@ def test_softcap_of_huge_logits(backend, device):  # row 15
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7, "logit_scale": 1.3}])
 def test_gradcheck(backend, device, row_dtypes, names, options):  # row 40, E19
     if torch.float64 not in row_dtypes:
-        check(make_logits(4, 37, device=device), make_labels(4, 37, ignored=0.3, device=device), names, **options)
+        check_rows(make_logits(4, 37, device=device), make_labels(4, 37, ignored=0.3, device=device), names, **options)
         return
     x = make_logits(4, 37, dtype=torch.float64, device=device).requires_grad_()
     labels = make_labels(4, 37, ignored=0.3, device=device)
@@ -200,24 +178,7 @@ def test_grad_modes(backend, device):  # row 41, F3
 
 @pytest.mark.parametrize("how", ["labels", "mask"])
 def test_masked_rows_are_exact_zeros_whatever_they_hold(backend, device, how):  # rows 2, 4; J5
-    x = make_logits(6, 300, device=device)
-    labels = make_labels(6, 300, device=device)
-    keep = torch.tensor([True, False, True, False, False, True], device=device)
-    dirty = x.clone()
-    dirty[1], dirty[3], dirty[4] = math.nan, math.inf, -math.inf
-    options = {"mask": keep} if how == "mask" else {}
-    masked_labels = labels if how == "mask" else torch.where(keep, labels, -100)
-    results = []
-    for logits in (x, dirty):
-        logits = logits.clone().requires_grad_()
-        stats = fa.token_stats(logits, masked_labels, outputs=ALL, **options)
-        for name in ALL:
-            assert bool((getattr(stats, name)[~keep] == 0).all()), name
-        g = gradient(stats.logprob.sum() + stats.entropy.sum() + stats.logsumexp.sum(), logits)
-        assert bool((g[~keep] == 0).all())
-        results.append([getattr(stats, n) for n in ALL] + [g[keep]])
-    for clean, soiled in zip(*results):
-        assert torch.equal(clean, soiled)
+    check_masked_rows_are_zeros(device, how)
 
 
 def test_masked_rows_may_hold_any_label(backend, device):
@@ -229,16 +190,7 @@ def test_masked_rows_may_hold_any_label(backend, device):
 
 @pytest.mark.parametrize("vocab", [9, 600, 5003])
 def test_minus_inf_logits(backend, device, vocab):  # row 10, E16
-    x = make_logits(4, vocab, device=device)
-    x[0, : vocab - 2] = -math.inf  # a prefix longer than any tile
-    x[1, 2:] = -math.inf
-    x[2, ::2] = -math.inf
-    labels = torch.tensor([vocab - 1, 0, 1, 3], device=device)
-    check(x, labels)
-    logits = x.clone().requires_grad_()
-    stats = fa.token_stats(logits, labels, outputs=("logprob", "entropy"))
-    g = gradient(stats.logprob.sum() + stats.entropy.sum(), logits)
-    assert bool((g[torch.isneginf(x)] == 0).all()) and bool(torch.isfinite(g).all())
+    check_minus_inf_logits(device, vocab)
 
 
 def test_label_on_a_minus_inf_logit(backend, device):  # row 11
@@ -253,22 +205,7 @@ def test_label_on_a_minus_inf_logit(backend, device):  # row 11
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "all -inf"])
 @pytest.mark.parametrize("vocab", [5, 700])
 def test_bad_rows_stay_alone(backend, device, vocab, bad):  # rows 12, 13
-    x = make_logits(3, vocab, device=device)
-    labels = make_labels(3, vocab, device=device)
-    clean = fa.token_stats(x, labels, outputs=ALL)
-    dirty = x.clone()
-    if bad == "all -inf":
-        dirty[1] = -math.inf
-    else:
-        dirty[1, vocab // 2] = bad
-    dirty.requires_grad_()
-    stats = fa.token_stats(dirty, labels, outputs=ALL)
-    for name in ("logprob", "entropy", "log_sum_sq_probs"):
-        assert math.isnan(float(getattr(stats, name)[1])), name
-    for name in ALL:
-        assert torch.equal(getattr(stats, name)[[0, 2]], getattr(clean, name)[[0, 2]]), name
-    g = gradient(stats.logprob.sum() + stats.entropy.sum(), dirty)
-    assert bool(torch.isnan(g[1]).all()) and bool(torch.isfinite(g[[0, 2]]).all())
+    check_bad_rows_stay_alone(device, vocab, bad)
 
 
 def test_extreme_peak(backend, device):  # row 7
@@ -302,11 +239,7 @@ def test_no_rows(backend, device):  # row 1, G8
 
 
 def test_top1_is_argmax(backend, device):
-    x = torch.randint(-3, 4, (40, 61), generator=torch.Generator().manual_seed(3)).to(device, torch.bfloat16)  # full of ties
-    for labels in (x.float().argmax(-1), make_labels(40, 61, device=device)):
-        got = fa.token_stats(x, labels, outputs=("is_top1",)).is_top1
-        # argmax on the CPU returns the first maximum
-        assert torch.equal(got, (x.float().cpu().argmax(-1).to(device) == labels).float())
+    check_top1_is_argmax(device)
 
 
 @pytest.mark.parametrize("with_ref", [False, True])
@@ -384,16 +317,7 @@ def test_batch_invariance_and_alignment(backend, device, vocab, dtype):  # rows 
 
 
 def test_topk_index(backend, device):  # A9
-    x = make_logits(5, 80, device=device).requires_grad_()
-    index = torch.randint(80, (5, 3), generator=torch.Generator().manual_seed(1)).to(device)
-    index[2] = index[2, 0]  # duplicates add up
-    weights = torch.randn(5, 3, device=device)
-    got = fa.selective_log_softmax(x, index)
-    want = torch.log_softmax(x.double(), -1).gather(-1, index)
-    assert_close(got, want, torch.log_softmax(x, -1).gather(-1, index))
-    assert_close(gradient((got * weights).sum(), x), gradient((want * weights).sum(), x), scale=4.0)
-    with pytest.raises(IndexError) if device == "cpu" else pytest.raises(AssertionError):
-        assert bool(torch.isfinite(fa.selective_log_softmax(x, torch.full((5,), -100, device=device))).all())
+    check_several_labels(device)
 
 
 def test_one_label_given_as_a_list_of_one_keeps_its_dim(backend, device):
@@ -435,22 +359,7 @@ def test_label_out_of_range(backend, device):  # row 14, F6
 
 @pytest.mark.parametrize("cuts", [(30,), (1, 2, 3), (16, 64, 80)])
 def test_vocabulary_shards_merge(backend, device, cuts):  # row 43 for one rank: the row state is a monoid
-    from fastalign.ops.token_stats.contract import OUTPUT_BITS, TokenStatsFwd
-    from fastalign.ops.token_stats.op import token_stats_fwd
-
-    vocab, rows = 97, 5
-    x = make_logits(rows, vocab, device=device)
-    x[0, : cuts[0]] = -math.inf
-    labels = torch.tensor([[vocab - 1], [cuts[0] - 1], [cuts[0]], [0], [-100]], device=device)
-    bits = sum(OUTPUT_BITS[name] for name in ALL)
-    whole = token_stats_fwd(TokenStatsFwd(rows_of(x, labels), bits, None, None))
-    state = target = None
-    edges = [0, *cuts, vocab]
-    for lo, hi in zip(edges, edges[1:]):
-        part = rows_of(x[:, lo:hi].contiguous(), labels, start=lo, total=vocab)
-        *outputs, state, target = token_stats_fwd(TokenStatsFwd(part, bits, state, target))
-    for name, got, want in zip(ALL, outputs, whole):
-        assert_close(got, want.double(), what=name)
+    check_shards_merge(device, cuts)
 
 
 def test_no_vocabulary_sized_temporary(backend, device):  # A1: only kernels; the reference is the plain computation

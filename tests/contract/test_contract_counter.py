@@ -8,33 +8,10 @@ import math
 
 import pytest
 import torch
+from checks.calls import WITH_A_LAST_BLOCK, calls_with_a_last_block
+from checks.compare import same
 
-import fastalign as fa
 from fastalign.runtime import ffi
-from fastalign.testing import make_batch
-
-
-def calls(device):
-    """One forward and backward of every op that has a last block, on inputs that stay; each returns its results."""
-    batch = make_batch(3, device=device)
-    lp, ref = batch.logprobs.clone().requires_grad_(), batch.ref_logprobs
-    cu, mask = batch.packed.cu_seqlens, batch.packed.mask
-    one, scores = torch.ones((), device=device), torch.arange(6, device=device)
-    offsets = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
-
-    def with_gradient(out):
-        return out.loss.detach(), *torch.autograd.grad(out.loss, lp, one)
-
-    return {
-        "preference": lambda: with_gradient(fa.preference_loss(lp, ref, cu, mask=mask)),
-        "listwise": lambda: with_gradient(fa.listwise_loss(lp, ref, cu, offsets, scores, mask=mask)),
-        "policy": lambda: with_gradient(fa.policy_loss(lp, ref, ref, mask=mask)),
-        "value": lambda: with_gradient(fa.value_loss(lp, ref, ref, mask=mask)),
-        "gae": lambda: tuple(fa.gae(lp, ref, cu, mask=mask)),
-    }
-
-
-NAMES = ("preference", "listwise", "policy", "value", "gae")
 
 
 def watch(monkeypatch):
@@ -49,15 +26,11 @@ def watch(monkeypatch):
     return words
 
 
-def same(results, wanted):
-    return all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_A_LAST_BLOCK)
 def test_what_stopped_in_the_middle_leaves_nothing_behind(backend, device, name, monkeypatch):
     """A launch that does not come to its end (a capture that is never replayed, a graph on another stream at the same time) leaves its word at any
     value. The next call must not find it there."""
-    call = calls(device)[name]
+    call = calls_with_a_last_block(device)[name]
     words = watch(monkeypatch)
     wanted = call()
     for word in words:
@@ -69,10 +42,10 @@ def test_what_stopped_in_the_middle_leaves_nothing_behind(backend, device, name,
         assert int(words[0]) == 5, "the second call took the first one's word"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_A_LAST_BLOCK)
 def test_two_calls_at_once(backend, device, name, monkeypatch):
     """A call begins after another one has taken its word and before it is launched, as two streams or two captures do."""
-    outer, inner = (calls(device)[name] for _ in range(2))
+    outer, inner = (calls_with_a_last_block(device)[name] for _ in range(2))
     wanted, nested, counter = outer(), [], ffi.counter
 
     def interrupted(tensor):
@@ -88,10 +61,10 @@ def test_two_calls_at_once(backend, device, name, monkeypatch):
     assert backend not in ("triton", "cuda") or same(nested[0], wanted)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_A_LAST_BLOCK)
 def test_no_tensor_of_ours_outlives_a_call(backend, device, name, monkeypatch):
     """Recorders of memory pools (CUDA graph trees under torch.compile's reduce-overhead) refuse tensors that stay alive in their pool."""
-    call = calls(device)[name]
+    call = calls_with_a_last_block(device)[name]
     # The tests' own allocator remembers what it gave out.
     monkeypatch.setattr(ffi, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device))
 

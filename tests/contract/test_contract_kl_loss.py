@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from test_contract_kl import gradient_size, make_pair
+from checks.row_pairs import check_kl_loss, kl_gradient_size, make_row_pair
 
 import fastalign as fa
 from fastalign import testing
@@ -19,28 +17,11 @@ from fastalign.testing import assert_close, gradient
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [5, 1037])
 def test_kl_loss(backend, device, vocab, dtype, direction):
-    """The bits of token_kl and of its backward, out of place and in place; masked rows 0 whatever their coefficient."""
-    x, ref = make_pair(4, vocab, dtype=dtype, device=device)
-    mask = torch.tensor([True, True, False, True], device=device)
-    x[2], coef = math.nan, torch.tensor([0.5, -1.0, math.nan, 0.0], device=device)
-    leaf = x.clone().requires_grad_()
-    kl = fa.token_kl(leaf, ref, direction=direction, mask=mask)
-    want = torch.autograd.grad(kl, leaf, torch.where(mask, coef, 0.0))[0]
-    for inplace in (False, True):
-        leaf = x.clone().requires_grad_()
-        logits = leaf * 1
-        out = fa.token_kl_loss(logits, ref, coef, direction=direction, mask=mask, inplace=inplace)
-        assert torch.equal(out.kl, kl) and not out.kl.requires_grad and out.loss.dtype == torch.float32
-        assert_close(out.loss, (kl.double() * torch.where(mask, coef, 0.0)).sum())
-        assert logits.shape == ((4, 0) if inplace else (4, vocab))
-        out.loss.backward(retain_graph=True)
-        assert torch.equal(leaf.grad, want)
-        with pytest.raises(RuntimeError, match="token_kl_loss can be differentiated once"):
-            out.loss.backward()
+    check_kl_loss(device, vocab, dtype, direction)
 
 
 def test_kl_loss_is_linear_in_upstream(backend, device):  # row 18
-    x, ref = make_pair(3, 300, device=device)
+    x, ref = make_row_pair(3, 300, device=device)
     leaf = x.requires_grad_()
     coef = torch.full((), 0.25, device=device)
     want = gradient(fa.token_kl(leaf, ref).sum(), leaf).double() * 0.25
@@ -53,7 +34,7 @@ def test_kl_loss_is_linear_in_upstream(backend, device):  # row 18
 
 
 def test_kl_loss_protects_other_consumers(backend, device):
-    x, ref = make_pair(3, 30, device=device)
+    x, ref = make_row_pair(3, 30, device=device)
     leaf = x.requires_grad_()
     with pytest.raises(ValueError, match="inplace=True would overwrite a leaf"):
         fa.token_kl_loss(leaf, ref, torch.ones(3, device=device), inplace=True)
@@ -90,7 +71,7 @@ def tdpo(logits, ref_logits, labels, mask, cu_seqlens, beta, alpha):
 def test_tdpo_from_logits(backend, device, loss, alpha, dtype):
     """Loss and gradient with respect to the logits, on packed sequences of unequal lengths."""
     packed = testing.make_batch(3, min_len=1, max_len=4, prompt=1, vocab=150, device=device).packed
-    x, ref = make_pair(packed.labels.numel(), 150, dtype=dtype, device=device)
+    x, ref = make_row_pair(packed.labels.numel(), 150, dtype=dtype, device=device)
     leaf, true, yard = x.clone().requires_grad_(), x.double().requires_grad_(), x.float().requires_grad_()
     stats = fa.token_stats(leaf, packed.labels, ref_logits=ref, outputs=("logprob", "ref_logprob", "kl_ref_policy"))
     out = fa.preference_loss(
@@ -98,5 +79,5 @@ def test_tdpo_from_logits(backend, device, loss, alpha, dtype):
     )
     truth, plainly = (tdpo(z, ref.to(z.dtype), packed.labels, packed.mask, packed.cu_seqlens.cpu(), 0.3, alpha) for z in (true, yard))
     assert_close(out.loss, truth, plainly, what="loss")
-    scale = 0.3 * gradient_size(x, ref, packed.labels)
+    scale = 0.3 * kl_gradient_size(x, ref, packed.labels)
     assert_close(gradient(out.loss, leaf), gradient(truth, true), gradient(plainly, yard), what="gradient", scale=scale)

@@ -9,178 +9,30 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
+from checks.lists import PAPERS, check_list_loss, check_the_longest_list, compare_lists, list_loss, list_truth, make_lists, run_lists
 
 import fastalign as fa
 from fastalign.losses.list import LIST_LINKS, ListPreset
-from fastalign.ops.columns import MAX_LIST
 from fastalign.ops.listwise.params import KINDS
 from fastalign.ops.preference.params import SFT_NORMS
 from fastalign.runtime.op import OPS
-from fastalign.testing import assert_close, gradient, make_batch
+from fastalign.testing import assert_close, gradient
 
 # --- the papers -------------------------------------------------------------------------------------------------------------------------
-
-
-def best_of(r):
-    return max(range(len(r)), key=lambda i: (float(r[i]), -i))
-
-
-def ranked(r):
-    """Best to worst; equal scores in the order of the list."""
-    return sorted(range(len(r)), key=lambda i: -float(r[i]))
-
-
-def pairs_of(r):
-    return [(i, j) for i in range(len(r)) for j in range(len(r)) if float(r[i]) > float(r[j])]
-
-
-def plackett_luce(a, total, length, r, beta=0.1):
-    s = beta * a[ranked(r)]
-    return sum((torch.logsumexp(s[k:], 0) - s[k] for k in range(len(s) - 1)), 0 * s.sum())
-
-
-def rrhf(a, total, length, r, sft_weight=1.0):
-    p, b = total / length, best_of(r)
-    return sum((torch.clamp(p[j] - p[i], min=0) for i, j in pairs_of(r)), 0 * p.sum()) - sft_weight * total[b] / length[b]
-
-
-def pro(a, total, length, r, sft_weight=0.05):
-    p, order = total / length, ranked(r)
-    out = -sft_weight * (len(r) - 1) ** 2 * total[order[0]]
-    for k, i in enumerate(order):
-        gaps = {j: r[i] - r[j] for j in order[k + 1 :] if r[i] > r[j]}
-        if gaps:
-            t = max(gaps.values())
-            terms = torch.stack([p[i] * t, *(p[j] * g for j, g in gaps.items())])
-            out = out - torch.log_softmax(terms, 0)[0]
-    return out
-
-
-def lipo(a, total, length, r, beta=0.05):
-    s, out = beta * a, 0.0 * a.sum()
-    by_s = ranked(s.detach())
-    rank = {i: 1 + n for n, i in enumerate(by_s)}
-    for i, j in pairs_of(r):
-        gain = abs(2 ** float(r[i]) - 2 ** float(r[j]))
-        out = out - gain * abs(1 / math.log(1 + rank[i]) - 1 / math.log(1 + rank[j])) * logsigmoid(s[i] - s[j])
-    return out
-
-
-def infonca(a, total, length, r, beta=0.01, alpha=1.0):
-    return -(torch.softmax(r / alpha, 0) * torch.log_softmax(beta * a, 0)).sum()
-
-
-def nca(a, total, length, r, beta=0.01, alpha=1.0):
-    return -(torch.softmax(r / alpha, 0) * logsigmoid(beta * a)).sum() - logsigmoid(-beta * a).mean()
-
-
-def exo_list(a, total, length, r, beta=0.1, alpha=1.0):
-    log_q = torch.log_softmax(beta * a, 0)
-    return (log_q.exp() * (log_q - torch.log_softmax(r / alpha, 0))).sum()
-
-
-def kwise_rm(a, total, length, r):
-    pairs = pairs_of(r)
-    return -sum((logsigmoid(total[i] - total[j]) for i, j in pairs), 0 * total.sum()) / max(len(pairs), 1)
-
-
-PAPERS = {f.__name__: f for f in (plackett_luce, rrhf, pro, lipo, infonca, nca, exo_list, kwise_rm)}
-SIZES = (4, 0, 1, 5)  # responses of the lists of the tests
-
-
-def make_lists(sizes=SIZES, *, ties=False, noise=0.3, dtype=torch.float32, device="cpu", seed=0, **options):
-    """(batch of the lists' sequences, list_offsets, scores)."""
-    count = sum(sizes)
-    batch = make_batch((count + 1) // 2, noise=noise, dtype=dtype, device=device, seed=seed, **options)
-    cu = batch.packed.cu_seqlens[: count + 1]
-    tokens = int(cu[-1])
-    packed = batch.packed._replace(cu_seqlens=cu, mask=batch.packed.mask[:tokens])
-    batch = batch._replace(packed=packed, logprobs=batch.logprobs[:tokens], ref_logprobs=batch.ref_logprobs[:tokens])
-    scores = torch.rand(count, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64) * 3.0
-    scores = scores.round() if ties else scores
-    return batch, torch.tensor([0, *itertools.accumulate(sizes)], device=device), scores.to(device=device, dtype=dtype)
-
-
-def truth(name, lists, **options):
-    """[L] losses of the lists, and the logprobs leaf that they depend on, in fp64."""
-    batch, offsets, scores = lists
-    lp, mask, cu = batch.logprobs.detach().double().cpu().requires_grad_(), batch.packed.mask.cpu(), batch.packed.cu_seqlens.tolist()
-    d = lp - batch.ref_logprobs.double().cpu()
-    a, total = (torch.stack([torch.where(mask, x, 0.0)[i:j].sum() for i, j in itertools.pairwise(cu)]) for x in (d, lp))
-    length = torch.stack([mask[i:j].sum() for i, j in itertools.pairwise(cu)]).clamp(min=1).double()
-    out = []
-    for i, j in itertools.pairwise(offsets.tolist()):
-        r = scores[i:j].double().cpu()
-        out.append(PAPERS[name](a[i:j], total[i:j], length[i:j], r, **options) if i < j else 0 * lp.sum())
-    return torch.stack(out), lp
-
-
-def call(lists, lp=None, **options):
-    batch, offsets, scores = lists
-    lp = batch.logprobs if lp is None else lp
-    return fa.listwise_loss(lp, batch.ref_logprobs, batch.packed.cu_seqlens, offsets, scores, mask=batch.packed.mask, **options)
-
-
-def check(name, lists, **options):
-    lp = lists[0].logprobs.clone().requires_grad_()
-    got = call(lists, lp, loss=name, **options)
-    each, leaf = truth(name, lists, **options)
-    valid = torch.tensor([j > i for i, j in itertools.pairwise(lists[1].tolist())])
-    assert torch.equal(got.valid.cpu(), valid)
-    want = each.sum() / max(int(valid.sum()), 1)
-    # 40 ulp of the largest list's loss, and of the largest gradient: exponentials of sums of a dozen tokens
-    assert_close(got.loss.cpu(), want, scale=10.0 * max(1.0, float(each.detach().abs().max())), what=name)
-    g, want_g = gradient(got.loss, lp), gradient(want, leaf)
-    assert_close(g.cpu(), want_g, scale=10.0 * max(1.0, float(want_g.abs().max())), what=f"gradient of {name}")
-    return got
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("name", PAPERS)
 def test_loss_equals_its_paper(backend, device, name, ties):
-    check(name, make_lists(ties=ties, device=device))
+    check_list_loss(name, make_lists(ties=ties, device=device))
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_longest_list(backend, device, name):
-    generator = torch.Generator().manual_seed(0)
-    sizes, count = (MAX_LIST, 1, MAX_LIST - 1), 2 * MAX_LIST
-    totals, ref, scores = (torch.randn(count, generator=generator, dtype=torch.float64).float() for _ in range(3))
-    scores, lengths = (2 * scores).round() / 2, torch.arange(count) % 7 + 1.0
-    leaf, plain = totals.to(device).requires_grad_(), totals.double().requires_grad_()
-    offsets = torch.tensor([0, *itertools.accumulate(sizes)])
-    got = fa.listwise_loss_from_sums(leaf, ref.to(device), offsets.to(device), scores.to(device), loss=name, lengths=lengths.to(device))
-    parts = [x.split(sizes) for x in (plain - ref.double(), plain, lengths.double(), scores.double())]
-    want = torch.stack([PAPERS[name](*part) for part in zip(*parts)]).mean()
-    assert_close(got.loss.cpu(), want, scale=10.0 * max(1.0, float(want.detach().abs())))
-    want_g = gradient(want, plain)
-    assert_close(gradient(got.loss, leaf).cpu(), want_g, scale=10.0 * max(1.0, float(want_g.abs().max())))
+    check_the_longest_list(device, name)
 
 
 # --- every option, against the reference in fp64 ----------------------------------------------------------------------------------------
-
-
-def run(lists, mine=True, **options):
-    """Everything that one call returns; with mine=False in fp64 on the reference."""
-    batch, offsets, scores = lists
-    if not mine:
-        batch = batch._replace(logprobs=batch.logprobs.double(), ref_logprobs=batch.ref_logprobs.double())
-        options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    lp = batch.logprobs.detach().clone().requires_grad_()
-    with contextlib.nullcontext() if mine else fa.use_backend("reference"):
-        out = call((batch, offsets, scores.to(lp.dtype)), lp, **options)
-        upstream = torch.linspace(-1.0, 2.0, out.loss.numel(), device=lp.device, dtype=lp.dtype).view(out.loss.shape)
-        g = gradient(out.loss, lp, upstream if out.loss.dim() else None)
-    return {"loss": out.loss.detach(), "d logprobs": g, "rewards": out.rewards, "table": out.table}
-
-
-def compare(lists, **options):
-    got, want = run(lists, **options), run(lists, mine=False, **options)
-    for name in got:
-        size = max(float(want[name].abs().nan_to_num(posinf=0.0).max()), 1.0) if want[name].numel() else 1.0
-        assert_close(got[name], want[name], what=f"{name} of {options}", scale=10.0 * size)
-    return got
 
 
 VARIANTS = {
@@ -201,14 +53,14 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_options(backend, device, name):
-    compare(make_lists((3, 0, 1, 4), device=device, seed=len(name)), **VARIANTS[name])
+    compare_lists(make_lists((3, 0, 1, 4), device=device, seed=len(name)), **VARIANTS[name])
 
 
 def test_beta_as_a_tensor(backend, device):
     lists = make_lists((3, 0, 1, 5), device=device)
-    compare(lists, loss="plackett_luce", beta=torch.tensor([0.1, 0.5, 0.0, 2.0], device=device))
-    single = run(lists, loss="nca", beta=torch.tensor(0.25, device=device))
-    for key, value in run(lists, loss="nca", beta=0.25).items():
+    compare_lists(lists, loss="plackett_luce", beta=torch.tensor([0.1, 0.5, 0.0, 2.0], device=device))
+    single = run_lists(lists, loss="nca", beta=torch.tensor(0.25, device=device))
+    for key, value in run_lists(lists, loss="nca", beta=0.25).items():
         assert torch.equal(value, single[key])
 
 
@@ -246,7 +98,7 @@ def moved(lists, order, sizes):
 def test_order_inside_a_list_does_not_matter(backend, device, name):
     lists = make_lists((4, 3), device=device)
     other, index = moved(lists, [2, 0, 3, 1, 6, 4, 5], (4, 3))
-    a, b = run(lists, loss=name), run(other, loss=name)
+    a, b = run_lists(lists, loss=name), run_lists(other, loss=name)
     size = max(1.0, float(a["d logprobs"].abs().max()))
     assert_close(b["loss"], a["loss"].double(), scale=10.0 * max(1.0, float(a["loss"].abs())))
     assert_close(b["d logprobs"], a["d logprobs"][index].double(), scale=10.0 * size)
@@ -255,16 +107,16 @@ def test_order_inside_a_list_does_not_matter(backend, device, name):
 @pytest.mark.parametrize("name,options", [("plackett_luce", {}), ("rrhf", {"sft_norm": "token_mean_global"}), ("pro", {}), ("lipo", {})])
 def test_micro_batches(backend, device, name, options):  # C1
     lists = make_lists((3, 2, 0, 4), device=device)
-    whole = call(lists, loss=name, **options)
+    whole = list_loss(lists, loss=name, **options)
     tokens = float(whole.metrics()["nll_loss"].count) if name in ("rrhf", "pro") else None
     total, grads, cut = 0.0, [], int(lists[0].packed.cu_seqlens[5])
     for order, sizes in ((range(5), (3, 2)), (range(5, 9), (0, 4))):
         part, _ = moved(lists, list(order), sizes)
         lp = part[0].logprobs.clone().requires_grad_()
-        out = call(part, lp, loss=name, num_items=3, num_sft_tokens=tokens, **options)
+        out = list_loss(part, lp, loss=name, num_items=3, num_sft_tokens=tokens, **options)
         total, grads = total + out.loss.double(), [*grads, gradient(out.loss, lp)]
     lp = lists[0].logprobs.clone().requires_grad_()
-    want = gradient(call(lists, lp, loss=name, **options).loss, lp)
+    want = gradient(list_loss(lists, lp, loss=name, **options).loss, lp)
     assert grads[0].shape[0] == cut
     assert_close(whole.loss, total, scale=10.0 * max(1.0, float(total.detach().abs())))
     assert_close(torch.cat(grads), want.double(), scale=10.0 * max(1.0, float(want.abs().max())))
@@ -281,7 +133,7 @@ def test_lists_from_sums_equal_packed(backend, device):
     for name in ("plackett_luce", "rrhf", "pro"):
         leaf, lp = totals.clone().requires_grad_(), batch.logprobs.clone().requires_grad_()
         got = fa.listwise_loss_from_sums(leaf, refs, offsets, scores, loss=name, lengths=lengths)
-        want = call(lists, lp, loss=name)
+        want = list_loss(lists, lp, loss=name)
         size = 50.0 * max(1.0, float(want.loss.detach().abs()))
         assert_close(got.loss, want.loss.double(), scale=size, what=name)
         assert_close(gradient(got.loss, leaf), gradient(want.loss, lp)[first].double(), scale=size, what=name)
@@ -290,7 +142,7 @@ def test_lists_from_sums_equal_packed(backend, device):
 def test_lists_are_bitwise_equal(backend, device):  # row 42
     lists = make_lists((4, 0, 3), device=device)
     for name in ("plackett_luce", "rrhf", "pro"):
-        a, b = run(lists, loss=name), run(lists, loss=name)
+        a, b = run_lists(lists, loss=name), run_lists(lists, loss=name)
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -301,13 +153,13 @@ def test_lists_of_one_and_of_none(backend, device):  # 14b: K = 1
     lists = make_lists((1, 0, 1), device=device)
     for name in PAPERS:
         lp = lists[0].logprobs.clone().requires_grad_()
-        out = call(lists, lp, loss=name)
+        out = list_loss(lists, lp, loss=name)
         assert out.valid.tolist() == [True, False, True]
         g = gradient(out.loss, lp)
         if name == "rrhf":  # the SFT term is left
-            assert_close(out.loss.cpu(), truth("rrhf", lists)[0].sum() / 2)
+            assert_close(out.loss.cpu(), list_truth("rrhf", lists)[0].sum() / 2)
         elif name == "nca":  # softplus(-s) + softplus(s)
-            assert_close(out.loss.cpu(), truth("nca", lists)[0].sum() / 2)
+            assert_close(out.loss.cpu(), list_truth("nca", lists)[0].sum() / 2)
         else:
             assert abs(float(out.loss.detach())) < 1e-6 and float(g.abs().max()) < 1e-6, name
 
@@ -342,23 +194,23 @@ def test_equal_scores(backend, device):
     batch, offsets, scores = make_lists((3,), device=device)
     lists = batch, offsets, torch.ones_like(scores)
     for name in PAPERS:
-        check(name, lists)
+        check_list_loss(name, lists)
     for name in ("rrhf", "pro", "lipo", "kwise_rm"):
         options = {"sft_weight": 1e-30} if name in ("rrhf", "pro") else {}
-        assert abs(float(call(lists, loss=name, **options).loss)) < 1e-12
-        assert math.isnan(float(call(lists, loss=name).metrics()["rewards/accuracies"]))
-    ranked_scores = call((batch, offsets, torch.arange(3.0, 0.0, -1.0, device=device)), loss="plackett_luce").loss
-    assert torch.equal(call(lists, loss="plackett_luce").loss, ranked_scores)
+        assert abs(float(list_loss(lists, loss=name, **options).loss)) < 1e-12
+        assert math.isnan(float(list_loss(lists, loss=name).metrics()["rewards/accuracies"]))
+    ranked_scores = list_loss((batch, offsets, torch.arange(3.0, 0.0, -1.0, device=device)), loss="plackett_luce").loss
+    assert torch.equal(list_loss(lists, loss="plackett_luce").loss, ranked_scores)
 
 
 def test_masked_tokens_of_lists_do_not_leak(backend, device):  # row 4, J5
     lists = make_lists((3, 2), device=device)
     batch, mask = lists[0], lists[0].packed.mask
     for name in ("plackett_luce", "rrhf"):
-        clean = run(lists, loss=name)
+        clean = run_lists(lists, loss=name)
         for garbage in (math.nan, math.inf, -math.inf):
             dirty = batch._replace(**{k: torch.where(mask, getattr(batch, k), garbage) for k in ("logprobs", "ref_logprobs")})
-            soiled = run((dirty, *lists[1:]), loss=name)
+            soiled = run_lists((dirty, *lists[1:]), loss=name)
             for key in clean:
                 assert torch.equal(clean[key], soiled[key]), (name, key)
         assert bool((clean["d logprobs"][~mask] == 0).all())

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
+from checks.pairs import PAIR_VARIANTS, PLAIN_PRESETS, compare_pairs, preset_of, run_pairs
 
 import fastalign as fa
 from fastalign import losses
 from fastalign.losses.pair import Preset
-from fastalign.ops.preference.params import LINKS, SFT_NORMS, TRANSFORMS
+from fastalign.ops.preference.params import LINKS
 from fastalign.testing import assert_close, gradient, make_batch
 
 LN2 = math.log(2.0)
@@ -115,88 +114,24 @@ def test_kl_estimate_keeps_nan_and_equal_infinities(backend, device):
 # --- the pair kernel --------------------------------------------------------------------------------------------------------------------
 
 
-def run(batch, mine=True, **options):
-    """Loss, gradients in log-probs and KL, rewards and logits of one call; with mine=False in fp64 on the reference."""
-    lp, rp, kl = (t.detach().clone() if mine else t.detach().double() for t in (batch.logprobs, batch.ref_logprobs, batch.kl_ref_policy))
-    tensors = {k: v if mine or not v.is_floating_point() else v.double() for k, v in options.items() if isinstance(v, torch.Tensor)}
-    lp.requires_grad_(), kl.requires_grad_()
-    with contextlib.nullcontext() if mine else fa.use_backend("reference"):
-        out = fa.preference_loss(lp, rp, batch.packed.cu_seqlens, mask=batch.packed.mask, kl_ref_policy=kl, **{**options, **tensors})
-        upstream = torch.linspace(-1.0, 2.0, out.loss.numel(), device=lp.device, dtype=lp.dtype).view(out.loss.shape)
-        g = torch.autograd.grad(out.loss, (lp, kl), upstream if out.loss.dim() else None, allow_unused=True)
-    g = tuple(torch.zeros_like(lp) if x is None else x for x in g)
-    return {
-        "loss": out.loss,
-        "d logprobs": g[0],
-        "d kl": g[1],
-        "chosen": out.chosen_rewards,
-        "rejected": out.rejected_rewards,
-        "table": out.table,
-    }
-
-
-def compare(batch, **options):
-    got, want = run(batch, **options), run(batch, mine=False, **options)
-    for name in got:
-        size = max(float(want[name].abs().nan_to_num(posinf=0.0).max()), 1.0) if want[name].numel() else 1.0
-        # 40 ulp of the largest entry: sums of a dozen tokens, one exponential, a division
-        assert_close(got[name], want[name], what=f"{name} of {options}", scale=10.0 * size)
-    return got
-
-
-def preset_of(**fields):
-    return dataclasses.replace(Preset(), **fields)
-
-
-# Presets that need no more than log-probs; the others' parts are in the variants below and in test_pair_tensors.
-PRESETS = [p.name for p in losses.PRESETS.values() if not (p.needs_soft_labels or p.needs_kl or p.requires or p.rule)]
-LOGODDS = {"reference": False, "length_norm": 1.0}
-VARIANTS = {
-    **{f"preset {name}": {"loss": name} for name in PRESETS},
-    **{f"link {f}": {"loss": preset_of(link=f, label_smoothing=0.01 if f == "exo" else 0.0, beta=0.3)} for f in LINKS},
-    **{f"transform {t}": {"loss": preset_of(transform=t, beta=0.5, **(LOGODDS if t == "logodds" else {}))} for t in TRANSFORMS},
-    "smooth": {"loss": "dpo", "label_smoothing": 0.2},
-    "robust": {"loss": preset_of(labels="robust", label_smoothing=0.2)},
-    "label entropy": {"loss": preset_of(labels="smooth", label_smoothing=0.2, label_entropy=True)},
-    "margins": {"loss": preset_of(gamma=0.3, gamma_beta_ratio=0.4, len_coef=0.05, pos_penalty=2.0, beta=0.2)},
-    "half length norm": {"loss": preset_of(length_norm=0.5, beta=0.7)},
-    "unequal betas": {"loss": preset_of(beta_rejected=0.05)},
-    "token clamp": {"loss": preset_of(token_clamp=(-0.2, 0.25))},
-    "ld": {"loss": preset_of(ld_alpha=0.4)},
-    "kl": {"loss": preset_of(kl_chosen=0.5, kl_rejected=0.7)},
-    "kl detached": {"loss": preset_of(kl_chosen=0.5, kl_rejected=0.5, detach_kl_chosen=True)},
-    "points": {"loss": preset_of(pair_weight=0.0, point_link="logistic", point_chosen=(1.0, 0.5), point_rejected=(0.25, 0.5), anchor=0.1)},
-    "points in beta": {"loss": preset_of(
-        pair_weight=0.5, point_link="squared", point_chosen=(0.5, 0.0), point_rejected=(0.5, 0.0), point_beta_power=-2.0, beta=0.5,
-        point_target=0.3,
-    )},
-    "point beta": {"loss": preset_of(point_link="sigmoid", point_rejected=(0.0, 2.0), point_beta=0.4, point_beta_power=-1.0)},
-    **{f"sft {n}": {"loss": preset_of(sft_weight=0.7, sft_norm=n)} for n in SFT_NORMS},
-    "sft prompt": {"loss": preset_of(sft_weight=0.7, sft_include_prompt=True)},
-    "sum": {"loss": preset_of(sft_weight=0.7), "reduction": "sum"},
-    "none": {"loss": preset_of(sft_weight=0.7, sft_norm="seq_mean"), "reduction": "none"},
-    "num_items": {"loss": preset_of(sft_weight=0.7), "num_items": 11, "num_sft_tokens": 133.0},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", PAIR_VARIANTS)
 def test_pair_kernel(backend, device, name):
-    compare(make_batch(5, device=device, seed=len(name)), **VARIANTS[name])
+    compare_pairs(make_batch(5, device=device, seed=len(name)), **PAIR_VARIANTS[name])
 
 
 def test_pair_tensors(backend, device):
     batch = make_batch(4, device=device)
     beta = torch.tensor([0.1, 0.5, 0.0, 2.0], device=device)
-    compare(
+    compare_pairs(
         batch,
         loss="dpo",
         beta=beta,
         omega=torch.tensor([1.0, 0.0, -0.5, 3.0], device=device),
         gamma_ext=torch.linspace(-1, 1, 4, device=device),
     )
-    compare(batch, loss="dpo", labels="soft", soft_labels=torch.tensor([0.0, 0.3, 0.5, 1.0], device=device))
-    compare(batch, loss="ipo", tau=torch.tensor([0.1, 0.2, 0.3, 0.4], device=device))
-    compare(batch, loss="dpo", valid=torch.tensor([True, False, True, True], device=device))
+    compare_pairs(batch, loss="dpo", labels="soft", soft_labels=torch.tensor([0.0, 0.3, 0.5, 1.0], device=device))
+    compare_pairs(batch, loss="ipo", tau=torch.tensor([0.1, 0.2, 0.3, 0.4], device=device))
+    compare_pairs(batch, loss="dpo", valid=torch.tensor([True, False, True, True], device=device))
     scalar = fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, beta=torch.tensor(0.3, device=device)).loss
     assert torch.equal(scalar, fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, beta=0.3).loss)
     soft = preset_of(
@@ -207,17 +142,17 @@ def test_pair_tensors(backend, device):
         point_beta_power=-2.0,
         point_target="soft",
     )
-    compare(batch, loss=soft, soft_labels=torch.tensor([0.0, 0.3, 0.5, 1.0], device=device))
+    compare_pairs(batch, loss=soft, soft_labels=torch.tensor([0.0, 0.3, 0.5, 1.0], device=device))
     points = preset_of(point_link="logistic", point_chosen=(1.0, 0.0))
-    compare(batch, loss=points, anchor=torch.tensor([0.1, -0.2, 0.3, 0.0], device=device))
+    compare_pairs(batch, loss=points, anchor=torch.tensor([0.1, -0.2, 0.3, 0.0], device=device))
 
 
 @pytest.mark.parametrize("name", ["preset dpo", "ld", "sft seq_mean", "kl"])
 def test_explicit_pairs_with_shared_sequences(backend, device, name):
     pairs = torch.tensor([[0, 3], [2, 3], [0, 1], [5, 0], [4, 4]], device=device)
-    compare(make_batch(3, device=device), pairs=pairs, **VARIANTS[name])
+    compare_pairs(make_batch(3, device=device), pairs=pairs, **PAIR_VARIANTS[name])
     natural = torch.arange(6, device=device).view(3, 2)
-    a, b = (run(make_batch(3, device=device), pairs=p, **VARIANTS[name]) for p in (natural, None))
+    a, b = (run_pairs(make_batch(3, device=device), pairs=p, **PAIR_VARIANTS[name]) for p in (natural, None))
     for key in a:
         assert torch.equal(a[key], b[key]), key
 
@@ -225,19 +160,19 @@ def test_explicit_pairs_with_shared_sequences(backend, device, name):
 def test_weights(backend, device):  # row 39
     batch = make_batch(3, device=device)
     for weights in (torch.randn_like(batch.logprobs), torch.zeros_like(batch.logprobs)):
-        compare(batch, weights=weights, loss=preset_of(sft_weight=0.5))
+        compare_pairs(batch, weights=weights, loss=preset_of(sft_weight=0.5))
 
 
 def test_masked_tokens_do_not_leak(backend, device):  # row 4, J5
     batch = make_batch(3, device=device)
     mask = batch.packed.mask
     for name in ("preset dpo", "ld", "kl", "token clamp"):
-        clean = run(batch, **VARIANTS[name])
+        clean = run_pairs(batch, **PAIR_VARIANTS[name])
         for garbage in (math.nan, math.inf, -math.inf):
             dirty = batch._replace(
                 **{k: torch.where(mask, getattr(batch, k), garbage) for k in ("logprobs", "ref_logprobs", "kl_ref_policy")}
             )
-            soiled = run(dirty, weights=torch.where(mask, 1.0, garbage), **VARIANTS[name])
+            soiled = run_pairs(dirty, weights=torch.where(mask, 1.0, garbage), **PAIR_VARIANTS[name])
             for key in clean:
                 assert torch.equal(clean[key], soiled[key]), (name, key)
         assert bool((clean["d logprobs"][~mask] == 0).all()) and bool((clean["d kl"][~mask] == 0).all())
@@ -247,7 +182,7 @@ def test_empty_and_single_token_responses(backend, device):  # rows 3, 38; J1
     packed = fa.pack([[1, 2, 3], [1], [], [4, 5], [1, 2], [], []], [[0, 1, 1], [0], [], [0, 1], [0, 1], [], []], device=device)
     lp = torch.where(packed.mask, -1.0, 0.0).to(device)
     pairs = torch.tensor([[0, 1], [2, 3], [4, 3], [5, 6]], device=device)
-    for name in PRESETS:
+    for name in PLAIN_PRESETS:
         x = lp.clone().requires_grad_()
         out = fa.preference_loss(x, lp, packed.cu_seqlens, pairs=pairs, mask=packed.mask, loss=name)
         assert out.valid.tolist() == [True, True, True, False]
@@ -290,7 +225,7 @@ def test_huge_margins(backend, device, link, sign):  # rows 28, 30
         assert float(out.loss.detach()) == (0.0 if sign > 0 else 1e4)
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n != "ld_dpo"])
+@pytest.mark.parametrize("name", [n for n in PLAIN_PRESETS if n != "ld_dpo"])
 def test_from_sums_where_policy_and_reference_are_equal(backend, device, name):
     """The first step of every run: log-ratios are 0, their gradients are not."""
     chosen, rejected = (torch.tensor(x, device=device).requires_grad_() for x in ([-10.0, -20.0], [-11.0, -21.0]))
@@ -330,9 +265,9 @@ def test_infinite_logprobs(backend, device):
 def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, C4
     batch = make_batch(4, device=device)
     cu = batch.packed.cu_seqlens.tolist()
-    options = VARIANTS[name]
+    options = PAIR_VARIANTS[name]
     preset = fa.losses.get(options["loss"]) if isinstance(options["loss"], str) else options["loss"]
-    whole = run(batch, **options)
+    whole = run_pairs(batch, **options)
     rows = [slice(a, b) for a, b in itertools.pairwise(cu)]
     order = [5, 4, 0, 1, 7, 6, 2, 3]
     index = torch.cat([torch.arange(rows[s].start, rows[s].stop) for s in order]).to(device)
@@ -342,7 +277,7 @@ def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, 
         ref_logprobs=batch.ref_logprobs[index], kl_ref_policy=batch.kl_ref_policy[index],
     )  # fmt: skip
     pairs = torch.tensor([[order.index(2 * p), order.index(2 * p + 1)] for p in range(4)], device=device)
-    repacked = run(moved, pairs=pairs, **options)
+    repacked = run_pairs(moved, pairs=pairs, **options)
     assert_close(repacked["loss"], whole["loss"].double())
     assert_close(repacked["d logprobs"], whole["d logprobs"][index].double(), scale=1.0)
     total, grads = 0.0, []
@@ -354,7 +289,7 @@ def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, 
             ref_logprobs=batch.ref_logprobs[half], kl_ref_policy=batch.kl_ref_policy[half],
         )  # fmt: skip
         extra = {"num_sft_tokens": sft_tokens} if preset.sft_weight else {}
-        out = run(part, num_items=4, **extra, **options)
+        out = run_pairs(part, num_items=4, **extra, **options)
         total, grads = total + out["loss"].double(), [*grads, out["d logprobs"]]
     assert_close(whole["loss"], total)
     assert_close(whole["d logprobs"], torch.cat(grads).double(), scale=1.0)
@@ -363,7 +298,7 @@ def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, 
 def test_from_sums_equals_packed(backend, device):
     batch = make_batch(5, device=device)
     cu, mask = batch.packed.cu_seqlens, batch.packed.mask
-    for name in [n for n in PRESETS if n != "ld_dpo"]:  # its weights are per token
+    for name in [n for n in PLAIN_PRESETS if n != "ld_dpo"]:  # its weights are per token
         sums, refs, kls, lengths = (
             fa.sequence_sum(x, cu, mask=mask)
             for x in (batch.logprobs, batch.ref_logprobs, batch.kl_ref_policy, torch.ones_like(batch.logprobs))
@@ -384,14 +319,14 @@ def test_from_sums_equals_packed(backend, device):
 def test_runs_are_bitwise_equal(backend, device):  # row 42
     batch = make_batch(6, device=device)
     for name in ("preset dpo", "ld", "kl", "sft token_mean_global"):
-        a, b = run(batch, **VARIANTS[name]), run(batch, **VARIANTS[name])
+        a, b = run_pairs(batch, **PAIR_VARIANTS[name]), run_pairs(batch, **PAIR_VARIANTS[name])
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_many_pairs_and_long_sequences(backend, device, slow_backend):
     pairs, length = (40, 20) if slow_backend else (120, 300)
-    compare(make_batch(pairs, min_len=1, max_len=length, device=device, noise=0.02), loss="dpo")
-    compare(make_batch(pairs // 10, min_len=1, max_len=10 * length // 4, device=device, noise=0.01), loss=preset_of(ld_alpha=0.5))
+    compare_pairs(make_batch(pairs, min_len=1, max_len=length, device=device, noise=0.02), loss="dpo")
+    compare_pairs(make_batch(pairs // 10, min_len=1, max_len=10 * length // 4, device=device, noise=0.01), loss=preset_of(ld_alpha=0.5))
 
 
 def test_a_row_of_data_is_a_loss(backend, device, monkeypatch):

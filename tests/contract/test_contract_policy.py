@@ -10,68 +10,14 @@ import math
 import numpy
 import pytest
 import torch
+from checks.policy import FULL, NORM, compare_policy, make_policy_batch, run_policy
 
 import fastalign as fa
 from fastalign.losses.policy import PRESETS, PolicyPreset
-from fastalign.ops.columns import STATS, VALUE_STATS
+from fastalign.ops.columns import VALUE_STATS
 from fastalign.ops.policy.params import AGGREGATIONS, KL_KINDS
 from fastalign.testing import assert_close
 
-LENGTHS = (7, 1, 0, 18, 4, 3)
-
-
-def make(device, lengths=LENGTHS, spread=0.3, seed=0, dtype=torch.float32):
-    """A packed batch: everything `policy_loss` may read, NaN where the mask is False."""
-    g = torch.Generator().manual_seed(seed)
-    tokens, prompt = sum(lengths) + 2 * len(lengths), 2
-    mask = torch.cat([torch.arange(n + prompt) >= prompt for n in lengths])
-    noise = torch.randn(8, tokens, generator=g, dtype=torch.float64)
-    batch = {
-        "logprobs": -noise[0].abs() - 0.01, "old_logprobs": -noise[0].abs() - 0.01 + spread * noise[1], "advantages": noise[2],
-        "ref_logprobs": -noise[0].abs() - 0.01 + 0.2 * noise[3], "entropy": noise[4].abs(), "is_weight": (0.5 * noise[5]).exp(),
-    }  # fmt: skip
-    batch = {k: torch.where(mask, v, math.nan).to(dtype).to(device) for k, v in batch.items()}
-    per_sequence = torch.randn(2, len(lengths), generator=g, dtype=torch.float64).to(dtype).to(device)
-    cu = torch.tensor([0, *itertools.accumulate(n + prompt for n in lengths)], dtype=torch.int32, device=device)
-    return {**batch, "cu_seqlens": cu, "mask": mask.to(device), "per_sequence": per_sequence[0], "is_per_sequence": per_sequence[1].exp()}
-
-
-def run(batch, mine=True, needs=(), advantages="auto", **options):
-    """Loss, gradients in log-probs and entropy, statistics; with mine=False in fp64 on the reference."""
-
-    def cast(t):
-        return t if mine or not isinstance(t, torch.Tensor) or not t.is_floating_point() else t.double()
-
-    b = {k: cast(v) for k, v in batch.items()}
-    lp, h = b["logprobs"].detach().clone().requires_grad_(), b["entropy"].detach().clone().requires_grad_()
-    loss = options.get("loss", "ppo")
-    preset = PRESETS[loss] if isinstance(loss, str) else loss
-    if advantages == "auto":
-        advantages = "per_sequence" if preset.needs_sequence_values else "advantages"
-    given = {n: b[n] for n in needs if n != "entropy"} | ({"entropy": h} if "entropy" in needs else {})
-    if "is_weight" in given and preset.needs_sequence_values:
-        given["is_weight"] = b["is_per_sequence"]
-    with contextlib.nullcontext() if mine else fa.use_backend("reference"):
-        out = fa.policy_loss(lp, b["old_logprobs"], b[advantages], cu_seqlens=b["cu_seqlens"], mask=b["mask"], **given,
-                             **{k: cast(v) for k, v in options.items()})  # fmt: skip
-        g = torch.autograd.grad(out.loss, (lp, h), torch.full_like(out.loss, -1.7), allow_unused=True)
-    return {"loss": out.loss, "d logprobs": g[0], "d entropy": torch.zeros_like(lp) if g[1] is None else g[1], "stats": out.stats}
-
-
-def compare(batch, **options):
-    got, want = run(batch, **options), run(batch, mine=False, **options)
-    tokens = float(want["stats"][STATS.index("tokens")])
-    for name in got:
-        assert got[name].dtype == torch.float32
-        size = max(float(want[name].abs().max()), 1.0) if want[name].numel() else 1.0
-        # Sums over tokens of terms of order 1, behind an exponential; columns of the statistics each have their own size.
-        scale = 10.0 * torch.clamp(want[name].abs(), min=max(1.0, tokens**0.5)) if name == "stats" else 10.0 * size
-        assert_close(got[name], want[name], what=f"{name} of {options}", scale=scale)
-    return got
-
-
-NORM = {"dr_grpo": {"norm_length": 20.0}}
-FULL = {"needs": ("ref_logprobs", "entropy", "is_weight"), "kl_coef": 0.2, "entropy_coef": 0.05, "is_mode": "truncate", "is_max": 1.2}
 VARIANTS = {
     **{f"preset {n}": {"loss": n, **NORM.get(n, {})} for n in PRESETS},
     **{f"preset {n} with all": {"loss": n, **NORM.get(n, {}), **FULL} for n in PRESETS if n != "vespo"},
@@ -95,7 +41,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_policy_loss(backend, device, name):
-    compare(make(device, seed=len(name)), **VARIANTS[name])
+    compare_policy(make_policy_batch(device, seed=len(name)), **VARIANTS[name])
 
 
 def test_policy_far_ratios(backend, device):  # row 24
@@ -142,7 +88,7 @@ def test_policy_clip_grid(backend, device, dual):  # K8, row 34
 
 
 def test_policy_on_policy_gradient_is_exact(backend, device):
-    b = make(device)
+    b = make_policy_batch(device)
     lp = b["logprobs"].clone().requires_grad_()
     n = int(b["mask"].sum())
     for old in (b["logprobs"], None):
@@ -154,18 +100,18 @@ def test_policy_on_policy_gradient_is_exact(backend, device):
 
 
 def test_policy_masked_tokens_do_not_matter(backend, device):  # J5, row 4
-    b = make(device)
+    b = make_policy_batch(device)
     for name in ("ppo", "gspo", "gmpo", "vespo"):
         options = FULL if name != "vespo" else {"needs": ("ref_logprobs", "entropy"), "kl_coef": 0.1, "entropy_coef": 0.1}
         clean = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in b.items()}
-        for x, y in zip(run(b, loss=name, **options).values(), run(clean, loss=name, **options).values()):
+        for x, y in zip(run_policy(b, loss=name, **options).values(), run_policy(clean, loss=name, **options).values()):
             assert torch.equal(x, y)
-        for x in run(b, loss=name, **options).values():
+        for x in run_policy(b, loss=name, **options).values():
             assert bool(torch.isfinite(x).all())
 
 
 def test_policy_nan_and_inf_tokens_are_counted(backend, device):
-    b = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in make(device).items()}
+    b = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in make_policy_batch(device).items()}
     where = b["mask"].nonzero().flatten()[:2]
     b["logprobs"][where[0]] = math.nan
     out = fa.policy_loss(b["logprobs"], b["old_logprobs"], b["advantages"], mask=b["mask"])
@@ -202,7 +148,7 @@ def test_policy_nothing_to_learn_from(backend, device):  # row 1
 @pytest.mark.parametrize("loss", ["dapo", "grpo", "gspo", "gmpo", "rloo"])
 def test_policy_packing_order_and_micro_batches(backend, device, loss):
     """The same sequences in another order, and split over micro-batches under num_items: the same loss and gradient."""
-    b = make(device)
+    b = make_policy_batch(device)
     names = ("logprobs", "old_logprobs", "mask", "per_sequence", "lengths")
 
     def pieces(order):
@@ -233,9 +179,9 @@ def test_policy_packing_order_and_micro_batches(backend, device, loss):
 
 
 def test_policy_bitwise_repeat(backend, device):  # row 42
-    b = make(device, lengths=(70, 0, 31, 3))
+    b = make_policy_batch(device, lengths=(70, 0, 31, 3))
     for name in ("ppo", "gspo", "gmpo"):
-        for x, y in zip(run(b, loss=name, **FULL).values(), run(b, loss=name, **FULL).values()):
+        for x, y in zip(run_policy(b, loss=name, **FULL).values(), run_policy(b, loss=name, **FULL).values()):
             assert torch.equal(x, y)
 
 
@@ -245,12 +191,12 @@ def test_policy_many_tokens(backend, device, slow_backend, tokens):
     if slow_backend and tokens == 5000:
         return
     for per_sequence in (False, True):
-        b = make(device, lengths=(tokens,), seed=tokens)
-        compare(b, **({"loss": "gspo", "clip_low": 0.01} if per_sequence else {}), **FULL)
+        b = make_policy_batch(device, lengths=(tokens,), seed=tokens)
+        compare_policy(b, **({"loss": "gspo", "clip_low": 0.01} if per_sequence else {}), **FULL)
 
 
 def test_policy_inputs_of_other_types_and_strides(backend, device):  # rows 17, 23
-    b = make(device)
+    b = make_policy_batch(device)
     mask = b["mask"]
     b = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in b.items()}
     want = fa.policy_loss(b["logprobs"].bfloat16().float(), b["old_logprobs"].half().float(), b["advantages"], mask=mask).loss
@@ -260,9 +206,11 @@ def test_policy_inputs_of_other_types_and_strides(backend, device):  # rows 17, 
 
 
 def test_policy_coefficients_as_tensors(backend, device):
-    b = make(device)
-    numbers = run(b, needs=FULL["needs"], kl_coef=0.25, entropy_coef=0.125)
-    tensors = run(b, needs=FULL["needs"], kl_coef=torch.tensor(0.25, device=device), entropy_coef=torch.tensor([0.125], device=device))
+    b = make_policy_batch(device)
+    numbers = run_policy(b, needs=FULL["needs"], kl_coef=0.25, entropy_coef=0.125)
+    tensors = run_policy(
+        b, needs=FULL["needs"], kl_coef=torch.tensor(0.25, device=device), entropy_coef=torch.tensor([0.125], device=device)
+    )
     for x, y in zip(numbers.values(), tensors.values()):
         assert torch.equal(x, y)
 
@@ -313,7 +261,7 @@ VALUES = {
 
 @pytest.mark.parametrize("name", VALUES)
 def test_value_loss(backend, device, name):  # K7, row 37
-    b = make(device)
+    b = make_policy_batch(device)
     results = []
     for mine in (True, False):
         v, old, r = (b[k] if mine else b[k].double() for k in ("logprobs", "old_logprobs", "advantages"))

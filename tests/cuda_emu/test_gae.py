@@ -5,15 +5,24 @@ from __future__ import annotations
 import math
 
 import pytest
-import test_contract_gae as contract
 import torch
+from checks.gae import (
+    PACKS,
+    check_by_hand,
+    check_equals_the_loop,
+    check_holes_are_no_steps,
+    check_moments_of_awkward_values,
+    check_nothing_leaks,
+    check_two_runs_are_equal,
+    gae_loop,
+    make_gae_batch,
+)
 
 import fastalign as fa
 from fastalign.ops.columns import GAE_TILE as TILE
 from fastalign.runtime import ffi
 from fastalign.runtime.op import OPS
 
-WHERE = ("cuda", "cpu")  # the contract tests' backend and device arguments
 CU = [0, 3, 3, TILE, 2 * TILE, 4 * TILE + 1, 4 * TILE + 2, 7 * TILE + 2]  # sequences of a tile, just more, and several
 
 
@@ -24,21 +33,21 @@ def scheme(request, emulated):
     return request.param
 
 
-@pytest.mark.parametrize("cu", [*contract.PACKS, CU], ids=str)
+@pytest.mark.parametrize("cu", [*PACKS, CU], ids=str)
 def test_equals_the_loop(scheme, cu):
-    contract.test_equals_the_loop(*WHERE, cu)
+    check_equals_the_loop("cpu", cu)
 
 
 def test_contract(scheme):
-    contract.test_by_hand(*WHERE)
-    contract.test_holes_are_no_steps(*WHERE)
-    contract.test_nothing_leaks(*WHERE)
-    contract.test_two_runs_are_equal(*WHERE)
-    contract.test_moments(*WHERE)
+    check_by_hand("cpu")
+    check_holes_are_no_steps("cpu")
+    check_nothing_leaks("cpu")
+    check_two_runs_are_equal("cpu")
+    check_moments_of_awkward_values("cpu")
 
 
 def test_both_schemes_give_the_same_bits(emulated):
-    rewards, values, cu_seqlens, mask, bootstrap = contract.make(CU)
+    rewards, values, cu_seqlens, mask, bootstrap = make_gae_batch(CU)
     results = []
     for number in (1, 2):
         emulated.set_gae_scheme(number)
@@ -50,8 +59,8 @@ def test_both_schemes_give_the_same_bits(emulated):
 def test_one_long_sequence_is_served_by_tiles(emulated):
     """What the launcher itself chooses, on both sides of its bound."""
     for tokens in (16 * TILE - 1, 16 * TILE + 5):
-        arguments = contract.make([0, tokens])[:3]
-        for got, want in zip(fa.gae(*arguments), contract.loop(*arguments)):
+        arguments = make_gae_batch([0, tokens])[:3]
+        for got, want in zip(fa.gae(*arguments), gae_loop(*arguments)):
             assert float((got.double() - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 

@@ -5,20 +5,29 @@ from __future__ import annotations
 import math
 
 import pytest
-import test_contract as contract
-import test_contract_gae as gae
-import test_contract_listwise as listwise
-import test_contract_packed as packed
-import test_contract_policy as policy
 import torch
+from checks.gae import check_equals_the_loop
+from checks.lists import check_the_longest_list
+from checks.pairs import PAIR_VARIANTS, compare_pairs
+from checks.policy import compare_policy, make_policy_batch
+from checks.rows import (
+    ALL,
+    check_accuracy_fp32,
+    check_bad_rows_stay_alone,
+    check_masked_rows_are_zeros,
+    check_minus_inf_logits,
+    check_rows,
+    check_scale_softcap_temperature,
+    check_several_labels,
+    check_shards_merge,
+    check_top1_is_argmax,
+)
 from cuda_emu import build, plugin
 
 import fastalign as fa
 from fastalign.runtime import backends, ffi
 from fastalign.runtime.op import OPS
-from fastalign.testing import make_labels, make_logits
-
-WHERE = ("cuda", "cpu")  # the contract tests' backend and device arguments
+from fastalign.testing import assert_close, gradient, make_batch, make_labels, make_logits
 
 
 @pytest.fixture(params=[1, 2, 8], ids="cluster{}".format)
@@ -31,9 +40,9 @@ def cluster(request, emulated):
 def outputs(logits, labels, inplace=False, **options):
     """Every output, and the gradient of a mix of them."""
     leaf = logits.detach().requires_grad_()
-    stats = fa.token_stats(leaf, labels, outputs=contract.ALL, **options)
+    stats = fa.token_stats(leaf, labels, outputs=ALL, **options)
     (stats.logprob.sum() - 0.7 * stats.entropy.sum() + 0.1 * stats.logsumexp.sum()).backward()
-    return [getattr(stats, name).detach() for name in contract.ALL] + [leaf.grad]
+    return [getattr(stats, name).detach() for name in ALL] + [leaf.grad]
 
 
 # --- clusters ---------------------------------------------------------------------------------------------------------------------------
@@ -41,18 +50,18 @@ def outputs(logits, labels, inplace=False, **options):
 
 @pytest.mark.parametrize("vocab", [1, 3, 129, 1000, 5003])
 def test_accuracy_at_every_cluster_size(cluster, vocab):
-    contract.test_accuracy_fp32(*WHERE, vocab, "normal")
-    contract.test_accuracy_other_dtypes(*WHERE, (torch.bfloat16, torch.float16), min(vocab, 1000), torch.bfloat16)
+    check_accuracy_fp32("cpu", vocab, "normal")
+    check_rows(make_logits(4, min(vocab, 1000), dtype=torch.bfloat16), make_labels(4, min(vocab, 1000)))
 
 
 def test_edge_cases_at_every_cluster_size(cluster):
-    contract.test_minus_inf_logits(*WHERE, 600)
-    contract.test_bad_rows_stay_alone(*WHERE, 700, math.nan)
-    contract.test_bad_rows_stay_alone(*WHERE, 700, "all -inf")
-    contract.test_masked_rows_are_exact_zeros_whatever_they_hold(*WHERE, "labels")
-    contract.test_top1_is_argmax(*WHERE)
-    contract.test_vocabulary_shards_merge(*WHERE, (16, 64, 80))
-    contract.test_scale_softcap_temperature(*WHERE, 0.5, 5.0, 0.6)
+    check_minus_inf_logits("cpu", 600)
+    check_bad_rows_stay_alone("cpu", 700, math.nan)
+    check_bad_rows_stay_alone("cpu", 700, "all -inf")
+    check_masked_rows_are_zeros("cpu", "labels")
+    check_top1_is_argmax("cpu")
+    check_shards_merge("cpu", (16, 64, 80))
+    check_scale_softcap_temperature("cpu", 0.5, 5.0, 0.6)
 
 
 def test_cluster_size_is_checked(emulated):
@@ -63,7 +72,7 @@ def test_cluster_size_is_checked(emulated):
 
 def test_automatic_cluster_of_a_long_row(emulated):
     """Long enough that the choice by row length is a cluster, on one row."""
-    contract.check(make_logits(1, 20_001, dtype=torch.bfloat16), make_labels(1, 20_001))
+    check_rows(make_logits(1, 20_001, dtype=torch.bfloat16), make_labels(1, 20_001))
 
 
 def test_fp64_is_refused_by_the_kernels_too(emulated):
@@ -105,7 +114,7 @@ def test_inplace_gradient_stays_inside_its_rows(emulated, dtype):
         overlaid = Overlaid.apply(leaf, logits)
         del buffer, logits
         overlaid.register_hook(seen.append)
-        stats = fa.token_stats(overlaid, labels, outputs=contract.ALL, inplace_backward=True)
+        stats = fa.token_stats(overlaid, labels, outputs=ALL, inplace_backward=True)
         (stats.logprob.sum() - 0.7 * stats.entropy.sum() + 0.1 * stats.logsumexp.sum()).backward()
         assert torch.equal(seen[0], want) and seen[0].data_ptr() == address, f"row moved by {shift} elements"
         buffer = seen[0].as_strided((size,), (1,), 0)
@@ -149,10 +158,10 @@ def test_many_labels_per_row(emulated):
         weights = torch.randn(2, count)
         got = fa.selective_log_softmax(x, index)
         truth = torch.log_softmax(x.detach().double().requires_grad_(), -1).gather(-1, index)
-        contract.assert_close(got, truth, torch.log_softmax(x, -1).gather(-1, index))
+        assert_close(got, truth, torch.log_softmax(x, -1).gather(-1, index))
         true = x.detach().double().requires_grad_()
-        want = contract.gradient((torch.log_softmax(true, -1).gather(-1, index) * weights).sum(), true)
-        contract.assert_close(contract.gradient((got * weights).sum(), x), want, scale=float(weights.abs().sum()))
+        want = gradient((torch.log_softmax(true, -1).gather(-1, index) * weights).sum(), true)
+        assert_close(gradient((got * weights).sum(), x), want, scale=float(weights.abs().sum()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -160,12 +169,12 @@ def test_backward_of_a_row_in_several_chunks(emulated, dtype):
     """Rows longer than one block's share of the backward pass, labels near the edges of the shares."""
     vocab = 20_003 if dtype == torch.bfloat16 else 10_001
     labels = torch.tensor([0, vocab - 1, 8191, 8192, 16383, 16384][: 6 if dtype == torch.bfloat16 else 4])
-    contract.check(make_logits(len(labels), vocab, dtype=dtype), labels, ("logprob",))
+    check_rows(make_logits(len(labels), vocab, dtype=dtype), labels, ("logprob",))
     index = torch.stack([labels, labels.flip(0), labels], -1)
     x = make_logits(len(labels), vocab).requires_grad_()
-    got = contract.gradient(fa.selective_log_softmax(x, index).sum(), x)
+    got = gradient(fa.selective_log_softmax(x, index).sum(), x)
     true = x.detach().double().requires_grad_()
-    contract.assert_close(got, contract.gradient(torch.log_softmax(true, -1).gather(-1, index).sum(), true), scale=4.0)
+    assert_close(got, gradient(torch.log_softmax(true, -1).gather(-1, index).sum(), true), scale=4.0)
 
 
 def test_malformed_packing_gives_nan_and_writes_everything(emulated, monkeypatch):
@@ -194,25 +203,25 @@ MISSING = {
     "the barrier before the labels' gradients are read": (
         "token_stats_bwd.cu",
         ("    extra[place] = sum * scale;\n  }\n  __syncthreads();", "    extra[place] = sum * scale;\n  }"),
-        lambda: contract.test_topk_index(*WHERE),
+        lambda: check_several_labels("cpu"),
         0,
     ),
     "the barrier before the warps' states are merged": (
         "reduce.cuh",
         ("  if (lane == 0) partial[warp] = s;\n  __syncthreads();", "  if (lane == 0) partial[warp] = s;"),
-        lambda: contract.test_accuracy_fp32(*WHERE, 5003, "normal"),
+        lambda: check_accuracy_fp32("cpu", 5003, "normal"),
         0,
     ),
     "the cluster barrier before other blocks' states are read": (
         "reduce.cuh",
         ("  if (cluster > 1) {\n    cluster_sync();", "  if (cluster > 1) {"),
-        lambda: contract.test_accuracy_fp32(*WHERE, 5003, "normal"),
+        lambda: check_accuracy_fp32("cpu", 5003, "normal"),
         2,
     ),
     "the cluster barrier before a block exits": (
         "reduce.cuh",
         ("    cluster_sync();   // no block", "    // no block"),
-        lambda: contract.test_accuracy_fp32(*WHERE, 5003, "normal"),
+        lambda: check_accuracy_fp32("cpu", 5003, "normal"),
         8,
     ),
     "the barrier before the last block is known": (
@@ -221,7 +230,7 @@ MISSING = {
             "    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }\n  __syncthreads();",
             "    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }",
         ),
-        lambda: packed.test_pair_kernel(*WHERE, "preset dpo"),
+        lambda: compare_pairs(make_batch(5, seed=10), **PAIR_VARIANTS["preset dpo"]),
         0,
     ),
     "the barrier before the warps' sums are added": (
@@ -230,25 +239,25 @@ MISSING = {
             "    for (int i = 0; i < N; ++i) partial[warp * N + i] = x[i];\n  __syncthreads();",
             "    for (int i = 0; i < N; ++i) partial[warp * N + i] = x[i];",
         ),
-        lambda: policy.compare(policy.make("cpu", lengths=(700, 300)), loss="gspo"),
+        lambda: compare_policy(make_policy_batch("cpu", lengths=(700, 300)), loss="gspo"),
         0,
     ),
     "the barrier before the room for the warps' sums is used again": (
         "sequence.cuh",
         ("  __syncthreads();   // the caller may use `partial` again", "  // the caller may use `partial` again"),
-        lambda: policy.compare(policy.make("cpu", lengths=(700, 300)), loss="gspo"),
+        lambda: compare_policy(make_policy_batch("cpu", lengths=(700, 300)), loss="gspo"),
         0,
     ),
     "the barrier before the warps' maps are composed": (
         "gae.cu",
         ("    maps[warp] = own;\n  }\n  __syncthreads();", "    maps[warp] = own;\n  }"),
-        lambda: gae.test_equals_the_loop(*WHERE, [0, 1500]),
+        lambda: check_equals_the_loop("cpu", [0, 1500]),
         0,
     ),
     "the barrier before the other responses' numbers are read": (
         "listwise.cu",
         ("  if (i < count) aux[i] = list_aux(p, x, head, i);\n  __syncthreads();", "  if (i < count) aux[i] = list_aux(p, x, head, i);"),
-        lambda: listwise.test_the_longest_list(*WHERE, "plackett_luce"),
+        lambda: check_the_longest_list("cpu", "plackett_luce"),
         0,
     ),
 }
@@ -261,7 +270,7 @@ def test_a_missing_barrier_is_noticed(emulated, what):
 
 
 def assert_noticed(what, name, edit, probe, size):
-    """A barrier is taken out of a copy of the kernel; the contract test that covers it fails, under some of three interleavings."""
+    """A barrier is taken out of a copy of the kernel; the check that covers it fails, under some of three interleavings."""
     probe()
     broken = build.load(build.build(edits={name: edit}))
     ffi.use_emulator(broken)

@@ -6,11 +6,23 @@ from __future__ import annotations
 import math
 
 import pytest
-import test_contract_kl as contract
-import test_contract_kl_loss as kl_loss
 import torch
+from checks.row_pairs import (
+    KLS,
+    check_bad_rows_of_either_model_stay_alone,
+    check_identical_rows_are_zero,
+    check_kl_accuracy_fp32,
+    check_kl_loss,
+    check_large_finite_mask_values,
+    check_masked_row_pairs_are_zeros,
+    check_mass_on_a_token_without_mass,
+    check_minus_inf_in_both,
+    check_row_pairs,
+    check_shards_of_both_rows_merge,
+    make_row_pair,
+)
 from row_calls import PLAIN, rows_of
-from test_kernels import WHERE, assert_noticed, cluster  # noqa: F401
+from test_kernels import assert_noticed, cluster  # noqa: F401
 
 import fastalign as fa
 from fastalign.ops.token_stats import fused as ops
@@ -18,7 +30,6 @@ from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients, ScaleR
 from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, make_labels, make_logits
 
-KLS = contract.KLS
 OPTIONS = PLAIN
 BITS = sum(OUTPUT_BITS[n] for n in ("logprob", "entropy", "logsumexp", "ref_logprob", *KLS))
 TOP1 = OUTPUT_BITS["is_top1"]  # an output that the one-read kernel does not have: with it the call takes the two kernels
@@ -52,27 +63,28 @@ def same(got, want):
 
 @pytest.mark.parametrize("vocab", [1, 3, 129, 1000, 2603])
 def test_accuracy_at_every_cluster_size(cluster, vocab):  # noqa: F811
-    contract.test_kl_accuracy_fp32(*WHERE, True, vocab, "normal")
+    check_kl_accuracy_fp32("cpu", min(vocab, 1500), "normal")
     for dtype in (torch.bfloat16, torch.float16):
-        contract.test_kl_accuracy_other_dtypes(*WHERE, (torch.bfloat16, torch.float16), min(vocab, 1000), dtype)
+        check_row_pairs(*make_row_pair(3, min(vocab, 1000), dtype=dtype), make_labels(3, min(vocab, 1000)))
 
 
 def test_edge_cases_at_every_cluster_size(cluster):  # noqa: F811
-    contract.test_identical_rows_are_exactly_zero(*WHERE, 1031, torch.bfloat16)
-    contract.test_minus_inf_in_both(*WHERE, 600)
-    contract.test_mass_on_a_token_without_mass(*WHERE)
-    contract.test_bad_rows_of_either_model_stay_alone(*WHERE, math.nan, "reference")
-    contract.test_masked_pairs_of_rows_are_exact_zeros(*WHERE)
-    contract.test_large_finite_mask_values(*WHERE)
-    contract.test_scale_softcap_temperature_of_both_rows(*WHERE, 0.5, 5.0, 0.6)
-    contract.test_vocabulary_shards_of_both_rows_merge(*WHERE, (16, 64, 80), ("policy",))
+    check_identical_rows_are_zero("cpu", 1031, torch.bfloat16)
+    check_minus_inf_in_both("cpu", 600)
+    check_mass_on_a_token_without_mass("cpu")
+    check_bad_rows_of_either_model_stay_alone("cpu", math.nan, "reference")
+    check_masked_row_pairs_are_zeros("cpu")
+    check_large_finite_mask_values("cpu")
+    x, ref = make_row_pair(3, 300)
+    check_row_pairs(x * 3, ref * 3, make_labels(3, 300), logit_scale=0.5, softcap=5.0, temperature=0.6)
+    check_shards_of_both_rows_merge("cpu", (16, 64, 80), ("policy",))
 
 
 def test_automatic_cluster_of_a_long_row(emulated):
     """Long enough that the choice by row length is a cluster, for a single row; the loss reads it once."""
-    x, ref = contract.make_pair(1, 40_003, dtype=torch.bfloat16)
-    contract.check(x, ref, make_labels(1, 40_003), KLS)
-    kl_loss.test_kl_loss(*WHERE, 40_003, torch.bfloat16, "policy_ref")
+    x, ref = make_row_pair(1, 40_003, dtype=torch.bfloat16)
+    check_row_pairs(x, ref, make_labels(1, 40_003), KLS)
+    check_kl_loss("cpu", 40_003, torch.bfloat16, "policy_ref")
 
 
 @pytest.mark.parametrize("vocab,dtype,size", [(32000, torch.bfloat16, 2), (128256, torch.bfloat16, 8), (151936, torch.bfloat16, 8)])
@@ -92,7 +104,7 @@ def test_one_read_leaves_room_for_three_blocks_per_multiprocessor(emulated, voca
 @pytest.mark.parametrize("with_ref", [True, False], ids=["pair", "row"])
 def test_one_read_gives_the_bits_of_two_kernels(cluster, with_ref, dtype):  # noqa: F811
     for vocab in (1, 9, 300, 2603):
-        x, ref = contract.make_pair(5, vocab, dtype=dtype)
+        x, ref = make_row_pair(5, vocab, dtype=dtype)
         ref = ref if with_ref else None
         bits = BITS if with_ref else BITS & 7
         labels = make_labels(5, vocab, ignored=0.2).unsqueeze(-1)
@@ -106,9 +118,9 @@ def test_one_read_gives_the_bits_of_two_kernels(cluster, with_ref, dtype):  # no
 def test_what_one_read_does_not_serve(emulated):
     """Several labels, a softcap, rows beyond the shared memory of their blocks: the two kernels, with the same numbers as the reference."""
     cases = [
-        (*contract.make_pair(3, 300), make_labels(9, 300).view(3, 3), OPTIONS, 0),
-        (*contract.make_pair(3, 300), make_labels(3, 300).unsqueeze(-1), OPTIONS._replace(factor=4.0, cap_scale=0.4), 0),
-        (*contract.make_pair(1, 30_001), make_labels(1, 30_001).unsqueeze(-1), OPTIONS, 1),
+        (*make_row_pair(3, 300), make_labels(9, 300).view(3, 3), OPTIONS, 0),
+        (*make_row_pair(3, 300), make_labels(3, 300).unsqueeze(-1), OPTIONS._replace(factor=4.0, cap_scale=0.4), 0),
+        (*make_row_pair(1, 30_001), make_labels(1, 30_001).unsqueeze(-1), OPTIONS, 1),
     ]
     for x, ref, labels, options, size in cases:
         emulated.set_cluster_size(size)
@@ -123,7 +135,7 @@ def test_what_one_read_does_not_serve(emulated):
 def test_bad_label_and_bad_rows_in_one_read(emulated, monkeypatch):
     """On a GPU labels are not checked: the row is NaN, its neighbours are not touched."""
     monkeypatch.setattr(OPS["token_stats_fused"], "check", None)
-    x, ref = contract.make_pair(4, 300)
+    x, ref = make_row_pair(4, 300)
     labels = torch.tensor([[3], [300], [5], [7]])
     clean = fused(x, ref, torch.tensor([[3], [4], [5], [7]]))
     ref[2, 11] = math.nan
@@ -150,7 +162,7 @@ def placed(content, shift, pad, fill):
 def test_every_pair_of_alignments_gives_the_same_bits(emulated, size, vocab, dtype):
     """Both rows moved, each by its own number of elements, in NaN surroundings that no load may let in: every kernel alike."""
     emulated.set_cluster_size(size)
-    x, ref = contract.make_pair(2, vocab, dtype=dtype)
+    x, ref = make_row_pair(2, vocab, dtype=dtype)
     labels = make_labels(2, vocab).unsqueeze(-1)
     want = fused(x, ref, labels, BITS | TOP1)
     lanes = 16 // dtype.itemsize
@@ -164,7 +176,7 @@ def test_every_pair_of_alignments_gives_the_same_bits(emulated, size, vocab, dty
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [BITS, BITS | TOP1], ids=["one read", "two kernels"])
 def test_inplace_gradient_stays_inside_its_rows(cluster, bits, dtype):  # noqa: F811
-    x, ref = contract.make_pair(3, 1037, dtype=dtype)
+    x, ref = make_row_pair(3, 1037, dtype=dtype)
     labels = make_labels(3, 1037, ignored=0.3).unsqueeze(-1)
     want = fused(x, ref, labels, bits)
     for shift in (0, 1, 3):
@@ -200,4 +212,4 @@ MISSING = {
 
 @pytest.mark.parametrize("what", MISSING)
 def test_a_missing_barrier_is_noticed(emulated, what):
-    assert_noticed(what, "token_stats_fused.cu", MISSING[what], lambda: kl_loss.test_kl_loss(*WHERE, 1037, torch.float32, "policy_ref"), 2)
+    assert_noticed(what, "token_stats_fused.cu", MISSING[what], lambda: check_kl_loss("cpu", 1037, torch.float32, "policy_ref"), 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import NAMES, public_calls
+from checks.calls import NAMES, public_calls
 
 import fastalign as fa
 from fastalign.runtime.op import debug_checks
@@ -82,7 +82,7 @@ def test_second_graph_does_not_depend_on_the_first(backend, name):
     and memory that was never written must not be zero by chance: a process of its own, whose free memory is garbage."""
     code = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 import torch
 import fastalign as fa
 from test_execution import _two_graphs

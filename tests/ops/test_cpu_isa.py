@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from checks.rows import ALL, check_rows
 from row_calls import rows_of
 
 import fastalign as fa
@@ -14,9 +15,8 @@ from fastalign import _C
 from fastalign.ops.token_stats.contract import RowGradients, RowOptions, TokenStatsBwd, TokenStatsFwd
 from fastalign.ops.token_stats.op import token_stats_bwd, token_stats_bwd_, token_stats_fwd
 from fastalign.rows.spec import LOG2E
-from fastalign.testing import assert_close, gradient, gradient_scale, make_labels, make_logits, token_stats_truth
+from fastalign.testing import assert_close, gradient, make_labels, make_logits, token_stats_truth
 
-ALL = ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK, CHUNK = 2048, 16384  # csrc/cpu/rows.h
 STATE = -2  # the place of the row states among the results
@@ -61,17 +61,8 @@ def test_available(isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [7, 31, BLOCK - 1, BLOCK + 33, CHUNK, CHUNK + 1, 3 * CHUNK + 65])
 def test_accuracy(isa, vocab, dtype, softcap):
-    labels = make_labels(3, vocab)
     names = ALL if softcap is None else ALL[:-1]  # capping makes ties
-    mine, true, plain = (make_logits(3, vocab, dtype=dtype, kind="normal").requires_grad_() for _ in range(3))
-    stats = fa.token_stats(mine, labels, outputs=names, softcap=softcap)
-    truth, base = (token_stats_truth(x, labels, dtype=d, softcap=softcap) for x, d in ((true, torch.float64), (plain, torch.float32)))
-    for name in names:
-        assert_close(getattr(stats, name), truth[name], base[name], what=name)
-    for name in ("logprob", "entropy"):
-        graphs = ((stats._asdict(), mine), (truth, true), (base, plain))
-        got, want, yard = (torch.autograd.grad(o[name].sum(), x, retain_graph=True)[0] for o, x in graphs)
-        assert_close(got, want, yard, what=f"gradient of {name}", scale=gradient_scale(mine.detach(), labels, name, softcap=softcap))
+    check_rows(make_logits(3, vocab, dtype=dtype), make_labels(3, vocab), names, softcap=softcap)
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "flat", "offset"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_contract_policy import FULL, compare, make, run
+from checks.compare import same
+from checks.policy import FULL, compare_policy, make_policy_batch, run_policy
 
 import fastalign as fa
 from fastalign import _C
@@ -42,20 +43,18 @@ def on_every_instruction_set(call):
             torch.set_num_threads(threads)
             with fa.use_backend("cpu"):
                 results.append(call())
-    for other in results[1:]:
-        for key, value in results[0].items():
-            assert torch.equal(other[key], value), key
+    assert all(same(other, results[0]) for other in results[1:])
     return results[0]
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_policy(restored, name):
-    batch = make("cpu", lengths=LENGTHS)
-    on_every_instruction_set(lambda: run(batch, **CALLS[name]))
+    batch = make_policy_batch("cpu", lengths=LENGTHS)
+    on_every_instruction_set(lambda: run_policy(batch, **CALLS[name]))
     for isa in _C.cpu_isas():
         _C.set_cpu_isa(isa)
         with fa.use_backend("cpu"):
-            compare(batch, **CALLS[name])
+            compare_policy(batch, **CALLS[name])
 
 
 @pytest.mark.parametrize("holes", [0.0, 0.02, 0.5])

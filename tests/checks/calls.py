@@ -1,4 +1,5 @@
-"""One closure per public op: forward and backward on inputs that stay where they are. Shared by the tests of this folder and sanitize.py."""
+"""One closure per public op: forward and backward on inputs that stay where they are. What the tests on a device and the sanitizer run, and
+what has to be among it: every op (tests/bench/test_gpu_report.py)."""
 
 from __future__ import annotations
 
@@ -97,3 +98,26 @@ NAMES = (
     "token_stats", "inplace", "reference_stats", "token_kl_loss", "scaled_kl_loss", "sequence_sum", "kl_estimate", "preference_loss",
     "listwise_loss", "gae", "policy_loss", "value_loss",
 )  # fmt: skip
+
+
+def calls_with_a_last_block(device: str) -> dict[str, Call]:
+    """One forward and backward of every op that has a last block, on inputs that stay; each returns its results."""
+    batch = make_batch(3, device=device)
+    lp, ref = batch.logprobs.clone().requires_grad_(), batch.ref_logprobs
+    cu, mask = batch.packed.cu_seqlens, batch.packed.mask
+    one, scores = torch.ones((), device=device), torch.arange(6, device=device)
+    offsets = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+
+    def with_gradient(out):
+        return out.loss.detach(), *torch.autograd.grad(out.loss, lp, one)
+
+    return {
+        "preference": lambda: with_gradient(fa.preference_loss(lp, ref, cu, mask=mask)),
+        "listwise": lambda: with_gradient(fa.listwise_loss(lp, ref, cu, offsets, scores, mask=mask)),
+        "policy": lambda: with_gradient(fa.policy_loss(lp, ref, ref, mask=mask)),
+        "value": lambda: with_gradient(fa.value_loss(lp, ref, ref, mask=mask)),
+        "gae": lambda: tuple(fa.gae(lp, ref, cu, mask=mask)),
+    }
+
+
+WITH_A_LAST_BLOCK = ("preference", "listwise", "policy", "value", "gae")
