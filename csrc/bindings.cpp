@@ -33,10 +33,22 @@ template <class F> void members(F& f, RowArgs& a) {
   FIELD(logits) FIELD(ref) FIELD(dtype) FIELD(labels) FIELD(targets) FIELD(mask) FIELD(ignore_index) FIELD(factor) FIELD(cap_scale)
   FIELD(temperature_ptr) FIELD(temperature) FIELD(vocab_start) FIELD(vocab_total)
 }
+template <class F> void members(F& f, RowResults& a) {
+  FIELD(logprob) FIELD(entropy) FIELD(logsumexp) FIELD(log_sum_sq) FIELD(mean_logit) FIELD(is_top1) FIELD(ref_logprob) FIELD(kl_policy_ref)
+  FIELD(kl_ref_policy)
+}
 template <class F> void members(F& f, TokenStatsArgs& a) {
   members(f, static_cast<RowArgs&>(a));
-  FIELD(outputs) FIELD(state_in) FIELD(target_in) FIELD(logprob) FIELD(entropy) FIELD(logsumexp) FIELD(log_sum_sq) FIELD(mean_logit)
-  FIELD(is_top1) FIELD(ref_logprob) FIELD(kl_policy_ref) FIELD(kl_ref_policy) FIELD(state) FIELD(target)
+  members(f, static_cast<RowResults&>(a));
+  FIELD(outputs) FIELD(state_in) FIELD(target_in) FIELD(state) FIELD(target)
+}
+template <class F> void members(F& f, RowStatesMergeArgs& a) {
+  FIELD(states) FIELD(part_targets) FIELD(parts) FIELD(rows) FIELD(entries) FIELD(dtype) FIELD(state) FIELD(target)
+}
+template <class F> void members(F& f, RowStatesFinishArgs& a) {
+  members(f, static_cast<RowResults&>(a));
+  FIELD(state) FIELD(target) FIELD(rows) FIELD(dtype) FIELD(labels) FIELD(targets) FIELD(mask) FIELD(ignore_index) FIELD(factor)
+  FIELD(temperature_ptr) FIELD(temperature) FIELD(vocab_total)
 }
 template <class F> void members(F& f, TokenStatsBackwardArgs& a) {
   members(f, static_cast<RowArgs&>(a));

@@ -25,13 +25,17 @@ struct RowArgs {
   int64_t vocab_start, vocab_total;
 };
 
-struct TokenStatsArgs : RowArgs {
+// What is finished from row states, in the accumulation dtype; null when not asked for.
+struct RowResults {
+  void *logprob /* [rows, targets] */, *entropy, *logsumexp, *log_sum_sq, *mean_logit, *is_top1, *ref_logprob /* [rows, targets] */,
+      *kl_policy_ref, *kl_ref_policy;
+};
+
+struct TokenStatsArgs : RowArgs, RowResults {
   int outputs;                  // RowOutput bits
   const void* state_in;         // [rows, kStateWidth]: states of the shards before this one, merged in; or null
   const void* target_in;        // [rows, targets], with ref [2, rows, targets]: u of the targets found so far (-inf: not yet); or null
-  // accumulation dtype, null when not asked for; target is [rows, targets], with ref [2, rows, targets]: policy, then reference:
-  void *logprob /* [rows, targets] */, *entropy, *logsumexp, *log_sum_sq, *mean_logit, *is_top1, *ref_logprob /* [rows, targets] */,
-      *kl_policy_ref, *kl_ref_policy, *state, *target;
+  void *state, *target;         // accumulation dtype; target is [rows, targets], with ref [2, rows, targets]: policy, then reference
 };
 
 // ref is read only where a KL has an upstream gradient.
@@ -47,6 +51,29 @@ struct TokenStatsBackwardArgs : RowArgs {
 struct TokenStatsFusedArgs {
   TokenStatsArgs forward;
   TokenStatsBackwardArgs backward;
+};
+
+// States of parts of the vocabulary, merged in index order; what no part holds of the labels is -inf.
+struct RowStatesMergeArgs {
+  const void *states, *part_targets;  // [parts, rows, kStateWidth]; [parts, entries] or null
+  int64_t parts, rows, entries;
+  int dtype;                    // kFloat32 or kFloat64, of every floating tensor here
+  void *state, *target;
+};
+
+// The outputs from finished states, without logits. Names as in RowArgs and TokenStatsArgs.
+struct RowStatesFinishArgs : RowResults {
+  const void *state, *target;
+  int64_t rows;
+  int dtype;                    // kFloat32 or kFloat64, of every floating tensor here
+  const int64_t* labels;
+  int64_t targets;
+  const uint8_t* mask;
+  int64_t ignore_index;
+  double factor;
+  const void* temperature_ptr;
+  double temperature;
+  int64_t vocab_total;
 };
 
 // x *= scale, without touching x where scale is 1.
@@ -201,6 +228,8 @@ struct PolicyBackwardArgs {
   X(token_stats_fwd, TokenStatsArgs)                   \
   X(token_stats_bwd, TokenStatsBackwardArgs)           \
   X(token_stats_fused, TokenStatsFusedArgs)            \
+  X(row_states_merge, RowStatesMergeArgs)              \
+  X(row_states_finish, RowStatesFinishArgs)            \
   X(scale_rows, ScaleRowsArgs)                         \
   X(sequence_sum_fwd, SequenceSumArgs)                 \
   X(sequence_sum_bwd, SequenceSumBackwardArgs)         \

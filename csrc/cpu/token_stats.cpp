@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <type_traits>
 #include <vector>
+#include "cpu/row_labels.h"
 #include "cpu/rows.h"
 #include "ops.h"
+#include "row_results.h"
 
 namespace fastalign {
 namespace cpu {
@@ -22,24 +24,10 @@ template <class T> T* row_of(const RowsView& v, int64_t row) {
   return static_cast<T*>(v.data) + (row / v.inner * v.stride_outer + row % v.inner * v.stride_inner);
 }
 
-template <class A, class Args> RowTransform<A> row_transform(const Args& a) {
-  const A temperature = a.temperature_ptr ? *static_cast<const A*>(a.temperature_ptr) : A(a.temperature);
-  return {A(a.factor) / temperature, A(a.cap_scale)};
-}
-
-template <class Args> int64_t label(const Args& a, int64_t row, int64_t k) { return a.labels[row * a.targets + k]; }
-template <class Args> bool is_ignored(const Args& a, int64_t row, int64_t k) { return label(a, row, k) == a.ignore_index; }
-
-template <class Args> bool is_scored(const Args& a, int64_t row) {
-  if (a.mask && !a.mask[row]) return false;
-  if (!a.labels) return true;
-  for (int64_t k = 0; k < a.targets; ++k)
-    if (!is_ignored(a, row, k)) return true;
-  return false;
-}
+template <class A> RowTransform<A> row_transform(const RowArgs& a) { return {bits_per_unit<A>(a), A(a.cap_scale)}; }
 
 // Whether target k, not ignored, lies in columns [begin, end) of this call's part of the vocabulary.
-template <class Args> bool is_within(const Args& a, int64_t row, int64_t k, int64_t begin, int64_t end) {
+bool is_within(const RowArgs& a, int64_t row, int64_t k, int64_t begin, int64_t end) {
   const int64_t column = label(a, row, k) - a.vocab_start;
   return !is_ignored(a, row, k) && column >= begin && column < end;
 }
@@ -88,8 +76,8 @@ template <class T, bool kRef> struct Forward {
     p.top += int32_t(a.vocab_start);
     if (!a.state_in) return s;
     const A* before = static_cast<const A*>(a.state_in) + row * kStateWidth;
-    if constexpr (kRef) return merge(State{load_state(before), load_ref(before)}, s);
-    else return merge(load_state(before), s);
+    if constexpr (kRef) return merge_stored(State{load_state(before), load_ref(before)}, s);
+    else return merge_stored(load_state(before), s);
   }
 
   // Whether a swept row, or its reference row, is far, or may be: its maximum is not known.
@@ -140,49 +128,32 @@ template <class T, bool kRef> struct Forward {
     return a.target_in ? static_cast<const A*>(a.target_in)[(which * rows + row) * a.targets + k] : A(-INFINITY);
   }
 
-  template <class Row> void write_targets(const RowsView& logits, int which, int64_t row, const Row& s, void* logprob) const {
+  template <class Row> void write_targets(const RowsView& logits, int which, int64_t row, const Row& s) const {
     for (int64_t k = 0; k < a.targets; ++k) {
       const A u = target(logits, which, row, k);
       put(a.target, (which * rows + row) * a.targets + k, u);
-      if (logprob) put(logprob, row * a.targets + k, is_ignored(a, row, k) ? A(0) : row_logprob(s, u, f, kernels.exp2));
+      write_logprob(a, which, row, k, s, u, f, kernels.exp2);
     }
   }
 
   void write(int64_t row, State state) const {
-    RowState<A>& s = policy(state);
     A* const out = a.state ? static_cast<A*>(a.state) + row * kStateWidth : nullptr;
-    bool bad = false;
-    for (int64_t k = 0; k < a.targets; ++k) bad |= !is_ignored(a, row, k) && (label(a, row, k) < 0 || label(a, row, k) >= a.vocab_total);
-    if (bad) s.s0 = A(NAN);
-    write_targets(a.logits, 0, row, s, a.logprob);
-    if (a.entropy) put(a.entropy, row, row_entropy(s, f, kernels.exp2));
-    if (a.logsumexp) put(a.logsumexp, row, row_logsumexp(s, f));
-    if (a.log_sum_sq) put(a.log_sum_sq, row, row_log_sum_sq(s));
-    if (a.mean_logit) put(a.mean_logit, row, row_mean_logit(s, A(a.vocab_total), f));
-    if (a.is_top1) put(a.is_top1, row, row_is_top1(s, label(a, row, 0)));
-    if (out) store_state(s, true, out);
-    if constexpr (kRef) {
-      RefState<A>& r = state.r;
-      if (bad) r.s0 = A(NAN);
-      write_targets(a.ref, 1, row, r, a.ref_logprob);
-      if (a.kl_policy_ref) put(a.kl_policy_ref, row, row_kl_policy_ref(s, r, f, kernels.exp2));
-      if (a.kl_ref_policy) put(a.kl_ref_policy, row, row_kl_ref_policy(s, r, f, kernels.exp2));
-      if (out) store_ref(r, out);
-    }
+    if (has_bad_label(a, row)) spoil(state);
+    write_targets(a.logits, 0, row, policy(state));
+    if constexpr (kRef) write_targets(a.ref, 1, row, state.r);
+    write_statistics(a, row, state, f, kernels.exp2);
+    if (out) store_state(policy(state), true, out);
+    if constexpr (kRef)
+      if (out) store_ref(state.r, out);
   }
 
   void write_masked(int64_t row) const {
     for (int64_t k = 0; k < a.targets; ++k) {
-      for (int which = 0; which <= int(kRef); ++which) put(a.target, (which * rows + row) * a.targets + k, A(0));
-      put(a.logprob, row * a.targets + k, A(0));
-      put(a.ref_logprob, row * a.targets + k, A(0));
+      for (int which = 0; which <= int(kRef); ++which) put(a.target, (which * rows + row) * a.targets + k, A(-INFINITY));
+      write_no_logprob<A>(a, row, k);
     }
-    for (void* out : {a.entropy, a.logsumexp, a.log_sum_sq, a.mean_logit, a.is_top1, a.kl_policy_ref, a.kl_ref_policy}) put(out, row, A(0));
-    if (a.state) std::fill_n(static_cast<A*>(a.state) + row * kStateWidth, int(kStateWidth), A(0));
-  }
-
-  static void put(void* out, int64_t i, A value) {
-    if (out) static_cast<A*>(out)[i] = value;
+    write_no_statistics<A>(a, row);
+    if (a.state) store_empty(kRef, static_cast<A*>(a.state) + row * kStateWidth);
   }
 
   void run_row(int64_t row) const {

@@ -16,10 +16,6 @@ template <int kSums> using State = std::conditional_t<(kSums & kRefRow) != 0, Pa
 __device__ inline RowState<float>& policy(RowState<float>& s) { return s; }
 __device__ inline RowState<float>& policy(PairState<float>& s) { return s.p; }
 
-// Makes NaN of a row whose label is bad.
-__device__ inline void spoil(RowState<float>& s) { s.s0 = NAN; }
-__device__ inline void spoil(PairState<float>& s) { s.p.s0 = s.r.s0 = NAN; }
-
 // Drops what is not kept, so that the compiler drops the arithmetic behind it.
 template <int kSums> __device__ RowState<float> keep(RowState<float> s) {
   if (!(kSums & kSum1)) s.s1 = 0;

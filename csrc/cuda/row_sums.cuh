@@ -3,6 +3,7 @@
 #include "cuda/reduce.cuh"
 #include "cuda/row.cuh"
 #include "cuda/vector.cuh"
+#include "row_results.h"
 
 namespace fastalign {
 namespace cuda {
@@ -139,20 +140,15 @@ __device__ float target_u(const TokenStatsArgs& a, int which, int64_t row, int64
   return a.target_in ? static_cast<const float*>(a.target_in)[(which * a.logits.rows + row) * a.targets + k] : -INFINITY;
 }
 
-__device__ inline void put(void* out, int64_t i, float value) {
-  if (out) static_cast<float*>(out)[i] = value;
-}
-
 template <int kSums> __device__ void write_unscored(const TokenStatsArgs& a, int64_t row, unsigned lane) {
-  for (int64_t k = row * a.targets + lane; k < (row + 1) * a.targets; k += kWarp) {
-    put(a.logprob, k, 0), put(a.target, k, -INFINITY);
-    if (kSums & kRefRow) put(a.ref_logprob, k, 0), put(a.target, a.logits.rows * a.targets + k, -INFINITY);
+  constexpr bool kRef = (kSums & kRefRow) != 0;
+  for (int64_t k = lane; k < a.targets; k += kWarp) {
+    write_no_logprob<float>(a, row, k);
+    for (int which = 0; which <= int(kRef); ++which) put(a.target, (which * a.logits.rows + row) * a.targets + k, -INFINITY);
   }
   if (lane) return;
-  void* const outputs[] = {a.entropy, a.logsumexp, a.log_sum_sq, a.mean_logit, a.is_top1};
-  for (void* out : outputs) put(out, row, 0);
-  if (kSums & kRefRow) put(a.kl_policy_ref, row, 0), put(a.kl_ref_policy, row, 0);
-  if (a.state) store_state(RowState<float>::empty(), false, static_cast<float*>(a.state) + row * kStateWidth);
+  write_no_statistics<float>(a, row);
+  if (a.state) store_empty(kRef, static_cast<float*>(a.state) + row * kStateWidth);
 }
 
 // The log-probs of the labels in one of the rows: lane k finishes labels k, k + 32, ... Lane 0 has the state; `first` is lane k's first
@@ -165,34 +161,24 @@ __device__ void write_targets(const TokenStatsArgs& a, int which, int64_t row, u
   s.umax = __shfl_sync(kFullMask, s.umax, 0);
   for (int64_t k = lane; k < a.targets; k += kWarp) {
     const float u = k < kWarp ? first : target_u(a, which, row, k, x, f);
-    const bool ignored = a.labels[row * a.targets + k] == a.ignore_index;
-    put(which ? a.ref_logprob : a.logprob, row * a.targets + k, ignored ? 0.0f : row_logprob(s, u, f, RowExp2{}));
+    write_logprob(a, which, row, k, s, u, f, RowExp2{});
     put(a.target, (which * a.logits.rows + row) * a.targets + k, u);
   }
 }
 
 // What one warp writes of a scored row.
-template <class T>
-__device__ void write_row(const TokenStatsArgs& a, int64_t row, unsigned lane, const RowState<float>& s, const float* first,
-                          const T* const* x, const RowTransform<float>& f) {
-  write_targets(a, 0, row, lane, s, first[0], x[0], f);
+template <class T, class State>
+__device__ void write_row(const TokenStatsArgs& a, int64_t row, unsigned lane, State s, const float* first, const T* const* x,
+                          const RowTransform<float>& f) {
+  constexpr bool kRef = std::is_same_v<State, PairState<float>>;
+  write_targets(a, 0, row, lane, policy(s), first[0], x[0], f);
+  if constexpr (kRef) write_targets(a, 1, row, lane, s.r, first[1], x[1], f);
   if (lane) return;
-  if (a.entropy) put(a.entropy, row, row_entropy(s, f, RowExp2{}));
-  if (a.logsumexp) put(a.logsumexp, row, row_logsumexp(s, f));
-  if (a.log_sum_sq) put(a.log_sum_sq, row, row_log_sum_sq(s));
-  if (a.mean_logit) put(a.mean_logit, row, row_mean_logit(s, float(a.vocab_total), f));
-  if (a.is_top1) put(a.is_top1, row, row_is_top1(s, a.labels[row * a.targets]));
-  if (a.state) store_state(s, true, static_cast<float*>(a.state) + row * kStateWidth);
-}
-template <class T>
-__device__ void write_row(const TokenStatsArgs& a, int64_t row, unsigned lane, const PairState<float>& s, const float* first,
-                          const T* const* x, const RowTransform<float>& f) {
-  write_row(a, row, lane, s.p, first, x, f);
-  write_targets(a, 1, row, lane, s.r, first[1], x[1], f);
-  if (lane) return;
-  if (a.kl_policy_ref) put(a.kl_policy_ref, row, row_kl_policy_ref(s.p, s.r, f, RowExp2{}));
-  if (a.kl_ref_policy) put(a.kl_ref_policy, row, row_kl_ref_policy(s.p, s.r, f, RowExp2{}));
-  if (a.state) store_ref(s.r, static_cast<float*>(a.state) + row * kStateWidth);
+  write_statistics(a, row, s, f, RowExp2{});
+  if (!a.state) return;
+  float* out = static_cast<float*>(a.state) + row * kStateWidth;
+  store_state(policy(s), true, out);
+  if constexpr (kRef) store_ref(s.r, out);
 }
 
 }  // namespace cuda

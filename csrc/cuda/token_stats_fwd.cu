@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kRowThreads, blocks_per_sm(kBlocksPerSm<kSums>
   if (kCap) p.umax = f.u(p.umax);  // from here on what row_state.h says
   if (__shfl_sync(kFullMask, int(may_be_far(s, f)), 0)) s = far_state<T, kSums>(s, x, vocab, f);
   if (thread == 0 && a.state_in)
-    s = keep<kSums>(merge(load_row_state<kSums>(static_cast<const float*>(a.state_in) + row * kStateWidth), s));
+    s = keep<kSums>(merge_stored(load_row_state<kSums>(static_cast<const float*>(a.state_in) + row * kStateWidth), s));
   if (labels.bad) spoil(s);
   write_row(a, row, thread, s, first, x, f);
 }

@@ -19,7 +19,7 @@
 
 namespace fastalign {
 
-// Columns of the saved state tensor [rows, kStateWidth]. The last five are 0 without reference logits.
+// Columns of the saved state tensor [rows, kStateWidth]. The last five are 0 without reference logits. A row that is not scored has the empty state.
 enum StateColumn : int {
   kColM,
   kColS0,
@@ -140,6 +140,41 @@ template <class T> FA_HD PairState<T> merge(const PairState<T>& a, const PairSta
   return s;
 }
 
+// Two stored reference points as `merge` may compare them. Those of two far rows differ by less than their rounding took off: in their place stands
+// how far each lies below the larger. (umax: of u; 0 of a reference row that is not far.)
+template <class T> FA_HD void set_apart(T& ma, T ua, T& mb, T ub) {
+  const T limit = RowTransform<T>::far_limit();
+  if (!is_finite(ua) || !is_finite(ub) || ua == T(0) || ub == T(0) || fabs(ma) < limit || fabs(mb) < limit) return;
+  const T peak = ua > ub ? ua : ub;
+  ma = ua == peak ? T(0) : (T(0.5) * ua - T(0.5) * peak) * (ma / ua) * T(2);
+  mb = ub == peak ? T(0) : (T(0.5) * ub - T(0.5) * peak) * (mb / ub) * T(2);
+}
+
+// merge for the finished states of parts of a row, each swept by itself, be they far or not. The empty state leaves no trace.
+template <class T> FA_HD RowState<T> merge_stored(RowState<T> a, RowState<T> b) {
+  const T m = a.m > b.m ? a.m : b.m;
+  set_apart(a.m, a.umax, b.m, b.umax);
+  RowState<T> s = merge(a, b);
+  s.m = m;
+  return s;
+}
+template <class T> FA_HD PairState<T> merge_stored(PairState<T> a, PairState<T> b) {
+  const T m = a.p.m > b.p.m ? a.p.m : b.p.m, ref_m = a.r.m > b.r.m ? a.r.m : b.r.m;
+  set_apart(a.p.m, a.p.umax, b.p.m, b.p.umax);
+  set_apart(a.r.m, a.r.umax, b.r.m, b.r.umax);
+  PairState<T> s = merge(a, b);
+  if (a.r.m == b.r.m && s.r.umax == T(0)) s.r.umax = b.r.umax;  // m is -inf of a far row's and an empty one's
+  s.p.m = m, s.r.m = ref_m;
+  return s;
+}
+
+// Makes NaN of a row whose label is bad.
+template <class T> FA_HD void spoil(RowState<T>& s) { s.s0 = T(NAN); }
+template <class T> FA_HD void spoil(PairState<T>& s) { s.p.s0 = s.r.s0 = T(NAN); }
+
+// merge_stored for labels' u, which one part at most holds; the others have -inf.
+template <class T> FA_HD T found_target(T before, T here) { return here == T(-INFINITY) ? before : here; }
+
 // What of a finished row exponents are formed from, in the sweep that made it, for its labels and in its gradient.
 template <class T> struct RowOrigin {
   T m, umax;
@@ -226,6 +261,8 @@ template <class T> FA_HD void store_ref(const RefState<T>& r, T* out) {
   out[kColTr] = r.tr;
   out[kColRefUmax] = r.umax;
 }
+// Whether there were reference logits: a row of them has mass where its m is 0.
+template <class T> FA_HD bool has_ref(const T* in) { return in[kColRefM] != T(0) || in[kColRefS0] != T(0); }
 template <class T> FA_HD RefState<T> load_ref(const T* in) { return {in[kColRefM], in[kColRefS0], in[kColT], in[kColTr], in[kColRefUmax]}; }
 
 // The coefficient contract (one backward kernel for every loss):

@@ -30,8 +30,8 @@ from fastalign.rows.spec import RowSpec
 
 class RowStates(NamedTuple):
     """state: [rows, STATE_WIDTH], the monoid of docs/mathematics.md. target: the labels' logits, [rows, K], with
-    reference logits [2, rows, K]; -inf where the part does not hold the label; empty(0) without labels. Both fp32
-    (fp64 for fp64 logits). A row that is not scored has the empty state and targets of -inf."""
+    reference logits [2 rows, K] (the policy's, then the reference's); -inf where the part does not hold the label;
+    empty(0) without labels. Both fp32 (fp64 for fp64 logits). A row that is not scored has the empty state and targets of -inf."""
 
     state: Tensor
     target: Tensor
@@ -43,7 +43,7 @@ def push(spec: RowSpec, logits: Tensor, ref_logits: Tensor | None = None, *, sta
     logits, ref_logits: [..., V'], rows in the order of the spec; strides free but for a contiguous last dim and
     leading dims that collapse to two."""
     *_, state, target = token_stats_fwd(TokenStatsFwd(spec.rows(logits, ref_logits, start), spec.bits, None, None))
-    return RowStates(state, target)
+    return RowStates(state, target.flatten(0, 1) if target.dim() > 2 else target)
 
 
 def merge(parts: Sequence[RowStates]) -> RowStates:

@@ -15,6 +15,7 @@ CASES = [(i, k) for i, (_, args) in enumerate(SAMPLES) for k, a in enumerate(arg
 FREE = {
     "1-token_stats_fwd-logits", "2-token_stats_bwd-logits", "3-token_stats_bwd_-logits", "0-token_stats_fwd-logits", "3-token_stats_bwd_-labels",
     "8-scale_rows_-x", "14-preference_bwd-cu_seqlens", "19-policy_bwd-stats",
+    "20-row_states_merge-targets", "21-row_states_merge-states", "23-row_states_finish-state",
 }  # fmt: skip
 
 

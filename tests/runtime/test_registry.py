@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from row_calls import rows_of
+from row_calls import PLAIN, rows_of
 
 import fastalign as fa
 from fastalign.ops.gae.op import GaeFwd
@@ -23,7 +23,15 @@ from fastalign.ops.policy.op import PolicyBwd, PolicyFwd, ValueFwd
 from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceBwd, PreferenceFwd
 from fastalign.ops.sequence_sum.op import SequenceSumBwd, SequenceSumFwd
-from fastalign.ops.token_stats.contract import RowGradients, ScaleRows, TokenStatsBwd, TokenStatsFused, TokenStatsFwd
+from fastalign.ops.token_stats.contract import (
+    RowGradients,
+    RowStatesFinish,
+    RowStatesMerge,
+    ScaleRows,
+    TokenStatsBwd,
+    TokenStatsFused,
+    TokenStatsFwd,
+)
 from fastalign.runtime import backends, checks, ffi, op
 from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, make_batch, make_labels, make_logits
@@ -287,6 +295,19 @@ def _row_samples():
     yield "scale_rows_", ScaleRows(x.clone(), torch.tensor(0.5))
 
 
+def _state_samples():
+    x, labels, ref = make_logits(3, 17), make_labels(3, 17).unsqueeze(-1), make_logits(3, 17, seed=1)
+    cut = [rows_of(x[:, lo:hi], labels, ref=ref[:, lo:hi], start=lo, total=17) for lo, hi in ((0, 8), (8, 17))]
+    parts = [OPS["token_stats_fwd"](TokenStatsFwd(part, 511, None, None))[-2:] for part in cut]
+    states, targets = torch.stack([state for state, _ in parts]), torch.stack([target.flatten(0, 1) for _, target in parts])
+    yield "row_states_merge", RowStatesMerge(states, targets)
+    yield "row_states_merge", RowStatesMerge(states, None)
+    state, target = OPS["row_states_merge"](RowStatesMerge(states, targets))
+    options = (PLAIN.factor, 1.0, -100, 17)
+    yield "row_states_finish", RowStatesFinish(state, target, labels, None, torch.tensor(0.5), *options, 511)
+    yield "row_states_finish", RowStatesFinish(state, None, None, torch.ones(3, dtype=torch.bool), None, *options, 130)
+
+
 def _samples():
     batch = make_batch(3)
     lp, ref, cu, mask = batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask
@@ -305,6 +326,7 @@ def _samples():
     yield from _policy_samples(batch)
     offsets, given = torch.tensor([0, 2, 6], dtype=torch.int32), ListTensors(num_items=torch.tensor(2.0))
     ranked = fa.losses.get_listwise("rrhf").params()
+    yield from _state_samples()
     yield "listwise_fwd", ListwiseFwd(sums.flatten(0, 1), offsets, torch.arange(6.0), given, ranked)
 
 

@@ -105,19 +105,19 @@ class ScaleRows(NamedTuple):
 
 class RowStatesMerge(NamedTuple):
     """states: what R parts of the vocabulary gave for the same rows, each without a state_in. targets: their last
-    results, [R, rows, K], with reference logits [R, 2, rows, K]; None without labels."""
+    results, of which N is rows, with reference logits 2 rows (the policy's, then the reference's); None without
+    labels."""
 
     states: In(f"R,rows,{STATE_WIDTH}")
-    targets: Unchecked
+    targets: Maybe("R,N,K", "acc")
 
 
 class RowStatesFinish(NamedTuple):
-    """state, target: the last two results of token_stats_fwd or those of row_states_merge, over all the vocabulary;
-    the rest is what Rows and TokenStatsFwd say. The states hold what the outputs need if the parts were asked for
-    the same outputs."""
+    """state, target: over all the vocabulary, as row_states_merge gives them; the rest is what Rows and
+    TokenStatsFwd say. The states hold what the outputs need if the parts were asked for the same outputs."""
 
     state: In(f"rows,{STATE_WIDTH}")
-    target: Unchecked
+    target: Maybe("N,K", "acc")
     labels: Maybe("rows,K", "int64")
     mask: Maybe("rows", "bool")
     temperature_tensor: Maybe("", "acc")
@@ -142,6 +142,11 @@ def forward_shapes(rows, outputs):
     return [*asked, (rows, STATE_WIDTH), targets if labels is None or ref_logits is None else (2, *targets)]
 
 
+def merge_shapes(a):
+    """Shapes of the results of row_states_merge."""
+    return [tuple(a.states.shape[1:]), (0,) if a.targets is None else tuple(a.targets.shape[1:])]
+
+
 def output_rules(outputs, labels, with_ref):
     """Whether the labels and the reference are there that the outputs need."""
     asked = [name for name, bit in OUTPUT_BITS.items() if outputs & bit]
@@ -149,13 +154,6 @@ def output_rules(outputs, labels, with_ref):
     refuse(labels is None and any(n in NEED_LABELS for n in asked), "labels is required for these outputs")
     refuse("is_top1" in asked and labels.shape[1] != 1, "is_top1 needs one label per row")
     refuse(not with_ref and any(n in NEED_REF for n in asked), "ref_logits is required for these outputs")
-
-
-def like_states(name, tensor, states):
-    """Whether the labels' logits have the device and dtype of the states beside them, and are contiguous."""
-    refuse(tensor.device != states.device, f"{name} is on {tensor.device}; legal here: {states.device}")
-    refuse(tensor.dtype != states.dtype, f"{name} is {tensor.dtype}; legal here: {states.dtype}")
-    refuse(not tensor.is_contiguous(), f"{name} must be contiguous")
 
 
 def row_rules(rows, outputs=0, upstream=None, target_in=None):

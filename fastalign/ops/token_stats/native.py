@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastalign.ops.token_stats.contract import forward_shapes
+from fastalign.ops.token_stats.contract import forward_shapes, merge_shapes, output_shapes
 from fastalign.runtime import ffi
 
 
@@ -20,12 +20,38 @@ def _forward(r, outputs, state_in, target_in):
     """(results, the TokenStatsArgs of csrc/ops.h)"""
     acc, device = ffi.acc_dtype(r.logits.dtype), r.logits.device
     results = [ffi.empty(shape, acc, device) for shape in forward_shapes(r, outputs)]
-    return results, (*_row_args(r), outputs, ffi.ptr(state_in), ffi.ptr(target_in), *(ffi.ptr(x) for x in results))
+    *outs, state, target = (ffi.ptr(x) for x in results)
+    return results, (*_row_args(r), *outs, outputs, ffi.ptr(state_in), ffi.ptr(target_in), state, target)
 
 
 def _backward(r, state, upstream, grad):
     """The TokenStatsBackwardArgs of csrc/ops.h."""
     return (*_row_args(r), ffi.rows_view(grad), ffi.ptr(state), *(ffi.ptr(g) for g in upstream))
+
+
+def row_states_merge(backend, a):
+    parts, rows, _ = a.states.shape
+    dtype, device = a.states.dtype, a.states.device
+    state, target = results = tuple(ffi.empty(shape, dtype, device) for shape in merge_shapes(a))
+    entries = target.numel()
+    if rows:
+        ffi.launch(backend, "row_states_merge", a.states, (
+            ffi.ptr(a.states), ffi.ptr(a.targets), parts, rows, entries, ffi.DTYPE_CODES[dtype], ffi.ptr(state),
+            ffi.ptr(target),
+        ))  # fmt: skip
+    return results
+
+
+def row_states_finish(backend, a):
+    rows, dtype, device = a.state.shape[0], a.state.dtype, a.state.device
+    results = tuple(ffi.empty(shape, dtype, device) for shape in output_shapes(rows, a.labels, a.outputs))
+    if rows:
+        ffi.launch(backend, "row_states_finish", a.state, (
+            *(ffi.ptr(x) for x in results), ffi.ptr(a.state), ffi.ptr(a.target), rows, ffi.DTYPE_CODES[dtype],
+            ffi.ptr(a.labels), 0 if a.labels is None else a.labels.shape[1], ffi.ptr(a.mask), a.ignore_index, a.factor,
+            ffi.ptr(a.temperature_tensor), a.temperature, a.vocab_total,
+        ))  # fmt: skip
+    return results
 
 
 def _grad_of(logits):

@@ -16,7 +16,7 @@ from fastalign.ops.token_stats.contract import (
     TokenStatsFused,
     TokenStatsFwd,
     forward_shapes,
-    like_states,
+    merge_shapes,
     output_rules,
     output_shapes,
     row_rules,
@@ -98,28 +98,19 @@ token_stats_bwd_ = Op(
 )
 
 
-def merge_shapes(a: RowStatesMerge) -> list[tuple[int, ...]]:
-    return [tuple(a.states.shape[1:]), (0,) if a.targets is None else tuple(a.targets.shape[1:])]
-
-
 def _merge_rules(a: RowStatesMerge) -> None:
-    parts, rows = a.states.shape[:2]
+    parts, rows, _ = a.states.shape
     refuse(parts == 0, "states has no part; legal: 1 or more")
     if a.targets is not None:
-        given = tuple(a.targets.shape)
-        fits = given[:1] == (parts,) and given[1:-1] in ((rows,), (2, rows))
-        refuse(not fits, f"targets has shape {given}; legal here: ({parts}, {rows}, K) or ({parts}, 2, {rows}, K)")
-        like_states("targets", a.targets, a.states)
+        entries = a.targets.shape[1]
+        refuse(entries not in (rows, 2 * rows), f"targets has {entries} rows a part; legal here: {rows} or {2 * rows}")
 
 
 def _finish_rules(a: RowStatesFinish) -> None:
-    labels, given = a.labels, None if a.target is None else tuple(a.target.shape)
-    refuse((labels is None) != (given is None), "target and labels are given together or not at all")
-    output_rules(a.outputs, labels, labels is None or len(given) == 3)
-    if labels is not None:
-        shape = tuple(labels.shape)
-        refuse(given not in (shape, (2, *shape)), f"target has shape {given}; legal here: {shape} or {(2, *shape)}")
-        like_states("target", a.target, a.state)
+    refuse((a.labels is None) != (a.target is None), "target and labels are given together or not at all")
+    rows, entries = a.state.shape[0], None if a.target is None else a.target.shape[0]
+    refuse(entries not in (None, rows, 2 * rows), f"target has {entries} rows; legal here: {rows} or {2 * rows}")
+    output_rules(a.outputs, a.labels, entries in (None, 2 * rows))
 
 
 # Between pushing the parts of a vocabulary into states and pulling gradients out of them.
@@ -132,9 +123,9 @@ row_states_merge = Op(
     SCALAR_DTYPES,
     _merge_rules,
 )
-# Results: state [rows, STATE_WIDTH] and target (targets' shape without its first dim; empty(0) without targets) of
-# all R parts, merged in index order: over all of the vocabulary what token_stats_fwd gives for it. One part comes
-# out as it is, to the bit. A label lies in one part at most, and where none holds it the target is -inf.
+# Results: state [rows, STATE_WIDTH] and target [N, K] (empty(0) without targets) of all R parts, merged in index
+# order: over all of the vocabulary what token_stats_fwd gives for it. One part comes out as it is, to the bit. A
+# label lies in one part at most, and where none holds it the target is -inf.
 row_states_finish = Op(
     "row_states_finish",
     RowStatesFinish,

@@ -83,7 +83,7 @@ def merge_states(a, b):
     def moved(x, s0, s1, f):
         return torch.where(f == 0, 0.0 * s0, s1 + torch.where((x == m) | (s0 == 0), 0.0, (x - m) * s0)) * f
 
-    take_b = (ub > ua) | ((ub == ua) & (tb >= 0) & ((ta < 0) | (tb < ta)))
+    take_b = (ub > ua) | ub.isnan() | ((ub == ua) & (tb >= 0) & ((ta < 0) | (tb < ta)))
     columns = [
         true_m, a0 * fa + b0 * fb, moved(ma, a0, a1, fa) + moved(mb, b0, b1, fb), a2 * fa * fa + b2 * fb * fb, az + bz,
         torch.where(take_b, ub, ua), torch.where(take_b, tb, ta), torch.maximum(a[:, COL_VALID], b[:, COL_VALID]),
@@ -201,8 +201,8 @@ def _bad_rows(labels, ignore_index, vocab_total):
 
 
 def _finish(a, state, target, c, scored):
-    """The outputs asked for, in the order of OUTPUT_BITS. a: who says which, and knows the labels; target: [rows, K],
-    with reference logits [2, rows, K]."""
+    """The outputs asked for, in the order of OUTPUT_BITS. a: who says which, and knows the labels; target: the policy
+    rows' labels, then the reference rows'."""
     m, s0, s1, s2, sz, umax, top, _, rm, r0, t, tr, ref_max = state.unbind(-1)
     log_s0, log_ratio = torch.log(s0), torch.log(s0 / r0)
     far, shift = _is_far(umax, c), _shift(umax, c, m)
@@ -219,7 +219,7 @@ def _finish(a, state, target, c, scored):
         eps = torch.finfo(state.dtype).eps
         return torch.where(peaked & (value < 2.0 * eps * (1.0 + log_ratio.abs())), 0.0, torch.clamp(value, min=0.0))
 
-    policy_target = target[0] if target.dim() == 3 else target
+    policy_target, ref_target = target[: len(state)], target[len(state) :]
     finished = {
         "logprob": lambda: logprob(policy_target, _bits(policy_target, umax, c) + shift.unsqueeze(-1), s0, far, umax),
         "entropy": lambda: _entropy(s0, s1, shift),
@@ -227,7 +227,7 @@ def _finish(a, state, target, c, scored):
         "log_sum_sq_probs": lambda: torch.clamp(torch.log(s2) - 2 * log_s0, max=0.0),
         "mean_logit": lambda: sz / a.vocab_total / SUM_SHARE * (c * LN2),
         "is_top1": lambda: torch.where(torch.isnan(s0), s0, (top == a.labels[:, 0]).to(state.dtype)),
-        "ref_logprob": lambda: logprob(target[1], _cross_bits(target[1], rm, ref_max, c), r0, _is_far(ref_max, c), ref_max),
+        "ref_logprob": lambda: logprob(ref_target, _cross_bits(ref_target, rm, ref_max, c), r0, _is_far(ref_max, c), ref_max),
         "kl_policy_ref": lambda: kl(LN2 * (t / s0) - log_ratio),
         "kl_ref_policy": lambda: kl(log_ratio - LN2 * (tr / r0)),
     }
@@ -269,7 +269,8 @@ def token_stats_fwd(a):
         bad = _bad_rows(r.labels, r.ignore_index, r.vocab_total)
         state = torch.where(bad.unsqueeze(-1) & _is_mass(state), math.nan, state)
     state = torch.where(scored.unsqueeze(-1), state, empty_states(state, ref_u is not None))
-    results = _finish(_Finishing(r.labels, r.ignore_index, r.vocab_total, a.outputs), state, target, c, scored)
+    given = _Finishing(r.labels, r.ignore_index, r.vocab_total, a.outputs)
+    results = _finish(given, state, target.flatten(0, 1) if target.dim() == 3 else target, c, scored)
     return (*results, state, target)
 
 
