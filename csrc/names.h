@@ -16,9 +16,7 @@ namespace fastalign {
 // clang-format off: a line per enum
 constexpr std::pair<const char*, int> kNumbers[] = {
   // pair.h
-  FA_NUMBER(kIdentity) FA_NUMBER(kLogsig) FA_NUMBER(kNegexp) FA_NUMBER(kAlpha) FA_NUMBER(kLogodds)
-  FA_NUMBER(kNoLink) FA_NUMBER(kLogistic) FA_NUMBER(kHinge) FA_NUMBER(kSquared) FA_NUMBER(kExp) FA_NUMBER(kTruncquad) FA_NUMBER(kSavage)
-  FA_NUMBER(kSigmoid) FA_NUMBER(kLinear) FA_NUMBER(kExo) FA_NUMBER(kDiscopop)
+  FA_TRANSFORMS(FA_NUMBER) FA_NUMBER(kNoLink) FA_LINKS(FA_NUMBER)
   FA_NUMBER(kHard) FA_NUMBER(kSmooth) FA_NUMBER(kRobust) FA_NUMBER(kSoft)
   FA_NUMBER(kTokenMeanGlobal) FA_NUMBER(kSeqMean) FA_NUMBER(kSeqSum)
   FA_NUMBER(kMean) FA_NUMBER(kSum) FA_NUMBER(kNone)

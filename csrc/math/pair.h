@@ -39,8 +39,14 @@ template <class T> inline PairParams<T> pair_params(const double* scalars, const
   return p;
 }
 
-enum Transform : int { kIdentity = 0, kLogsig = 1, kNegexp = 2, kAlpha = 3, kLogodds = 4 };
-enum Link : int { kNoLink = -1, kLogistic, kHinge, kSquared, kExp, kTruncquad, kSavage, kSigmoid, kLinear, kExo, kDiscopop };
+// A name's place is its code, in fastalign/ops/columns.py too.
+#define FA_TRANSFORMS(X) X(kIdentity) X(kLogsig) X(kNegexp) X(kAlpha) X(kLogodds)
+#define FA_LINKS(X) \
+  X(kLogistic) X(kHinge) X(kSquared) X(kExp) X(kTruncquad) X(kSavage) X(kSigmoid) X(kLinear) X(kExo) X(kDiscopop)
+#define FA_FIELD(name) name,
+enum Transform : int { FA_TRANSFORMS(FA_FIELD) };
+enum Link : int { kNoLink = -1, FA_LINKS(FA_FIELD) };
+#undef FA_FIELD
 enum Labels : int { kHard = 0, kSmooth = 1, kRobust = 2, kSoft = 3 };
 enum SftNorm : int { kTokenMeanGlobal = 0, kSeqMean = 1, kSeqSum = 2 };
 enum Reduction : int { kMean = 0, kSum = 1, kNone = 2 };
@@ -81,7 +87,7 @@ template <class T> FA_HD ValueSlope<T> transform(int kind, T a, T alpha) {
   }
 }
 
-// f(h) and f'(h). t: target of hinge, squared, truncquad. tau: discopop. prob: exo's target probability.
+// f(h) and f'(h). t: target of hinge, squared, truncquad. tau: of TAU_LINKS (columns.py). prob: exo's target probability.
 template <class T> FA_HD ValueSlope<T> link(int kind, T h, T t, T tau, T prob) {
   switch (kind) {
     case kHinge: return {relu(t - h), h < t ? T(-1) : (h == h ? T(0) : h)};

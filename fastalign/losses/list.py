@@ -17,14 +17,14 @@ from torch import Tensor
 
 from fastalign.losses import peers
 from fastalign.losses.pair import NONFINITE, TARGET_LINKS
-from fastalign.ops.listwise.params import KINDS, PAIR_GAINS, ListParams
-from fastalign.ops.preference.params import LINKS, REDUCTIONS, SFT_NORMS
+from fastalign.ops.columns import KINDS, LINKS, PAIR_GAINS, REDUCTIONS, SFT_NORMS, TAU_LINKS
+from fastalign.ops.listwise.params import ListParams
 from fastalign.runtime import memo
 from fastalign.runtime.checks import check_choice, check_number
 from fastalign.runtime.frozen import FrozenDict, freeze
 
-# exo takes a target probability and discopop a temperature, which lists have not.
-LIST_LINKS = tuple(link for link in LINKS if link not in ("exo", "discopop"))
+# exo takes a target probability, and others a number of their own, which lists have not.
+LIST_LINKS = tuple(link for link in LINKS if link != "exo" and link not in TAU_LINKS)
 _REWARD_KINDS = ("infonca", "nca", "exo")
 
 

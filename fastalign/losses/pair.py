@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.losses import peers
-from fastalign.ops.columns import NO_LINK
-from fastalign.ops.preference.params import LABELS, LINKS, REDUCTIONS, SFT_NORMS, TRANSFORMS, PairParams
+from fastalign.ops.columns import LABELS, LINKS, NO_LINK, REDUCTIONS, SFT_NORMS, TAU_LINKS, TRANSFORMS
+from fastalign.ops.preference.params import PairParams
 from fastalign.runtime import memo
 from fastalign.runtime.checks import check_choice, check_number
 from fastalign.runtime.frozen import FrozenDict, freeze
@@ -64,7 +64,7 @@ class Preset:
     # link and labels
     link: str = "logistic"
     target: float = 1.0  # of hinge, squared, truncquad
-    link_tau: float = 0.05  # of discopop
+    link_tau: float = 0.05  # of the links in TAU_LINKS
     labels: str = "hard"
     label_smoothing: float = 0.0
     label_entropy: bool = False  # subtract the label's entropy: cross-entropy becomes KL
@@ -164,7 +164,7 @@ TENSOR_FIELDS = ("beta", "target", "anchor")
 # A field that has no effect in a combination raises when it is passed: field -> (has an effect, what it needs).
 _EFFECT: dict[str, tuple[Callable[[Preset], bool], str]] = {
     "target": (lambda p: p.link in TARGET_LINKS and p.pair_weight != 0, f"link in {TARGET_LINKS}"),
-    "link_tau": (lambda p: "discopop" in (p.link, p.point_link), 'link="discopop"'),
+    "link_tau": (lambda p: bool(TAU_LINKS.keys() & {p.link, p.point_link}), " or ".join(f'link="{name}"' for name in TAU_LINKS)),
     "transform_alpha": (lambda p: p.transform == "alpha", 'transform="alpha"'),
     "label_smoothing": (
         lambda p: p.label_smoothing == 0 or p.labels in ("smooth", "robust") or p.link == "exo", 'labels="smooth" or "robust", or link="exo"'
@@ -246,8 +246,9 @@ def _validate(p: Preset) -> None:
     for name in ("length_norm", "ld_alpha"):
         check_number(name, getattr(p, name), low=0.0, high=1.0)
     check_number("link_tau", p.link_tau, above=0.0)
-    if "discopop" in (p.link, p.point_link):
-        check_number("link_tau", p.link_tau, above=0.0, high=1.0)  # beyond 1 its stable form is not bounded
+    for name in (p.link, p.point_link):
+        if name in TAU_LINKS:
+            check_number("link_tau", p.link_tau, above=0.0, high=TAU_LINKS[name])
     if p.transform == "alpha":
         check_number("transform_alpha", p.transform_alpha, above=0.0)
     if p.labels in ("smooth", "robust"):

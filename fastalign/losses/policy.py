@@ -25,7 +25,8 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.losses import peers
-from fastalign.ops.policy.params import AGGREGATIONS, IS_MODES, KL_KINDS, RATIOS, SURROGATES, PolicyParams
+from fastalign.ops.columns import AGGREGATIONS, IS_MODES, KL_KINDS, RATIOS, SURROGATES
+from fastalign.ops.policy.params import PolicyParams
 from fastalign.runtime import memo
 from fastalign.runtime.checks import check_choice, check_number
 

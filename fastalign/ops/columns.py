@@ -4,24 +4,37 @@ holds them together. Triton's: fastalign/ops/math/columns.py."""
 
 from __future__ import annotations
 
-from fastalign.ops.listwise.params import KINDS, PAIR_GAINS
-from fastalign.ops.policy.params import AGGREGATIONS, IS_MODES, KL_KINDS, RATIOS, SURROGATES
-from fastalign.ops.preference.params import LABELS, LINKS, REDUCTIONS, SFT_NORMS, TRANSFORMS
+# --- codes: the position of a name in its tuple. Unpacking fails where a name has come or gone. ---
 
-# --- codes: the position of a name. Unpacking fails where a name has come or gone. ---------------------------------------------------------
-
+# Of pairs; the links and the last three of lists too.
+TRANSFORMS = ("identity", "logsig", "negexp", "alpha", "logodds")
 IDENTITY, LOGSIG, NEGEXP, ALPHA, LOGODDS = range(len(TRANSFORMS))
 NO_LINK = -1
+LINKS = ("logistic", "hinge", "squared", "exp", "truncquad", "savage", "sigmoid", "linear", "exo", "discopop")
 LOGISTIC, HINGE, SQUARED, EXP, TRUNCQUAD, SAVAGE, SIGMOID, LINEAR, EXO, DISCOPOP = range(len(LINKS))
+# The links that read tau, and the largest tau that is legal: beyond it the stable form is not bounded.
+TAU_LINKS = {"discopop": 1.0}
+LABELS = ("hard", "smooth", "robust", "soft")
 HARD, SMOOTH, ROBUST, SOFT = range(len(LABELS))
+SFT_NORMS = ("token_mean_global", "seq_mean", "seq_sum")
 TOKEN_MEAN_GLOBAL, SEQ_MEAN, SEQ_SUM = range(len(SFT_NORMS))
+REDUCTIONS = ("mean", "sum", "none")
 MEAN, SUM, NONE = range(len(REDUCTIONS))
+# Of lists.
+KINDS = ("pairwise", "plackett_luce", "pro", "infonca", "nca", "exo")
 PAIRWISE, PLACKETT_LUCE, PRO, INFONCA, NCA, EXO_LIST = range(len(KINDS))
+PAIR_GAINS = ("one", "lambda")
 GAIN_ONE, GAIN_LAMBDA = range(len(PAIR_GAINS))
+# Of the policy and value losses.
+SURROGATES = ("clip", "reinforce", "cispo", "sapo", "gmpo", "vespo")
 CLIP, REINFORCE, CISPO, SAPO, GMPO, VESPO = range(len(SURROGATES))
+RATIOS = ("token", "seq_mean", "seq_mean_token", "seq_sum")
 RATIO_TOKEN, RATIO_SEQ_MEAN, RATIO_SEQ_MEAN_TOKEN, RATIO_SEQ_SUM = range(len(RATIOS))
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "token_sum")
 TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM, TOKEN_SUM = range(len(AGGREGATIONS))
+KL_KINDS = ("k1", "k2", "k3", "abs", "k3+")  # k3+: the value of k3 with the gradient of k2
 K1, K2, K3, ABS, K3_PLUS = range(len(KL_KINDS))
+IS_MODES = (None, "truncate", "mask")
 IS_AS_GIVEN, IS_TRUNCATE, IS_MASK = range(len(IS_MODES))
 
 # Bits of the row ops' `outputs`, in the order of their results.

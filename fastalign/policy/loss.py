@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.losses.policy import PolicyPreset, resolve
+from fastalign.ops.columns import AGGREGATIONS
 from fastalign.ops.policy.op import PolicyFunction, PolicyFwd, ValueFunction, ValueFwd
-from fastalign.ops.policy.params import AGGREGATIONS
 from fastalign.policy.output import PolicyOutput, ValueOutput
 from fastalign.runtime.checks import (
     check_choice,

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastalign.losses.list import ListPreset
 from fastalign.losses.options import resolve_listwise
 from fastalign.losses.pair import Preset
+from fastalign.ops.columns import REDUCTIONS
 from fastalign.ops.listwise.op import ListTensors, ListwiseFromSumsFunction, ListwiseFunction
-from fastalign.ops.preference.params import REDUCTIONS
 from fastalign.preference.list_output import ListwiseOutput
 from fastalign.runtime.checks import (
     check_choice,

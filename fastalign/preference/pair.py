@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.pair import TENSOR_FIELDS, TENSOR_ONLY, Preset
+from fastalign.ops.columns import REDUCTIONS
 from fastalign.ops.preference.op import (
     PAIR_TENSORS,
     PairSumsFunction,
@@ -17,7 +18,6 @@ from fastalign.ops.preference.op import (
     PreferenceFromSumsFunction,
     PreferenceFunction,
 )
-from fastalign.ops.preference.params import REDUCTIONS
 from fastalign.preference import mixture
 from fastalign.preference.output import PreferenceOutput
 from fastalign.preference.rules import BatchRule

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fastalign.losses import peers
 from fastalign.losses.pair import Preset
-from fastalign.ops.columns import SUM_LENGTH, SUM_POLICY, SUM_RATIO, TAB_REWARD_CHOSEN, TAB_REWARD_REJECTED, TAB_VALID
+from fastalign.ops.columns import REDUCTIONS, SUM_LENGTH, SUM_POLICY, SUM_RATIO, TAB_REWARD_CHOSEN, TAB_REWARD_REJECTED, TAB_VALID
 from fastalign.ops.preference.op import PairSumsFunction, PairTokens, PreferenceFromSumsFunction, PreferenceFunction
-from fastalign.ops.preference.params import REDUCTIONS
 from fastalign.packing import sequence_sum
 from fastalign.preference.pair import pair_tensors
 from fastalign.preference.rules import BCODelta, PairValues

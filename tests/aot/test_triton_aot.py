@@ -19,7 +19,7 @@ from fastalign.losses import policy as policy_losses
 from fastalign.losses.list import ListPreset
 from fastalign.losses.pair import Preset
 from fastalign.losses.policy import PolicyPreset
-from fastalign.ops.columns import STATE_WIDTH, STATS
+from fastalign.ops.columns import LINKS, STATE_WIDTH, STATS, TRANSFORMS
 from fastalign.ops.gae.op import GaeFwd
 from fastalign.ops.kl_estimate.op import KlEstimateFwd
 from fastalign.ops.listwise.op import ListTensors, ListwiseFwd
@@ -27,7 +27,6 @@ from fastalign.ops.policy import params as policy_params
 from fastalign.ops.policy.op import PolicyBwd, PolicyFwd, ValueFwd
 from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceBwd, PreferenceFwd
-from fastalign.ops.preference.params import LINKS, TRANSFORMS
 from fastalign.ops.sequence_sum.op import SequenceSumBwd, SequenceSumFwd
 from fastalign.ops.token_stats.contract import RowGradients, RowOptions, ScaleRows, TokenStatsBwd, TokenStatsFwd
 

@@ -10,7 +10,7 @@ import fastalign as fa
 from checks.compare import assert_results_close, in_fp64, on_reference
 from fastalign import losses
 from fastalign.losses.pair import Preset
-from fastalign.ops.preference.params import LINKS, SFT_NORMS, TRANSFORMS
+from fastalign.ops.columns import LINKS, SFT_NORMS, TRANSFORMS
 
 
 def run_pairs(batch, truth=False, **options):

@@ -13,8 +13,7 @@ from checks.lists import PAPERS, check_list_loss, check_the_longest_list, compar
 
 import fastalign as fa
 from fastalign.losses.list import LIST_LINKS, ListPreset
-from fastalign.ops.listwise.params import KINDS
-from fastalign.ops.preference.params import SFT_NORMS
+from fastalign.ops.columns import KINDS, SFT_NORMS
 from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, gradient
 

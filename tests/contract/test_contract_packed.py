@@ -12,7 +12,7 @@ from checks.pairs import PAIR_VARIANTS, PLAIN_PRESETS, compare_pairs, preset_of,
 import fastalign as fa
 from fastalign import losses
 from fastalign.losses.pair import Preset
-from fastalign.ops.preference.params import LINKS
+from fastalign.ops.columns import LINKS
 from fastalign.testing import assert_close, gradient, make_batch
 
 LN2 = math.log(2.0)

@@ -14,8 +14,7 @@ from checks.policy import FULL, NORM, compare_policy, make_policy_batch, run_pol
 
 import fastalign as fa
 from fastalign.losses.policy import PRESETS, PolicyPreset
-from fastalign.ops.columns import VALUE_STATS
-from fastalign.ops.policy.params import AGGREGATIONS, KL_KINDS
+from fastalign.ops.columns import AGGREGATIONS, KL_KINDS, VALUE_STATS
 from fastalign.testing import assert_close
 
 VARIANTS = {

@@ -12,9 +12,6 @@ import pytest
 import fastalign
 from fastalign.ops import columns
 from fastalign.ops.kl_estimate.op import KINDS as KL_ESTIMATES
-from fastalign.ops.listwise import params as listwise
-from fastalign.ops.policy import params as policy
-from fastalign.ops.preference import params as preference
 from fastalign.ops.token_stats.contract import OUTPUT_BITS
 from fastalign.runtime import ffi
 from fastalign.train.data import formats
@@ -46,19 +43,19 @@ def test_the_extension_exports_every_enumerator():
 @pytest.mark.parametrize(
     "names, prefix",
     [
-        (preference.TRANSFORMS, ""), (preference.LINKS, ""), (preference.LABELS, ""), (preference.SFT_NORMS, ""), (preference.REDUCTIONS, ""),
-        (listwise.PAIR_GAINS, "GAIN_"), (policy.SURROGATES, ""), (policy.RATIOS, "RATIO_"), (policy.AGGREGATIONS, ""),
-        (policy.IS_MODES[1:], "IS_"), (policy.KL_KINDS, ""), (listwise.KINDS, ""), (columns.STATS, "POLICY_"), (columns.VALUE_STATS, "VALUE_"),
+        (columns.TRANSFORMS, ""), (columns.LINKS, ""), (columns.LABELS, ""), (columns.SFT_NORMS, ""), (columns.REDUCTIONS, ""),
+        (columns.PAIR_GAINS, "GAIN_"), (columns.SURROGATES, ""), (columns.RATIOS, "RATIO_"), (columns.AGGREGATIONS, ""),
+        (columns.IS_MODES[1:], "IS_"), (columns.KL_KINDS, ""), (columns.KINDS, ""), (columns.STATS, "POLICY_"), (columns.VALUE_STATS, "VALUE_"),
     ],
 )  # fmt: skip
 def test_a_code_is_the_position_of_its_name(names, prefix):
-    other = {"k3+": "K3_PLUS"} | ({"exo": "EXO_LIST"} if names is listwise.KINDS else {})
-    first = 1 if names == policy.IS_MODES[1:] else 0  # None, as given, comes first
+    other = {"k3+": "K3_PLUS"} | ({"exo": "EXO_LIST"} if names is columns.KINDS else {})
+    first = 1 if names == columns.IS_MODES[1:] else 0  # None, as given, comes first
     assert [OURS[prefix + other.get(name, name.upper())] for name in names] == list(range(first, first + len(names)))
 
 
 def test_lists_that_share_codes_or_places():
-    assert policy.KL_KINDS[: len(KL_ESTIMATES)] == KL_ESTIMATES
+    assert columns.KL_KINDS[: len(KL_ESTIMATES)] == KL_ESTIMATES
     assert (columns.POLICY_ITEMS, columns.POLICY_LOSS) == (columns.VALUE_ITEMS, columns.VALUE_LOSS)
     assert list(OUTPUT_BITS.values()) == [1 << i for i in range(len(OUTPUT_BITS))]
     assert formats.MAX_LIST == columns.MAX_LIST

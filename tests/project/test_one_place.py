@@ -1,6 +1,6 @@
 """What a new loss costs. Of existing parts: one row in fastalign/losses/tables.py and its test
 (test_contract_packed.py adds a row while it runs). A new link or transform: one formula each in
-csrc/math/pair.h, fastalign/ops/math/pair.py and ops/preference/reference.py, and a name in its params.py."""
+csrc/math/pair.h, fastalign/ops/math/pair.py and ops/preference/reference.py, and a name in ops/columns.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import fastalign as fa
 from fastalign import losses
 from fastalign.losses import pair
 from fastalign.losses.pair import Preset
+from fastalign.ops.columns import LINKS, TRANSFORMS
 from fastalign.ops.preference import reference
-from fastalign.ops.preference.params import LINKS, TRANSFORMS
 from fastalign.testing import gradient, make_batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,13 +71,13 @@ COMMON = {"alpha", "linear", "squared", "sigmoid", "exp", "logistic", "sft", "dp
 SPECIAL = {
     "losses/pair.py: beta_dpo", "losses/pair.py: alpha_dpo", "losses/pair.py: bco", "preference/rules.py: beta_dpo",
     "preference/rules.py: alpha_dpo", "preference/rules.py: bco", "preference/unpaired.py: bco", "preference/pair.py: wpo",
-    "preference/reward_model.py: bt_rm", "ops/listwise/params.py: exo",
+    "preference/reward_model.py: bt_rm",
 }  # fmt: skip
 MAY_NAME_PARTS = ("losses/pair.py", "losses/list.py")
 
 
 def test_names_are_data():
-    """Losses are named in losses/tables.py, links and transforms in ops/preference/params.py; no other code
+    """Losses are named in losses/tables.py, links and transforms in ops/columns.py; no other code
     asks for one by its name."""
     parts = {*LINKS, *TRANSFORMS} - COMMON
     names = ({*losses.PRESETS} - COMMON) | parts
@@ -85,7 +85,7 @@ def test_names_are_data():
     files = [p for p in PACKAGE if not users & {*p.parts} and p.name != "tables.py"]
     found = {f"{p.relative_to(ROOT / 'fastalign')}: {s}" for p in files for s in strings(p) & names}
     found -= {f"{file}: {name}" for file in MAY_NAME_PARTS for name in parts}
-    assert found - SPECIAL == {f"ops/preference/params.py: {name}" for name in parts}
+    assert found - SPECIAL == {f"ops/columns.py: {name}" for name in parts}
 
 
 def test_kernels_know_no_loss():

@@ -15,7 +15,7 @@ import fastalign as fa
 from fastalign import losses
 from fastalign.losses import policy as policy_losses
 from fastalign.losses.pair import TENSOR_ONLY
-from fastalign.ops.policy.params import AGGREGATIONS
+from fastalign.ops.columns import AGGREGATIONS
 from fastalign.runtime.metric import (
     Deviation,
     ExplainedVariance,

@@ -1,12 +1,8 @@
-"""What the list kernel is told by number: codes of names, and a preset's numbers in order."""
+"""What the list kernel is told by number: a preset\'s numbers in order. The codes among them: ops/columns.py."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-# The position of a name is its code in csrc/math/list.h and fastalign/ops/math/list.py.
-KINDS = ("pairwise", "plackett_luce", "pro", "infonca", "nca", "exo")
-PAIR_GAINS = ("one", "lambda")
 
 
 class ListParams(NamedTuple):

@@ -1,15 +1,8 @@
-"""What the policy kernel is told by number: codes of names, and a preset's numbers in order."""
+"""What the policy kernel is told by number: a preset\'s numbers in order. The codes among them: ops/columns.py."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-# The position of a name is its code in csrc/math/policy.h and fastalign/ops/math/policy.py.
-SURROGATES = ("clip", "reinforce", "cispo", "sapo", "gmpo", "vespo")
-RATIOS = ("token", "seq_mean", "seq_mean_token", "seq_sum")
-AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "token_sum")
-KL_KINDS = ("k1", "k2", "k3", "abs", "k3+")  # k3+: the value of k3 with the gradient of k2
-IS_MODES = (None, "truncate", "mask")
 
 
 class PolicyParams(NamedTuple):

@@ -1,15 +1,8 @@
-"""What the pair kernel is told by number: codes of names, and a preset's numbers in order."""
+"""What the pair kernel is told by number: a preset\'s numbers in order. The codes among them: ops/columns.py."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-# The position of a name is its code in csrc/math/pair.h and fastalign/ops/math/pair.py.
-TRANSFORMS = ("identity", "logsig", "negexp", "alpha", "logodds")
-LINKS = ("logistic", "hinge", "squared", "exp", "truncquad", "savage", "sigmoid", "linear", "exo", "discopop")
-LABELS = ("hard", "smooth", "robust", "soft")
-SFT_NORMS = ("token_mean_global", "seq_mean", "seq_sum")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class PairParams(NamedTuple):

@@ -1,0 +1,52 @@
+"""A change of the package, performed on a copy: small insertions of text, and how many files they touch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Copy:
+    """The package and csrc in a folder of their own, with the extension as it was built. `files`: what was changed."""
+
+    def __init__(self, folder: Path):
+        self.root, self.files, self.edits = folder, set(), 0
+        for name in ("fastalign", "csrc"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def replace(self, file: str, old: str, new: str) -> None:
+        """`old`, which stands in the file once, becomes `new`."""
+        path = self.root / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times: mend the change in this test"
+        path.write_text(text.replace(old, new))
+        self.files.add(file)
+        self.edits += 1
+
+    def before(self, file: str, place: str, new: str) -> None:
+        self.replace(file, place, new + place)
+
+    def after(self, file: str, place: str, new: str) -> None:
+        self.replace(file, place, place + new)
+
+    def run(self, code: str, **environment: str) -> str:
+        """What a Python process on the copy prints."""
+        env = {**os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=self.root, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    def run_cpp(self, code: str) -> str:
+        """What a C++ program over the copy's headers prints."""
+        source, program = self.root / "probe.cpp", self.root / "probe"
+        source.write_text(code)
+        command = ["g++", "-std=c++17", "-O0", f"-I{self.root / 'csrc'}", str(source), "-o", str(program)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout

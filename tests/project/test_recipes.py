@@ -1,0 +1,109 @@
+"""What CONTRIBUTING.md says of a preset and a link, done on a copy of the package: the right numbers come out of it,
+and no more files are touched than it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from project.copies import Copy
+
+# A loss and its gradient by the preset `{preset}`, on each of the backends, against `{truth}` in fp64: a function of
+# beta times the difference of the pair's summed log-ratios.
+CHECK = """
+import fastalign as fa, torch
+from fastalign.losses.pair import Preset
+from fastalign.testing import assert_close, make_batch
+batch = make_batch(4)
+cu, mask = batch.packed.cu_seqlens, batch.packed.mask
+leaf = batch.logprobs.double().requires_grad_()
+d = torch.where(mask, leaf - batch.ref_logprobs.double(), 0.0)
+u = 0.5 * torch.stack([d[a:b].sum() for a, b in zip(cu.tolist(), cu.tolist()[1:])])
+h = u[::2] - u[1::2]
+want = ({truth}).mean()
+(slope,) = torch.autograd.grad(want, leaf)
+for backend in {backends}:
+    with fa.use_backend(backend):
+        lp = batch.logprobs.clone().requires_grad_()
+        loss = fa.preference_loss(lp, batch.ref_logprobs, cu, mask=mask, loss={preset}).loss
+        assert_close(loss, want, scale=10.0, what=backend)
+        assert_close(torch.autograd.grad(loss, lp)[0], slope, scale=10.0, what=backend)
+print(fa.losses.available().markdown())
+"""
+
+
+def test_a_preset_is_a_row_of_one_file(tmp_path):
+    copy = Copy(tmp_path)
+    row = 'Preset("made_up", "relu(2 - h)^2", "nobody", beta=0.5, link="truncquad", target=2.0),\n        '
+    copy.before("fastalign/losses/tables.py", "# --- other margins\n", row)
+    backends = ("reference", "cpu", "triton")
+    code = CHECK.format(truth="torch.relu(2 - h) ** 2", preset='"made_up"', backends=backends)
+    assert "| made_up |" in copy.run(code, TRITON_INTERPRET="1")
+    assert len(copy.files) == 1
+
+
+# --- a link ------------------------------------------------------------------------------------------------------------
+
+# Without a parameter of its own, and with one: value and slope in C++, and in Python and Triton; the truth in PyTorch.
+LINKS = {
+    "without": {
+        "value": ("log1p(h * h)", "T(2) * h / (T(1) + h * h)"),
+        "torch": ("torch.log1p(h * h)", "2 * h / (1 + h * h)"),
+        "triton": ("log1p(h * h)", "div(2.0 * h, 1.0 + h * h)"),
+        "truth": "torch.log1p(h * h)",
+        "options": "",
+    },
+    "with": {
+        "value": ("log1p(h * h / tau)", "T(2) * h / (tau + h * h)"),
+        "torch": ("torch.log1p(h * h / tau)", "2 * h / (tau + h * h)"),
+        "triton": ("log1p(div(h * h, tau))", "div(2.0 * h, tau + h * h)"),
+        "truth": "torch.log1p(h * h / 2.5)",
+        "options": ", link_tau=2.5",
+    },
+}
+PROBE = """
+#include <cstdio>
+#include "names.h"
+int main() {{
+  for (auto [name, value] : fastalign::kNumbers) if (std::string(name) == "kCauchy") std::printf("%d\\n", value);
+  for (double h : {{{points}}}) {{
+    auto f = fastalign::link<double>(fastalign::kCauchy, h, 0.0, 2.5, 0.5);
+    std::printf("%.17g %.17g\\n", f.value, f.slope);
+  }}
+}}
+"""
+
+
+def add_link(copy, made):
+    pair, reference, triton = "csrc/math/pair.h", "fastalign/ops/preference/reference.py", "fastalign/ops/math/pair.py"
+    columns = "fastalign/ops/columns.py"
+    copy.after(pair, "X(kDiscopop)", " X(kCauchy)")
+    copy.before(pair, "    case kDiscopop:", "    case kCauchy: return {{{}, {}}};\n".format(*made["value"]))
+    copy.after(columns, '"exo", "discopop"', ', "cauchy"')
+    copy.replace(columns, "EXO, DISCOPOP = range", "EXO, DISCOPOP, CAUCHY = range")
+    if made["options"]:
+        copy.after(columns, "TAU_LINKS = {", '"cauchy": 10.0, ')
+    copy.before(reference, "    DISCOPOP,\n", "    CAUCHY,\n")
+    copy.before(reference, "    if kind == DISCOPOP:", "    if kind == CAUCHY:\n        return {}, {}\n".format(*made["torch"]))
+    copy.before(triton, "    DISCOPOP,\n", "    CAUCHY,\n")
+    branch = "    elif KIND == CAUCHY:\n        value, slope = {}, {}\n".format(*made["triton"])
+    copy.before(triton, "    elif KIND == DISCOPOP:", branch)
+
+
+@pytest.mark.parametrize("parameter", LINKS)
+def test_a_link_is_a_name_and_three_formulas(tmp_path, parameter):
+    copy, made = Copy(tmp_path), LINKS[parameter]
+    add_link(copy, made)
+    preset = f'Preset(link="cauchy", beta=0.5{made["options"]})'
+    code = CHECK.format(truth=made["truth"], preset=preset, backends=("reference", "triton"))
+    copy.run(code, TRITON_INTERPRET="1")
+    points = torch.tensor([-3.0, -0.5, 0.0, 1.25], dtype=torch.float64, requires_grad=True)
+    want = eval(made["truth"], {"torch": torch, "h": points})
+    (slope,) = torch.autograd.grad(want.sum(), points)
+    number, *lines = copy.run_cpp(PROBE.format(points=", ".join(map(str, points.tolist())))).splitlines()
+    assert number == copy.run("from fastalign.ops.columns import CAUCHY; print(CAUCHY)").strip()
+    got = torch.tensor([[float(x) for x in line.split()] for line in lines], dtype=torch.float64)
+    torch.testing.assert_close(got, torch.stack([want.detach(), slope], -1), rtol=1e-12, atol=1e-12)
+    assert len(copy.files) == 4 and copy.edits == (8 if parameter == "without" else 9)
+    if made["options"]:
+        with pytest.raises(AssertionError, match="link_tau=10.5 is out of range"):
+            copy.run("from fastalign.losses.pair import Preset; Preset(link='cauchy', link_tau=10.5)")
