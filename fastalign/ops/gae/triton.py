@@ -11,7 +11,7 @@ from fastalign.ops.math.affine import compose, gae_map
 from fastalign.ops.math.columns import MOMENT_COUNT, MOMENT_M2, MOMENT_MEAN, MOMENT_WIDTH
 from fastalign.ops.math.moments import merge_lanes, merge_parts, push_moments
 from fastalign.ops.math.scalar import fma
-from fastalign.ops.math.segment import sequence_bounds
+from fastalign.ops.math.segment import scored_tokens, sequence_bounds
 from fastalign.runtime import ffi
 
 TOKENS = 1024  # of a sequence, at a time
@@ -22,9 +22,7 @@ TENSORS = ["rewards", "values", "cu_seqlens", "mask", "bootstrap", "gamma_tensor
 @triton.jit
 def _load(rewards, values, mask, t, inside):
     """Rewards, values, and which of the tokens are scored."""
-    scored = inside
-    if mask is not None:
-        scored = tl.load(mask + t, mask=inside, other=0) != 0
+    scored = scored_tokens(mask, t, inside)
     return tl.load(rewards + t, mask=inside, other=0.0), tl.load(values + t, mask=inside, other=0.0), scored
 
 

@@ -2,10 +2,14 @@
 count all lists, and reduces the loss, both in a fixed order. The formulas are in
 fastalign/ops/math/list.py."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from fastalign.ops import columns
+from fastalign.ops.listwise.op import ListTensors
+from fastalign.ops.listwise.params import LIST_SCALAR_COUNT
 from fastalign.ops.math.columns import (
     LIST_BEST,
     LIST_CORRECT,
@@ -27,6 +31,7 @@ from fastalign.ops.math.columns import (
     TOKEN_MEAN_GLOBAL,
 )
 from fastalign.ops.math.list import all_finite, evaluate_list
+from fastalign.ops.math.params import kernel_params
 from fastalign.ops.math.scalar import at_least_one, div, is_finite, power
 from fastalign.runtime import ffi
 
@@ -45,24 +50,30 @@ def _bounds(list_offsets, lists, sequences, n, live):
 
 
 @triton.jit
-def _sft_weight(sft_weight, sft_power, count):
-    return sft_weight * power(at_least_one(count - 1.0), sft_power) * tl.where((count > 1) | (sft_power == 0), 1.0, 0.0)
+def _sft_weight(p, count):
+    return p.sft_weight * power(at_least_one(count - 1.0), p.sft_power) * tl.where((count > 1) | (p.sft_power == 0), 1.0, 0.0)
+
+
+class Results(NamedTuple):
+    """What the last program finishes."""
+
+    loss: tl.tensor
+    list_loss: tl.tensor
+    slopes: tl.tensor
+    table: tl.tensor
 
 
 # Neither sizes nor alignments compile anything anew; which tensors are given, and the kind of the loss, do.
 SIZES = ["beta_stride", "sequences", "lists"]
-TENSORS = ["sums", "list_offsets", "scores", "betas", "num_items", "num_sft_tokens", "loss", "list_loss", "slopes", "rewards", "table"]
+TENSORS = ["sums", "list_offsets", "scores", *ListTensors._fields, "loss", "list_loss", "slopes", "rewards", "table"]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def listwise_fwd_kernel(
-    sums, list_offsets, scores, betas, beta_stride: tl.int32, num_items, num_sft_tokens, loss, list_loss, slopes, rewards, table, counter,
-    sequences: tl.int32, lists: tl.int32,
-    # ListParams, by name
-    length_norm, beta, target, reward_temperature, list_weight, sft_weight, sft_power,
-    kind: tl.constexpr, link: tl.constexpr, pair_gain: tl.constexpr, pair_mean: tl.constexpr, sft_norm: tl.constexpr,
-    drop_nonfinite: tl.constexpr, reduction: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    sums, list_offsets, scores, beta, num_items, num_sft_tokens, loss, list_loss, slopes, rewards, table, counter,
+    beta_stride: tl.int32, sequences: tl.int32, lists: tl.int32, p, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """p: ListParams."""
     n = tl.program_id(0)
     begin, count = _bounds(list_offsets, lists, sequences, n, True)
     row, i = table + n.to(tl.int64) * LIST_TABLE_WIDTH, tl.arange(0, K)
@@ -80,24 +91,25 @@ def listwise_fwd_kernel(
         of = sums + at * SUM_WIDTH
         policy, ratio = tl.load(of + SUM_POLICY, mask=live, other=0.0), tl.load(of + SUM_RATIO, mask=live, other=0.0)
         length, r = tl.load(of + SUM_LENGTH, mask=live, other=0.0), tl.load(scores + at, mask=live, other=0.0)
-        if betas is not None:
-            beta = tl.load(betas + n * beta_stride)
-        norm = power(tl.maximum(length, 1.0), length_norm)
-        s = beta * div(ratio, norm)
+        b = p.beta
+        if beta is not None:
+            b = tl.load(beta + n * beta_stride)
+        norm = power(tl.maximum(length, 1.0), p.length_norm)
+        s = b * div(ratio, norm)
         tl.store(rewards + at, s, mask=live)
         best = tl.argmax(tl.where(live, r, float("-inf")), 0)
         lowest = tl.min(tl.where(live, r, float("inf")), 0)
         worst = tl.max(tl.where(live & (r == lowest), i, 0), 0)
-        values, slope, pairs, correct, margin = evaluate_list(kind, link, pair_gain, s, r, live, target, reward_temperature)
+        values, slope, pairs, correct, margin = evaluate_list(p.kind, p.link, p.pair_gain, s, r, live, p.target, p.reward_temperature)
         all_pairs = tl.sum(pairs, 0)
-        scale = div(list_weight, tl.maximum(all_pairs, 1.0)) if pair_mean else list_weight
+        scale = div(p.list_weight, tl.maximum(all_pairs, 1.0)) if p.pair_mean else p.list_weight
         bad = tl.where(all_finite(r, live), 0.0, float("nan"))
-        term = tl.where(list_weight == 0.0, 0.0, scale * tl.sum(values, 0)) + bad
-        slope = tl.where(list_weight == 0.0, 0.0, scale * div(slope * beta, norm)) + bad
+        term = tl.where(p.list_weight == 0.0, 0.0, scale * tl.sum(values, 0)) + bad
+        slope = tl.where(p.list_weight == 0.0, 0.0, scale * div(slope * b, norm)) + bad
         best_sum = tl.sum(tl.where(i == best, policy, 0.0), 0)
-        nll = tl.where(sft_weight == 0.0, 0.0, -_sft_weight(sft_weight, sft_power, count.to(tl.float32)) * best_sum)
+        nll = tl.where(p.sft_weight == 0.0, 0.0, -_sft_weight(p, count.to(tl.float32)) * best_sum)
         keep = tl.max(length, 0) > 0
-        if drop_nonfinite:
+        if p.drop_nonfinite:
             keep = keep & all_finite(s, live) & is_finite(term) & is_finite(nll)
         tl.store(slopes + at, tl.where(keep, slope, 0.0), mask=live)
         top = tl.sum(tl.where(i == best, tl.where((pairs > 0) & (pairs == correct), 1.0, 0.0), 0.0), 0)
@@ -114,13 +126,12 @@ def listwise_fwd_kernel(
     last_one = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
     tl.debug_barrier()
     if last_one:
-        _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, slopes, table, sequences, lists, sft_weight, sft_power, sft_norm,
-                   reduction, BLOCK)  # fmt: skip
+        out = Results(loss, list_loss, slopes, table)
+        _normalise(sums, list_offsets, num_items, num_sft_tokens, out, sequences, lists, p, BLOCK)
 
 
 @triton.jit
-def _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, slopes, table, sequences, lists, sft_weight, sft_power,
-               sft_norm: tl.constexpr, reduction: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _normalise(sums, list_offsets, num_items, num_sft_tokens, out, sequences, lists, p, BLOCK: tl.constexpr):
     """Divides everything by the normalisers and sums the loss. The slopes of lists that do not count are 0
     already."""
     lane = tl.arange(0, BLOCK)
@@ -129,7 +140,7 @@ def _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, s
         n = start + lane
         live = n < lists
         begin, count = _bounds(list_offsets, lists, sequences, n, live)
-        row = table + n.to(tl.int64) * LIST_TABLE_WIDTH
+        row = out.table + n.to(tl.int64) * LIST_TABLE_WIDTH
         kept = live & (tl.load(row + LIST_VALID, mask=live, other=0.0) > 0)
         best = begin + tl.load(row + LIST_BEST, mask=live, other=0.0).to(tl.int32)
         lists_here += kept.to(tl.int32)
@@ -140,35 +151,35 @@ def _normalise(sums, list_offsets, num_items, num_sft_tokens, loss, list_loss, s
         items = tl.load(num_items)
     if num_sft_tokens is not None:
         tokens = tl.load(num_sft_tokens)
-    norm = at_least_one(items) if reduction == MEAN else 1.0
+    norm = at_least_one(items) if p.reduction == MEAN else 1.0
     for start in range(0, sequences, BLOCK):
         at = start + lane
-        tl.store(slopes + at, div(tl.load(slopes + at, mask=at < sequences, other=0.0), norm), mask=at < sequences)
+        tl.store(out.slopes + at, div(tl.load(out.slopes + at, mask=at < sequences, other=0.0), norm), mask=at < sequences)
     tl.debug_barrier()  # the best responses' slopes are changed below, by other threads
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, lists, BLOCK):
         n = start + lane
         live = n < lists
         begin, count = _bounds(list_offsets, lists, sequences, n, live)
-        row = table + n.to(tl.int64) * LIST_TABLE_WIDTH
+        row = out.table + n.to(tl.int64) * LIST_TABLE_WIDTH
         kept = live & (tl.load(row + LIST_VALID, mask=live, other=0.0) > 0)
         best = begin + tl.load(row + LIST_BEST, mask=live, other=0.0).to(tl.int32)
         with_best = kept & (count > 0)
-        divisor = tl.zeros([BLOCK], tl.float32) + (at_least_one(tokens) if sft_norm == TOKEN_MEAN_GLOBAL else at_least_one(items))
-        if sft_norm == SEQ_MEAN:
+        divisor = tl.zeros([BLOCK], tl.float32) + (at_least_one(tokens) if p.sft_norm == TOKEN_MEAN_GLOBAL else at_least_one(items))
+        if p.sft_norm == SEQ_MEAN:
             divisor *= at_least_one(tl.load(sums + best.to(tl.int64) * SUM_WIDTH + SUM_LENGTH, mask=with_best, other=0.0))
-        if reduction != MEAN:
+        if p.reduction != MEAN:
             divisor = div(divisor, at_least_one(local))
         term = tl.where(kept, div(tl.load(row + LIST_TERM, mask=live, other=0.0), norm), 0.0)
         nll = tl.where(kept, div(tl.load(row + LIST_NLL, mask=live, other=0.0), divisor), 0.0)
-        weight = div(_sft_weight(sft_weight, sft_power, count.to(tl.float32)), divisor)
-        slope = tl.load(slopes + best, mask=with_best, other=0.0)
-        tl.store(slopes + best, tl.where(sft_weight == 0.0, slope, slope - weight), mask=with_best)
+        weight = div(_sft_weight(p, count.to(tl.float32)), divisor)
+        slope = tl.load(out.slopes + best, mask=with_best, other=0.0)
+        tl.store(out.slopes + best, tl.where(p.sft_weight == 0.0, slope, slope - weight), mask=with_best)
         tl.store(row + LIST_TERM, term, mask=live)
         tl.store(row + LIST_NLL, nll, mask=live)
-        tl.store(list_loss + n, term + nll, mask=live)
+        tl.store(out.list_loss + n, term + nll, mask=live)
         total += tl.where(live, term + nll, 0.0)
-    tl.store(loss, tl.sum(total, 0))
+    tl.store(out.loss, tl.sum(total, 0))
 
 
 def listwise_fwd(a):
@@ -180,8 +191,8 @@ def listwise_fwd(a):
     beta_stride = 0 if a.given.beta is None or a.given.beta.numel() == 1 else a.given.beta.stride(0)
     with ffi.triton_device(device):
         listwise_fwd_kernel[(lists,)](
-            a.sums, a.list_offsets, a.scores, a.given.beta, beta_stride, a.given.num_items, a.given.num_sft_tokens,
-            loss, list_loss, slopes, rewards, table, ffi.counter(a.sums), sequences, lists, **a.params._asdict(),
-            K=columns.MAX_LIST, BLOCK=BLOCK, **ffi.launch_options(BLOCK, device),
+            a.sums, a.list_offsets, a.scores, *a.given, loss, list_loss, slopes, rewards, table, ffi.counter(a.sums),
+            beta_stride, sequences, lists, kernel_params(a.params, LIST_SCALAR_COUNT), K=columns.MAX_LIST, BLOCK=BLOCK,
+            **ffi.launch_options(BLOCK, device),
         )  # fmt: skip
     return loss, list_loss, slopes, rewards, table

@@ -23,45 +23,43 @@ def clamp_log_ratio(SURROGATE: tl.constexpr, x):
 
 
 @triton.jit
-def sequence_term(SURROGATE: tl.constexpr, lr, advantage, ratio_min, ratio_max):
-    """What a sequence sums of a token."""
-    if SURROGATE == VESPO:
+def sequence_term(p, lr, advantage):
+    """What a sequence sums of a token; p: PolicyParams."""
+    if p.surrogate == VESPO:
         term = clamp(lr, -20.0, 20.0)
-    elif SURROGATE == GMPO:
-        term = tl.where(advantage > 0, tl.where(lr > ratio_max, ratio_max, lr), tl.where(lr < ratio_min, ratio_min, lr))
+    elif p.surrogate == GMPO:
+        term = tl.where(advantage > 0, tl.where(lr > p.ratio_max, p.ratio_max, lr), tl.where(lr < p.ratio_min, p.ratio_min, lr))
     else:
         term = lr
     return term
 
 
 @triton.jit
-def surrogate(
-    SURROGATE: tl.constexpr, logprob, lr, log_rho, rho, a, ratio_min, ratio_max, dual_clip, tau_pos, tau_neg, k_pos, lam_pos, k_neg, lam_neg
-):
-    """Value and slope of a token's surrogate, and which bound holds: low, high, dual."""
+def surrogate(p, logprob, lr, log_rho, rho, a):
+    """Value and slope of a token's surrogate, and which bound holds: low, high, dual; p: PolicyParams."""
     positive, negative, never = a > 0, a < 0, rho < -1.0
     low, high, dual = never, never, never
-    if SURROGATE == REINFORCE:
+    if p.surrogate == REINFORCE:
         value, slope = -a * logprob, -a
-    elif SURROGATE == CISPO:
-        low, high = rho < ratio_min, rho > ratio_max
-        w = clamp(rho, ratio_min, ratio_max)
+    elif p.surrogate == CISPO:
+        low, high = rho < p.ratio_min, rho > p.ratio_max
+        w = clamp(rho, p.ratio_min, p.ratio_max)
         value, slope = -w * a * logprob, -w * a
-    elif SURROGATE == SAPO:
-        tau = tl.where(positive, tau_pos, tau_neg)
+    elif p.surrogate == SAPO:
+        tau = tl.where(positive, p.tau_pos, p.tau_neg)
         x = tau * (rho - 1.0)
         s = sigmoid(x)
         value, slope = -a * div(4.0 + tl.zeros_like(tau), tau) * s, -4.0 * a * rho * s * sigmoid(-x)
-    elif SURROGATE == GMPO:
-        low, high = (lr < ratio_min) & negative, (lr > ratio_max) & positive
+    elif p.surrogate == GMPO:
+        low, high = (lr < p.ratio_min) & negative, (lr > p.ratio_max) & positive
         value, slope = -a * rho, tl.where(low | high, 0.0, -a * rho)
-    elif SURROGATE == VESPO:
-        k, lam = tl.where(negative, k_neg, k_pos), tl.where(negative, lam_neg, lam_pos)
+    elif p.surrogate == VESPO:
+        k, lam = tl.where(negative, p.k_neg, p.k_pos), tl.where(negative, p.lam_neg, p.lam_pos)
         phi = exp(lam + k * log_rho - lam * rho)
         value, slope = -phi * a * logprob, -phi * a
     else:
-        low, high, dual = negative & (rho < ratio_min), positive & (rho > ratio_max), negative & (rho > dual_clip)
-        held = tl.where(dual, dual_clip, tl.where(high, ratio_max, tl.where(low, ratio_min, rho)))
+        low, high, dual = negative & (rho < p.ratio_min), positive & (rho > p.ratio_max), negative & (rho > p.dual_clip)
+        held = tl.where(dual, p.dual_clip, tl.where(high, p.ratio_max, tl.where(low, p.ratio_min, rho)))
         value, slope = -a * held, tl.where(low | high | dual, 0.0, -a * rho)
     return value, slope, low, high, dual
 

@@ -3,6 +3,8 @@ where sequences do not matter) reads its tokens once for their number and log-ra
 first, then writes their slopes and one row of sums; the last program to finish adds the rows in index order.
 Backward is elementwise. The formulas are in fastalign/ops/math/policy.py."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +19,12 @@ from fastalign.ops.math.columns import (  # isort: skip
     VALUE_ITEMS, VALUE_LOSS, VALUE_NONFINITE, VALUE_RETURNS, VALUE_RETURNS_M2, VALUE_SEQUENCES, VALUE_TOKENS, VALUE_VALUE, VALUE_WIDTH,
 )  # fmt: skip
 from fastalign.ops.math.moments import merge_lanes, merge_parts, push_moments
+from fastalign.ops.math.params import kernel_params
 from fastalign.ops.math.policy import clamp_kl, clamp_log_ratio, kl_term, log_ratio, sequence_term, surrogate, token_divisor, value_error
 from fastalign.ops.math.scalar import at_least_one, div, exp, is_finite, times_slope
-from fastalign.ops.math.segment import sequence_bounds
+from fastalign.ops.math.segment import scored_tokens, sequence_bounds
 from fastalign.ops.policy.native import nothing
+from fastalign.ops.policy.params import SCALAR_COUNT
 from fastalign.runtime import ffi
 
 BLOCK, ROWS = 512, 64  # tokens, and rows of sums, at a time
@@ -36,14 +40,6 @@ def _piece(cu_seqlens, k, tokens, TILE: tl.constexpr):
     else:
         begin, end = sequence_bounds(cu_seqlens, k, tokens)
     return begin, end
-
-
-@triton.jit
-def _scored(mask, t, inside):
-    scored = inside
-    if mask is not None:
-        scored = tl.load(mask + t, mask=inside, other=0) != 0
-    return scored
 
 
 @triton.jit
@@ -68,27 +64,40 @@ def _store_moments(part, count, shift, difference, square):
     tl.store(part + PART_M2, m2)
 
 
+class Results(NamedTuple):
+    """loss [], stats [STATS], and what they come of: rows [pieces, STATS], parts (mean and m2 of every row, fp64,
+    for each m2 column), and the counter of programs that are done."""
+
+    loss: tl.tensor
+    stats: tl.tensor
+    rows: tl.tensor
+    parts: tl.tensor
+    counter: tl.tensor
+
+
 @triton.jit
-def _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, AGGREGATION: tl.constexpr, STATS: tl.constexpr, TOKENS: tl.constexpr,
-                 SEQUENCES: tl.constexpr, M2_AT: tl.constexpr, OTHER_M2_AT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """In the program that arrives last: the totals of all rows, the number of items and the loss. parts: mean
-    and m2 of every row, fp64, for each m2 column (OTHER_M2_AT: -1 where there is one)."""
+def _reduce_rows(
+    out, num_items, pieces, AGGREGATION: tl.constexpr, STATS: tl.constexpr, TOKENS: tl.constexpr,
+    SEQUENCES: tl.constexpr, M2_AT: tl.constexpr, OTHER_M2_AT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """In the program that arrives last: the totals of all rows, the number of items and the loss. OTHER_M2_AT:
+    -1 where there is one m2 column."""
     tl.debug_barrier()  # every thread's part of the row is written before this program is counted, and read after
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    last = tl.atomic_add(out.counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
     tl.debug_barrier()
     if last:
         c = tl.arange(0, WIDTH)
         totals = tl.zeros([ROWS, WIDTH], tl.float32)
         for first in range(0, pieces, ROWS):
             i = first + tl.arange(0, ROWS)
-            totals += tl.load(rows + i[:, None] * STATS + c[None, :], mask=(i < pieces)[:, None] & (c < STATS)[None, :], other=0.0)
+            totals += tl.load(out.rows + i[:, None] * STATS + c[None, :], mask=(i < pieces)[:, None] & (c < STATS)[None, :], other=0.0)
         total = tl.sum(totals, 0)
         PARTS: tl.constexpr = PART_WIDTH if OTHER_M2_AT < 0 else 2 * PART_WIDTH
-        _, _, m2 = merge_parts(rows + TOKENS, STATS, parts + PART_MEAN, parts + PART_M2, PARTS, pieces, ROWS)
+        _, _, m2 = merge_parts(out.rows + TOKENS, STATS, out.parts + PART_MEAN, out.parts + PART_M2, PARTS, pieces, ROWS)
         total = tl.where(c == M2_AT, m2.to(tl.float32), total)
         if OTHER_M2_AT >= 0:
-            other = parts + PART_WIDTH
-            _, _, other_m2 = merge_parts(rows + TOKENS, STATS, other + PART_MEAN, other + PART_M2, PARTS, pieces, ROWS)
+            other = out.parts + PART_WIDTH
+            _, _, other_m2 = merge_parts(out.rows + TOKENS, STATS, other + PART_MEAN, other + PART_M2, PARTS, pieces, ROWS)
             total = tl.where(c == OTHER_M2_AT, other_m2.to(tl.float32), total)
         if AGGREGATION == TOKEN_SUM:
             items = 1.0
@@ -96,51 +105,50 @@ def _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, AGGREGATI
             items = at_least_one(tl.load(num_items))
         else:
             items = at_least_one(tl.sum(tl.where(c == (TOKENS if AGGREGATION == TOKEN_MEAN else SEQUENCES), total, 0.0), 0))
-        tl.store(stats + c, tl.where(c == POLICY_ITEMS, items, total), mask=c < STATS)
-        tl.store(loss, div(tl.sum(tl.where(c == POLICY_LOSS, total, 0.0), 0), items))
+        tl.store(out.stats + c, tl.where(c == POLICY_ITEMS, items, total), mask=c < STATS)
+        tl.store(out.loss, div(tl.sum(tl.where(c == POLICY_LOSS, total, 0.0), 0), items))
 
 
-TENSORS = ["logprobs", "old_logprobs", "advantages", "cu_seqlens", "mask", "ref_logprobs", "entropy", "is_weights", "kl_coef_tensor",
-           "entropy_coef_tensor", "num_items", "values", "old_values", "returns", "slopes", "entropy_slopes", "grad", "stats"]  # fmt: skip
+# Neither sizes nor alignments compile anything anew; which tensors are given, and the kinds of the loss, do.
+TENSORS = ["logprobs", "old_logprobs", "advantages", "cu_seqlens", "mask", "ref_logprobs", "entropy", "is_weight", "kl_coef",
+           "entropy_coef", "num_items", "values", "old_values", "returns", "slopes", "entropy_slopes", "grad", "stats"]  # fmt: skip
 SIZES = ["tokens", "pieces"]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def policy_fwd_kernel(
-    logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weights, kl_coef_tensor, entropy_coef_tensor, num_items,
-    loss, slopes, entropy_slopes, stats, rows, parts, counter, tokens: tl.int32, pieces: tl.int32,
-    # PolicyParams, by name
-    ratio_min, ratio_max, dual_clip, tau_pos, tau_neg, k_pos, lam_pos, k_neg, lam_neg, kl_coef, entropy_coef, is_min, is_max, norm_length, kl_clamp,
-    surrogate_kind: tl.constexpr, ratio: tl.constexpr, aggregation: tl.constexpr, kl_kind: tl.constexpr, kl_bias_correction: tl.constexpr,
-    is_mode: tl.constexpr, advantages_per_sequence: tl.constexpr, is_per_sequence: tl.constexpr,
+    logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items,
+    loss, slopes, entropy_slopes, stats, rows, parts, counter, tokens: tl.int32, pieces: tl.int32, p,
     TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """p: PolicyParams."""
     k = tl.program_id(0)
     begin, end = _piece(cu_seqlens, k, tokens, TILE)
-    if kl_coef_tensor is not None:
-        kl_coef = tl.load(kl_coef_tensor)
-    if entropy_coef_tensor is not None:
-        entropy_coef = tl.load(entropy_coef_tensor)
+    kl_scale, entropy_scale = p.kl_coef, p.entropy_coef
+    if kl_coef is not None:
+        kl_scale = tl.load(kl_coef)
+    if entropy_coef is not None:
+        entropy_scale = tl.load(entropy_coef)
 
     length, sequence_log_rho = 0.0, 0.0
-    if ratio != RATIO_TOKEN or aggregation == SEQ_MEAN_TOKEN_MEAN:
+    if p.ratio != RATIO_TOKEN or p.aggregation == SEQ_MEAN_TOKEN_MEAN:
         n, x = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for start in range(begin, end, BLOCK):
             t = start + tl.arange(0, BLOCK)
-            scored = _scored(mask, t, t < end)
-            if ratio != RATIO_TOKEN:
+            scored = scored_tokens(mask, t, t < end)
+            if p.ratio != RATIO_TOKEN:
                 lp = tl.load(logprobs + t, mask=scored, other=0.0)
                 if old_logprobs is not None:
-                    a = _per(advantages, t, k, scored, advantages_per_sequence)
+                    a = _per(advantages, t, k, scored, p.advantages_per_sequence)
                     lr = log_ratio(lp, tl.load(old_logprobs + t, mask=scored, other=0.0))
-                    x += tl.where(scored, sequence_term(surrogate_kind, lr, a, ratio_min, ratio_max), 0.0)
+                    x += tl.where(scored, sequence_term(p, lr, a), 0.0)
             n += scored.to(tl.float32)
         length = tl.sum(n, 0)
         sequence_log_rho = tl.sum(x, 0)
-        if ratio != RATIO_SEQ_SUM:
+        if p.ratio != RATIO_SEQ_SUM:
             sequence_log_rho = div(sequence_log_rho, tl.maximum(length, 1.0))
-        sequence_log_rho = clamp_log_ratio(surrogate_kind, sequence_log_rho)
-    divisor = token_divisor(aggregation, length, norm_length)
+        sequence_log_rho = clamp_log_ratio(p.surrogate, sequence_log_rho)
+    divisor = token_divisor(p.aggregation, length, p.norm_length)
 
     zero = tl.zeros([BLOCK], tl.float32)
     s_loss, s_policy, s_tokens, s_ratio, s_approx = zero, zero, zero, zero, zero
@@ -148,47 +156,46 @@ def policy_fwd_kernel(
     s_low, s_high, s_dual, s_kl, s_entropy, s_weight, s_outside, s_bad = zero, zero, zero, zero, zero, zero, zero, zero
     for start in range(begin, end, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        scored = _scored(mask, t, t < end)
+        scored = scored_tokens(mask, t, t < end)
         lp = tl.load(logprobs + t, mask=scored, other=0.0)
-        a = _per(advantages, t, k, scored, advantages_per_sequence)
+        a = _per(advantages, t, k, scored, p.advantages_per_sequence)
         lr = zero
         if old_logprobs is not None:
             lr = log_ratio(lp, tl.load(old_logprobs + t, mask=scored, other=0.0))
-        log_rho = clamp_log_ratio(surrogate_kind, lr) if ratio == RATIO_TOKEN else zero + sequence_log_rho
+        log_rho = clamp_log_ratio(p.surrogate, lr) if p.ratio == RATIO_TOKEN else zero + sequence_log_rho
         rho = exp(log_rho)
-        value, slope, low, high, dual = surrogate(surrogate_kind, lp, lr, log_rho, rho, a, ratio_min, ratio_max, dual_clip, tau_pos, tau_neg,
-                                                  k_pos, lam_pos, k_neg, lam_neg)  # fmt: skip
-        if ratio == RATIO_SEQ_SUM and (surrogate_kind == CLIP or surrogate_kind == SAPO):
+        value, slope, low, high, dual = surrogate(p, lp, lr, log_rho, rho, a)
+        if p.ratio == RATIO_SEQ_SUM and (p.surrogate == CLIP or p.surrogate == SAPO):
             slope *= length  # the sequence's one term, seen from each of its tokens
-        if is_weights is not None:
-            given = _per(is_weights, t, k, scored, is_per_sequence)
-            outside = given > is_max
+        if is_weight is not None:
+            given = _per(is_weight, t, k, scored, p.is_per_sequence)
+            outside = given > p.is_max
             used = given
-            if is_mode == IS_TRUNCATE:
-                used = tl.where(outside, is_max, given)
-            if is_mode == IS_MASK:
-                outside = outside | (given < is_min)
+            if p.is_mode == IS_TRUNCATE:
+                used = tl.where(outside, p.is_max, given)
+            if p.is_mode == IS_MASK:
+                outside = outside | (given < p.is_min)
             value, slope = used * value, used * slope
-            if is_mode == IS_MASK:
+            if p.is_mode == IS_MASK:
                 value, slope = tl.where(outside, 0.0, value), tl.where(outside, 0.0, slope)
             s_weight += given
             s_outside += (outside & scored).to(tl.float32)
         total = value
         if ref_logprobs is not None:
-            kl, kl_slope = kl_term(kl_kind, lp, tl.load(ref_logprobs + t, mask=scored, other=0.0))
-            term, term_slope = clamp_kl(kl_kind, kl, kl_slope, kl_clamp)
-            if kl_bias_correction:
+            kl, kl_slope = kl_term(p.kl_kind, lp, tl.load(ref_logprobs + t, mask=scored, other=0.0))
+            term, term_slope = clamp_kl(p.kl_kind, kl, kl_slope, p.kl_clamp)
+            if p.kl_bias_correction:
                 term, term_slope = rho * term, rho * (term + term_slope)
-            total = tl.where(kl_coef != 0.0, total + kl_coef * term, total)
-            slope = tl.where(kl_coef != 0.0, slope + kl_coef * term_slope, slope)
+            total = tl.where(kl_scale != 0.0, total + kl_scale * term, total)
+            slope = tl.where(kl_scale != 0.0, slope + kl_scale * term_slope, slope)
             s_kl += tl.where(scored, kl, 0.0)
         if entropy is not None:
             h = tl.load(entropy + t, mask=scored, other=0.0)
-            total = tl.where(entropy_coef != 0.0, total - entropy_coef * h, total)
+            total = tl.where(entropy_scale != 0.0, total - entropy_scale * h, total)
             s_entropy += h
         tl.store(slopes + t, tl.where(scored, div(slope, zero + divisor), 0.0), mask=t < end)
         if entropy_slopes is not None:
-            tl.store(entropy_slopes + t, tl.where(scored, div(zero - entropy_coef, zero + divisor), 0.0), mask=t < end)
+            tl.store(entropy_slopes + t, tl.where(scored, div(zero - entropy_scale, zero + divisor), 0.0), mask=t < end)
         s_loss += tl.where(scored, total, 0.0)
         s_policy += tl.where(scored, value, 0.0)
         s_tokens += scored.to(tl.float32)
@@ -212,7 +219,7 @@ def policy_fwd_kernel(
     _store_moments(parts + PART_WIDTH * k, seen, shift, difference, square)
     tl.store(row + POLICY_APPROX_KL, tl.sum(s_approx, 0))
     n_low, n_high, n_dual = tl.sum(s_low, 0), tl.sum(s_high, 0), tl.sum(s_dual, 0)
-    if (ratio == RATIO_SEQ_MEAN or ratio == RATIO_SEQ_SUM) and surrogate_kind != GMPO:  # one ratio per sequence, which counts once
+    if (p.ratio == RATIO_SEQ_MEAN or p.ratio == RATIO_SEQ_SUM) and p.surrogate != GMPO:  # one ratio per sequence, which counts once
         n_low, n_high, n_dual = tl.minimum(n_low, 1.0), tl.minimum(n_high, 1.0), tl.minimum(n_dual, 1.0)
     tl.store(row + POLICY_CLIP_LOW, n_low)
     tl.store(row + POLICY_CLIP_HIGH, n_high)
@@ -222,8 +229,8 @@ def policy_fwd_kernel(
     tl.store(row + POLICY_IS_WEIGHT, tl.sum(s_weight, 0))
     tl.store(row + POLICY_IS_CLIPPED, tl.sum(s_outside, 0))
     tl.store(row + POLICY_NONFINITE, tl.sum(s_bad, 0))
-    _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, aggregation, POLICY_WIDTH, POLICY_TOKENS, POLICY_SEQUENCES,
-                 POLICY_RATIO_M2, -1, ROWS)  # fmt: skip
+    out = Results(loss, stats, rows, parts, counter)
+    _reduce_rows(out, num_items, pieces, p.aggregation, POLICY_WIDTH, POLICY_TOKENS, POLICY_SEQUENCES, POLICY_RATIO_M2, -1, ROWS)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
@@ -240,7 +247,7 @@ def value_fwd_kernel(
         n = zero
         for start in range(begin, end, BLOCK):
             t = start + tl.arange(0, BLOCK)
-            n += _scored(mask, t, t < end).to(tl.float32)
+            n += scored_tokens(mask, t, t < end).to(tl.float32)
         length = tl.sum(n, 0)
     divisor = token_divisor(AGGREGATION, length, norm_length)
 
@@ -250,7 +257,7 @@ def value_fwd_kernel(
     n_errors, of_errors, d_errors, sq_errors = zero, zero, zero, zero
     for start in range(begin, end, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        scored = _scored(mask, t, t < end)
+        scored = scored_tokens(mask, t, t < end)
         v, target = tl.load(values + t, mask=scored, other=0.0), tl.load(returns + t, mask=scored, other=0.0)
         old = v
         if old_values is not None:
@@ -284,8 +291,8 @@ def value_fwd_kernel(
     tl.store(row + VALUE_NONFINITE, tl.sum(s_bad, 0))
     _store_moments(parts + 2 * PART_WIDTH * k, n_returns, of_returns, d_returns, sq_returns)
     _store_moments(parts + (2 * k + 1) * PART_WIDTH, n_errors, of_errors, d_errors, sq_errors)
-    _reduce_rows(rows, parts, stats, loss, num_items, counter, pieces, AGGREGATION, VALUE_WIDTH, VALUE_TOKENS, VALUE_SEQUENCES,
-                 VALUE_RETURNS_M2, VALUE_ERROR_M2, ROWS)  # fmt: skip
+    out = Results(loss, stats, rows, parts, counter)
+    _reduce_rows(out, num_items, pieces, AGGREGATION, VALUE_WIDTH, VALUE_TOKENS, VALUE_SEQUENCES, VALUE_RETURNS_M2, VALUE_ERROR_M2, ROWS)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
@@ -310,13 +317,12 @@ def policy_fwd(a):
     pieces = _pieces(tokens, a.cu_seqlens)
     rows = ffi.empty((pieces, columns.POLICY_WIDTH), dtype, device)
     parts = ffi.empty((pieces, len(columns.MOMENTS), columns.PART_WIDTH), torch.float64, device)
-    params = a.params._asdict()
-    params["surrogate_kind"] = params.pop("surrogate")
     with ffi.triton_device(device):
         policy_fwd_kernel[(pieces,)](
             a.logprobs, a.old_logprobs, a.advantages, a.cu_seqlens, a.mask, a.ref_logprobs, a.entropy, a.is_weight,
             a.kl_coef, a.entropy_coef, a.num_items, loss, slopes, entropy_slopes if a.with_entropy_grad else None,
-            stats, rows, parts, ffi.counter(a.logprobs), tokens, pieces, **params, TILE=columns.POLICY_TILE, BLOCK=BLOCK, ROWS=ROWS,
+            stats, rows, parts, ffi.counter(a.logprobs), tokens, pieces,
+            kernel_params(a.params, SCALAR_COUNT), TILE=columns.POLICY_TILE, BLOCK=BLOCK, ROWS=ROWS,
             **ffi.launch_options(256, device, 128),
         )  # fmt: skip
     return loss, slopes, entropy_slopes, stats

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastalign.ops.math.scalar import times_slope
-from fastalign.ops.math.segment import sequence_bounds, sequence_share
+from fastalign.ops.math.segment import scored_tokens, sequence_bounds, sequence_share
 from fastalign.runtime import ffi
 
 BLOCK = 2048  # tokens at a time
@@ -18,9 +18,7 @@ def sequence_sum_fwd_kernel(x, cu_seqlens, mask, weights, sums, counts, tokens: 
     total, count = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):  # lane by lane, so the order of summation depends on the sequence alone
         t = start + tl.arange(0, BLOCK)
-        counted = t < end
-        if mask is not None:
-            counted = tl.load(mask + t, mask=counted, other=0) != 0
+        counted = scored_tokens(mask, t, t < end)
         term = tl.load(x + t, mask=counted, other=0.0)
         if weights is not None:
             term *= tl.load(weights + t, mask=counted, other=0.0)
@@ -39,9 +37,7 @@ def sequence_sum_bwd_kernel(grad, cu_seqlens, mask, weights, grad_x, tokens: tl.
     for start in range(first, stop, BLOCK):
         t = start + tl.arange(0, BLOCK)
         own = (t >= begin) & (t < end)
-        counted = own
-        if mask is not None:
-            counted = tl.load(mask + t, mask=own, other=0) != 0
+        counted = scored_tokens(mask, t, own)
         term = tl.zeros([BLOCK], tl.float32) + g
         if weights is not None:
             term = times_slope(term, tl.load(weights + t, mask=counted, other=0.0))
