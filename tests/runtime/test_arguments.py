@@ -5,15 +5,23 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+import fastalign
+from fastalign.ops.listwise.op import ListTensors
+from fastalign.ops.policy.op import PolicyFwd
 from fastalign.ops.preference.op import PairTensors, PairTokens
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, RowGradients
+from fastalign.ops.token_stats.triton_rows import Outputs
 from fastalign.runtime import ffi
 from fastalign.runtime.arguments import Declaration, In, Maybe, SymInt, Unchecked
 from fastalign.runtime.op import OPS
+
+FOLDER = Path(fastalign.__file__).parent / "ops"
 
 
 class Numbers(NamedTuple):
@@ -78,15 +86,26 @@ def test_tensors_are_found_in_parts():
     assert not ffi.are_plain(Whole(Part(x.as_subclass(Other)), None, None, Numbers(0.0, 0.0, 0, 0), 0, False))
 
 
-# Triton kernels that are given the fields of such parts one by one (what lies in a tuple, Triton specialises on).
+# Triton kernels that are given the fields of parts one by one, since Triton specialises on what lies in a tuple:
+# (op, kernel) -> the names from some argument on.
 BY_PARTS = {
-    ("preference", "preference_fwd_kernel"): (PairTokens, PairTensors),
-    ("preference", "preference_bwd_kernel"): (PairTokens,),
+    ("preference", "preference_fwd_kernel"): ("logprobs", (*PairTokens._fields, *PairTensors._fields)),
+    ("preference", "preference_bwd_kernel"): ("logprobs", PairTokens._fields),
+    ("listwise", "listwise_fwd_kernel"): ("beta", ListTensors._fields),
+    ("policy", "policy_fwd_kernel"): ("logprobs", PolicyFwd._fields[: PolicyFwd._fields.index("params")]),
+    ("token_stats", "token_stats_pair_bwd_kernel"): ("g_logprob", RowGradients._fields),
 }
 
 
 @pytest.mark.parametrize("op, name", BY_PARTS)
 def test_kernels_name_the_fields_as_the_parts_do(op, name):
-    kernel = getattr(importlib.import_module(f"fastalign.ops.{op}.triton"), name)
-    fields = [field for part in BY_PARTS[op, name] for field in part._fields]
-    assert [*inspect.signature(kernel.fn).parameters][: len(fields)] == fields
+    modules = [importlib.import_module(f"fastalign.ops.{op}.{p.stem}") for p in FOLDER.glob(f"{op}/triton*.py")]
+    (kernel,) = {vars(module)[name] for module in modules if name in vars(module)}
+    names, (start, fields) = [*inspect.signature(kernel.fn).parameters], BY_PARTS[op, name]
+    at = names.index(start)
+    assert names[at : at + len(fields)] == [*fields]
+
+
+def test_outputs_stand_in_the_order_of_their_bits():
+    whole = {"log_sum_sq": "log_sum_sq_probs"}
+    assert [whole.get(name, name) for name in Outputs._fields] == [*OUTPUT_BITS]

@@ -1,10 +1,63 @@
 """csrc/math/row_state.h as @triton.jit functions: row states, their merge, and what follows from them; the
 rules of scalar.py hold."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from fastalign.ops.math.columns import (
+    COL_M,
+    COL_REF_M,
+    COL_REF_S0,
+    COL_REF_UMAX,
+    COL_S0,
+    COL_S1,
+    COL_S2,
+    COL_SZ,
+    COL_T,
+    COL_TOP,
+    COL_TR,
+    COL_UMAX,
+)
 from fastalign.ops.math.scalar import LN2, div, fma, is_finite
+
+
+class RowState(NamedTuple):
+    """Of a row or a part of one; the columns of the same names."""
+
+    m: tl.tensor
+    s0: tl.tensor
+    s1: tl.tensor
+    s2: tl.tensor
+    sz: tl.tensor
+    umax: tl.tensor
+    top: tl.tensor
+
+
+class RefState(NamedTuple):
+    """Of the reference row beside it, with the cross sums t and tr."""
+
+    m: tl.tensor
+    s0: tl.tensor
+    t: tl.tensor
+    tr: tl.tensor
+    umax: tl.tensor
+
+
+@triton.jit
+def load_state(p):
+    """A row's state, which begins at p."""
+    return RowState(
+        tl.load(p + COL_M), tl.load(p + COL_S0), tl.load(p + COL_S1), tl.load(p + COL_S2), tl.load(p + COL_SZ),
+        tl.load(p + COL_UMAX), tl.load(p + COL_TOP).to(tl.int32),
+    )  # fmt: skip
+
+
+@triton.jit
+def load_ref_state(p):
+    """The reference part of it."""
+    return RefState(tl.load(p + COL_REF_M), tl.load(p + COL_REF_S0), tl.load(p + COL_T), tl.load(p + COL_TR), tl.load(p + COL_REF_UMAX))
 
 
 @triton.jit
@@ -18,14 +71,14 @@ def s1_shift(old, new, factor):
 
 
 @triton.jit
-def merge(ma, a0, a1, a2, az, ua, ta, mb, b0, b1, b2, bz, ub, tb):
-    m = tl.where(ma > mb, ma, mb)
-    fa, fb = rescale(ma, m), rescale(mb, m)
-    s0 = a0 * fa + b0 * fb
-    s1 = (a1 + s1_shift(ma, m, fa) * a0) * fa + (b1 + s1_shift(mb, m, fb) * b0) * fb
-    s2 = a2 * fa * fa + b2 * fb * fb
-    take_b = (ub > ua) | ((ub == ua) & (tb >= 0) & ((ta < 0) | (tb < ta)))
-    return m, s0, s1, s2, az + bz, tl.where(take_b, ub, ua), tl.where(take_b, tb, ta)
+def merge(a, b):
+    m = tl.where(a.m > b.m, a.m, b.m)
+    fa, fb = rescale(a.m, m), rescale(b.m, m)
+    s0 = a.s0 * fa + b.s0 * fb
+    s1 = (a.s1 + s1_shift(a.m, m, fa) * a.s0) * fa + (b.s1 + s1_shift(b.m, m, fb) * b.s0) * fb
+    s2 = a.s2 * fa * fa + b.s2 * fb * fb
+    take_b = (b.umax > a.umax) | ((b.umax == a.umax) & (b.top >= 0) & ((a.top < 0) | (b.top < a.top)))
+    return RowState(m, s0, s1, s2, a.sz + b.sz, tl.where(take_b, b.umax, a.umax), tl.where(take_b, b.top, a.top))
 
 
 @triton.jit
@@ -48,13 +101,15 @@ def move_cross(cross, mass, shift, factor):
 
 
 @triton.jit
-def merge_ref(m, ma, a0, rma, ra0, at, atr, mb, b0, rmb, rb0, bt, btr):
-    """The reference part of merge(PairState, PairState); m is the reference point of the merged policy row."""
-    rm = tl.where(rma > rmb, rma, rmb)
-    fa, da = rescale(rma, rm), reference_distance(ma, m) - reference_distance(rma, rm)
-    fb, db = rescale(rmb, rm), reference_distance(mb, m) - reference_distance(rmb, rm)
-    t = move_cross(at, a0, da, rescale(ma, m)) + move_cross(bt, b0, db, rescale(mb, m))
-    return rm, ra0 * fa + rb0 * fb, t, move_cross(atr, ra0, da, fa) + move_cross(btr, rb0, db, fb)
+def merge_ref(m, a, ra, b, rb):
+    """The reference part of merge(PairState, PairState) of a, ra and b, rb; m is the reference point of the
+    merged policy row."""
+    rm = tl.where(ra.m > rb.m, ra.m, rb.m)
+    fa, da = rescale(ra.m, rm), reference_distance(a.m, m) - reference_distance(ra.m, rm)
+    fb, db = rescale(rb.m, rm), reference_distance(b.m, m) - reference_distance(rb.m, rm)
+    t = move_cross(ra.t, a.s0, da, rescale(a.m, m)) + move_cross(rb.t, b.s0, db, rescale(b.m, m))
+    tr = move_cross(ra.tr, ra.s0, da, fa) + move_cross(rb.tr, rb.s0, db, fb)
+    return RefState(rm, ra.s0 * fa + rb.s0 * fb, t, tr, tl.where(rm == ra.m, ra.umax, rb.umax))
 
 
 @triton.jit

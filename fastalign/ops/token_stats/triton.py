@@ -16,15 +16,16 @@ whatever the shift, and in the end the columns are folded in halves, a tree that
 """
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from fastalign.ops.math.columns import COL_M, COL_REF_M, COL_S0, COL_S1, COL_S2, COL_SZ, COL_TOP, COL_UMAX, OUT_LOGPROB, STATE_WIDTH
-from fastalign.ops.math.rows import far_bits, is_far, merge, reference_point, rescale, s1_shift
+from fastalign.ops.math.columns import COL_M, COL_REF_M, COL_S0, COL_UMAX, OUT_LOGPROB, STATE_WIDTH
+from fastalign.ops.math.rows import RowState, far_bits, is_far, load_state, merge, reference_point, rescale, s1_shift
 from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow
 from fastalign.ops.token_stats import triton_pair
-from fastalign.ops.token_stats.contract import OF_THE_POLICY, OUTPUT_BITS, TokenStatsFwd, forward_shapes
+from fastalign.ops.token_stats.contract import OUTPUT_BITS, TokenStatsFwd, forward_shapes
 from fastalign.ops.token_stats.triton_rows import (
     BWD_REGISTERS,
     ENTROPY,
@@ -37,6 +38,8 @@ from fastalign.ops.token_stats.triton_rows import (
     SIZES,
     SMALL,
     THREADS,
+    Outputs,
+    Part,
     add_labels,
     bits_per_unit,
     capped,
@@ -49,21 +52,26 @@ from fastalign.ops.token_stats.triton_rows import (
     row_coefficients,
     row_offset,
     row_scored,
+    scale_of,
+    spoiled,
+    tile_of,
 )  # fmt: skip
 from fastalign.runtime import ffi
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_fwd_kernel(
-    logits, labels, mask, temperature_ptr, state_in, target_in, logprob, entropy, logsumexp, log_sum_sq, mean_logit,
-    is_top1, state, target, base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64,
-    vocab: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, factor,
-    cap_scale, temperature, OUTPUTS: tl.constexpr, SUMS: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr,
-    SPAN: tl.constexpr, DEPTH: tl.constexpr,
+    logits, labels, mask, temperature, state_in, target_in, out, state, target, base: tl.int64, inner: tl.int64,
+    stride_outer: tl.int64, stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32, ignore_index: tl.int64,
+    vocab_start: tl.int32, vocab_total: tl.int32, scale, tile, OUTPUTS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
+    """out: Outputs; scale: Scale; tile: Tile."""
+    LANES: tl.constexpr = tile.lanes
+    SPAN: tl.constexpr = tile.span
+    DEPTH: tl.constexpr = tile.depth
     row = tl.program_id(0).to(tl.int64)
     scored, bad = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
-    c = bits_per_unit(factor, temperature, temperature_ptr)
+    c = bits_per_unit(scale, temperature)
     offset = row_offset(row, base, inner, stride_outer, stride_inner)
     shift = (offset % LANES).to(tl.int32)
     window = logits + tl.multiple_of(offset - shift, LANES)
@@ -89,7 +97,7 @@ def token_stats_fwd_kernel(
             x = tl.where(column < shift, beyond, x)
         if SUMS == EVERYTHING:
             top, best = first_place(top, best, x, q, column, shift, vocab, SPAN)
-        u = capped(x, cap_scale, CAPPED)
+        u = capped(x, scale)
         counted = u
         if start + TILE > vocab:  # the row ends in this tile
             inside = element(q, column, shift, SPAN) < vocab
@@ -121,7 +129,7 @@ def token_stats_fwd_kernel(
     for start in range(0, tl.where(far, vocab * scored, 0), SPAN):
         inside = start + column < vocab
         x = tl.load(logits + offset + start + column, mask=inside, other=float("-inf"))
-        d = far_bits(tl.where(inside, capped(x, cap_scale, CAPPED), float("-inf")), umax, c)
+        d = far_bits(tl.where(inside, capped(x, scale), float("-inf")), umax, c)
         e = tl.exp2(d)
         s0 += tl.sum(e, 0)
         if SUMS >= ENTROPY:
@@ -134,51 +142,60 @@ def token_stats_fwd_kernel(
     s2 = fold(s2, SPAN) if SUMS == EVERYTHING else 0.0
     sz = fold(sz, SPAN) if SUMS == EVERYTHING else 0.0
     top = tl.where(top >= 0, top + vocab_start, top)
+    s = RowState(m, s0, s1, s2, sz, umax, top)
     if state_in is not None:
-        p = state_in + row * STATE_WIDTH
-        m, s0, s1, s2, sz, umax, top = merge(
-            tl.load(p + COL_M), tl.load(p + COL_S0), tl.load(p + COL_S1), tl.load(p + COL_S2), tl.load(p + COL_SZ), tl.load(p + COL_UMAX),
-            tl.load(p + COL_TOP).to(tl.int32), m, s0, s1, s2, sz, umax, top,
-        )  # fmt: skip
-    s0 = tl.where(bad != 0, float("nan"), s0)
-    finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
-               OUTPUTS)  # fmt: skip
+        s = merge(load_state(state_in + row * STATE_WIDTH), s)
+    s = spoiled(s, bad)
+    finish_row(row, scored, s, c, vocab_total, labels, out, state, OUTPUTS)
     for i in tl.static_range(COL_REF_M, STATE_WIDTH):
         tl.store(state + row * STATE_WIDTH + i, 0.0)
     if labels is not None:
-        finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
-                      cap_scale, OUT_LOGPROB & OUTPUTS, CAPPED)  # fmt: skip
+        part = Part(vocab, targets, ignore_index, vocab_start)
+        finish_labels(row, scored, s, c, logits + offset, labels, target_in, target, out.logprob, part, scale, OUT_LOGPROB & OUTPUTS)
+
+
+class Slope(NamedTuple):
+    """Of a row: the origin of its exponents, the coefficients of the gradient, and the bits per unit of u."""
+
+    base_u: tl.tensor
+    m: tl.tensor
+    a: tl.tensor
+    b: tl.tensor
+    c: tl.tensor
 
 
 @triton.jit
-def _gradient(x, q, q_begin, q_end, row, base_u, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
-              WITH_ENTROPY: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
-    """dx of the elements at q, all in [q_begin, q_end):  e (a + b d) + [is a label] g c ln2,  d = (u - base_u) c - m,  e = 2^d;  times du/dx under a cap."""
-    u = capped(x, cap_scale, CAPPED)
-    d = fma(u - base_u, c, -m)
+def _gradient(x, q, q_begin, q_end, row, z, labels, g_logprob, part, scale, WITH_ENTROPY: tl.constexpr):
+    """dx of the elements at q, all in [q_begin, q_end):  e (a + b d) + [is a label] g c ln2,
+    d = (u - base_u) c - m,  e = 2^d;  times du/dx under a cap. z: Slope."""
+    u = capped(x, scale)
+    d = fma(u - z.base_u, z.c, -z.m)
     e = tl.exp2(d)
     if WITH_ENTROPY:  # e is 0 below -200, and 0 * -inf would be NaN
-        dx = e * fma(tl.maximum(d, -200.0), b, a)
+        dx = e * fma(tl.maximum(d, -200.0), z.b, z.a)
     else:
-        dx = e * a
-    dx = add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, targets, ignore_index, label_shift, c)
-    if CAPPED:
-        dx *= cap_scale * (1.0 - u * u)
+        dx = e * z.a
+    dx = add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, part, z.c)
+    if scale.capped:
+        dx *= scale.cap_scale * (1.0 - u * u)
     return dx
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_bwd_kernel(
-    logits, grad, labels, mask, temperature_ptr, state, g_logprob, g_entropy, g_logsumexp, base: tl.int64,
+    logits, grad, labels, mask, temperature, state, g_logprob, g_entropy, g_logsumexp, base: tl.int64,
     inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, grad_base: tl.int64, vocab: tl.int32,
-    pieces: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, factor,
-    cap_scale, temperature, IN_PLACE: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    pieces: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32,
+    scale, tile, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
+    """scale: Scale; tile: Tile, whose slices are worked on one after another."""
+    LANES: tl.constexpr = tile.lanes
+    BLOCK: tl.constexpr = tile.span
+    BLOCKS: tl.constexpr = tile.depth
     row = (tl.program_id(0) // pieces).to(tl.int64)
     piece = tl.program_id(0) % pieces
     scored, _ = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
-    c = bits_per_unit(factor, temperature, temperature_ptr)
+    c = bits_per_unit(scale, temperature)
     p = state + row * STATE_WIDTH
     m, s0 = tl.load(p + COL_M), tl.load(p + COL_S0)
 
@@ -199,15 +216,14 @@ def token_stats_bwd_kernel(
     # themselves.
     first = tl.multiple_of((shift + (LANES - 1)) // LANES * LANES, LANES)
     last = tl.multiple_of((vocab + shift) // LANES * LANES, LANES)
-    label_shift = shift - vocab_start
+    z, part = Slope(base_u, m, a, b, c), Part(vocab, targets, ignore_index, vocab_start - shift)
     WITH_ENTROPY: tl.constexpr = g_entropy is not None
     for start in range(piece * (BLOCKS * BLOCK), tl.minimum((piece + 1) * (BLOCKS * BLOCK), last), BLOCK):
         q = start + tl.arange(0, BLOCK)
         dx = tl.zeros([BLOCK], tl.float32)
         if live:
             x = tl.load(window + q, mask=q < limit, other=0.0)
-            dx = _gradient(x, q, start, start + BLOCK, row, base_u, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
-                           WITH_ENTROPY, CAPPED)  # fmt: skip
+            dx = _gradient(x, q, start, start + BLOCK, row, z, labels, g_logprob, part, scale, WITH_ENTROPY)
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=(q >= first) & (q < last))
     if LANES > 1 and piece == 0:
         i = tl.arange(0, 2 * LANES)
@@ -216,8 +232,7 @@ def token_stats_bwd_kernel(
         dx = tl.zeros([2 * LANES], tl.float32)
         if live:
             x = tl.load(window + q, mask=mine, other=0.0)
-            dx = _gradient(x, q, 0, limit, row, base_u, m, a, b, labels, g_logprob, targets, ignore_index, label_shift, c, cap_scale,
-                           WITH_ENTROPY, CAPPED)  # fmt: skip
+            dx = _gradient(x, q, 0, limit, row, z, labels, g_logprob, part, scale, WITH_ENTROPY)
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=mine)
 
 
@@ -229,30 +244,36 @@ def token_stats_fwd(a):
     *results, state, target = (ffi.empty(shape, acc, device) for shape in forward_shapes(r, a.outputs))
     if rows:
         view, base, lanes = ffi.aligned(r.logits)
-        layout = (base, *ffi.row_layout(r.logits)[1:])
+        _, inner, outer, step = ffi.row_layout(r.logits)
+        layout = (base, inner, outer, step)
         sums = EVERYTHING.value if a.outputs & EVERYTHING_BITS else int(a.outputs & OUTPUT_BITS["entropy"] > 0)
-        numbers = (vocab, targets, r.ignore_index, r.vocab_start, r.vocab_total, r.factor, r.cap_scale, r.temperature)
+        numbers = (vocab, targets, r.ignore_index, r.vocab_start, r.vocab_total, scale_of(r))
         # A thread has 16 bytes of each slice of a tile, 16 elements in all.
-        shape = {"SPAN": THREADS * 16 // r.logits.element_size(), "DEPTH": r.logits.element_size()}
-        options = {"OUTPUTS": a.outputs, "SUMS": sums, "CAPPED": r.cap_scale != 0, "LANES": lanes, **shape}
+        span, depth, out = THREADS * 16 // r.logits.element_size(), r.logits.element_size(), Outputs(*results)
+        around = (r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, out, state, target)
+        kinds = {"OUTPUTS": a.outputs, "SUMS": sums}
         with ffi.triton_device(device):
             if r.ref_logits is None:
                 token_stats_fwd_kernel[(rows,)](
-                    view, r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, *results[:OF_THE_POLICY], state,
-                    target, *layout, *numbers, **options, **ffi.launch_options(THREADS, device, FWD_REGISTERS),
+                    view, *around, *layout, *numbers, tile_of(lanes, span, depth), **kinds,
+                    **ffi.launch_options(THREADS, device, FWD_REGISTERS),
                 )  # fmt: skip
             else:
-                ref, ref_base, _ = ffi.aligned(r.ref_logits)
-                found = (None, None) if a.target_in is None else a.target_in
-                both = (target, target) if r.labels is None else target
+                ref, *ref_layout = _of_reference(r.ref_logits)
+                together = _share_alignment(r.logits, r.ref_logits, lanes)
                 registers = PAIR_EVERYTHING_REGISTERS if sums == EVERYTHING.value and r.cap_scale else PAIR_FWD_REGISTERS
                 triton_pair.token_stats_pair_fwd_kernel[(rows,)](
-                    view, ref, r.labels, r.mask, r.temperature_tensor, a.state_in, *found, *results, state, *both,
-                    *layout, ref_base, *ffi.row_layout(r.ref_logits)[1:], *numbers,
-                    TOGETHER=_share_alignment(r.logits, r.ref_logits, lanes), **options,
+                    view, ref, *around, *layout, *ref_layout, *numbers, tile_of(lanes, span, depth, together), **kinds,
                     **ffi.launch_options(THREADS, device, registers),
                 )  # fmt: skip
     return (*results, state, target)
+
+
+def _of_reference(logits):
+    """Where the reference rows are: from where, base, inner, outer and inner stride."""
+    view, base, _ = ffi.aligned(logits)
+    _, inner, outer, step = ffi.row_layout(logits)
+    return view, base, inner, outer, step
 
 
 def _share_alignment(logits, other, lanes):
@@ -281,24 +302,24 @@ def _backward(r, state, g, grad):
         lanes = 1
     block, blocks = 2 * THREADS * 16 // r.logits.element_size(), 8
     pieces = triton.cdiv(vocab + lanes - 1, blocks * block)
-    layout = (base, *ffi.row_layout(r.logits)[1:])
-    numbers = (grad_base, vocab, pieces, 0 if r.labels is None else r.labels.shape[1], r.ignore_index, r.vocab_start, r.vocab_total, r.factor, r.cap_scale,
-               r.temperature)  # fmt: skip
-    options = {"IN_PLACE": in_place, "CAPPED": r.cap_scale != 0, "LANES": lanes, "BLOCK": block, "BLOCKS": blocks}
+    _, inner, outer, step = ffi.row_layout(r.logits)
+    layout, targets = (base, inner, outer, step), 0 if r.labels is None else r.labels.shape[1]
+    numbers = (grad_base, vocab, pieces, targets, r.ignore_index, r.vocab_start, r.vocab_total, scale_of(r))
+    around = (grad_view, r.labels, r.mask, r.temperature_tensor, state)
     slim = r.ref_logits is None and (r.cap_scale == 0 or g.g_entropy is None)
-    options |= ffi.launch_options(THREADS, device, BWD_REGISTERS if slim else PAIR_BWD_REGISTERS)
-    upstream = (g.g_logprob, g.g_entropy, g.g_logsumexp)
+    options = ffi.launch_options(THREADS, device, BWD_REGISTERS if slim else PAIR_BWD_REGISTERS)
     with ffi.triton_device(device):
         if r.ref_logits is None:
             token_stats_bwd_kernel[(rows * pieces,)](
-                view, grad_view, r.labels, r.mask, r.temperature_tensor, state, *upstream, *layout, *numbers, **options
-            )
+                view, *around, g.g_logprob, g.g_entropy, g.g_logsumexp, *layout, *numbers, tile_of(lanes, block, blocks),
+                IN_PLACE=in_place, **options,
+            )  # fmt: skip
         else:
-            ref, ref_base, _ = ffi.aligned(r.ref_logits)
+            ref, *ref_layout = _of_reference(r.ref_logits)
+            together = _share_alignment(r.logits, r.ref_logits, lanes)
             triton_pair.token_stats_pair_bwd_kernel[(rows * pieces,)](
-                view, ref, grad_view, r.labels, r.mask, r.temperature_tensor, state, *upstream, g.g_kl_policy_ref,
-                g.g_kl_ref_policy, *layout, ref_base, *ffi.row_layout(r.ref_logits)[1:], *numbers,
-                TOGETHER=_share_alignment(r.logits, r.ref_logits, lanes), **options,
+                view, ref, *around, *g, *layout, *ref_layout, *numbers, tile_of(lanes, block, blocks, together),
+                IN_PLACE=in_place, **options,
             )  # fmt: skip
 
 
@@ -340,13 +361,6 @@ def scale_rows_(a):
     pieces = triton.cdiv(vocab + lanes - 1, block)
     with ffi.triton_device(a.x.device):
         triton_pair.scale_rows_kernel[(rows * pieces,)](
-            view,
-            a.scale,
-            base,
-            *ffi.row_layout(a.x)[1:],
-            vocab,
-            pieces,
-            LANES=lanes,
-            BLOCK=block,
+            view, a.scale, base, *ffi.row_layout(a.x)[1:], vocab, pieces, LANES=lanes, BLOCK=block,
             **ffi.launch_options(THREADS, a.x.device),
-        )
+        )  # fmt: skip

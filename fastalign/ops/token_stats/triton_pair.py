@@ -4,6 +4,8 @@ Columns of a tile belong to elements by the policy row's shift. Where the refere
 (TOGETHER, known to the launcher) it is read in the same 16-byte groups; elsewhere element by element, into
 the same places: the same bits either way."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -13,11 +15,7 @@ from fastalign.ops.math.columns import (
     COL_REF_S0,
     COL_REF_UMAX,
     COL_S0,
-    COL_S1,
-    COL_S2,
-    COL_SZ,
     COL_T,
-    COL_TOP,
     COL_TR,
     COL_UMAX,
     OUT_KL_POLICY_REF,
@@ -27,9 +25,13 @@ from fastalign.ops.math.columns import (
     STATE_WIDTH,
 )
 from fastalign.ops.math.rows import (
+    RefState,
+    RowState,
     has_kl_gradient,
     is_far,
     is_peaked,
+    load_ref_state,
+    load_state,
     merge,
     merge_ref,
     move_cross,
@@ -47,6 +49,7 @@ from fastalign.ops.token_stats.triton_rows import (
     EVERYTHING,
     SIZES,
     SMALL,
+    Part,
     add_labels,
     bits_per_unit,
     capped,
@@ -59,6 +62,7 @@ from fastalign.ops.token_stats.triton_rows import (
     row_coefficients,
     row_offset,
     row_scored,
+    spoiled,
 )  # fmt: skip
 
 
@@ -101,17 +105,19 @@ def _add(d, dr, s0, s1, s2, r0, t, tr, SUMS: tl.constexpr, WITH_T: tl.constexpr,
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_pair_fwd_kernel(
-    logits, ref, labels, mask, temperature_ptr, state_in, target_in, ref_target_in, logprob, entropy, logsumexp, log_sum_sq, mean_logit, is_top1,
-    ref_logprob, kl_policy_ref, kl_ref_policy, state, target, ref_target,
-    base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, ref_base: tl.int64, ref_inner: tl.int64,
-    ref_stride_outer: tl.int64, ref_stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32,
-    vocab_total: tl.int32, factor, cap_scale, temperature,
-    OUTPUTS: tl.constexpr, SUMS: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, TOGETHER: tl.constexpr, SPAN: tl.constexpr,
-    DEPTH: tl.constexpr,
+    logits, ref, labels, mask, temperature, state_in, target_in, out, state, target, base: tl.int64, inner: tl.int64,
+    stride_outer: tl.int64, stride_inner: tl.int64, ref_base: tl.int64, ref_inner: tl.int64, ref_stride_outer: tl.int64,
+    ref_stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32,
+    vocab_total: tl.int32, scale, tile, OUTPUTS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
+    """out: Outputs; scale: Scale; tile: Tile."""
+    LANES: tl.constexpr = tile.lanes
+    SPAN: tl.constexpr = tile.span
+    DEPTH: tl.constexpr = tile.depth
+    TOGETHER: tl.constexpr = tile.together
     row = tl.program_id(0).to(tl.int64)
     scored, bad = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
-    c = bits_per_unit(factor, temperature, temperature_ptr)
+    c = bits_per_unit(scale, temperature)
     offset = row_offset(row, base, inner, stride_outer, stride_inner)
     ref_offset = row_offset(row, ref_base, ref_inner, ref_stride_outer, ref_stride_inner)
     shift = (offset % LANES).to(tl.int32)
@@ -145,7 +151,7 @@ def token_stats_pair_fwd_kernel(
             y = _rotate(y, ref_window, q, column, shift, limit, SPAN, LANES)
         if SUMS == EVERYTHING:
             top, best = first_place(top, best, x, q, column, shift, vocab, SPAN)
-        u, v = capped(x, cap_scale, CAPPED), capped(y, cap_scale, CAPPED)
+        u, v = capped(x, scale), capped(y, scale)
         counted = u
         if start + TILE > vocab:  # the row ends in this tile
             inside = element(q, column, shift, SPAN) < vocab
@@ -185,8 +191,8 @@ def token_stats_pair_fwd_kernel(
         inside = start + column < vocab
         x = tl.load(logits + offset + start + column, mask=inside, other=float("-inf"))
         y = tl.load(ref + ref_offset + start + column, mask=inside, other=float("-inf"))
-        d = row_bits(tl.where(inside, capped(x, cap_scale, CAPPED), float("-inf")), m, umax, c)
-        dr = row_bits(tl.where(inside, capped(y, cap_scale, CAPPED), float("-inf")), rm, ref_umax, c)
+        d = row_bits(tl.where(inside, capped(x, scale), float("-inf")), m, umax, c)
+        dr = row_bits(tl.where(inside, capped(y, scale), float("-inf")), rm, ref_umax, c)
         s0, s1, s2, r0, t, tr = _add(d, dr, s0, s1, s2, r0, t, tr, SUMS, WITH_T, WITH_TR)
     ref_umax = tl.where(ref_far, ref_umax, 0.0)
 
@@ -196,70 +202,95 @@ def token_stats_pair_fwd_kernel(
     s2 = fold(s2, SPAN) if SUMS == EVERYTHING else 0.0
     sz = fold(sz, SPAN) if SUMS == EVERYTHING else 0.0
     top = tl.where(top >= 0, top + vocab_start, top)
-    p = state + row * STATE_WIDTH
+    own, beside = RowState(m, s0, s1, s2, sz, umax, top), RefState(rm, r0, t, tr, ref_umax)
     if state_in is not None:
         before = state_in + row * STATE_WIDTH
-        am, a0 = tl.load(before + COL_M), tl.load(before + COL_S0)
-        bm, b0 = m, s0
-        m, s0, s1, s2, sz, umax, top = merge(
-            am, a0, tl.load(before + COL_S1), tl.load(before + COL_S2), tl.load(before + COL_SZ), tl.load(before + COL_UMAX),
-            tl.load(before + COL_TOP).to(tl.int32), bm, b0, s1, s2, sz, umax, top,
-        )  # fmt: skip
-        ref_am, ref_bm = tl.load(before + COL_REF_M), rm
-        rm, r0, t, tr = merge_ref(
-            m, am, a0, ref_am, tl.load(before + COL_REF_S0), tl.load(before + COL_T), tl.load(before + COL_TR), bm, b0, ref_bm, r0, t, tr
-        )
-        ref_umax = tl.where(rm == ref_am, tl.load(before + COL_REF_UMAX), ref_umax)
-    s0, r0 = tl.where(bad != 0, float("nan"), s0), tl.where(bad != 0, float("nan"), r0)
-    finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
-               OUTPUTS)  # fmt: skip
-    tl.store(p + COL_REF_M, rm)
-    tl.store(p + COL_REF_S0, r0)
-    tl.store(p + COL_T, t)
-    tl.store(p + COL_TR, tr)
-    tl.store(p + COL_REF_UMAX, ref_umax)
-    peaked = is_peaked(m, s0, umax, c)
+        first, ref_first = load_state(before), load_ref_state(before)
+        merged = merge(first, own)
+        beside = merge_ref(merged.m, first, ref_first, own, beside)
+        own = merged
+    own = spoiled(own, bad)
+    beside = RefState(beside.m, tl.where(bad != 0, float("nan"), beside.s0), beside.t, beside.tr, beside.umax)
+    finish_row(row, scored, own, c, vocab_total, labels, out, state, OUTPUTS)
+    p = state + row * STATE_WIDTH
+    tl.store(p + COL_REF_M, beside.m)
+    tl.store(p + COL_REF_S0, beside.s0)
+    tl.store(p + COL_T, beside.t)
+    tl.store(p + COL_TR, beside.tr)
+    tl.store(p + COL_REF_UMAX, beside.umax)
+    peaked = is_peaked(own.m, own.s0, own.umax, c)
     if WITH_T:
-        tl.store(kl_policy_ref + row, tl.where(scored != 0, row_kl_policy_ref(s0, r0, t, peaked), 0.0))
+        kl = row_kl_policy_ref(own.s0, beside.s0, beside.t, peaked)
+        tl.store(out.kl_policy_ref + row, tl.where(scored != 0, kl, 0.0))
     if WITH_TR:
-        tl.store(kl_ref_policy + row, tl.where(scored != 0, row_kl_ref_policy(s0, r0, tr, peaked), 0.0))
+        kl = row_kl_ref_policy(own.s0, beside.s0, beside.tr, peaked)
+        tl.store(out.kl_ref_policy + row, tl.where(scored != 0, kl, 0.0))
     if labels is not None:
-        finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
-                      cap_scale, OUT_LOGPROB & OUTPUTS, CAPPED)  # fmt: skip
-        finish_labels(row, scored, rm, r0, ref_umax, c, ref, ref_offset, labels, ref_target_in, ref_target, ref_logprob, vocab, targets, ignore_index,
-                      vocab_start, cap_scale, OUT_REF_LOGPROB & OUTPUTS, CAPPED)  # fmt: skip
+        part = Part(vocab, targets, ignore_index, vocab_start)
+        finish_labels(row, scored, own, c, logits + offset, labels, target_in, target, out.logprob, part, scale, OUT_LOGPROB & OUTPUTS)
+        # The reference's targets lie behind the policy's.
+        behind = tl.num_programs(0).to(tl.int64) * targets
+        ref_target_in = target_in
+        if target_in is not None:
+            ref_target_in = target_in + behind
+        finish_labels(
+            row, scored, beside, c, ref + ref_offset, labels, ref_target_in, target + behind, out.ref_logprob, part, scale,
+            OUT_REF_LOGPROB & OUTPUTS,
+        )  # fmt: skip
+
+
+class Slope(NamedTuple):
+    """Of a row: the origins of both rows' exponents, the coefficients of the gradient (of the KLs: kc, mean, k,
+    ratio), and the bits per unit of u."""
+
+    base_u: tl.tensor
+    m: tl.tensor
+    ref_base_u: tl.tensor
+    rm: tl.tensor
+    a: tl.tensor
+    b: tl.tensor
+    kc: tl.tensor
+    mean: tl.tensor
+    k: tl.tensor
+    ratio: tl.tensor
+    c: tl.tensor
 
 
 @triton.jit
-def _gradient(x, y, q, q_begin, q_end, row, base_u, m, ref_base_u, rm, a, b, kc, mean, k, ratio, labels, g_logprob, targets, ignore_index,
-              label_shift, c, cap_scale, WITH_ENTROPY: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
-    """As in triton.py, and the terms of the KLs:  e kc (d - dr - mean) + k (e - ratio er).  That with kc is left out where kc is 0."""
-    u = capped(x, cap_scale, CAPPED)
-    d, dr = fma(u - base_u, c, -m), fma(capped(y, cap_scale, CAPPED) - ref_base_u, c, -rm)
+def _gradient(x, y, q, q_begin, q_end, row, z, labels, g_logprob, part, scale, WITH_ENTROPY: tl.constexpr):
+    """As in triton.py, and the terms of the KLs:  e kc (d - dr - mean) + k (e - ratio er).  That with kc is left
+    out where kc is 0."""
+    u = capped(x, scale)
+    d, dr = fma(u - z.base_u, z.c, -z.m), fma(capped(y, scale) - z.ref_base_u, z.c, -z.rm)
     e = tl.exp2(d)
-    inside = a + tl.where(e == 0, 0.0, tl.where(kc == 0, 0.0, kc * (d - dr - mean)))
+    inside = z.a + tl.where(e == 0, 0.0, tl.where(z.kc == 0, 0.0, z.kc * (d - dr - z.mean)))
     if WITH_ENTROPY:  # e is 0 below -200, and 0 * -inf would be NaN
-        inside = fma(tl.maximum(d, -200.0), b, inside)
-    er = tl.where(u == float("-inf"), 0.0, tl.where(k == 0, 0.0, tl.exp2(dr)))
-    dx = fma(k, fma(-ratio, er, e), e * inside)
-    dx = add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, targets, ignore_index, label_shift, c)
-    if CAPPED:
-        dx *= cap_scale * (1.0 - u * u)
+        inside = fma(tl.maximum(d, -200.0), z.b, inside)
+    er = tl.where(u == float("-inf"), 0.0, tl.where(z.k == 0, 0.0, tl.exp2(dr)))
+    dx = fma(z.k, fma(-z.ratio, er, e), e * inside)
+    dx = add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, part, z.c)
+    if scale.capped:
+        dx *= scale.cap_scale * (1.0 - u * u)
     return dx
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_pair_bwd_kernel(
-    logits, ref, grad, labels, mask, temperature_ptr, state, g_logprob, g_entropy, g_logsumexp, g_kl_policy_ref, g_kl_ref_policy,
-    base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, ref_base: tl.int64, ref_inner: tl.int64,
-    ref_stride_outer: tl.int64, ref_stride_inner: tl.int64, grad_base: tl.int64, vocab: tl.int32, pieces: tl.int32, targets: tl.int32,
-    ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, factor, cap_scale, temperature,
-    IN_PLACE: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    logits, ref, grad, labels, mask, temperature, state, g_logprob, g_entropy, g_logsumexp, g_kl_policy_ref,
+    g_kl_ref_policy, base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64,
+    ref_base: tl.int64, ref_inner: tl.int64, ref_stride_outer: tl.int64, ref_stride_inner: tl.int64,
+    grad_base: tl.int64, vocab: tl.int32, pieces: tl.int32, targets: tl.int32, ignore_index: tl.int64,
+    vocab_start: tl.int32, vocab_total: tl.int32, scale, tile, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
+    """scale: Scale; tile: Tile, whose slices are worked on one after another."""
+    LANES: tl.constexpr = tile.lanes
+    BLOCK: tl.constexpr = tile.span
+    BLOCKS: tl.constexpr = tile.depth
+    TOGETHER: tl.constexpr = tile.together
     row = (tl.program_id(0) // pieces).to(tl.int64)
     piece = tl.program_id(0) % pieces
     scored, _ = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
-    c = bits_per_unit(factor, temperature, temperature_ptr)
+    c = bits_per_unit(scale, temperature)
     p = state + row * STATE_WIDTH
     m, s0, rm, r0, t = tl.load(p + COL_M), tl.load(p + COL_S0), tl.load(p + COL_REF_M), tl.load(p + COL_REF_S0), tl.load(p + COL_T)
 
@@ -293,7 +324,8 @@ def token_stats_pair_bwd_kernel(
     # themselves.
     first = tl.multiple_of((shift + (LANES - 1)) // LANES * LANES, LANES)
     last = tl.multiple_of((vocab + shift) // LANES * LANES, LANES)
-    label_shift = shift - vocab_start
+    z = Slope(base_u, m, ref_base_u, rm, a, b, kc, mean, k, ratio, c)
+    part = Part(vocab, targets, ignore_index, vocab_start - shift)
     WITH_ENTROPY: tl.constexpr = g_entropy is not None
     for start in range(piece * (BLOCKS * BLOCK), tl.minimum((piece + 1) * (BLOCKS * BLOCK), last), BLOCK):
         q = start + tl.arange(0, BLOCK)
@@ -304,8 +336,7 @@ def token_stats_pair_bwd_kernel(
                 y = tl.load(ref_window + q, mask=q < limit, other=0.0)
             else:
                 y = tl.load(ref_window + q, mask=(q >= shift) & (q < vocab + shift), other=0.0)
-            dx = nan + _gradient(x, y, q, start, start + BLOCK, row, base_u, m, ref_base_u, rm, a, b, kc, mean, k, ratio, labels, g_logprob,
-                                 targets, ignore_index, label_shift, c, cap_scale, WITH_ENTROPY, CAPPED)  # fmt: skip
+            dx = nan + _gradient(x, y, q, start, start + BLOCK, row, z, labels, g_logprob, part, scale, WITH_ENTROPY)
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=(q >= first) & (q < last))
     if LANES > 1 and piece == 0:
         i = tl.arange(0, 2 * LANES)
@@ -314,8 +345,7 @@ def token_stats_pair_bwd_kernel(
         dx = tl.zeros([2 * LANES], tl.float32)
         if live:
             x, y = tl.load(window + q, mask=mine, other=0.0), tl.load(ref_window + q, mask=mine, other=0.0)
-            dx = nan + _gradient(x, y, q, 0, limit, row, base_u, m, ref_base_u, rm, a, b, kc, mean, k, ratio, labels, g_logprob, targets,
-                                 ignore_index, label_shift, c, cap_scale, WITH_ENTROPY, CAPPED)  # fmt: skip
+            dx = nan + _gradient(x, y, q, 0, limit, row, z, labels, g_logprob, part, scale, WITH_ENTROPY)
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=mine)
 
 

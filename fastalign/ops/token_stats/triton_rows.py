@@ -1,6 +1,9 @@
 """What the kernels over vocabulary rows share: how a row is addressed, scaled and labelled, and what is
 written of it in the end."""
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -20,7 +23,7 @@ from fastalign.ops.math.columns import (
     OUT_MEAN_LOGIT,
     STATE_WIDTH,
 )
-from fastalign.ops.math.rows import is_far, row_entropy, row_log_sum_sq, row_logprob, row_logsumexp
+from fastalign.ops.math.rows import RowState, is_far, row_entropy, row_log_sum_sq, row_logprob, row_logsumexp
 from fastalign.ops.math.scalar import LN2, SUM_SHRINKS_BY, div, tanh
 from fastalign.ops.token_stats.contract import OUTPUT_BITS
 
@@ -32,6 +35,62 @@ LABELS = tl.constexpr(32)  # labels of a row that are handled at once
 # Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
 ENTROPY, EVERYTHING = tl.constexpr(1), tl.constexpr(2)
 EVERYTHING_BITS = sum(OUTPUT_BITS[name] for name in ("log_sum_sq_probs", "mean_logit", "is_top1"))
+
+
+class Scale(NamedTuple):
+    """From raw logits to bits: the numbers of Rows, and at compile time whether there is a softcap."""
+
+    factor: float
+    cap_scale: float
+    temperature: float
+    capped: tl.constexpr
+
+
+class Outputs(NamedTuple):
+    """The results of a forward kernel in the order of OUTPUT_BITS, without elements where they are not asked for."""
+
+    logprob: tl.tensor
+    entropy: tl.tensor
+    logsumexp: tl.tensor
+    log_sum_sq: tl.tensor
+    mean_logit: tl.tensor
+    is_top1: tl.tensor
+    ref_logprob: tl.tensor
+    kl_policy_ref: tl.tensor
+    kl_ref_policy: tl.tensor
+
+
+class Tile(NamedTuple):
+    """How a kernel goes through a row, at compile time: `depth` slices of `span` elements, in groups of `lanes`;
+    together: the reference row in the same groups."""
+
+    lanes: tl.constexpr
+    span: tl.constexpr
+    depth: tl.constexpr
+    together: tl.constexpr
+
+
+class Part(NamedTuple):
+    """Which labels a row has, and which part of the vocabulary the logits are; first: the label of place 0."""
+
+    vocab: tl.tensor
+    targets: tl.tensor
+    ignore_index: tl.tensor
+    first: tl.tensor
+
+
+@lru_cache
+def tile_of(lanes, span, depth, together=False):
+    return Tile(*(tl.constexpr(x) for x in (lanes, span, depth, together)))
+
+
+@lru_cache
+def _decided(capped):
+    return tl.constexpr(capped)
+
+
+def scale_of(rows):
+    return Scale(rows.factor, rows.cap_scale, rows.temperature, _decided(rows.cap_scale != 0))
 
 
 @triton.jit
@@ -59,19 +118,20 @@ def row_scored(row, labels, mask, targets, ignore_index, vocab_total):
 
 
 @triton.jit
-def capped(x, cap_scale, CAPPED: tl.constexpr):
+def capped(x, scale):
     u = x.to(tl.float32)
-    if CAPPED:
-        u = tanh(u * cap_scale)
+    if scale.capped:
+        u = tanh(u * scale.cap_scale)
     return u
 
 
 @triton.jit
-def bits_per_unit(factor, temperature, temperature_ptr):
-    t = temperature
-    if temperature_ptr is not None:
-        t = tl.load(temperature_ptr)
-    return div(factor, t)
+def bits_per_unit(scale, temperature):
+    """Per unit of `capped`; temperature: a tensor that stands in place of the number, or None."""
+    t = scale.temperature
+    if temperature is not None:
+        t = tl.load(temperature)
+    return div(scale.factor, t)
 
 
 @triton.jit
@@ -136,15 +196,15 @@ def gradient_origin(m, umax, c):
 
 
 @triton.jit
-def add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, targets, ignore_index, label_shift, c):
+def add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, part, c):
     """dx + [is a label] g c ln2, for the elements at q, all in [q_begin, q_end). An element at -inf gets
     nothing."""
     if g_logprob is not None:
-        for k in range(targets):
-            y = tl.load(labels + row * targets + k)
-            at = y + label_shift
-            if (y != ignore_index) & (at >= q_begin) & (at < q_end):
-                g = tl.load(g_logprob + row * targets + k) * (c * LN2)
+        for k in range(part.targets):
+            y = tl.load(labels + row * part.targets + k)
+            at = y - part.first
+            if (y != part.ignore_index) & (at >= q_begin) & (at < q_end):
+                g = tl.load(g_logprob + row * part.targets + k) * (c * LN2)
                 dx += tl.where((q == at) & (u != float("-inf")), g, 0.0)
     return dx
 
@@ -152,49 +212,57 @@ def add_labels(dx, u, q, q_begin, q_end, row, labels, g_logprob, targets, ignore
 # What differs from call to call compiles nothing anew: neither sizes nor the alignment of the small tensors.
 SIZES = ["base", "inner", "stride_outer", "stride_inner", "ref_base", "ref_inner", "ref_stride_outer", "ref_stride_inner", "grad_base", "vocab",
          "pieces", "targets", "ignore_index", "vocab_start", "vocab_total"]  # fmt: skip
-SMALL = ["labels", "mask", "temperature_ptr", "state_in", "target_in", "state", "g_logprob", "g_entropy", "g_logsumexp", "g_kl_policy_ref",
+SMALL = ["labels", "mask", "temperature", "state_in", "target_in", "state", "g_logprob", "g_entropy", "g_logsumexp", "g_kl_policy_ref",
          "g_kl_ref_policy", "scale"]  # fmt: skip
 
 
 @triton.jit
-def finish_row(row, scored, m, s0, s1, s2, sz, umax, top, c, vocab_total, labels, entropy, logsumexp, log_sum_sq, mean_logit, is_top1, state,
-               OUTPUTS: tl.constexpr):  # fmt: skip
-    """Writes the policy row's state and what is finished from it, the log-probs excepted."""
-    p = state + row * STATE_WIDTH
-    tl.store(p + COL_M, m)
-    tl.store(p + COL_S0, s0)
-    tl.store(p + COL_S1, s1)
-    tl.store(p + COL_S2, s2)
-    tl.store(p + COL_SZ, sz)
-    tl.store(p + COL_UMAX, umax)
-    tl.store(p + COL_TOP, top * 1.0)
-    tl.store(p + COL_VALID, scored * 1.0)
-    if OUT_ENTROPY & OUTPUTS:
-        tl.store(entropy + row, tl.where(scored != 0, row_entropy(m, s0, s1, umax, c), 0.0))
-    if OUT_LOGSUMEXP & OUTPUTS:
-        tl.store(logsumexp + row, tl.where(scored != 0, row_logsumexp(m, s0, umax, c), 0.0))
-    if OUT_LOG_SUM_SQ & OUTPUTS:
-        tl.store(log_sum_sq + row, tl.where(scored != 0, row_log_sum_sq(s0, s2), 0.0))
-    if OUT_MEAN_LOGIT & OUTPUTS:
-        tl.store(mean_logit + row, tl.where(scored != 0, div(sz, vocab_total.to(tl.float32)) * SUM_SHRINKS_BY * (c * LN2), 0.0))
-    if OUT_IS_TOP1 & OUTPUTS:
-        hit = tl.where(s0 != s0, s0, (top == tl.load(labels + row)).to(tl.float32))
-        tl.store(is_top1 + row, tl.where(scored != 0, hit, 0.0))
+def spoiled(s, bad):
+    """A state whose row has a label that is neither ignored nor in the vocabulary: NaN."""
+    return RowState(s.m, tl.where(bad != 0, float("nan"), s.s0), s.s1, s.s2, s.sz, s.umax, s.top)
 
 
 @triton.jit
-def finish_labels(row, scored, m, s0, umax, c, logits, offset, labels, target_in, target, logprob, vocab, targets, ignore_index, vocab_start,
-                  cap_scale, WANTED: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
-    """Writes u of every label of a row and, if WANTED, its log-prob under the row's m and s0."""
-    for first in range(0, targets, LABELS):
+def finish_row(row, scored, s, c, vocab_total, labels, out, state, OUTPUTS: tl.constexpr):
+    """Writes the policy row's state and what is finished from it, the log-probs excepted. s: RowState; out:
+    Outputs."""
+    p = state + row * STATE_WIDTH
+    tl.store(p + COL_M, s.m)
+    tl.store(p + COL_S0, s.s0)
+    tl.store(p + COL_S1, s.s1)
+    tl.store(p + COL_S2, s.s2)
+    tl.store(p + COL_SZ, s.sz)
+    tl.store(p + COL_UMAX, s.umax)
+    tl.store(p + COL_TOP, s.top * 1.0)
+    tl.store(p + COL_VALID, scored * 1.0)
+    if OUT_ENTROPY & OUTPUTS:
+        tl.store(out.entropy + row, tl.where(scored != 0, row_entropy(s.m, s.s0, s.s1, s.umax, c), 0.0))
+    if OUT_LOGSUMEXP & OUTPUTS:
+        tl.store(out.logsumexp + row, tl.where(scored != 0, row_logsumexp(s.m, s.s0, s.umax, c), 0.0))
+    if OUT_LOG_SUM_SQ & OUTPUTS:
+        tl.store(out.log_sum_sq + row, tl.where(scored != 0, row_log_sum_sq(s.s0, s.s2), 0.0))
+    if OUT_MEAN_LOGIT & OUTPUTS:
+        mean = div(s.sz, vocab_total.to(tl.float32)) * SUM_SHRINKS_BY * (c * LN2)
+        tl.store(out.mean_logit + row, tl.where(scored != 0, mean, 0.0))
+    if OUT_IS_TOP1 & OUTPUTS:
+        hit = tl.where(s.s0 != s.s0, s.s0, (s.top == tl.load(labels + row)).to(tl.float32))
+        tl.store(out.is_top1 + row, tl.where(scored != 0, hit, 0.0))
+
+
+@triton.jit
+def finish_labels(row, scored, s, c, logits, labels, target_in, target, logprob, part, scale, WANTED: tl.constexpr):
+    """Writes u of every label of the row that begins at `logits` and, if WANTED, its log-prob under the row's
+    state s. part: Part."""
+    for first in range(0, part.targets, LABELS):
         k = first + tl.arange(0, LABELS)
-        y = tl.where(scored != 0, tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index), ignore_index)
-        counts = y != ignore_index
-        here = counts & (y >= vocab_start) & (y < vocab_start + vocab)
-        u = capped(tl.load(logits + offset + (y - vocab_start), mask=here, other=0.0), cap_scale, CAPPED)
+        inside, at = k < part.targets, row * part.targets + k
+        y = tl.where(scored != 0, tl.load(labels + at, mask=inside, other=part.ignore_index), part.ignore_index)
+        counts = y != part.ignore_index
+        here = counts & (y >= part.first) & (y < part.first + part.vocab)
+        u = capped(tl.load(logits + (y - part.first), mask=here, other=0.0), scale)
         u = tl.where(here, u, float("-inf"))
         if target_in is not None:
-            u = tl.maximum(u, tl.load(target_in + row * targets + k, mask=k < targets, other=float("-inf")))
-        tl.store(target + row * targets + k, u, mask=k < targets)
+            u = tl.maximum(u, tl.load(target_in + at, mask=inside, other=float("-inf")))
+        tl.store(target + at, u, mask=inside)
         if WANTED:
-            tl.store(logprob + row * targets + k, tl.where(counts, row_logprob(m, s0, umax, u, c), 0.0), mask=k < targets)
+            tl.store(logprob + at, tl.where(counts, row_logprob(s.m, s.s0, s.umax, u, c), 0.0), mask=inside)
