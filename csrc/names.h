@@ -39,7 +39,7 @@ constexpr std::pair<const char*, int> kNumbers[] = {
   FA_POLICY_STATS(FA_POLICY_NUMBER) FA_VALUE_STATS(FA_VALUE_NUMBER) FA_NUMBER(kPolicyStats) FA_NUMBER(kValueStats)
   FA_NUMBER(kPolicyTile) FA_NUMBER(kGaeTile)
   // row_state.h
-  FA_NUMBER(kColM) FA_NUMBER(kColS0) FA_NUMBER(kColS1) FA_NUMBER(kColS2) FA_NUMBER(kColSz) FA_NUMBER(kColUmax) FA_NUMBER(kColTop)
+  FA_NUMBER(kColM) FA_NUMBER(kColS0) FA_NUMBER(kColS1) FA_NUMBER(kColS2) FA_NUMBER(kColSz) FA_NUMBER(kColUmax) FA_NUMBER(kColTop) FA_NUMBER(kColLargest)
   FA_NUMBER(kColValid) FA_NUMBER(kColRefM) FA_NUMBER(kColRefS0) FA_NUMBER(kColT) FA_NUMBER(kColTr) FA_NUMBER(kColRefUmax) FA_NUMBER(kStateWidth)
   FA_NUMBER(kOutLogprob) FA_NUMBER(kOutEntropy) FA_NUMBER(kOutLogsumexp) FA_NUMBER(kOutLogSumSq) FA_NUMBER(kOutMeanLogit) FA_NUMBER(kOutIsTop1)
   FA_NUMBER(kOutRefLogprob) FA_NUMBER(kOutKlPolicyRef) FA_NUMBER(kOutKlRefPolicy)

@@ -71,8 +71,10 @@ template <class T, bool kRef> struct Forward {
     for (int64_t i = 0; i < chunks; ++i) s = merge(s, part(i));
     RowState<A>& p = policy(s);
     if (a.outputs & kOutIsTop1) p.top = exact_top(row, p);
-    p.umax = kernels.u(p.umax, f);
+    const A largest = p.umax;
+    p.umax = kernels.u(largest, f);
     if (is_far(s)) s = far_state(row, p.top);
+    p.largest = largest;
     p.top += int32_t(a.vocab_start);
     if (!a.state_in) return s;
     const A* before = static_cast<const A*>(a.state_in) + row * kStateWidth;
@@ -109,7 +111,7 @@ template <class T, bool kRef> struct Forward {
       t += e == A(0) ? 0.0 : e * (double(d) - dr);
       tr += er == A(0) ? 0.0 : er * (double(d) - dr);
     }
-    const RowState<A> own{p.m, A(s0), A(s1), A(s2), A(sz), p.umax, top};
+    const RowState<A> own{p.m, A(s0), A(s1), A(s2), A(sz), p.umax, top, A(-INFINITY)};
     if constexpr (kRef) return {own, {r.m, A(r0), A(t), A(tr), r.far ? r.umax : A(0)}};
     else return own;
   }

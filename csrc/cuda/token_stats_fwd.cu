@@ -57,8 +57,10 @@ __global__ void __launch_bounds__(kRowThreads, blocks_per_sm(kBlocksPerSm<kSums>
   s = merge_row<kSums>(s, partial, cluster);
 
   if (!finisher) return;
-  if (kCap) p.umax = f.u(p.umax);  // from here on what row_state.h says
+  const float largest = p.umax;
+  if (kCap) p.umax = f.u(largest);  // from here on what row_state.h says
   if (__shfl_sync(kFullMask, int(may_be_far(s, f)), 0)) s = far_state<T, kSums>(s, x, vocab, f);
+  p.largest = largest;
   if (thread == 0 && a.state_in)
     s = keep<kSums>(merge_stored(load_row_state<kSums>(static_cast<const float*>(a.state_in) + row * kStateWidth), s));
   if (labels.bad) spoil(s);

@@ -28,6 +28,7 @@ enum StateColumn : int {
   kColSz,
   kColUmax,
   kColTop,
+  kColLargest,
   kColValid,
   kColRefM,
   kColRefS0,
@@ -77,9 +78,10 @@ template <class T> FA_HD T reference_point(T umax, const RowTransform<T>& f) {
 
 template <class T> struct RowState {
   T m, s0, s1, s2, sz, umax;
-  int32_t top;  // first index that attains umax; -1 in the empty state
+  int32_t top;  // first index that attains the largest raw logit; -1 in the empty state
+  T largest;  // that logit, of a finished state: large ones are equal after tanh
 
-  static FA_HD RowState empty() { return {T(-INFINITY), T(0), T(0), T(0), T(0), T(-INFINITY), -1}; }
+  static FA_HD RowState empty() { return {T(-INFINITY), T(0), T(0), T(0), T(0), T(-INFINITY), -1, T(-INFINITY)}; }
 };
 
 // The reference row's part of the state.
@@ -96,7 +98,12 @@ template <class T> FA_HD T rescale(T from, T to) { return from == to ? T(1) : ex
 // What sum e (w - m) gains per unit of mass when the reference point moves; 0 where no mass survives the move (avoids 0 * inf).
 template <class T> FA_HD T s1_shift(T from, T to, T factor) { return from == to || factor == T(0) ? T(0) : from - to; }
 
-// Order-independent up to rounding; kernels fix the order. NaN in either side's s0 survives (0 * NaN is NaN).
+// Whether the first maximum b, at place top_b, is that of both parts.
+template <class T> FA_HD bool comes_first(T b, int32_t top_b, T a, int32_t top_a) {
+  return b > a || (b == a && top_b >= 0 && (top_a < 0 || top_b < top_a));
+}
+
+// Order-independent up to rounding; kernels fix the order. While rows are swept umax is the raw logit, and `largest` is not kept. NaN in either side's s0 survives (0 * NaN is NaN).
 template <class T> FA_HD RowState<T> merge(const RowState<T>& a, const RowState<T>& b) {
   RowState<T> r;
   r.m = a.m > b.m ? a.m : b.m;
@@ -105,9 +112,10 @@ template <class T> FA_HD RowState<T> merge(const RowState<T>& a, const RowState<
   r.s1 = (a.s1 + s1_shift(a.m, r.m, fa) * a.s0) * fa + (b.s1 + s1_shift(b.m, r.m, fb) * b.s0) * fb;
   r.s2 = a.s2 * fa * fa + b.s2 * fb * fb;
   r.sz = a.sz + b.sz;
-  bool take_b = b.umax > a.umax || (b.umax == a.umax && b.top >= 0 && (a.top < 0 || b.top < a.top));
+  const bool take_b = comes_first(b.umax, b.top, a.umax, a.top);
   r.umax = take_b ? b.umax : a.umax;
   r.top = take_b ? b.top : a.top;
+  r.largest = T(-INFINITY);
   return r;
 }
 
@@ -150,12 +158,20 @@ template <class T> FA_HD void set_apart(T& ma, T ua, T& mb, T ub) {
   mb = ub == peak ? T(0) : (T(0.5) * ub - T(0.5) * peak) * (mb / ub) * T(2);
 }
 
+// `top` and `largest` of both parts.
+template <class T> FA_HD void keep_first(RowState<T>& s, const RowState<T>& a, const RowState<T>& b) {
+  const bool take_b = comes_first(b.largest, b.top, a.largest, a.top);
+  s.top = take_b ? b.top : a.top;
+  s.largest = take_b ? b.largest : a.largest;
+}
+
 // merge for the finished states of parts of a row, each swept by itself, be they far or not. The empty state leaves no trace.
 template <class T> FA_HD RowState<T> merge_stored(RowState<T> a, RowState<T> b) {
   const T m = a.m > b.m ? a.m : b.m;
   set_apart(a.m, a.umax, b.m, b.umax);
   RowState<T> s = merge(a, b);
   s.m = m;
+  keep_first(s, a, b);
   return s;
 }
 template <class T> FA_HD PairState<T> merge_stored(PairState<T> a, PairState<T> b) {
@@ -165,6 +181,7 @@ template <class T> FA_HD PairState<T> merge_stored(PairState<T> a, PairState<T> 
   PairState<T> s = merge(a, b);
   if (a.r.m == b.r.m && s.r.umax == T(0)) s.r.umax = b.r.umax;  // m is -inf of a far row's and an empty one's
   s.p.m = m, s.r.m = ref_m;
+  keep_first(s.p, a.p, b.p);
   return s;
 }
 
@@ -248,11 +265,12 @@ template <class T> FA_HD void store_state(const RowState<T>& s, bool valid, T* o
   out[kColSz] = s.sz;
   out[kColUmax] = s.umax;
   out[kColTop] = T(s.top);
+  out[kColLargest] = s.largest;
   out[kColValid] = T(valid);
   for (int i = kColRefM; i < kStateWidth; ++i) out[i] = T(0);
 }
 template <class T> FA_HD RowState<T> load_state(const T* in) {
-  return {in[kColM], in[kColS0], in[kColS1], in[kColS2], in[kColSz], in[kColUmax], int32_t(in[kColTop])};
+  return {in[kColM], in[kColS0], in[kColS1], in[kColS2], in[kColSz], in[kColUmax], int32_t(in[kColTop]), in[kColLargest]};
 }
 template <class T> FA_HD void store_ref(const RefState<T>& r, T* out) {
   out[kColRefM] = r.m;

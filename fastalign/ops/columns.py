@@ -44,8 +44,8 @@ IS_AS_GIVEN, IS_TRUNCATE, IS_MASK = range(len(IS_MODES))
 # --- columns; the last name of each is their number ----------------------------------------------------------------------------------------
 
 # The row state [rows, STATE_WIDTH]; from COL_REF_M on 0 without reference logits.
-(COL_M, COL_S0, COL_S1, COL_S2, COL_SZ, COL_UMAX, COL_TOP, COL_VALID, COL_REF_M, COL_REF_S0, COL_T, COL_TR, COL_REF_UMAX,
- STATE_WIDTH) = range(14)  # fmt: skip
+(COL_M, COL_S0, COL_S1, COL_S2, COL_SZ, COL_UMAX, COL_TOP, COL_LARGEST, COL_VALID, COL_REF_M, COL_REF_S0, COL_T, COL_TR,
+ COL_REF_UMAX, STATE_WIDTH) = range(15)  # fmt: skip
 
 # The pair kernel's sums [P, 2, SUM_WIDTH], the second axis being the sides, and its table [P, TABLE_WIDTH].
 CHOSEN, REJECTED = range(2)

@@ -25,7 +25,7 @@ def test_every_kernel_is_there(arch):
         "token_stats_fwd_kernel", "token_stats_bwd_kernel", "sequence_sum_fwd_kernel", "sequence_sum_bwd_kernel", "kl_estimate_fwd_kernel",
         "preference_fwd_kernel", "preference_bwd_kernel", "gae_maps_kernel", "gae_fwd_kernel", "listwise_fwd_kernel",
         "policy_fwd_kernel", "value_fwd_kernel", "policy_bwd_kernel",
-        "token_stats_fused_kernel", "scale_rows_kernel",
+        "token_stats_fused_kernel", "scale_rows_kernel", "row_states_merge_kernel", "row_states_finish_kernel",
     }  # fmt: skip
     assert sum("token_stats_fwd" in k.name for k in arch) == 3 * 5 * 2  # storage types x sets of sums x softcap
     assert sum("token_stats_bwd" in k.name for k in arch) == 3 * 2 * 2 * 2  # storage types x softcap x several labels x reference rows

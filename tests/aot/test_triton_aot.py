@@ -28,7 +28,15 @@ from fastalign.ops.policy.op import PolicyBwd, PolicyFwd, ValueFwd
 from fastalign.ops.policy.params import PolicyParams
 from fastalign.ops.preference.op import PairTensors, PairTokens, PreferenceBwd, PreferenceFwd
 from fastalign.ops.sequence_sum.op import SequenceSumBwd, SequenceSumFwd
-from fastalign.ops.token_stats.contract import RowGradients, RowOptions, ScaleRows, TokenStatsBwd, TokenStatsFwd
+from fastalign.ops.token_stats.contract import (
+    RowGradients,
+    RowOptions,
+    RowStatesFinish,
+    RowStatesMerge,
+    ScaleRows,
+    TokenStatsBwd,
+    TokenStatsFwd,
+)
 
 FOLDER = Path(fastalign.__file__).parent / "ops"
 MODULES = {p.parent.name: importlib.import_module(f"fastalign.ops.{p.parent.name}.triton") for p in sorted(FOLDER.glob("*/triton.py"))}
@@ -71,6 +79,15 @@ def pair_backward(dtype, entropy=False, capped=False, in_place=False, together=T
     run = rows.token_stats_bwd_ if in_place else rows.token_stats_bwd
     upstream = RowGradients(torch.zeros(3, 1), n if entropy else None, None, n if reverse else None, n if forward else None)
     run(TokenStatsBwd(pair_rows(dtype, capped, together), torch.zeros(3, STATE_WIDTH), upstream))
+
+
+def row_states(outputs=1, ref=False, labels=1, temperature=None, mask=None, parts=2):
+    """States merged and finished; labels: of each row, 0 for none."""
+    n = 6 if ref else 3
+    y, state = torch.zeros(3, labels, dtype=torch.long) if labels else None, torch.zeros(parts, 3, STATE_WIDTH)
+    rows.row_states_merge(RowStatesMerge(state, torch.zeros(parts, n, labels) if labels else None))
+    target = torch.zeros(n, labels) if labels else None
+    rows.row_states_finish(RowStatesFinish(state[0], target, y, mask, temperature, 1.44, 1.0, -100, VOCAB, outputs))
 
 
 def preference(loss, stages="both", kl=None, weights=None, pairs=None, given=None, reduction="mean", **options):
@@ -128,6 +145,8 @@ def launch_all():
     ):  # fmt: skip
         pair_backward(dtype, **options)
     rows.scale_rows_(ScaleRows(torch.zeros(3, VOCAB, dtype=torch.bfloat16), torch.ones(())))
+    row_states(ALL_BITS)
+    row_states(511, ref=True)
     x, cu = torch.zeros(9), torch.tensor([0, 5, 9], dtype=torch.int32)
     sums.sequence_sum_fwd(SequenceSumFwd(x, cu, x > 0, x))
     sums.sequence_sum_bwd(SequenceSumBwd(torch.zeros(2), cu, x > 0, x, 9))
@@ -295,6 +314,9 @@ def test_every_option_compiles():
         rows.token_stats_fwd(TokenStatsFwd(full, 31, state, torch.zeros(3, 2)))
         rows.token_stats_bwd(TokenStatsBwd(bare, state, RowGradients(g_entropy=row)))
         rows.token_stats_bwd(TokenStatsBwd(full, state, RowGradients(torch.zeros(3, 2), row, row)))
+        row_states(2, labels=0, parts=1)
+        row_states(384, ref=True, labels=0, temperature=one[0], mask=row > 0)
+        row_states(65, ref=True, labels=2)
         for kind in range(4):
             estimate.kl_estimate_fwd(KlEstimateFwd(token, token, kind, True))
         offsets = torch.tensor([0, 9], dtype=torch.int32)

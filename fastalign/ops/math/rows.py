@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastalign.ops.math.columns import (
+    COL_LARGEST,
     COL_M,
     COL_REF_M,
     COL_REF_S0,
@@ -19,6 +20,7 @@ from fastalign.ops.math.columns import (
     COL_TOP,
     COL_TR,
     COL_UMAX,
+    COL_VALID,
 )
 from fastalign.ops.math.scalar import LN2, div, fma, is_finite
 
@@ -33,6 +35,7 @@ class RowState(NamedTuple):
     sz: tl.tensor
     umax: tl.tensor
     top: tl.tensor
+    largest: tl.tensor
 
 
 class RefState(NamedTuple):
@@ -50,7 +53,7 @@ def load_state(p):
     """A row's state, which begins at p."""
     return RowState(
         tl.load(p + COL_M), tl.load(p + COL_S0), tl.load(p + COL_S1), tl.load(p + COL_S2), tl.load(p + COL_SZ),
-        tl.load(p + COL_UMAX), tl.load(p + COL_TOP).to(tl.int32),
+        tl.load(p + COL_UMAX), tl.load(p + COL_TOP).to(tl.int32), tl.load(p + COL_LARGEST),
     )  # fmt: skip
 
 
@@ -58,6 +61,39 @@ def load_state(p):
 def load_ref_state(p):
     """The reference part of it."""
     return RefState(tl.load(p + COL_REF_M), tl.load(p + COL_REF_S0), tl.load(p + COL_T), tl.load(p + COL_TR), tl.load(p + COL_REF_UMAX))
+
+
+@triton.jit
+def store_state(s, valid, p):
+    tl.store(p + COL_M, s.m)
+    tl.store(p + COL_S0, s.s0)
+    tl.store(p + COL_S1, s.s1)
+    tl.store(p + COL_S2, s.s2)
+    tl.store(p + COL_SZ, s.sz)
+    tl.store(p + COL_UMAX, s.umax)
+    tl.store(p + COL_TOP, s.top * 1.0)
+    tl.store(p + COL_LARGEST, s.largest)
+    tl.store(p + COL_VALID, valid * 1.0)
+
+
+@triton.jit
+def store_ref_state(r, p):
+    tl.store(p + COL_REF_M, r.m)
+    tl.store(p + COL_REF_S0, r.s0)
+    tl.store(p + COL_T, r.t)
+    tl.store(p + COL_TR, r.tr)
+    tl.store(p + COL_REF_UMAX, r.umax)
+
+
+@triton.jit
+def spoiled(s, bad):
+    """A state whose row has a label that is neither ignored nor in the vocabulary: NaN."""
+    return RowState(s.m, tl.where(bad != 0, float("nan"), s.s0), s.s1, s.s2, s.sz, s.umax, s.top, s.largest)
+
+
+@triton.jit
+def spoiled_ref(r, bad):
+    return RefState(r.m, tl.where(bad != 0, float("nan"), r.s0), r.t, r.tr, r.umax)
 
 
 @triton.jit
@@ -77,8 +113,11 @@ def merge(a, b):
     s0 = a.s0 * fa + b.s0 * fb
     s1 = (a.s1 + s1_shift(a.m, m, fa) * a.s0) * fa + (b.s1 + s1_shift(b.m, m, fb) * b.s0) * fb
     s2 = a.s2 * fa * fa + b.s2 * fb * fb
-    take_b = (b.umax > a.umax) | ((b.umax == a.umax) & (b.top >= 0) & ((a.top < 0) | (b.top < a.top)))
-    return RowState(m, s0, s1, s2, a.sz + b.sz, tl.where(take_b, b.umax, a.umax), tl.where(take_b, b.top, a.top))
+    umax = tl.where(b.umax > a.umax, b.umax, a.umax)
+    # Of finished states: umax will not do, as large logits are equal after tanh.
+    take_b = (b.largest > a.largest) | ((b.largest == a.largest) & (b.top >= 0) & ((a.top < 0) | (b.top < a.top)))
+    top, largest = tl.where(take_b, b.top, a.top), tl.where(take_b, b.largest, a.largest)
+    return RowState(m, s0, s1, s2, a.sz + b.sz, umax, top, largest)
 
 
 @triton.jit
@@ -110,6 +149,47 @@ def merge_ref(m, a, ra, b, rb):
     t = move_cross(ra.t, a.s0, da, rescale(a.m, m)) + move_cross(rb.t, b.s0, db, rescale(b.m, m))
     tr = move_cross(ra.tr, ra.s0, da, fa) + move_cross(rb.tr, rb.s0, db, fb)
     return RefState(rm, ra.s0 * fa + rb.s0 * fb, t, tr, tl.where(rm == ra.m, ra.umax, rb.umax))
+
+
+@triton.jit
+def _set_apart(ma, ua, mb, ub):
+    far = is_finite(ua) & is_finite(ub) & (ua != 0) & (ub != 0)
+    far = far & ((tl.abs(ma) < 1073741824.0) == 0) & ((tl.abs(mb) < 1073741824.0) == 0)
+    peak = tl.where(ua > ub, ua, ub)
+    below_a = tl.where(ua == peak, 0.0, (0.5 * ua - 0.5 * peak) * div(ma, ua) * 2.0)
+    below_b = tl.where(ub == peak, 0.0, (0.5 * ub - 0.5 * peak) * div(mb, ub) * 2.0)
+    return tl.where(far, below_a, ma), tl.where(far, below_b, mb)
+
+
+@triton.jit
+def _at(s, m):
+    return RowState(m, s.s0, s.s1, s.s2, s.sz, s.umax, s.top, s.largest)
+
+
+@triton.jit
+def _ref_at(r, m):
+    return RefState(m, r.s0, r.t, r.tr, r.umax)
+
+
+@triton.jit
+def merge_stored(a, b):
+    ma, mb = _set_apart(a.m, a.umax, b.m, b.umax)
+    return _at(merge(_at(a, ma), _at(b, mb)), tl.where(a.m > b.m, a.m, b.m))
+
+
+@triton.jit
+def merge_stored_ref(a, ra, b, rb):
+    """The reference part of merge_stored(PairState, PairState)."""
+    ma, mb = _set_apart(a.m, a.umax, b.m, b.umax)
+    rma, rmb = _set_apart(ra.m, ra.umax, rb.m, rb.umax)
+    r = merge_ref(tl.where(ma > mb, ma, mb), _at(a, ma), _ref_at(ra, rma), _at(b, mb), _ref_at(rb, rmb))
+    umax = tl.where((rma == rmb) & (r.umax == 0), rb.umax, r.umax)  # m is -inf of a far row's and an empty one's
+    return RefState(tl.where(ra.m > rb.m, ra.m, rb.m), r.s0, r.t, r.tr, umax)
+
+
+@triton.jit
+def found_target(before, here):
+    return tl.where(here == float("-inf"), before, here)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fastalign.ops.token_stats.contract import (
@@ -11,7 +13,7 @@ from fastalign.ops.token_stats.contract import (
     ScaleRows,
     TokenStatsFused,
     TokenStatsFwd,
-    forward_shapes,
+    output_shapes,
     row_rules,
 )
 from fastalign.ops.token_stats.op import check_values, token_stats_fwd
@@ -25,7 +27,8 @@ DIRECTIONS = {"policy_ref": "kl_policy_ref", "ref_policy": "kl_ref_policy"}
 def _outputs(a: TokenStatsFused) -> list[torch.Tensor]:
     logits = a.rows.logits
     acc = ffi.acc_dtype(logits.dtype)
-    return [logits.new_empty(shape, dtype=acc) for shape in forward_shapes(a.rows, a.outputs)[:-2]]
+    shapes = output_shapes(math.prod(logits.shape[:-1]), a.rows.labels, a.outputs)
+    return [logits.new_empty(shape, dtype=acc) for shape in shapes]
 
 
 def _rules(a: TokenStatsFused) -> None:

@@ -17,11 +17,14 @@ def _row_args(r):
 
 
 def _forward(r, outputs, state_in, target_in):
-    """(results, the TokenStatsArgs of csrc/ops.h)"""
+    """(outputs, state, target, the TokenStatsArgs of csrc/ops.h)"""
     acc, device = ffi.acc_dtype(r.logits.dtype), r.logits.device
-    results = [ffi.empty(shape, acc, device) for shape in forward_shapes(r, outputs)]
-    *outs, state, target = (ffi.ptr(x) for x in results)
-    return results, (*_row_args(r), *outs, outputs, ffi.ptr(state_in), ffi.ptr(target_in), state, target)
+    *results, state, target = (ffi.empty(shape, acc, device) for shape in forward_shapes(r, outputs))
+    arguments = (
+        *_row_args(r), *(ffi.ptr(x) for x in results), outputs, ffi.ptr(state_in), ffi.ptr(target_in), ffi.ptr(state),
+        ffi.ptr(target),
+    )  # fmt: skip
+    return results, state, target, arguments
 
 
 def _backward(r, state, upstream, grad):
@@ -59,10 +62,10 @@ def _grad_of(logits):
 
 
 def token_stats_fwd(backend, a):
-    results, arguments = _forward(a.rows, a.outputs, a.state_in, a.target_in)
+    results, state, target, arguments = _forward(a.rows, a.outputs, a.state_in, a.target_in)
     if a.rows.logits.numel():
         ffi.launch(backend, "token_stats_fwd", a.rows.logits, arguments)
-    return tuple(results)
+    return (*results, state, target)
 
 
 def _bwd(backend, a, grad):
@@ -81,10 +84,10 @@ def token_stats_bwd_(backend, a):
 
 
 def _fused(backend, a, grad):
-    results, forward = _forward(a.rows, a.outputs, None, None)
+    results, state, target, forward = _forward(a.rows, a.outputs, None, None)
     if grad.numel():
-        ffi.launch(backend, "token_stats_fused", grad, (forward, _backward(a.rows, results[-2], a.upstream, grad)))
-    return tuple(results[:-2])
+        ffi.launch(backend, "token_stats_fused", grad, (forward, _backward(a.rows, state, a.upstream, grad)))
+    return tuple(results)
 
 
 def token_stats_fused(backend, a):

@@ -8,7 +8,19 @@ from typing import NamedTuple
 
 import torch
 
-from fastalign.ops.columns import COL_M, COL_REF_M, COL_REF_S0, COL_S0, COL_S1, COL_S2, COL_TOP, COL_UMAX, COL_VALID, STATE_WIDTH
+from fastalign.ops.columns import (
+    COL_LARGEST,
+    COL_M,
+    COL_REF_M,
+    COL_REF_S0,
+    COL_S0,
+    COL_S1,
+    COL_S2,
+    COL_TOP,
+    COL_UMAX,
+    COL_VALID,
+    STATE_WIDTH,
+)
 from fastalign.ops.slopes import times_slope
 from fastalign.ops.token_stats.contract import OUTPUT_BITS, PER_LABEL, TokenStatsFwd
 from fastalign.runtime import ffi
@@ -74,7 +86,7 @@ def _apart(ma, ua, mb, ub):
 
 def merge_states(a, b):
     """The monoid on states [rows, STATE_WIDTH]: the twin of `merge_stored` in csrc/math/row_state.h."""
-    (ma, a0, a1, a2, az, ua, ta), (mb, b0, b1, b2, bz, ub, tb) = a.unbind(-1)[:COL_VALID], b.unbind(-1)[:COL_VALID]
+    (ma, a0, a1, a2, az, ua, ta, la), (mb, b0, b1, b2, bz, ub, tb, lb) = (x.unbind(-1)[:COL_VALID] for x in (a, b))
     true_m = torch.maximum(ma, mb)
     ma, mb = _apart(ma, ua, mb, ub)
     m = torch.maximum(ma, mb)
@@ -83,10 +95,10 @@ def merge_states(a, b):
     def moved(x, s0, s1, f):
         return torch.where(f == 0, 0.0 * s0, s1 + torch.where((x == m) | (s0 == 0), 0.0, (x - m) * s0)) * f
 
-    take_b = (ub > ua) | ub.isnan() | ((ub == ua) & (tb >= 0) & ((ta < 0) | (tb < ta)))
+    take_b = (lb > la) | lb.isnan() | ((lb == la) & (tb >= 0) & ((ta < 0) | (tb < ta)))
     columns = [
         true_m, a0 * fa + b0 * fb, moved(ma, a0, a1, fa) + moved(mb, b0, b1, fb), a2 * fa * fa + b2 * fb * fb, az + bz,
-        torch.where(take_b, ub, ua), torch.where(take_b, tb, ta), torch.maximum(a[:, COL_VALID], b[:, COL_VALID]),
+        torch.maximum(ua, ub), torch.where(take_b, tb, ta), torch.where(take_b, lb, la), torch.maximum(a[:, COL_VALID], b[:, COL_VALID]),
     ]  # fmt: skip
     (rma, ra0, at, atr, ra), (rmb, rb0, bt, btr, rb) = a.unbind(-1)[COL_REF_M:], b.unbind(-1)[COL_REF_M:]
     without = (rma == 0) & (ra0 == 0)  # reference logits: a row that has one has mass where m is 0
@@ -122,12 +134,13 @@ def found_targets(before, here):
 
 def empty_states(state, with_ref):
     """The monoid's neutral element, which is what the state of an unscored row is."""
-    empty = {COL_M: -math.inf, COL_UMAX: -math.inf, COL_TOP: -1.0, COL_REF_M: -math.inf if with_ref else 0.0}
+    empty = {COL_M: -math.inf, COL_UMAX: -math.inf, COL_TOP: -1.0, COL_LARGEST: -math.inf, COL_REF_M: -math.inf if with_ref else 0.0}
     return torch.stack([torch.full_like(state[:, COL_M], empty.get(i, 0.0)) for i in range(STATE_WIDTH)], -1)
 
 
 def _row_states(u, c, scored, vocab_start, raw):
-    umax, top = u.amax(-1), raw.reshape(u.shape).argmax(-1)  # of the raw logits: large ones are equal after tanh
+    raw = raw.reshape(u.shape)  # whose maximum `top` is: large logits are equal after tanh
+    umax, top, largest = u.amax(-1), raw.argmax(-1), raw.amax(-1).to(u.dtype)
     # amax reports NaN as the maximum; the kernels' running max skips it and lets the sums carry the NaN. The
     # state's sums are NaN either way.
     d = _bits(u, umax, c)
@@ -147,6 +160,7 @@ def _row_states(u, c, scored, vocab_start, raw):
         (u * SUM_SHARE).sum(-1),
         umax,
         (top + vocab_start).to(u.dtype),
+        largest,
         scored.to(u.dtype),
     ]
     # A row of -inf has no mass (and no NaN yet: another shard may bring some).
@@ -203,7 +217,7 @@ def _bad_rows(labels, ignore_index, vocab_total):
 def _finish(a, state, target, c, scored):
     """The outputs asked for, in the order of OUTPUT_BITS. a: who says which, and knows the labels; target: the policy
     rows' labels, then the reference rows'."""
-    m, s0, s1, s2, sz, umax, top, _, rm, r0, t, tr, ref_max = state.unbind(-1)
+    m, s0, s1, s2, sz, umax, top, _, _, rm, r0, t, tr, ref_max = state.unbind(-1)
     log_s0, log_ratio = torch.log(s0), torch.log(s0 / r0)
     far, shift = _is_far(umax, c), _shift(umax, c, m)
     peaked = s0 == torch.exp2(shift)  # the largest element has all the mass, to rounding
@@ -299,7 +313,7 @@ def row_states_finish(a):
 def _gradient(r, state, g):
     u = _capped(r.logits, r.cap_scale)
     c = _scale(u, r.factor, r.temperature, r.temperature_tensor)
-    m, s0, s1, _, _, umax, _, _, rm, r0, t, _, ref_max = state.unbind(-1)
+    m, s0, s1, _, _, umax, _, _, _, rm, r0, t, _, ref_max = state.unbind(-1)
     zero = torch.zeros_like(s0)
     each = None if g.g_logprob is None else torch.where(r.labels == r.ignore_index, torch.zeros_like(g.g_logprob), g.g_logprob)
     g_lp = zero if each is None else each.sum(-1)

@@ -22,10 +22,30 @@ import triton
 import triton.language as tl
 
 from fastalign.ops.math.columns import COL_M, COL_REF_M, COL_S0, COL_UMAX, OUT_LOGPROB, STATE_WIDTH
-from fastalign.ops.math.rows import RowState, far_bits, is_far, load_state, merge, reference_point, rescale, s1_shift
+from fastalign.ops.math.rows import (
+    RowState,
+    far_bits,
+    is_far,
+    load_state,
+    merge_stored,
+    reference_point,
+    rescale,
+    s1_shift,
+    spoiled,
+    store_state,
+)
 from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow
-from fastalign.ops.token_stats import triton_pair
-from fastalign.ops.token_stats.contract import OUTPUT_BITS, TokenStatsFwd, forward_shapes
+from fastalign.ops.token_stats import (
+    triton_pair,
+    triton_states,
+)
+from fastalign.ops.token_stats.contract import (
+    OUTPUT_BITS,
+    TokenStatsFwd,
+    forward_shapes,
+    merge_shapes,
+    output_shapes,
+)
 from fastalign.ops.token_stats.triton_rows import (
     BWD_REGISTERS,
     ENTROPY,
@@ -53,8 +73,8 @@ from fastalign.ops.token_stats.triton_rows import (
     row_offset,
     row_scored,
     scale_of,
-    spoiled,
     tile_of,
+    uncapped,
 )  # fmt: skip
 from fastalign.runtime import ffi
 
@@ -142,11 +162,12 @@ def token_stats_fwd_kernel(
     s2 = fold(s2, SPAN) if SUMS == EVERYTHING else 0.0
     sz = fold(sz, SPAN) if SUMS == EVERYTHING else 0.0
     top = tl.where(top >= 0, top + vocab_start, top)
-    s = RowState(m, s0, s1, s2, sz, umax, top)
+    s = RowState(m, s0, s1, s2, sz, umax, top, best)
     if state_in is not None:
-        s = merge(load_state(state_in + row * STATE_WIDTH), s)
+        s = merge_stored(load_state(state_in + row * STATE_WIDTH), s)
     s = spoiled(s, bad)
-    finish_row(row, scored, s, c, vocab_total, labels, out, state, OUTPUTS)
+    store_state(s, scored, state + row * STATE_WIDTH)
+    finish_row(row, scored, s, c, vocab_total, labels, out, OUTPUTS)
     for i in tl.static_range(COL_REF_M, STATE_WIDTH):
         tl.store(state + row * STATE_WIDTH + i, 0.0)
     if labels is not None:
@@ -321,6 +342,33 @@ def _backward(r, state, g, grad):
                 view, ref, *around, *g, *layout, *ref_layout, *numbers, tile_of(lanes, block, blocks, together),
                 IN_PLACE=in_place, **options,
             )  # fmt: skip
+
+
+def row_states_merge(a):
+    parts, rows, _ = a.states.shape
+    dtype, device = a.states.dtype, a.states.device
+    state, target = (ffi.empty(shape, dtype, device) for shape in merge_shapes(a))
+    if rows:
+        entries = target.numel()
+        blocks = triton.cdiv(max(rows, entries), triton_states.ROWS)
+        with ffi.triton_device(device):
+            triton_states.row_states_merge_kernel[(blocks,)](
+                a.states, a.targets, state, target, parts, rows, entries, **ffi.launch_options(triton_states.ROWS, device)
+            )
+    return state, target
+
+
+def row_states_finish(a):
+    rows, dtype, device = a.state.shape[0], a.state.dtype, a.state.device
+    results = tuple(ffi.empty(shape, dtype, device) for shape in output_shapes(rows, a.labels, a.outputs))
+    if rows:
+        targets = 0 if a.labels is None else a.labels.shape[1]
+        with ffi.triton_device(device):
+            triton_states.row_states_finish_kernel[(rows,)](
+                a.state, a.target, a.labels, a.mask, a.temperature_tensor, Outputs(*results), targets, a.ignore_index,
+                a.vocab_total, uncapped(a), OUTPUTS=a.outputs, **ffi.launch_options(32, device),
+            )  # fmt: skip
+    return results
 
 
 def _grad_of(logits):

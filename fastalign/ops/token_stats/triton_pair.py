@@ -16,7 +16,6 @@ from fastalign.ops.math.columns import (
     COL_REF_UMAX,
     COL_S0,
     COL_T,
-    COL_TR,
     COL_UMAX,
     OUT_KL_POLICY_REF,
     OUT_KL_REF_POLICY,
@@ -29,19 +28,20 @@ from fastalign.ops.math.rows import (
     RowState,
     has_kl_gradient,
     is_far,
-    is_peaked,
     load_ref_state,
     load_state,
-    merge,
-    merge_ref,
+    merge_stored,
+    merge_stored_ref,
     move_cross,
     reference_distance,
     reference_point,
     rescale,
     row_bits,
-    row_kl_policy_ref,
-    row_kl_ref_policy,
     s1_shift,
+    spoiled,
+    spoiled_ref,
+    store_ref_state,
+    store_state,
 )
 from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow, times_slope
 from fastalign.ops.token_stats.triton_rows import (
@@ -54,6 +54,7 @@ from fastalign.ops.token_stats.triton_rows import (
     bits_per_unit,
     capped,
     element,
+    finish_kls,
     finish_labels,
     finish_row,
     first_place,
@@ -62,7 +63,6 @@ from fastalign.ops.token_stats.triton_rows import (
     row_coefficients,
     row_offset,
     row_scored,
-    spoiled,
 )  # fmt: skip
 
 
@@ -202,29 +202,17 @@ def token_stats_pair_fwd_kernel(
     s2 = fold(s2, SPAN) if SUMS == EVERYTHING else 0.0
     sz = fold(sz, SPAN) if SUMS == EVERYTHING else 0.0
     top = tl.where(top >= 0, top + vocab_start, top)
-    own, beside = RowState(m, s0, s1, s2, sz, umax, top), RefState(rm, r0, t, tr, ref_umax)
+    own, beside = RowState(m, s0, s1, s2, sz, umax, top, best), RefState(rm, r0, t, tr, ref_umax)
     if state_in is not None:
         before = state_in + row * STATE_WIDTH
         first, ref_first = load_state(before), load_ref_state(before)
-        merged = merge(first, own)
-        beside = merge_ref(merged.m, first, ref_first, own, beside)
-        own = merged
-    own = spoiled(own, bad)
-    beside = RefState(beside.m, tl.where(bad != 0, float("nan"), beside.s0), beside.t, beside.tr, beside.umax)
-    finish_row(row, scored, own, c, vocab_total, labels, out, state, OUTPUTS)
-    p = state + row * STATE_WIDTH
-    tl.store(p + COL_REF_M, beside.m)
-    tl.store(p + COL_REF_S0, beside.s0)
-    tl.store(p + COL_T, beside.t)
-    tl.store(p + COL_TR, beside.tr)
-    tl.store(p + COL_REF_UMAX, beside.umax)
-    peaked = is_peaked(own.m, own.s0, own.umax, c)
-    if WITH_T:
-        kl = row_kl_policy_ref(own.s0, beside.s0, beside.t, peaked)
-        tl.store(out.kl_policy_ref + row, tl.where(scored != 0, kl, 0.0))
-    if WITH_TR:
-        kl = row_kl_ref_policy(own.s0, beside.s0, beside.tr, peaked)
-        tl.store(out.kl_ref_policy + row, tl.where(scored != 0, kl, 0.0))
+        beside = merge_stored_ref(first, ref_first, own, beside)
+        own = merge_stored(first, own)
+    own, beside = spoiled(own, bad), spoiled_ref(beside, bad)
+    store_state(own, scored, state + row * STATE_WIDTH)
+    store_ref_state(beside, state + row * STATE_WIDTH)
+    finish_row(row, scored, own, c, vocab_total, labels, out, OUTPUTS)
+    finish_kls(row, scored, own, beside, c, out, OUTPUTS)
     if labels is not None:
         part = Part(vocab, targets, ignore_index, vocab_start)
         finish_labels(row, scored, own, c, logits + offset, labels, target_in, target, out.logprob, part, scale, OUT_LOGPROB & OUTPUTS)

@@ -9,21 +9,28 @@ import triton.language as tl
 
 from fastalign.ops.math.columns import (
     COL_M,
-    COL_S0,
     COL_S1,
-    COL_S2,
-    COL_SZ,
-    COL_TOP,
     COL_UMAX,
-    COL_VALID,
     OUT_ENTROPY,
     OUT_IS_TOP1,
+    OUT_KL_POLICY_REF,
+    OUT_KL_REF_POLICY,
     OUT_LOG_SUM_SQ,
     OUT_LOGSUMEXP,
     OUT_MEAN_LOGIT,
     STATE_WIDTH,
 )
-from fastalign.ops.math.rows import RowState, is_far, row_entropy, row_log_sum_sq, row_logprob, row_logsumexp
+from fastalign.ops.math.rows import (
+    found_target,
+    is_far,
+    is_peaked,
+    row_entropy,
+    row_kl_policy_ref,
+    row_kl_ref_policy,
+    row_log_sum_sq,
+    row_logprob,
+    row_logsumexp,
+)
 from fastalign.ops.math.scalar import LN2, SUM_SHRINKS_BY, div, tanh
 from fastalign.ops.token_stats.contract import OUTPUT_BITS
 
@@ -93,6 +100,11 @@ def scale_of(rows):
     return Scale(rows.factor, rows.cap_scale, rows.temperature, _decided(rows.cap_scale != 0))
 
 
+def uncapped(numbers):
+    """The same where no softcap is left to apply."""
+    return Scale(numbers.factor, 0.0, numbers.temperature, _decided(False))
+
+
 @triton.jit
 def row_offset(row, base, inner, stride_outer, stride_inner):
     return base + row // inner * stride_outer + row % inner * stride_inner
@@ -114,7 +126,7 @@ def row_scored(row, labels, mask, targets, ignore_index, vocab_total):
             some = tl.maximum(some, tl.max(counts.to(tl.int32), 0))
             bad = tl.maximum(bad, tl.max((counts & ((y < 0) | (y >= vocab_total))).to(tl.int32), 0))
         scored = scored * some
-    return scored, bad
+    return scored, bad * scored
 
 
 @triton.jit
@@ -217,24 +229,8 @@ SMALL = ["labels", "mask", "temperature", "state_in", "target_in", "state", "g_l
 
 
 @triton.jit
-def spoiled(s, bad):
-    """A state whose row has a label that is neither ignored nor in the vocabulary: NaN."""
-    return RowState(s.m, tl.where(bad != 0, float("nan"), s.s0), s.s1, s.s2, s.sz, s.umax, s.top)
-
-
-@triton.jit
-def finish_row(row, scored, s, c, vocab_total, labels, out, state, OUTPUTS: tl.constexpr):
-    """Writes the policy row's state and what is finished from it, the log-probs excepted. s: RowState; out:
-    Outputs."""
-    p = state + row * STATE_WIDTH
-    tl.store(p + COL_M, s.m)
-    tl.store(p + COL_S0, s.s0)
-    tl.store(p + COL_S1, s.s1)
-    tl.store(p + COL_S2, s.s2)
-    tl.store(p + COL_SZ, s.sz)
-    tl.store(p + COL_UMAX, s.umax)
-    tl.store(p + COL_TOP, s.top * 1.0)
-    tl.store(p + COL_VALID, scored * 1.0)
+def finish_row(row, scored, s, c, vocab_total, labels, out, OUTPUTS: tl.constexpr):
+    """Writes what is finished from the policy row's state, the log-probs excepted. s: RowState; out: Outputs."""
     if OUT_ENTROPY & OUTPUTS:
         tl.store(out.entropy + row, tl.where(scored != 0, row_entropy(s.m, s.s0, s.s1, s.umax, c), 0.0))
     if OUT_LOGSUMEXP & OUTPUTS:
@@ -250,6 +246,18 @@ def finish_row(row, scored, s, c, vocab_total, labels, out, state, OUTPUTS: tl.c
 
 
 @triton.jit
+def finish_kls(row, scored, s, r, c, out, OUTPUTS: tl.constexpr):
+    """Writes the KLs of both rows' states s and r. out: Outputs."""
+    peaked = is_peaked(s.m, s.s0, s.umax, c)
+    if OUT_KL_POLICY_REF & OUTPUTS:
+        kl = row_kl_policy_ref(s.s0, r.s0, r.t, peaked)
+        tl.store(out.kl_policy_ref + row, tl.where(scored != 0, kl, 0.0))
+    if OUT_KL_REF_POLICY & OUTPUTS:
+        kl = row_kl_ref_policy(s.s0, r.s0, r.tr, peaked)
+        tl.store(out.kl_ref_policy + row, tl.where(scored != 0, kl, 0.0))
+
+
+@triton.jit
 def finish_labels(row, scored, s, c, logits, labels, target_in, target, logprob, part, scale, WANTED: tl.constexpr):
     """Writes u of every label of the row that begins at `logits` and, if WANTED, its log-prob under the row's
     state s. part: Part."""
@@ -262,7 +270,7 @@ def finish_labels(row, scored, s, c, logits, labels, target_in, target, logprob,
         u = capped(tl.load(logits + (y - part.first), mask=here, other=0.0), scale)
         u = tl.where(here, u, float("-inf"))
         if target_in is not None:
-            u = tl.maximum(u, tl.load(target_in + at, mask=inside, other=float("-inf")))
+            u = found_target(tl.load(target_in + at, mask=inside, other=float("-inf")), u)
         tl.store(target + at, u, mask=inside)
         if WANTED:
             tl.store(logprob + at, tl.where(counts, row_logprob(s.m, s.s0, s.umax, u, c), 0.0), mask=inside)

@@ -10,6 +10,7 @@ import torch
 
 import fastalign as fa
 from fastalign.ops.columns import (
+    COL_LARGEST,
     COL_M,
     COL_REF_M,
     COL_REF_S0,
@@ -23,8 +24,8 @@ from fastalign.ops.columns import (
     COL_VALID,
     STATE_WIDTH,
 )  # fmt: skip
-from fastalign.ops.token_stats.contract import DIFFERENTIABLE, NEED_REF, OUTPUT_BITS, PER_LABEL, RowGradients, RowStatesMerge
-from fastalign.ops.token_stats.op import row_states_merge
+from fastalign.ops.token_stats.contract import DIFFERENTIABLE, NEED_REF, OUTPUT_BITS, PER_LABEL, RowGradients, RowStatesMerge, TokenStatsFwd
+from fastalign.ops.token_stats.op import row_states_merge, token_stats_fwd
 from fastalign.rows.spec import row_spec
 from fastalign.rows.states import RowStates, finish, merge, pull, push
 from fastalign.testing import assert_close
@@ -239,6 +240,21 @@ def test_neighbours_among_far_logits_are_no_equals(backend, device, step):
             assert_close(got["entropy"], torch.full_like(got["entropy"], math.log(2.0)).double(), what=str(cuts))
 
 
+def test_the_first_maximum_of_rows_that_a_softcap_flattens(backend, device):
+    """Large logits are equal after tanh; which of them is the first maximum is asked of the raw ones, from part to part too."""
+    x = torch.zeros(4, VOCAB, device=device)
+    x[0, 10], x[0, 70], x[1, 70], x[1, 10], x[2, 10], x[2, 70], x[3, 70] = 1e3, 2e3, 1e3, 2e3, 1e3, 1e3, 1e3
+    labels = torch.tensor([70, 10, 10, 70], device=device)
+    spec = spec_of(x, labels, softcap=1.0)
+    for cuts in ((30,), (70,), (11, 70)):
+        got = finish(spec, merge(pushed(spec, x, None, cuts)))
+        assert got["is_top1"].tolist() == [1.0] * 4, cuts
+        state = target = None
+        for lo, tile in parts_of(x, cuts):
+            *outputs, state, target = token_stats_fwd(TokenStatsFwd(spec.rows(tile, start=lo), spec.bits, state, target))
+        assert spec.named(outputs)["is_top1"].tolist() == [1.0] * 4, cuts
+
+
 # --- the states themselves --------------------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +293,7 @@ def test_rows_that_are_not_scored_hold_the_empty_state(backend, device, with_ref
     names = tuple(n for n in (ALL if with_ref else PLAIN) if n != "is_top1")
     spec = row_spec((6,), VOCAB, x.dtype, x, labels=labels, mask=mask, outputs=names, with_ref=with_ref)
     empty = torch.zeros(STATE_WIDTH, device=device)
-    empty[[COL_M, COL_UMAX]], empty[COL_TOP] = -math.inf, -1.0
+    empty[[COL_M, COL_UMAX, COL_LARGEST]], empty[COL_TOP] = -math.inf, -1.0
     empty[COL_REF_M] = -math.inf if with_ref else 0.0
     parts = pushed(spec, x, ref, (30, 64))
     for states in (*parts, merge(parts)):
