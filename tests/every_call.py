@@ -11,7 +11,7 @@ from torch import Tensor
 import fastalign as fa
 from fastalign.testing import make_batch, make_labels, make_logits
 
-DIFFERENTIABLE = ("logits", "logprobs", "totals")
+DIFFERENTIABLE = ("logits", "logprobs", "totals", "hidden", "weight")
 # Public functions that take no tensors (or build tensors from lists), and those whose result's size depends on data.
 WITHOUT_TENSORS = {"backends", "explain", "rejection_sample", "pack", "global_denominator", "merge_metrics", "unpad", "use_backend"}
 
@@ -28,7 +28,8 @@ def inputs() -> dict[str, Tensor]:
         "offsets": torch.tensor([0, 2, 6]), "scores": torch.tensor([0.3, -1.0, 2.0, 0.5, 0.1, 1.0]), "groups": torch.tensor([0, 0, 1, 1, 1, 0]),
         "desirable": torch.tensor([True, False, True, True, False, False]), "totals": torch.tensor([-3.0, -5.0, -4.0, -2.0, -6.0, -1.0]),
         "lengths": torch.tensor([3.0, 4.0, 2.0, 5.0, 3.0, 1.0]), "one": torch.tensor(0.7), "per_pair": torch.tensor([0.1, 0.2, 0.3]),
-        "kept": torch.tensor([0, 2, 3]),
+        "kept": torch.tensor([0, 2, 3]), "hidden": make_logits(tokens, 8, seed=4), "weight": make_logits(23, 8, seed=5),
+        "bias": make_logits(1, 23, seed=6)[0], "ref_hidden": make_logits(tokens, 5, seed=7), "ref_weight": make_logits(23, 5, seed=8),
     }  # fmt: skip
 
 
@@ -71,6 +72,25 @@ def calls(given: dict[str, Tensor]) -> dict[str, Callable[[], list[Tensor]]]:
         "token_kl": (lambda z: fa.token_kl(z, x.ref_logits, mask=x.mask), "logits"),
         "token_kl_loss": (lambda z: fa.token_kl_loss(z, x.ref_logits, x.one, mask=x.mask), "logits"),
         "token_kl_loss inplace": (lambda z: 2 * fa.token_kl_loss(z * 1, x.ref_logits, x.one, inplace=True).loss, "logits"),
+        "linear_token_stats": (
+            lambda h: fa.linear_token_stats(
+                h, x.weight, x.labels, bias=x.bias, ref_hidden=x.ref_hidden, ref_weight=x.ref_weight, outputs=every, temperature=x.one
+            ),
+            "hidden",
+        ),
+        "linear_token_stats tiles": (
+            lambda w: fa.linear_token_stats(x.hidden, w, x.labels, outputs=("logprob", "entropy"), mask=x.mask, workspace_bytes=999), "weight"
+        ),
+        "linear_token_logprobs": (lambda h: fa.linear_token_logprobs(h, x.weight, x.labels, batch_invariant=True), "hidden"),
+        "linear_token_logprobs frozen": (lambda h: fa.linear_token_logprobs(h, x.weight, x.labels), "hidden"),
+        "linear_token_kl_loss": (
+            lambda h: 2 * fa.linear_token_kl_loss(h, x.weight, x.ref_hidden, x.ref_weight, x.one, mask=x.mask).loss, "hidden"
+        ),
+        "linear_preference_loss": (lambda w: fa.linear_preference_loss(x.hidden, w, x.labels, x.cu, ref_logprobs=x.ref), "weight"),
+        "linear_policy_loss": (lambda h: fa.linear_policy_loss(h, x.weight, x.labels, x.ref, x.kl, cu_seqlens=x.cu, entropy_coef=0.1), "hidden"),
+        "linear_policy_loss gspo": (
+            lambda w: fa.linear_policy_loss(x.hidden, w, x.labels, x.ref, x.scores, loss="gspo", cu_seqlens=x.cu), "weight"
+        ),
         "kl_estimate": (lambda lp: fa.kl_estimate(lp, x.ref), "logprobs"),
         "sequence_sum": (lambda lp: fa.sequence_sum(lp, x.cu, mask=x.mask, weights=x.weights, mean=True), "logprobs"),
         "preference_loss": (lambda lp: fa.preference_loss(lp, x.ref, x.cu, mask=x.mask, weights=x.weights), "logprobs"),

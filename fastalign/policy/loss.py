@@ -128,11 +128,11 @@ def policy_loss(
     if is_weight is not None and preset.surrogate == "vespo":
         raise ValueError("vespo weighs by its own ratio: give the sampler's log-probs as old_logprobs instead of is_weight")
     cu_seqlens = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, logprobs)
-    advantages, per_sequence = _per_token_or_sequence("advantages", advantages, logprobs, cu_seqlens, preset)
+    advantages, per_sequence = per_token_or_sequence("advantages", advantages, logprobs, cu_seqlens, preset)
     given = {n for n, t in (("ref_logprobs", ref_logprobs), ("entropy", entropy), ("is_weight", is_weight)) if t is not None}
     is_per_sequence = False
     if is_weight is not None:
-        is_weight, is_per_sequence = _per_token_or_sequence("is_weight", is_weight, logprobs, cu_seqlens, preset)
+        is_weight, is_per_sequence = per_token_or_sequence("is_weight", is_weight, logprobs, cu_seqlens, preset)
     if ref_logprobs is not None:
         ref_logprobs = per_token("ref_logprobs", ref_logprobs, logprobs).detach()
     if entropy is not None:
@@ -230,7 +230,7 @@ def _described(preset: PolicyPreset) -> str:
     return f"loss {preset.name!r} (ratio={preset.ratio!r}, aggregation={preset.aggregation!r})"
 
 
-def _per_token_or_sequence(name: str, tensor: Any, like: Tensor, cu_seqlens: Tensor | None, preset: PolicyPreset) -> tuple[Tensor, bool]:
+def per_token_or_sequence(name: str, tensor: Any, like: Tensor, cu_seqlens: Tensor | None, preset: PolicyPreset) -> tuple[Tensor, bool]:
     """A constant [T] or [S] tensor in the type of the log-probs, and whether it is [S]."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")

@@ -104,16 +104,7 @@ def preference_loss(
     mask = row_mask(mask, logprobs)
     if weights is not None:
         weights = per_token("weights", weights, logprobs).detach()
-    sequences = cu_seqlens.shape[0] - 1
-    if pairs is None:
-        if sequences % 2:
-            raise ValueError(f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences")
-        count = sequences // 2
-    else:
-        if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype.is_floating_point or pairs.dtype == torch.bool:
-            raise ValueError(f"pairs must be integers of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
-        check_same_device("pairs", pairs, "logprobs", logprobs)
-        pairs, count = as_int32(pairs), pairs.shape[0]
+    pairs, count = check_pairs(pairs, cu_seqlens)
     tokens = PairTokens(logprobs, ref, kl, cu_seqlens, pairs, mask, weights)
     if mixture.is_plain(components, state):
         given = pair_tensors(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
@@ -121,6 +112,19 @@ def preference_loss(
         return PreferenceOutput(value, presets[0], table, sums, presets[0].sft_weight != 0, (), tensors.get("target"))
     sums = PairSumsFunction.apply(logprobs, kl, tokens, mixture.shared_params(presets), count)
     return _from_sums(components, sums, tensors, state, reduction, num_items, num_sft_tokens)
+
+
+def check_pairs(pairs: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor | None, int]:
+    """Sequence numbers as int32, or None for the default pairs (0, 1), (2, 3), ..., and how many pairs there are."""
+    sequences = cu_seqlens.shape[0] - 1
+    if pairs is None:
+        if sequences % 2:
+            raise ValueError(f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences")
+        return None, sequences // 2
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype.is_floating_point or pairs.dtype == torch.bool:
+        raise ValueError(f"pairs must be integers of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
+    check_same_device("pairs", pairs, "logprobs", cu_seqlens)
+    return as_int32(pairs), pairs.shape[0]
 
 
 def _from_sums(

@@ -88,13 +88,8 @@ def token_kl_loss(
     ref_logits = check_ref(ref_logits, logits)
     shape = tuple(logits.shape[:-1])
     spec = row_spec(shape, logits.shape[-1], logits.dtype, logits, mask=mask, temperature=temperature)
-    if not isinstance(coef, Tensor):
-        raise TypeError(f"coef must be a tensor, one weight per row or 0-dim, got {type(coef).__name__}")
-    if coef.dim():
-        check_shape("coef", coef, shape)
-    check_same_device("coef", coef, "logits", logits)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    coef = coef.detach().to(acc).expand(shape).reshape(-1).contiguous()
+    coef = row_coefficients(coef, shape, logits, acc)
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     inplace = inplace and with_grad and not torch.compiler.is_compiling()
     if inplace:
@@ -103,3 +98,13 @@ def token_kl_loss(
     rows = spec.rows(logits, ref_logits)
     loss, kl = TokenKLLossFunction.apply(logits, rows, direction, coef, with_grad, inplace)
     return TokenKLLoss(loss, kl.view(shape))
+
+
+def row_coefficients(coef: Tensor, shape: tuple[int, ...], like: Tensor, acc: torch.dtype) -> Tensor:
+    """[rows]: the weight of each row, a constant; `shape`: the rows'."""
+    if not isinstance(coef, Tensor):
+        raise TypeError(f"coef must be a tensor, one weight per row or 0-dim, got {type(coef).__name__}")
+    if coef.dim():
+        check_shape("coef", coef, shape)
+    check_same_device("coef", coef, "the rows", like)
+    return coef.detach().to(acc).expand(shape).reshape(-1).contiguous()

@@ -26,6 +26,7 @@ _debug_checks = False
 _library = torch.library.Library("fastalign", "DEF")
 OPS: dict[str, Op] = {}
 PUBLIC: dict[str, str] = {}  # public functions and the op that they call first
+PLANS: dict[str, Callable[..., str]] = {}  # public functions that choose a plan, and what tells it from their arguments
 
 
 @contextmanager
@@ -191,13 +192,17 @@ ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCALAR_DTYPES = (torch.float32, torch.float64)
 
 
-def explain(op: str, *args: Any) -> str:
+def explain(op: str, *args: Any, **options: Any) -> str:
     """Which backend would serve `op` (a name of `OPS`, or a public function's name: the op that it calls
     first) for these arguments, and why the others would not. Only the first tensor among `args` matters (its
-    device and dtype); for the op's own arguments object, all of them do."""
+    device and dtype); for the op's own arguments object, all of them do, and for a function that plans its work
+    (linear_token_stats) its arguments and options as they are: the plan stands first."""
     name = op if op in OPS else PUBLIC.get(op)
     if name is None:
         raise ValueError(f"op={op!r} is unknown; legal: {', '.join([*OPS, *PUBLIC])}")
+    if options and op not in PLANS:
+        raise TypeError(f"explain takes options ({', '.join(options)}) for {', '.join(PLANS)} only")
+    plan = PLANS[op](*args, **options) + "\n" if op in PLANS else ""
     entry = OPS[name]
     a = args[0] if args and isinstance(args[0], entry.arguments) else None
     tensor = ffi.first_tensor(args)
@@ -213,4 +218,4 @@ def explain(op: str, *args: Any) -> str:
         if why is None and chosen is None:
             chosen, why = backend, "chosen"
         lines.append(f"  {backend:<10}{why or 'able, but a faster one comes first'}")
-    return f"fastalign::{name} on {tensor.device}, {tensor.dtype}: {chosen or 'no backend'}\n" + "\n".join(lines)
+    return plan + f"fastalign::{name} on {tensor.device}, {tensor.dtype}: {chosen or 'no backend'}\n" + "\n".join(lines)

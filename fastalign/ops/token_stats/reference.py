@@ -233,7 +233,7 @@ def _finish(a, state, target, c, scored):
         eps = torch.finfo(state.dtype).eps
         return torch.where(peaked & (value < 2.0 * eps * (1.0 + log_ratio.abs())), 0.0, torch.clamp(value, min=0.0))
 
-    policy_target, ref_target = target[: len(state)], target[len(state) :]
+    policy_target, ref_target = target if target.dim() == 3 else (target, target)
     finished = {
         "logprob": lambda: logprob(policy_target, _bits(policy_target, umax, c) + shift.unsqueeze(-1), s0, far, umax),
         "entropy": lambda: _entropy(s0, s1, shift),
@@ -284,7 +284,7 @@ def token_stats_fwd(a):
         state = torch.where(bad.unsqueeze(-1) & _is_mass(state), math.nan, state)
     state = torch.where(scored.unsqueeze(-1), state, empty_states(state, ref_u is not None))
     given = _Finishing(r.labels, r.ignore_index, r.vocab_total, a.outputs)
-    results = _finish(given, state, target.flatten(0, 1) if target.dim() == 3 else target, c, scored)
+    results = _finish(given, state, target, c, scored)
     return (*results, state, target)
 
 
