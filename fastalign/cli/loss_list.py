@@ -76,10 +76,7 @@ def _one(kind: _Kind, name: str) -> str:
 def _options(preset: Any) -> str:
     """The preset's own options and the fields in which it differs from the class's defaults, each with its value."""
     default = type(preset)()
-    own = {name: rule for name, rule in getattr(preset, "options", {}).items() if not rule.startswith("refused")}
-    fields = [f.name for f in dataclasses.fields(preset) if f.name not in ("name", "formula", "paper", "trl", "options")]
-    chosen = [f for f in fields if f not in own.values() and (f == "beta" or getattr(preset, f) != getattr(default, f))]
-    values = {option: getattr(preset, field.split(" = ")[0], None) for option, field in own.items()} | {
-        f: getattr(preset, f) for f in chosen
-    }
+    own, renamed = preset.own_options(), preset.options.values()
+    chosen = [f for f in preset.PARTS if f not in renamed and (f == "beta" or getattr(preset, f) != getattr(default, f))]
+    values = own | {f: getattr(preset, f) for f in chosen if f not in own}
     return ", ".join(option if value is None else f"{option}={value}" for option, value in values.items())

@@ -1,14 +1,16 @@
-"""From a name and options to a preset, and the tables that `fastalign.losses.available()` prints."""
+"""From a name and options to a preset, and the tables of the named ones: one way for pairs, lists and policy gradients
+(`fastalign.losses.policy`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from fastalign.losses.list import ListPreset, with_list_options
-from fastalign.losses.pair import Preset, with_options
+from fastalign.losses.fields import Kind, LossPreset
+from fastalign.losses.list import ListPreset
+from fastalign.losses.pair import Preset
 from fastalign.losses.tables import ALIASES, LISTWISE, LOOPS, PRESETS, TRL_FORMS, UNPAIRED
 from fastalign.runtime import memo
 
@@ -27,15 +29,6 @@ def get(name: str) -> Preset:
     return found
 
 
-@memo.by_options
-def resolve(loss: str | Preset, options: Mapping[str, Any]) -> tuple[Preset, dict[str, Tensor]]:
-    """The preset that `loss` (a name or a Preset) and `options` give, and the options that are tensors."""
-    preset = get(loss) if isinstance(loss, str) else loss
-    if not isinstance(preset, Preset):
-        raise TypeError(f"loss must be a name or a Preset, got {type(loss).__name__}; names: {', '.join(PRESETS)}")
-    return with_options(preset, options)
-
-
 def get_listwise(name: str) -> ListPreset:
     """The listwise preset of this name; an unknown name raises and lists the legal ones."""
     if name not in LISTWISE:
@@ -43,20 +36,30 @@ def get_listwise(name: str) -> ListPreset:
     return LISTWISE[name]
 
 
-@memo.by_options
-def resolve_listwise(loss: str | ListPreset, options: Mapping[str, Any]) -> tuple[ListPreset, dict[str, Tensor]]:
-    """The preset that `loss` (a name or a ListPreset) and `options` give, and the options that are tensors."""
-    preset = get_listwise(loss) if isinstance(loss, str) else loss
-    if not isinstance(preset, ListPreset):
-        raise TypeError(f"loss must be a name or a ListPreset, got {type(loss).__name__}; names: {', '.join(LISTWISE)}")
-    return with_list_options(preset, options)
+def resolver(get: Callable[[str], Kind], kind: type[Kind], rows: Mapping[str, Kind]) -> Callable[..., Any]:
+    """(name or preset, options) -> (the preset that they give, the options that are tensors)."""
+
+    @memo.by_options
+    def resolve(loss: str | Kind, options: Mapping[str, Any]) -> tuple[Kind, dict[str, Tensor]]:
+        preset = get(loss) if isinstance(loss, str) else loss
+        if not isinstance(preset, kind):
+            raise TypeError(f"loss must be a name or a {kind.__name__}, got {type(loss).__name__}; names: {', '.join(rows)}")
+        return preset.with_options(options)
+
+    return resolve
 
 
-class LossTable(tuple):
-    """The presets as rows; printing it shows the table."""
+resolve = resolver(get, Preset, PRESETS)
+resolve_listwise = resolver(get_listwise, ListPreset, LISTWISE)
+
+
+class Table(tuple):
+    """Presets as rows; printing it shows the table. `columns`: title -> text of a preset's cell."""
+
+    columns: Mapping[str, Callable[[Any], str]]
 
     def names(self) -> list[str]:
-        return [p.name for p in self] + list(ALIASES)
+        return [p.name for p in self]
 
     def __contains__(self, name: object) -> bool:
         return name in self.names() or tuple.__contains__(self, name)
@@ -65,26 +68,58 @@ class LossTable(tuple):
         return self.markdown()
 
     def markdown(self) -> str:
-        """name, formula, reduction over tokens, what beta is, reference needed, options, TRL's name, paper."""
-        lines = [
-            "| loss | formula per pair | over tokens | beta | reference | own options | TRL | paper |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for p in self:
-            options = [name for name, rule in p.options.items() if not rule.startswith("refused")]
-            own = ", ".join([*options, *(f for f in ("label_smoothing",) if getattr(p, f) and f not in p.options)])
-            cells = [
-                p.name,
-                f"`{p.formula}`" + (f", that of dpo; the method is the loop: {LOOPS[p.name]}" if p.name in LOOPS else ""),
-                _over_tokens(p),
-                f"{p.beta:g}",
-                "yes" if p.needs_reference else "no",
-                own,
-                p.trl or TRL_FORMS.get(p.name, "none"),
-                p.paper,
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        """One row per loss, the columns' titles above."""
+        rows = [list(self.columns), *([cell(p) for cell in self.columns.values()] for p in self)]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([lines[0], "|" + "---|" * len(self.columns), *lines[1:]])
+
+
+def _name(p: LossPreset) -> str:
+    return p.name
+
+
+def _formula(p: LossPreset) -> str:
+    return f"`{p.formula}`" + (f", that of dpo; the method is the loop: {LOOPS[p.name]}" if p.name in LOOPS else "")
+
+
+def _over_tokens(p: Preset | ListPreset) -> str:
+    return {0.0: "sum", 1.0: "mean"}.get(p.length_norm, f"sum / L^{p.length_norm:g}")
+
+
+def _beta(p: Preset | ListPreset) -> str:
+    return f"{p.beta:g}"
+
+
+def _paper(p: LossPreset) -> str:
+    return p.paper
+
+
+def _own(field: str) -> Callable[[LossPreset], str]:
+    """The method's own options, and this field where the loss uses it."""
+    return lambda p: ", ".join([*p.own_options(), *(f for f in (field,) if getattr(p, f) and f not in p.options)])
+
+
+class LossTable(Table):
+    """The losses of pairs: name, formula, reduction over tokens, what beta is, reference needed, options, TRL's name,
+    paper."""
+
+    columns = {
+        "loss": _name, "formula per pair": _formula, "over tokens": _over_tokens, "beta": _beta,
+        "reference": lambda p: "yes" if p.needs_reference else "no", "own options": _own("label_smoothing"),
+        "TRL": lambda p: p.trl or TRL_FORMS.get(p.name, "none"), "paper": _paper,
+    }  # fmt: skip
+
+    def names(self) -> list[str]:
+        return super().names() + list(ALIASES)
+
+
+class ListLossTable(Table):
+    """The listwise losses: name, formula, reduction over tokens, what beta is, reference needed, options, paper."""
+
+    columns = {
+        "loss": _name, "formula per list": _formula, "over tokens": _over_tokens, "beta": _beta,
+        "reference": lambda p: "yes" if p.reference else "no", "own options": _own("sft_weight"), "paper": _paper,
+    }  # fmt: skip
 
 
 def available() -> LossTable:
@@ -92,30 +127,6 @@ def available() -> LossTable:
     return LossTable(PRESETS.values())
 
 
-class ListLossTable(tuple):
-    """The listwise presets as rows; printing it shows the table."""
-
-    def names(self) -> list[str]:
-        return [p.name for p in self]
-
-    def __str__(self) -> str:
-        return self.markdown()
-
-    def markdown(self) -> str:
-        """name, formula, reduction over tokens, what beta is, reference needed, options, paper."""
-        lines = ["| loss | formula per list | over tokens | beta | reference | own options | paper |", "|---|---|---|---|---|---|---|"]
-        for p in self:
-            options = [name for name, rule in p.options.items() if not rule.startswith("refused")]
-            own = ", ".join([*options, *(f for f in ("sft_weight",) if getattr(p, f))])
-            cells = [p.name, f"`{p.formula}`", _over_tokens(p), f"{p.beta:g}", "yes" if p.reference else "no", own, p.paper]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
-
-
 def available_listwise() -> ListLossTable:
     """Every named loss of lists, one ListPreset per row."""
     return ListLossTable(LISTWISE.values())
-
-
-def _over_tokens(p: Preset | ListPreset) -> str:
-    return {0.0: "sum", 1.0: "mean"}.get(p.length_norm, f"sum / L^{p.length_norm:g}")

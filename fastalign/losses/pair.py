@@ -1,4 +1,4 @@
-"""`Preset`: a preference loss as data, its validation, and how options change it. The named ones are in `fastalign.losses`.
+"""`Preset`: a preference loss as data, with its validation. The named ones are in `fastalign.losses`.
 
 a_s = sum_n w_n (lp_n - reference * rp_n) / max(L_s, 1)^length_norm            s: chosen, rejected
 g_s = phi(a_s)                                                                   phi: transform
@@ -13,27 +13,51 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from fastalign.losses import peers
+from fastalign.losses.fields import Effect, LossPreset, OwnOption, Refused, number, other, word
 from fastalign.ops.columns import LABELS, LINKS, NO_LINK, REDUCTIONS, SFT_NORMS, TAU_LINKS, TRANSFORMS
 from fastalign.ops.preference.params import PairParams
 from fastalign.runtime import memo
 from fastalign.runtime.checks import check_choice, check_number
-from fastalign.runtime.frozen import FrozenDict, freeze
+from fastalign.runtime.frozen import FrozenDict
 
 NONFINITE = ("propagate", "drop")
 ORDERS = (None, "paired", "unpaired")
 RULES = (None, "beta_dpo", "alpha_dpo", "bco")  # the classes are in fastalign/preference/rules.py
 TARGET_LINKS = ("hinge", "squared", "truncquad")
+_POINT_LINKS = tuple(link for link in LINKS if link != "exo")  # exo compares two responses
+
+
+# When a field has an effect, and what it needs otherwise.
+_PAIR: Effect = (lambda p: p.pair_weight != 0, "pair_weight")  # only the comparison of a pair reads it
+_POINT: Effect = (lambda p: p.point_link is not None, "point_link")
+_RATIO: Effect = (lambda p: p.compares, "pair_weight or point_link")  # only terms on log-ratios read it
+_TARGET: Effect = (lambda p: p.link in TARGET_LINKS and p.pair_weight != 0, f"link in {TARGET_LINKS}")
+_POINT_TARGET: Effect = (lambda p: p.point_link in TARGET_LINKS, f"point_link in {TARGET_LINKS}")
+_TAU: Effect = (
+    lambda p: p.link in TAU_LINKS or p.point_link in TAU_LINKS, " or ".join(f'link="{name}"' for name in TAU_LINKS)
+)  # fmt: skip
+_ALPHA: Effect = (lambda p: p.transform == "alpha", 'transform="alpha"')
+_SMOOTH: Effect = (
+    lambda p: p.label_smoothing == 0 or p.labels in ("smooth", "robust") or p.link == "exo",
+    'labels="smooth" or "robust", or link="exo"',
+)
+_ENTROPY: Effect = (lambda p: not p.label_entropy or p.labels in ("smooth", "soft"), 'labels="smooth" or "soft"')
+_DETACHED: Effect = (lambda p: not p.detach_kl_chosen or p.kl_chosen != 0, "kl_chosen")
+_POINTS: Effect = (
+    lambda p: p.point_link is None or any((*p.point_chosen, *p.point_rejected)), "point_chosen or point_rejected"
+)  # fmt: skip
+_SFT: Effect = (lambda p: p.sft_weight != 0, "sft_weight")
+_SFT_PROMPT: Effect = (lambda p: not p.sft_include_prompt or p.sft_weight != 0, "sft_weight")
 
 
 @dataclass(frozen=True)
-class Preset:
+class Preset(LossPreset):
     """A preference loss as data. Every field can be passed to `preference_loss` by its name; see the module's docstring for the formula.
 
     Fields that accept a tensor ([P], or 0-dim for schedules) when passed to a loss: beta, target, anchor.
@@ -44,61 +68,56 @@ class Preset:
     paper: str = ""
     trl: str = ""  # TRL's name where the meaning is the same
     # aggregate
-    beta: float = 0.1
-    beta_rejected: float | None = None  # None: beta
-    reference: bool = True  # subtract the reference's log-probs
-    length_norm: float = 0.0  # kappa: 0 sums over tokens, 1 averages
-    ld_alpha: float = 1.0  # weight of tokens beyond the shorter response of the pair (LD-DPO)
-    token_clamp: tuple[float, float] | None = None  # clamp each token's log-ratio; no gradient outside
+    beta: float = number(0.1, low=0.0, tensor=True, effect=_RATIO)
+    beta_rejected: float | None = number(None, low=0.0, effect=_PAIR)  # None: beta
+    reference: bool = other(True)  # subtract the reference's log-probs
+    length_norm: float = number(0.0, low=0.0, high=1.0, effect=_RATIO)  # kappa: 0 sums over tokens, 1 averages
+    ld_alpha: float = number(1.0, low=0.0, high=1.0)  # weight of tokens beyond the shorter response of the pair (LD-DPO)
+    token_clamp: tuple[float, float] | None = other(None)  # clamp each token's log-ratio; no gradient outside
     # transform
-    transform: str = "identity"
-    transform_alpha: float = 0.5
+    transform: str = word("identity", lambda: TRANSFORMS, effect=_RATIO)
+    transform_alpha: float = other(0.5, effect=_ALPHA)
     # margin
-    gamma: float = 0.0
-    gamma_beta_ratio: float = 0.0
-    len_coef: float = 0.0
-    pos_penalty: float = 0.0
-    kl_chosen: float = 0.0  # weights of the sequence KLs (kl_ref_policy) in the margin
-    kl_rejected: float = 0.0
-    detach_kl_chosen: bool = False
+    gamma: float = number(0.0, effect=_PAIR)
+    gamma_beta_ratio: float = number(0.0, effect=_PAIR)
+    len_coef: float = number(0.0, effect=_PAIR)
+    pos_penalty: float = number(0.0, low=0.0, effect=_PAIR)
+    kl_chosen: float = number(0.0, effect=_PAIR)  # weights of the sequence KLs (kl_ref_policy) in the margin
+    kl_rejected: float = number(0.0, effect=_PAIR)
+    detach_kl_chosen: bool = other(False, effect=_DETACHED)
     # link and labels
-    link: str = "logistic"
-    target: float = 1.0  # of hinge, squared, truncquad
-    link_tau: float = 0.05  # of the links in TAU_LINKS
-    labels: str = "hard"
-    label_smoothing: float = 0.0
-    label_entropy: bool = False  # subtract the label's entropy: cross-entropy becomes KL
-    pair_weight: float = 1.0  # 0: point terms only
+    link: str = word("logistic", lambda: LINKS, effect=_PAIR)
+    target: float = number(1.0, tensor=True, effect=_TARGET)  # of hinge, squared, truncquad
+    link_tau: float = number(0.05, above=0.0, effect=_TAU)  # of the links in TAU_LINKS
+    labels: str = word("hard", lambda: LABELS, effect=_PAIR)
+    label_smoothing: float = other(0.0, effect=_SMOOTH)
+    label_entropy: bool = other(False, effect=_ENTROPY)  # subtract the label's entropy: cross-entropy becomes KL
+    pair_weight: float = number(1.0)  # 0: point terms only
     # point terms: k+ psi(u) + k- psi(-u) per side, u = point_beta * g - anchor, times point_beta ^ point_beta_power
-    point_link: str | None = None
-    point_chosen: tuple[float, float] = (0.0, 0.0)
-    point_rejected: tuple[float, float] = (0.0, 0.0)
-    point_beta: float | None = None  # None: beta
-    point_beta_power: float = 0.0
-    point_target: float | str = 1.0  # "soft": P - 1/2 for chosen, 1/2 - P for rejected, P = soft_labels
-    anchor: float = 0.0
+    point_link: str | None = word(None, lambda: _POINT_LINKS, effect=_POINTS)
+    point_chosen: tuple[float, float] = other((0.0, 0.0), effect=_POINT)
+    point_rejected: tuple[float, float] = other((0.0, 0.0), effect=_POINT)
+    point_beta: float | None = number(None, low=0.0, effect=_POINT)  # None: beta
+    point_beta_power: float = number(0.0, effect=_POINT)
+    point_target: float | str = other(1.0, effect=_POINT_TARGET)  # "soft": P - 1/2 for chosen, 1/2 - P for rejected, P = soft_labels
+    anchor: float = number(0.0, tensor=True, effect=_POINT)
     # SFT term on the chosen response
-    sft_weight: float = 0.0
-    sft_norm: str = "token_mean_global"
-    sft_include_prompt: bool = False  # average over the prompt's tokens too (their log-probs must then be given)
-    nonfinite: str = "propagate"  # "drop": pairs whose loss is not finite do not count
+    sft_weight: float = number(0.0, low=0.0)
+    sft_norm: str = word("token_mean_global", lambda: SFT_NORMS, effect=_SFT)
+    sft_include_prompt: bool = other(False, effect=_SFT_PROMPT)  # average over the prompt's tokens too (their log-probs must then be given)
+    nonfinite: str = word("propagate", lambda: NONFINITE)  # "drop": pairs whose loss is not finite do not count
     # what needs the whole batch
-    order: str | None = None  # "paired", "unpaired": sort before comparing (AOT)
-    rule: str | None = None  # the kind of `state=` object that the loss needs (fastalign.preference.rules)
-    requires: tuple[str, ...] = ()  # tensors per pair without which the method is not itself
-    # The method's own option names: name -> the field that it sets, or a rule of _OPTION_RULES.
-    options: Mapping[str, str] = dataclasses.field(default_factory=FrozenDict)
+    order: str | None = word(None, lambda: ORDERS)  # "paired", "unpaired": sort before comparing (AOT)
+    rule: str | None = word(None, lambda: RULES)  # the kind of `state=` object that the loss needs (fastalign.preference.rules)
+    requires: tuple[str, ...] = other(())  # tensors per pair without which the method is not itself
+    options: Mapping[str, str] = dataclasses.field(default_factory=FrozenDict)  # the method's own: see `LossPreset`
+    weights: str = ""  # the function of fastalign that makes `omega` from the policy
+    of_scores: bool = False  # of the scores of a reward model (`reward_loss`), not of log-probs
 
-    def __post_init__(self) -> None:
-        freeze(self)
-        _validate(self)
+    TENSOR_ONLY = FrozenDict(omega=_RATIO, gamma_ext=_PAIR, soft_labels=None, valid=None)
 
-    def replace(self, **changes: Any) -> Preset:
-        """A copy with other fields or options of this preset; unknown names and impossible combinations raise."""
-        preset, tensors = with_options(self, changes)
-        if tensors:
-            raise TypeError(f"{', '.join(tensors)}: a Preset holds numbers; pass tensors to the loss itself")
-        return preset
+    def check_combination(self) -> None:
+        _check_combination(self)
 
     @property
     def compares(self) -> bool:
@@ -154,98 +173,24 @@ class Preset:
         )  # fmt: skip
 
 
-_DESCRIPTION = ("name", "formula", "paper", "trl", "options")
-FIELDS = tuple(f.name for f in dataclasses.fields(Preset) if f.name not in _DESCRIPTION)
+Preset.read_fields()
+FIELDS = tuple(Preset.PARTS)
 HOST_FIELDS = ("order", "rule", "requires")  # read by the op's Python side; every other field travels to the kernel
 # Options that exist as tensors only: [P] (or 0-dim for omega and gamma_ext); `valid` is [P] bool, False drops the pair.
-TENSOR_ONLY = ("omega", "gamma_ext", "soft_labels", "valid")
-TENSOR_FIELDS = ("beta", "target", "anchor")
-
-# A field that has no effect in a combination raises when it is passed: field -> (has an effect, what it needs).
-_EFFECT: dict[str, tuple[Callable[[Preset], bool], str]] = {
-    "target": (lambda p: p.link in TARGET_LINKS and p.pair_weight != 0, f"link in {TARGET_LINKS}"),
-    "link_tau": (lambda p: bool(TAU_LINKS.keys() & {p.link, p.point_link}), " or ".join(f'link="{name}"' for name in TAU_LINKS)),
-    "transform_alpha": (lambda p: p.transform == "alpha", 'transform="alpha"'),
-    "label_smoothing": (
-        lambda p: p.label_smoothing == 0 or p.labels in ("smooth", "robust") or p.link == "exo", 'labels="smooth" or "robust", or link="exo"'
-    ),
-    "label_entropy": (lambda p: not p.label_entropy or p.labels in ("smooth", "soft"), 'labels="smooth" or "soft"'),
-    "detach_kl_chosen": (lambda p: not p.detach_kl_chosen or p.kl_chosen != 0, "kl_chosen"),
-    "point_chosen": (lambda p: p.point_link is not None, "point_link"),
-    "point_rejected": (lambda p: p.point_link is not None, "point_link"),
-    "point_beta": (lambda p: p.point_link is not None, "point_link"),
-    "point_beta_power": (lambda p: p.point_link is not None, "point_link"),
-    "point_target": (lambda p: p.point_link in TARGET_LINKS, f"point_link in {TARGET_LINKS}"),
-    "anchor": (lambda p: p.point_link is not None, "point_link"),
-    "point_link": (lambda p: p.point_link is None or any((*p.point_chosen, *p.point_rejected)), "point_chosen or point_rejected"),
-    "sft_norm": (lambda p: p.sft_weight != 0, "sft_weight"),
-    "sft_include_prompt": (lambda p: not p.sft_include_prompt or p.sft_weight != 0, "sft_weight"),
-}  # fmt: skip
+TENSOR_ONLY = tuple(Preset.TENSOR_ONLY)
+TENSOR_FIELDS = Preset.TENSOR_FIELDS
 
 
-# The same of whatever only the comparison of a pair reads, and of what only terms on log-ratios read.
-_PAIR_FIELDS = (
-    "link",
-    "labels",
-    "beta_rejected",
-    "gamma",
-    "gamma_beta_ratio",
-    "gamma_ext",
-    "len_coef",
-    "pos_penalty",
-    "kl_chosen",
-    "kl_rejected",
-)
-_EFFECT |= {name: (lambda p: p.pair_weight != 0, "pair_weight") for name in _PAIR_FIELDS}
-_EFFECT |= {
-    name: (lambda p: p.pair_weight != 0 or p.point_link is not None, "pair_weight or point_link")
-    for name in ("beta", "transform", "length_norm", "omega")
-}
-
-
-def _validate(p: Preset) -> None:
+def _check_combination(p: Preset) -> None:
     """Impossible combinations, with the reason. Also what no field of a hand-made Preset may be."""
-    for name, legal in (
-        ("transform", TRANSFORMS),
-        ("link", LINKS),
-        ("labels", LABELS),
-        ("sft_norm", SFT_NORMS),
-        ("nonfinite", NONFINITE),
-        ("order", ORDERS),
-        ("rule", RULES),
-    ):
-        check_choice(name, getattr(p, name), legal)
-    if p.point_link is not None:
-        check_choice("point_link", p.point_link, [link for link in LINKS if link != "exo"])  # exo compares two responses
     for name in ("point_chosen", "point_rejected"):
         if not _are_two_numbers(getattr(p, name)):
             raise ValueError(f"{name}={getattr(p, name)!r} must be two numbers, the weights of psi(u) and psi(-u)")
     if p.point_target != "soft":
         check_number("point_target", p.point_target)
     inverse_beta = p.point_link is not None and p.point_beta_power < 0
-    check_number("beta", p.beta, low=0.0)
     if inverse_beta and (p.beta if p.point_beta is None else p.point_beta) == 0:
         raise ValueError("beta must be positive: this loss divides by it")
-    for name in ("beta_rejected", "point_beta"):
-        if getattr(p, name) is not None:
-            check_number(name, getattr(p, name), low=0.0)
-    for name in (
-        "gamma",
-        "gamma_beta_ratio",
-        "len_coef",
-        "kl_chosen",
-        "kl_rejected",
-        "target",
-        "pair_weight",
-        "point_beta_power",
-        "anchor",
-    ):
-        check_number(name, getattr(p, name))
-    for name in ("pos_penalty", "sft_weight"):
-        check_number(name, getattr(p, name), low=0.0)
-    for name in ("length_norm", "ld_alpha"):
-        check_number(name, getattr(p, name), low=0.0, high=1.0)
-    check_number("link_tau", p.link_tau, above=0.0)
     for name in (p.link, p.point_link):
         if name in TAU_LINKS:
             check_number("link_tau", p.link_tau, above=0.0, high=TAU_LINKS[name])
@@ -291,55 +236,20 @@ def _are_two_numbers(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
 
 
-# Options that are not fields: how a method's own parameter becomes fields. Values may be tensors where the field may.
-_OPTION_RULES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "target = 1 / (2 tau)": lambda v: {"target": 1.0 / (2.0 * _positive("tau", v))},
-    "gamma_beta_ratio = 0": lambda v: {"gamma": v, "gamma_beta_ratio": 0.0},
-    "labels = smooth": lambda v: {"label_smoothing": v, "labels": "smooth"},
-    "kl_chosen = kl_rejected": lambda v: {"kl_chosen": v, "kl_rejected": v},
-    **{name: lambda v, name=name: {name: v} for name in FIELDS},
+def _target_of(tau: Any) -> dict[str, Any]:
+    if not isinstance(tau, Tensor):
+        check_number("tau", tau, above=0.0)
+    return {"target": 1.0 / (2.0 * tau)}
+
+
+# Methods' own parameters that are no fields: what each sets, and its value in a preset.
+Preset.OWN = {
+    "inverse_tau": OwnOption(_target_of, lambda p: 1.0 / (2.0 * p.target)),
+    # the margin itself, in place of its ratio to beta
+    "gamma_itself": OwnOption(lambda v: {"gamma": v, "gamma_beta_ratio": 0.0}, lambda p: p.gamma + p.gamma_beta_ratio * p.beta),
+    # beside the hard label
+    "smooth_labels": OwnOption(lambda v: {"label_smoothing": v, "labels": "smooth"}, lambda p: p.label_smoothing),
+    "both_kls": OwnOption(lambda v: {"kl_chosen": v, "kl_rejected": v}, lambda p: p.kl_chosen),
+    "say_tau": Refused("tau"),
+    "say_pair_weight": Refused("pair_weight"),
 }
-
-
-def _positive(name: str, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        check_number(name, value, above=0.0)
-    return value
-
-
-def with_options(preset: Preset, options: Mapping[str, Any]) -> tuple[Preset, dict[str, Tensor]]:
-    """The preset with these options applied, and the options that are tensors (beta, target, anchor, omega, gamma_ext, soft_labels, valid)."""
-    changes: dict[str, Any] = {}
-    setters: dict[str, str] = {}
-    for name, value in options.items():
-        rule = preset.options.get(name, "")
-        if rule.startswith("refused: "):
-            shown = value if isinstance(value, (int, float, str)) else "..."
-            own = rule.removeprefix("refused: ")
-            raise ValueError(f"loss {preset.name!r} does not take {name!r}: TRL's {name} of it is {own} here: write {own}={shown}")
-        if rule:
-            new = _OPTION_RULES[rule](value)
-        elif name in FIELDS or name in TENSOR_ONLY:
-            new = {name: value}
-        else:
-            legal = [*preset.options, *(f for f in FIELDS if f not in preset.options), *TENSOR_ONLY]
-            hint = peers.preference_hint(name, value)
-            raise ValueError(f"loss {preset.name!r} has no option {name!r}{hint}; legal: {', '.join(legal)}")
-        for field, v in new.items():
-            if field in changes and setters[field] != name and changes[field] is not v:
-                raise ValueError(f"options {setters[field]!r} and {name!r} both set {field}; give one")
-            changes[field], setters[field] = v, name
-    tensors = {field: v for field, v in changes.items() if isinstance(v, Tensor)}
-    for field in tensors:
-        if field not in TENSOR_FIELDS + TENSOR_ONLY:
-            raise TypeError(f"option {setters[field]!r} must be a number; tensors are legal for {', '.join(TENSOR_FIELDS + TENSOR_ONLY)}")
-    for field in TENSOR_ONLY:
-        if field in changes and field not in tensors:
-            raise TypeError(f"option {field!r} must be a tensor with one value per pair, got {changes[field]!r}")
-    if not changes:
-        return preset, tensors
-    resolved = dataclasses.replace(preset, **{f: v for f, v in changes.items() if f not in tensors})
-    for field in changes:
-        if field in _EFFECT and not _EFFECT[field][0](resolved):
-            raise ValueError(f"option {setters[field]!r} has no effect on loss {preset.name!r} without {_EFFECT[field][1]}")
-    return resolved, tensors

@@ -15,16 +15,15 @@ seq_mean_token_sum 1/S, seq_mean_token_sum_norm 1/(S norm_length), token_sum 1.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
 from fastalign.losses import peers
+from fastalign.losses.fields import Effect, LossPreset, number, other, word
+from fastalign.losses.options import Table, resolver
 from fastalign.ops.columns import AGGREGATIONS, IS_MODES, KL_KINDS, RATIOS, SURROGATES
 from fastalign.ops.policy.params import PolicyParams
 from fastalign.runtime import memo
@@ -34,8 +33,20 @@ from fastalign.runtime.checks import check_choice, check_number
 K3_CLAMP = 10.0
 
 
+# When a field has an effect, and what it needs otherwise.
+_CLIPPING = ("clip", "cispo", "gmpo")
+_CLIP: Effect = (lambda p: p.surrogate in _CLIPPING, f"surrogate in {_CLIPPING}")
+_DUAL: Effect = (lambda p: p.surrogate == "clip" or p.dual_clip is None, 'surrogate="clip"')
+_SAPO: Effect = (lambda p: p.surrogate == "sapo", 'surrogate="sapo"')
+_VESPO: Effect = (lambda p: p.surrogate == "vespo", 'surrogate="vespo"')
+_RATIO: Effect = (lambda p: p.surrogate != "reinforce" or p.ratio == "token", "a surrogate that reads the ratio")
+_MASK: Effect = (lambda p: p.is_mode == "mask", 'is_mode="mask"')
+_MODE: Effect = (lambda p: p.is_mode is not None or p.is_max is None, "is_mode")
+_NORM: Effect = (lambda p: p.aggregation == "seq_mean_token_sum_norm", 'aggregation="seq_mean_token_sum_norm"')
+
+
 @dataclass(frozen=True)
-class PolicyPreset:
+class PolicyPreset(LossPreset):
     """A policy-gradient loss as data. Every field can be passed to `policy_loss` by its name; see the module's docstring for the formula.
 
     The bound on a side is either an epsilon (clip_low: 1 - clip_low; clip_high: 1 + clip_high; of gmpo: -clip_low and clip_high of the log-ratio)
@@ -46,41 +57,44 @@ class PolicyPreset:
     formula: str = ""
     paper: str = ""
     trl: str = ""  # TRL's loss_type where the meaning is the same
-    surrogate: str = "clip"
-    ratio: str = "token"
-    clip_low: float | None = None
-    clip_high: float | None = None
-    ratio_min: float | None = None
-    ratio_max: float | None = None
-    dual_clip: float | None = None  # largest ratio that a negative advantage pays for
-    tau_pos: float = 1.0  # of sapo, A > 0
-    tau_neg: float = 1.05
-    k_pos: float = 2.0  # of vespo, A >= 0
-    lam_pos: float = 3.0
-    k_neg: float = 3.0
-    lam_neg: float = 2.0
-    kl_coef: float = 0.0
-    kl_kind: str = "k3"
-    kl_clamp: float | str | None = (
-        "auto"  # the loss adds the estimate clamped to +- this; None: as it is; "auto": 10 for k3, as it is for others
-    )
-    kl_bias_correction: bool = False  # KL term times the token's ratio: its gradient is then that of the exact KL off-policy too
-    entropy_coef: float = 0.0
-    is_mode: str | None = None  # truncate: min(w, is_max); mask: 0 outside [is_min, is_max]; None: as given
-    is_min: float = 0.0
-    is_max: float | None = None
-    aggregation: str = "token_mean"
-    norm_length: float | None = None  # the constant of seq_mean_token_sum_norm: the longest response that can be
+    surrogate: str = word("clip", lambda: SURROGATES)
+    ratio: str = word("token", lambda: RATIOS, effect=_RATIO)
+    clip_low: float | None = number(None, low=0.0, effect=_CLIP)
+    clip_high: float | None = number(None, low=0.0, effect=_CLIP)
+    ratio_min: float | None = number(None, low=0.0, effect=_CLIP)
+    ratio_max: float | None = number(None, low=0.0, effect=_CLIP)
+    dual_clip: float | None = number(None, above=1.0, effect=_DUAL)  # largest ratio that a negative advantage pays for
+    tau_pos: float = number(1.0, above=0.0, effect=_SAPO)  # of sapo, A > 0
+    tau_neg: float = number(1.05, above=0.0, effect=_SAPO)
+    k_pos: float = number(2.0, low=0.0, effect=_VESPO)  # of vespo, A >= 0
+    lam_pos: float = number(3.0, low=0.0, effect=_VESPO)
+    k_neg: float = number(3.0, low=0.0, effect=_VESPO)
+    lam_neg: float = number(2.0, low=0.0, effect=_VESPO)
+    kl_coef: float = number(0.0, tensor=True)
+    kl_kind: str = word("k3", lambda: KL_KINDS)
+    # The loss adds the estimate clamped to +- this; None: as it is; "auto": 10 for k3, as it is for others.
+    kl_clamp: float | str | None = other("auto")
+    kl_bias_correction: bool = other(False)  # KL term times the token's ratio: its gradient is then that of the exact KL off-policy too
+    entropy_coef: float = number(0.0, tensor=True)
+    # truncate: min(w, is_max); mask: 0 outside [is_min, is_max]; None: as given
+    is_mode: str | None = word(None, lambda: IS_MODES)
+    is_min: float = number(0.0, low=0.0, effect=_MASK)
+    is_max: float | None = other(None, effect=_MODE)
+    aggregation: str = word("token_mean", lambda: AGGREGATIONS)
+    norm_length: float | None = number(
+        None, above=0.0, effect=_NORM
+    )  # the constant of seq_mean_token_sum_norm: the longest response that can be
 
-    def __post_init__(self) -> None:
-        _validate(self)
+    hint = staticmethod(peers.policy_hint)
 
-    def replace(self, **changes: Any) -> PolicyPreset:
-        """A copy with other fields; unknown names, fields without effect and impossible combinations raise."""
-        preset, tensors = with_options(self, changes)
-        if tensors:
-            raise TypeError(f"{', '.join(tensors)}: a PolicyPreset holds numbers; pass tensors to the loss itself")
-        return preset
+    def implied(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """A new bound of one kind replaces that of the other."""
+        sides = (("clip_low", "ratio_min"), ("clip_high", "ratio_max"))
+        pairs = [pair for eps, bound in sides for pair in ((eps, bound), (bound, eps))]
+        return {other: None for one, other in pairs if changes.get(one) is not None and other not in changes}
+
+    def check_combination(self) -> None:
+        _check_combination(self)
 
     @property
     def reads_ratio(self) -> bool:
@@ -127,22 +141,9 @@ class PolicyPreset:
         )  # fmt: skip
 
 
-_DESCRIPTION = ("name", "formula", "paper", "trl")
-FIELDS = tuple(f.name for f in dataclasses.fields(PolicyPreset) if f.name not in _DESCRIPTION)
-TENSOR_FIELDS = ("kl_coef", "entropy_coef")
-_CLIPPING = ("clip", "cispo", "gmpo")
-
-# A field that has no effect in a combination raises when it is passed: field -> (has an effect, what it needs).
-_EFFECT: dict[str, tuple[Callable[[PolicyPreset], bool], str]] = {
-    **{f: (lambda p: p.surrogate in _CLIPPING, f"surrogate in {_CLIPPING}") for f in ("clip_low", "clip_high", "ratio_min", "ratio_max")},
-    "dual_clip": (lambda p: p.surrogate == "clip" or p.dual_clip is None, 'surrogate="clip"'),
-    **{f: (lambda p: p.surrogate == "sapo", 'surrogate="sapo"') for f in ("tau_pos", "tau_neg")},
-    **{f: (lambda p: p.surrogate == "vespo", 'surrogate="vespo"') for f in ("k_pos", "lam_pos", "k_neg", "lam_neg")},
-    "ratio": (lambda p: p.surrogate != "reinforce" or p.ratio == "token", "a surrogate that reads the ratio"),
-    "is_min": (lambda p: p.is_mode == "mask", 'is_mode="mask"'),
-    "is_max": (lambda p: p.is_mode is not None or p.is_max is None, "is_mode"),
-    "norm_length": (lambda p: p.aggregation == "seq_mean_token_sum_norm", 'aggregation="seq_mean_token_sum_norm"'),
-}
+PolicyPreset.read_fields()
+FIELDS = tuple(PolicyPreset.PARTS)
+TENSOR_FIELDS = PolicyPreset.TENSOR_FIELDS
 
 
 def _bounds(p: PolicyPreset) -> tuple[float, float]:
@@ -156,76 +157,30 @@ def _bounds(p: PolicyPreset) -> tuple[float, float]:
     return 0.0 if low is None else low, math.inf if high is None else high
 
 
-def _validate(p: PolicyPreset) -> None:
+def _check_combination(p: PolicyPreset) -> None:
     """Impossible combinations, with the reason. Also what no field of a hand-made PolicyPreset may be."""
-    for name, legal in (
-        ("surrogate", SURROGATES),
-        ("ratio", RATIOS),
-        ("aggregation", AGGREGATIONS),
-        ("kl_kind", KL_KINDS),
-        ("is_mode", IS_MODES),
-    ):
-        check_choice(name, getattr(p, name), legal)
     for eps, bound in (("clip_low", "ratio_min"), ("clip_high", "ratio_max")):
         if getattr(p, eps) is not None and getattr(p, bound) is not None:
             raise ValueError(f"{eps} and {bound} bound the same side; give one")
-        for name in (eps, bound):
-            if getattr(p, name) is not None:
-                check_number(name, getattr(p, name), low=0.0)
     low, high = _bounds(p)
     if not low < high:
         raise ValueError(f"the ratio's bounds {low:g} and {high:g} leave nothing between them")
     if p.surrogate == "clip":
         check_number("clip_low", 1.0 - low, high=1.0)
-    if p.dual_clip is not None:
-        check_number("dual_clip", p.dual_clip, above=1.0)
-    for name in ("tau_pos", "tau_neg"):
-        check_number(name, getattr(p, name), above=0.0)
-    for name in ("k_pos", "lam_pos", "k_neg", "lam_neg"):
-        check_number(name, getattr(p, name), low=0.0)
-    for name in ("kl_coef", "entropy_coef"):
-        check_number(name, getattr(p, name))
     if p.kl_clamp == "auto" or p.kl_clamp is None:
         pass
     elif isinstance(p.kl_clamp, str):
         raise ValueError(f"kl_clamp={p.kl_clamp!r}: it must be a positive number, None or 'auto'")
     else:
         check_number("kl_clamp", p.kl_clamp, above=0.0)
-    check_number("is_min", p.is_min, low=0.0)
     if p.is_max is not None:
         check_number("is_max", p.is_max, above=p.is_min)
     if p.is_mode is not None and p.is_max is None:
         raise ValueError(f"is_mode={p.is_mode!r} needs is_max, the largest importance weight")
-    if p.norm_length is not None:
-        check_number("norm_length", p.norm_length, above=0.0)
     if p.surrogate == "gmpo" and p.ratio != "seq_mean":
         raise ValueError('surrogate="gmpo" is a geometric mean over the sequence: ratio must be "seq_mean"')
     if p.kl_bias_correction and p.ratio != "token":
         raise ValueError('kl_bias_correction weighs each token\'s KL by its own ratio: ratio must be "token"')
-
-
-def with_options(preset: PolicyPreset, options: Mapping[str, Any]) -> tuple[PolicyPreset, dict[str, Tensor]]:
-    """The preset with these options applied, and the options that are tensors (kl_coef, entropy_coef)."""
-    tensors = {name: v for name, v in options.items() if isinstance(v, Tensor)}
-    for name in options:
-        if name not in FIELDS:
-            hint = peers.policy_hint(name, options[name])
-            raise ValueError(f"loss {preset.name!r} has no option {name!r}{hint}; legal: {', '.join(FIELDS)}")
-    for name in tensors:
-        if name not in TENSOR_FIELDS:
-            raise TypeError(f"option {name!r} must be a number; tensors are legal for {', '.join(TENSOR_FIELDS)}")
-    changes = {name: v for name, v in options.items() if name not in tensors}
-    if not changes:
-        return preset, tensors
-    for eps, bound in (("clip_low", "ratio_min"), ("clip_high", "ratio_max")):
-        for one, other in ((eps, bound), (bound, eps)):
-            if changes.get(one) is not None and other not in changes:
-                changes[other] = None
-    resolved = dataclasses.replace(preset, **changes)
-    for name in options:
-        if name in changes and name in _EFFECT and not _EFFECT[name][0](resolved):
-            raise ValueError(f"option {name!r} has no effect on loss {preset.name!r} without {_EFFECT[name][1]}")
-    return resolved, tensors
 
 
 def _rows() -> list[PolicyPreset]:
@@ -276,27 +231,25 @@ def get(name: str) -> PolicyPreset:
     return PRESETS[name]
 
 
-@memo.by_options
-def resolve(loss: str | PolicyPreset, options: Mapping[str, Any]) -> tuple[PolicyPreset, dict[str, Tensor]]:
-    """The preset that `loss` (a name or a PolicyPreset) and `options` give, and the options that are tensors."""
-    preset = get(loss) if isinstance(loss, str) else loss
-    if not isinstance(preset, PolicyPreset):
-        raise TypeError(f"loss must be a name or a PolicyPreset, got {type(loss).__name__}; names: {', '.join(PRESETS)}")
-    return with_options(preset, options)
+resolve = resolver(get, PolicyPreset, PRESETS)
+
+
+def _shown_bounds(p: PolicyPreset) -> str:
+    low, high = _bounds(p)
+    shown = f"lr in [{low:g}, {high:g}]" if p.surrogate == "gmpo" else f"[{low:g}, {high:g}]"
+    return shown if p.surrogate in _CLIPPING else "none"
+
+
+class PolicyLossTable(Table):
+    """The policy-gradient losses: formula, ratio, aggregation, bounds, TRL's name, paper."""
+
+    columns = {
+        "loss": lambda p: p.name, "formula per token": lambda p: f"`{p.formula}`",
+        "ratio": lambda p: "none" if p.surrogate == "reinforce" else p.ratio, "aggregation": lambda p: p.aggregation,
+        "bounds": _shown_bounds, "TRL": lambda p: p.trl or TRL_FORMS.get(p.name, "none"), "paper": lambda p: p.paper,
+    }  # fmt: skip
 
 
 def available() -> str:
     """Every named loss as a table: formula, ratio, aggregation, bounds, paper."""
-    lines = ["| loss | formula per token | ratio | aggregation | bounds | TRL | paper |", "|---|---|---|---|---|---|---|"]
-    for p in PRESETS.values():
-        low, high = _bounds(p)
-        bounds = (
-            "none" if p.surrogate not in _CLIPPING else f"lr in [{low:g}, {high:g}]" if p.surrogate == "gmpo" else f"[{low:g}, {high:g}]"
-        )
-        ratio = "none" if p.surrogate == "reinforce" else p.ratio
-        lines.append(
-            "| "
-            + " | ".join([p.name, f"`{p.formula}`", ratio, p.aggregation, bounds, p.trl or TRL_FORMS.get(p.name, "none"), p.paper])
-            + " |"
-        )
-    return "\n".join(lines)
+    return PolicyLossTable(PRESETS.values()).markdown()

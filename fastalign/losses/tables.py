@@ -19,9 +19,9 @@ from typing import NamedTuple
 from fastalign.losses.list import ListPreset
 from fastalign.losses.pair import Preset
 
-# How the option `name` of a method sets fields (see preset._OPTION_RULES); "refused: x": that name means our option x to TRL.
-_SMOOTHING = {"label_smoothing": "labels = smooth"}  # of losses whose published trainers have it beside the hard label
-_GAMMA = {"gamma": "gamma_beta_ratio = 0"}
+# Options of methods: a field's name, or one of `Preset.OWN`.
+_SMOOTHING = {"label_smoothing": "smooth_labels"}  # of losses whose published trainers have it beside the hard label
+_GAMMA = {"gamma": "gamma_itself"}
 _POINTS = {"pair_weight": 0.0}
 
 
@@ -38,7 +38,7 @@ def _rows() -> list[Preset]:
         Preset("rdpo_robust", "((1 - e) sp(-h) - e sp(h)) / (1 - 2e)", "Chowdhury et al. 2024, arXiv 2403.00409", "robust", labels="robust",
                label_smoothing=0.1),
         Preset("ipo", "(D_c / L_c - D_r / L_r - 1 / (2 tau))^2", "Azar et al. 2023, arXiv 2310.12036", "ipo", beta=1.0, length_norm=1.0,
-               link="squared", target=5.0, options={"tau": "target = 1 / (2 tau)", "beta": "refused: tau"}),
+               link="squared", target=5.0, options={"tau": "inverse_tau", "beta": "say_tau"}),
         Preset("hinge_norm", "relu(1 - h)", "Liu et al. 2023 (RSO), arXiv 2309.06657", "hinge", beta=0.05, link="hinge"),
         Preset("slic_hf", "relu(delta - A_c + A_r) - sft_weight A_c", "Zhao et al. 2023, arXiv 2305.10425", beta=1.0, reference=False,
                link="hinge", sft_weight=0.1, sft_norm="seq_sum", options={"delta": "target"}),
@@ -59,7 +59,8 @@ def _rows() -> list[Preset]:
         Preset("beta_dpo", "sp(-beta_batch (D_c - D_r)) over the kept pairs", "Wu et al. 2024, arXiv 2407.08639", rule="beta_dpo"),
         Preset("alpha_dpo", "sp(-beta (A_c / L_c - A_r / L_r - stop[alpha z + gamma_beta_ratio]))", "Wu et al. 2024, arXiv 2410.10148", beta=2.5,
                reference=False, length_norm=1.0, gamma_beta_ratio=0.3, rule="alpha_dpo", options=_GAMMA),
-        Preset("wpo", "omega sp(-h), omega = min(1, exp(v_c + v_r))", "Zhou et al. 2024, arXiv 2406.11827", beta=0.01, requires=("omega",)),
+        Preset("wpo", "omega sp(-h), omega = min(1, exp(v_c + v_r))", "Zhou et al. 2024, arXiv 2406.11827", beta=0.01, requires=("omega",),
+               weights="wpo_weights"),
         Preset("aot", "(1 - e) sp(-d) + e sp(d), d_i = beta (sort(A_c - A_r)_i - sort(R_c - R_r)_i)", "Melnyk et al. 2024, arXiv 2406.05882", "aot",
                beta=0.01, order="paired", options=_SMOOTHING),
         Preset("aot_unpaired", "(1 - e) sp(-d) + e sp(d), d_i = beta (sort(D_c)_i - sort(D_r)_i)", "Melnyk et al. 2024, arXiv 2406.05882",
@@ -70,7 +71,7 @@ def _rows() -> list[Preset]:
         Preset("odpo", "sp(-(h - gamma_ext)), gamma_ext = alpha log(score gap) per pair", "Amini et al. 2024, arXiv 2402.10571", requires=("gamma_ext",)),
         Preset("tdpo1", "sp(-(h - beta (K_r - K_c)))", tdpo, kl_chosen=1.0, kl_rejected=1.0),
         Preset("tdpo2", "sp(-(h - beta alpha (K_r - stop[K_c])))", tdpo, kl_chosen=0.5, kl_rejected=0.5, detach_kl_chosen=True,
-               options={"alpha": "kl_chosen = kl_rejected"}),
+               options={"alpha": "both_kls"}),
         # --- other aggregates
         Preset("ln_dpo", "sp(-beta (D_c / L_c - D_r / L_r))", "Lambert et al. 2024 (Tulu 3), arXiv 2411.15124", "sigmoid_norm", beta=5.0,
                length_norm=1.0),
@@ -93,11 +94,11 @@ def _rows() -> list[Preset]:
                options={"alpha": "transform_alpha"} | _SMOOTHING),
         Preset("orpo", "pair_weight sp(-(o(A_c / L_c) - o(A_r / L_r))) + NLL_c, o(a) = log(e^a / (1 - e^a))", "Hong et al. 2024, arXiv 2403.07691",
                beta=1.0, reference=False, length_norm=1.0, transform="logodds", pair_weight=0.1, sft_weight=1.0,
-               options={"beta": "refused: pair_weight"}),
+               options={"beta": "say_pair_weight"}),
         Preset("rrhf_pair", "relu(A_r / L_r - A_c / L_c)", "Yuan et al. 2023, arXiv 2304.05302", beta=1.0, reference=False, length_norm=1.0,
                link="hinge", target=0.0),
         Preset("bt_rm", "sp(-(r_c - r_r - gamma_ext)) on reward-model scores r in place of A", "Ouyang et al. 2022, arXiv 2203.02155", beta=1.0,
-               reference=False),
+               reference=False, of_scores=True),
         Preset("sft", "NLL_c", "", "sft", reference=False, pair_weight=0.0, sft_weight=1.0),
         # --- DPO plus SFT: three methods called RPO
         Preset("rpo", "sp(-h) + alpha NLL_c", dpo, sft_weight=1.0, options={"alpha": "sft_weight"}),
@@ -182,7 +183,7 @@ def _list_rows() -> list[ListPreset]:
         ListPreset("nca", "sum p sp(-s) + sp(s) / K", nca, beta=0.01, kind="nca", options=alpha),
         ListPreset("exo_list", "sum q (log q - log p)", "Ji et al. 2024, arXiv 2402.00856", kind="exo", options=alpha),
         ListPreset("kwise_rm", "mean over r_i > r_j of sp(-(s_i - s_j)), s: the reward model's scores", "Ouyang et al. 2022, arXiv 2203.02155",
-                   beta=1.0, reference=False, pair_mean=True),
+                   beta=1.0, reference=False, pair_mean=True, of_scores=True),
     ]  # fmt: skip
 
 
@@ -190,17 +191,22 @@ LISTWISE: Mapping[str, ListPreset] = MappingProxyType({p.name: p for p in _list_
 
 
 class UnpairedLoss(NamedTuple):
-    """A loss of single responses with a label or score (`fastalign.unpaired_loss`). method: of `fastalign train`."""
+    """A loss of single responses with a label or score (`fastalign.unpaired_loss`). method: of `fastalign train`.
+    mismatched: its baseline comes from prompts with other prompts' responses (`fastalign.kto_baseline`)."""
 
     method: str
     formula: str
     paper: str
+    mismatched: bool = False
 
 
 UNPAIRED: Mapping[str, UnpairedLoss] = MappingProxyType(
     {
         "kto": UnpairedLoss(
-            "kto", "good: w_d (1 - sg(beta D - z)), bad: w_u (1 - sg(z - beta D))", "Ethayarajh et al. 2024, arXiv 2402.01306"
+            "kto",
+            "good: w_d (1 - sg(beta D - z)), bad: w_u (1 - sg(z - beta D))",
+            "Ethayarajh et al. 2024, arXiv 2402.01306",
+            mismatched=True,
         ),
         "apo_zero_unpaired": UnpairedLoss(
             "kto", "good: w_d sg(-beta D), bad: w_u sg(beta D)", "D'Oosterlinck et al. 2024, arXiv 2408.06266"

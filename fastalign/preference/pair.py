@@ -234,7 +234,7 @@ def pair_tensors(preset: Preset, tensors: dict[str, Tensor], count: int, num_ite
     if preset.needs_soft_labels and "soft_labels" not in tensors:
         raise ValueError(f"loss {preset.name!r} needs soft_labels, a tensor [P]")
     if missing := [name for name in preset.requires if name not in tensors]:
-        hint = " (fastalign.wpo_weights computes it)" if preset.name == "wpo" else ""
+        hint = f" (fastalign.{preset.weights} computes it)" if preset.weights else ""
         raise ValueError(f"loss {preset.name!r} needs {', '.join(missing)}, a tensor [P]{hint}")
     if "soft_labels" in tensors and not preset.takes_soft_labels:
         raise ValueError(f"loss {preset.name!r} does not use soft_labels (labels='soft' does)")

@@ -5,7 +5,6 @@ Read without importing torch's or transformers' heavy parts, as the tables of me
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shutil
 
 from fastalign.train.config import RunConfig, flag_of
@@ -67,9 +66,9 @@ def loss_options() -> frozenset[str]:
     from fastalign.losses import policy as policy_losses
 
     own = {name for p in (*losses.PRESETS.values(), *losses.LISTWISE.values()) for name in p.options}
-    fields = {f.name for kind in (preset.Preset, list_preset.ListPreset, policy_losses.PolicyPreset) for f in dataclasses.fields(kind)}
+    fields = {name for kind in (preset.Preset, list_preset.ListPreset, policy_losses.PolicyPreset) for name in kind.PARTS}
     unpaired = {"desirable_weight", "undesirable_weight", "momentum", "tau", "rescale", "standardise", "centering", "clamp"}
-    return frozenset(own | fields | unpaired) - {"name", "formula", "paper", "trl", "options"}
+    return frozenset(own | fields | unpaired)
 
 
 def usage(method: str, kind: type[RunConfig]) -> str:

@@ -70,7 +70,7 @@ COMMON = {"alpha", "linear", "squared", "sigmoid", "exp", "logistic", "sft", "dp
 # one preset; presets say what combines.
 SPECIAL = {
     "losses/pair.py: beta_dpo", "losses/pair.py: alpha_dpo", "losses/pair.py: bco", "preference/rules.py: beta_dpo",
-    "preference/rules.py: alpha_dpo", "preference/rules.py: bco", "preference/unpaired.py: bco", "preference/pair.py: wpo",
+    "preference/rules.py: alpha_dpo", "preference/rules.py: bco", "preference/unpaired.py: bco",
     "preference/reward_model.py: bt_rm",
 }  # fmt: skip
 MAY_NAME_PARTS = ("losses/pair.py", "losses/list.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -173,6 +174,23 @@ def test_losses_are_listed_and_shown(capsys):
     assert cli.main(["losses", "sdpo"]) == 0
     shown = capsys.readouterr().out
     assert "loop     train on the data part by part" in shown and "--loss sdpo" in shown
+
+
+@pytest.mark.parametrize("name", [p.name for p in fa.losses.available() if p.own_options()])
+def test_a_shown_own_option_has_the_value_that_gives_the_loss(name, capsys):
+    """Given as it is shown, a method's own parameter changes nothing."""
+    assert cli.main(["losses", name]) == 0
+    shown, preset = capsys.readouterr().out, fa.losses.get(name)
+
+    def numbers(p):
+        """With the margin as one number; smooth labels of smoothing 0 are hard ones."""
+        margin = round(p.gamma + p.gamma_beta_ratio * p.beta, 12)
+        labels = p.labels if p.label_smoothing else preset.labels
+        return dataclasses.replace(p, gamma=margin, gamma_beta_ratio=0.0, labels=labels).params()
+
+    for option, value in preset.own_options().items():
+        assert f"{option}={value}" in shown
+        assert str(numbers(preset.replace(**{option: value}))) == str(numbers(preset)), option
 
 
 def test_a_loss_that_is_another_plus_a_loop_says_so():

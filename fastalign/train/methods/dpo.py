@@ -22,6 +22,8 @@ from fastalign.train.vain import note_examples
 
 # Column of the data -> the option of the loss that takes one number per pair.
 COLUMNS = {"soft_label": "soft_labels", "weight": "omega", "margin": "gamma_ext", "target": "target"}
+# A function that makes weights from the policy (`Preset.weights`) -> the row statistic that it reads.
+WEIGHTS = {"wpo_weights": "log_sum_sq_probs"}
 # What a rule returns -> the metric that shows it.
 _RULE_METRICS = {"beta": "beta_used", "valid": "kept_fraction", "gamma_ext": "margin_used", "anchor": "delta"}
 
@@ -30,7 +32,7 @@ class PreferenceMethod(Method):
     """DPO and its variants.
 
     A loss that looks at all pairs of a step (a rule with memory, sorting) is joint: with more than one pack per step the policy runs
-    twice. WPO's weights are computed from the policy; the other numbers per pair are columns of the data.
+    twice. Weights that a loss makes from the policy (WPO) are computed; the other numbers per pair are columns of the data.
 
     Args:
         logprob_fn: (logits [T, V], labels [T], -100 where nothing is scored) -> log-probs [T], in place of `fastalign.token_stats`; for
@@ -43,18 +45,19 @@ class PreferenceMethod(Method):
     def __init__(self, config: TrainConfig, *, logprob_fn: LogprobFn | None = None, loss_fn: Callable[..., Any] | None = None):
         super().__init__(config, logprob_fn=logprob_fn)
         self.loss_fn = loss_fn or fastalign.preference_loss
-        self.parts, self.rules, self.wpo_clamp = resolve_loss(self.config, exact_kl=self.exact_kl)
+        self.parts, self.rules, self.clamp = resolve_loss(self.config, exact_kl=self.exact_kl)
         presets = [preset for preset, _ in self.parts]
         self.needs_reference = any(p.needs_reference for p in presets)
         if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
             raise UserError(f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it")
         self.joint = any(p.rule is not None or p.order is not None or p.nonfinite == "drop" for p in presets)
         self.include_prompt = any(p.sft_include_prompt for p in presets)
-        self.wpo = any("omega" in p.requires for p in presets)
-        if self.wpo:
+        self.weights = next((p.weights for p in presets if p.weights), "")
+        if self.weights:
+            statistic = WEIGHTS[self.weights]
             if logprob_fn is not None:
-                raise UserError("logprob_fn yields no log_sum_sq_probs, from which WPO's weights are made")
-            self.outputs += ("log_sum_sq_probs",)
+                raise UserError(f"logprob_fn yields no {statistic}, from which {presets[0].name.upper()}'s weights are made")
+            self.outputs += (statistic,)
         self.format = PREFERENCE.requiring(*(column for column, option in COLUMNS.items() if self._requires(option)))
         self.columns: tuple[str, ...] = ()
         # A lone loss travels as itself: it alone may have numbers per pair.
@@ -66,7 +69,7 @@ class PreferenceMethod(Method):
         """Evaluate the loss on a pair of one token each: what it refuses, it refuses now."""
         token = torch.zeros(2)
         options: dict[str, Any] = {option: torch.ones(1) for option in COLUMNS.values() if self._requires(option)}
-        options |= {"omega": torch.ones(1)} if self.wpo else {}
+        options |= {"omega": torch.ones(1)} if self.weights else {}
         options |= {"kl_ref_policy": token} if self.exact_kl else {}
         options |= {"state": [rule.eval() for rule in self.rules]} if self.rules else {}
         ends = torch.tensor([0, 1, 2], dtype=torch.int32)
@@ -77,7 +80,8 @@ class PreferenceMethod(Method):
 
     def _requires(self, option: str) -> bool:
         preset = self.parts[0][0]
-        return option in preset.requires and option != "omega" or option == "soft_labels" and preset.needs_soft_labels
+        made = option == "omega" and bool(preset.weights)  # from the policy, not read
+        return option in preset.requires and not made or option == "soft_labels" and preset.needs_soft_labels
 
     def _reads(self, column: str) -> bool:
         """Whether the loss has a use for a column that the data has."""
@@ -130,10 +134,9 @@ class PreferenceMethod(Method):
     def loss(self, scored: Scored, *, training: bool, **known: Any) -> tuple[torch.Tensor, Metrics]:
         packed, logprob = scored.packed, scored.policy["logprob"]
         metrics, options = {}, {COLUMNS[column]: scored.column(column) for column in self.columns}
-        if self.wpo:
-            omega = fastalign.wpo_weights(
-                logprob, scored.policy["log_sum_sq_probs"], packed.cu_seqlens, mask=packed.mask, clamp=self.wpo_clamp
-            )
+        if self.weights:
+            make, statistic = getattr(fastalign, self.weights), scored.policy[WEIGHTS[self.weights]]
+            omega = make(logprob, statistic, packed.cu_seqlens, mask=packed.mask, clamp=self.clamp)
             options["omega"] = omega * options.get("omega", 1.0)
             metrics["omega_mean"] = (omega.sum(), omega.numel())
         if self.rules:
@@ -157,7 +160,7 @@ class PreferenceMethod(Method):
 
 
 def resolve_loss(config: TrainConfig, *, exact_kl: bool = False) -> tuple[list[tuple[fastalign.Preset, float]], list[Any], float | None]:
-    """(losses with their weights, rule objects, upper bound of WPO's weights) that --loss and --set name. Raises `UserError` that lists
+    """(losses with their weights, rule objects, upper bound of weights made from the policy) that --loss and --set name. Raises `UserError` that lists
     the legal names, or says why the trainer cannot serve it."""
     weights = _mixture(config.loss or PreferenceMethod.default_loss)
     options: dict[str, dict[str, Any]] = {name: {} for name in weights}
@@ -177,7 +180,7 @@ def resolve_loss(config: TrainConfig, *, exact_kl: bool = False) -> tuple[list[t
             preset, own = fastalign.losses.get(name), dict(options[name])
             if preset.rule is not None and preset.rule not in rules:
                 rules[preset.rule] = _make_rule(preset.rule, own, config.seed)
-            if "omega" in preset.requires and "clamp" in own:
+            if preset.weights and "clamp" in own:
                 clamp = own.pop("clamp")
             check_booleans(own, preset)
             preset = preset.replace(**own)
@@ -221,7 +224,7 @@ def _check_served(name: str, preset: fastalign.Preset, *, mixed: bool, exact_kl:
     needs = [*preset.requires, *(["soft_labels"] if preset.needs_soft_labels else [])]
     elsewhere: Mapping[str, bool] = {
         "the KL between whole distributions; 'fastalign train tdpo' computes it": preset.needs_kl and not exact_kl,
-        "the scores of a reward model; 'fastalign train reward' trains one": preset.name == "bt_rm",
+        "the scores of a reward model; 'fastalign train reward' trains one": preset.of_scores,
         f"one number per pair ({', '.join(needs)}), which the losses of a mixture cannot share; use it alone": mixed and bool(needs),
     }
     for reason, applies in elsewhere.items():

@@ -69,7 +69,7 @@ class KTO(UnpairedMethod):
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
-        self.mismatched = self.config.loss == "kto"
+        self.mismatched = fastalign.losses.UNPAIRED[self.config.loss].mismatched
         self.check_options(**({"baseline": 0.0} if self.mismatched else {}))
         if self.mismatched and config.precompute_ref:
             raise UserError(

@@ -30,8 +30,9 @@ class Listwise(Method):
             self.preset = preset.replace(**config.loss_options)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
-        if self.preset.name == "kwise_rm":
-            raise UserError("--loss kwise_rm needs the scores of a reward model; 'fastalign train reward --loss kwise_rm' trains one")
+        if self.preset.of_scores:
+            name = self.config.loss
+            raise UserError(f"--loss {name} needs the scores of a reward model; 'fastalign train reward --loss {name}' trains one")
         self.needs_reference = self.preset.reference
         if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
             raise UserError(f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it")

@@ -22,6 +22,8 @@ from fastalign.train.models import packed as models
 from fastalign.train.models.scorer import PackedScorer, load_scorer, with_padding
 from fastalign.train.vain import note_examples
 
+# Where the losses of scores stand, and what their functions take besides: `reward_loss`, `kwise_reward_loss`.
+_KINDS = ((fastalign.losses.PRESETS, ("centering",)), (fastalign.losses.LISTWISE, ()))
 _COLUMNS = {"margin": "margin", "soft_label": "soft_labels"}
 _PAIR_METRICS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
@@ -36,7 +38,7 @@ class Reward(Method):
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
-        legal = {"bt_rm": ("centering",), "kwise_rm": ()}
+        legal = {name: own for kind, own in _KINDS for name, preset in kind.items() if preset.of_scores}
         if self.config.loss not in legal:
             raise UserError(f"--loss {self.config.loss} is unknown to fastalign train reward; legal: {', '.join(legal)}")
         self.options, own = dict(config.loss_options), legal[self.config.loss]
@@ -46,7 +48,7 @@ class Reward(Method):
             raise UserError(f"loss {self.config.loss!r} has no option {unknown[0]!r}{hint}; legal: {', '.join(own) or 'none'}")
         if config.overlong == "truncate_completion":
             raise UserError("--overlong truncate_completion cuts off the end of the turn, where the score is read: drop or truncate_prompt")
-        self.pairs = self.config.loss == "bt_rm"
+        self.pairs = self.config.loss in fastalign.losses.PRESETS
         self.format = PREFERENCE if self.pairs else LISTWISE
         if self.pairs:
             try:
