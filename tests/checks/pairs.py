@@ -47,6 +47,19 @@ def preset_of(**fields):
 
 # Presets that need no more than log-probs; the others' parts are in the variants below and in test_pair_tensors.
 PLAIN_PRESETS = [p.name for p in losses.PRESETS.values() if not (p.needs_soft_labels or p.needs_kl or p.requires or p.rule)]
+# One preset of every kind, where each costs seconds: of those that differ in no more than a link or a number, the first.
+KINDS_OF_PRESETS = {}
+for _name in PLAIN_PRESETS:
+    _p = losses.PRESETS[_name]
+    _sft, _points = _p.sft_weight and _p.sft_norm, _p.point_link is not None
+    _kind = (_p.transform, _p.length_norm != 0, _p.reference, _sft, _points, _p.ld_alpha != 1, _p.pair_weight != 0, _p.order)
+    KINDS_OF_PRESETS.setdefault(_kind, _name)
+
+
+def presets_for(slow_backend):
+    return list(KINDS_OF_PRESETS.values()) if slow_backend else PLAIN_PRESETS
+
+
 LOGODDS = {"reference": False, "length_norm": 1.0}
 PAIR_VARIANTS = {
     **{f"preset {name}": {"loss": name} for name in PLAIN_PRESETS},

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from checks.pairs import PAIR_VARIANTS, PLAIN_PRESETS, compare_pairs, preset_of, run_pairs
+from checks.pairs import PAIR_VARIANTS, PLAIN_PRESETS, compare_pairs, preset_of, presets_for, run_pairs
 
 import fastalign as fa
 from fastalign import losses
@@ -178,11 +178,11 @@ def test_masked_tokens_do_not_leak(backend, device):  # row 4, J5
         assert bool((clean["d logprobs"][~mask] == 0).all()) and bool((clean["d kl"][~mask] == 0).all())
 
 
-def test_empty_and_single_token_responses(backend, device):  # rows 3, 38; J1
+def test_empty_and_single_token_responses(backend, device, slow_backend):  # rows 3, 38; J1
     packed = fa.pack([[1, 2, 3], [1], [], [4, 5], [1, 2], [], []], [[0, 1, 1], [0], [], [0, 1], [0, 1], [], []], device=device)
     lp = torch.where(packed.mask, -1.0, 0.0).to(device)
     pairs = torch.tensor([[0, 1], [2, 3], [4, 3], [5, 6]], device=device)
-    for name in PLAIN_PRESETS:
+    for name in presets_for(slow_backend):
         x = lp.clone().requires_grad_()
         out = fa.preference_loss(x, lp, packed.cu_seqlens, pairs=pairs, mask=packed.mask, loss=name)
         assert out.valid.tolist() == [True, True, True, False]
@@ -295,10 +295,10 @@ def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, 
     assert_close(whole["d logprobs"], torch.cat(grads).double(), scale=1.0)
 
 
-def test_from_sums_equals_packed(backend, device):
+def test_from_sums_equals_packed(backend, device, slow_backend):
     batch = make_batch(5, device=device)
     cu, mask = batch.packed.cu_seqlens, batch.packed.mask
-    for name in [n for n in PLAIN_PRESETS if n != "ld_dpo"]:  # its weights are per token
+    for name in [n for n in presets_for(slow_backend) if n != "ld_dpo"]:  # its weights are per token
         sums, refs, kls, lengths = (
             fa.sequence_sum(x, cu, mask=mask)
             for x in (batch.logprobs, batch.ref_logprobs, batch.kl_ref_policy, torch.ones_like(batch.logprobs))

@@ -25,9 +25,9 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique",
 VARIANTS = {"ubsan": ["-fsanitize=undefined", "-fno-sanitize-recover=all"], "plain": []}
 
 
-def build(variant: str = "ubsan", edits: dict[str, tuple[str, str]] | None = None) -> Path:
+def build(variant: str = "ubsan", edits: dict[str, tuple[str, str]] | None = None, seen_by: tuple[str, ...] = ()) -> Path:
     """Path of the module. `edits`: file name under csrc/cuda -> (text, replacement), to compile a changed copy of a kernel; the text must
-    stand in the file exactly once. What does not include a changed file is not compiled again."""
+    stand in the file exactly once. What does not include a changed file is not compiled again, nor, with `seen_by`, what is not named there."""
     edited = {}
     for name, (old, new) in (edits or {}).items():
         text = (CSRC / "cuda" / name).read_text()
@@ -46,11 +46,12 @@ def build(variant: str = "ubsan", edits: dict[str, tuple[str, str]] | None = Non
     jobs = []
     for source in [CSRC / "bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]:
         path = overlay / "cuda" / source.name if source.name in edited else source
-        texts = _texts([path, HERE / "cuda_emu.h"], search)
+        where = search if not seen_by or source.name in seen_by else [CSRC, HERE]
+        texts = _texts([path, HERE / "cuda_emu.h"], where)
         changed = any(text in edited.values() for text in texts)  # a wrong kernel, which other checks than UBSan's are to notice
         options = [*flags, *(bindings if source.name == "bindings.cpp" else [] if changed else VARIANTS[variant])]
         output = OUT / f"{source.stem}-{_hash(repr((options, texts)))}.o"
-        jobs.append((path, output, [*options, *[f"-I{d}" for d in search]]))
+        jobs.append((path, output, [*options, *[f"-I{d}" for d in where]]))
     module = OUT / f"{_hash(repr([str(o) for _, o, _ in jobs]))}" / f"_C_emu{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.exists():
         module.parent.mkdir(parents=True, exist_ok=True)

@@ -202,30 +202,35 @@ def test_malformed_packing_gives_nan_and_writes_everything(emulated, monkeypatch
 MISSING = {
     "the barrier before the labels' gradients are read": (
         "token_stats_bwd.cu",
+        "token_stats_bwd.cu",
         ("    extra[place] = sum * scale;\n  }\n  __syncthreads();", "    extra[place] = sum * scale;\n  }"),
         lambda: check_several_labels("cpu"),
         0,
     ),
     "the barrier before the warps' states are merged": (
         "reduce.cuh",
+        "token_stats_fwd.cu",
         ("  if (lane == 0) partial[warp] = s;\n  __syncthreads();", "  if (lane == 0) partial[warp] = s;"),
         lambda: check_accuracy_fp32("cpu", 5003, "normal"),
         0,
     ),
     "the cluster barrier before other blocks' states are read": (
         "reduce.cuh",
+        "token_stats_fwd.cu",
         ("  if (cluster > 1) {\n    cluster_sync();", "  if (cluster > 1) {"),
         lambda: check_accuracy_fp32("cpu", 5003, "normal"),
         2,
     ),
     "the cluster barrier before a block exits": (
         "reduce.cuh",
+        "token_stats_fwd.cu",
         ("    cluster_sync();   // no block", "    // no block"),
         lambda: check_accuracy_fp32("cpu", 5003, "normal"),
         8,
     ),
     "the barrier before the last block is known": (
         "sequence.cuh",
+        "preference.cu",
         (
             "    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }\n  __syncthreads();",
             "    *flag = atomicAdd(counter, 1u) == gridDim.x - 1;\n  }",
@@ -235,6 +240,7 @@ MISSING = {
     ),
     "the barrier before the warps' sums are added": (
         "sequence.cuh",
+        "policy.cu",
         (
             "    for (int i = 0; i < N; ++i) partial[warp * N + i] = x[i];\n  __syncthreads();",
             "    for (int i = 0; i < N; ++i) partial[warp * N + i] = x[i];",
@@ -244,17 +250,20 @@ MISSING = {
     ),
     "the barrier before the room for the warps' sums is used again": (
         "sequence.cuh",
+        "policy.cu",
         ("  __syncthreads();   // the caller may use `partial` again", "  // the caller may use `partial` again"),
         lambda: compare_policy(make_policy_batch("cpu", lengths=(700, 300)), loss="gspo"),
         0,
     ),
     "the barrier before the warps' maps are composed": (
         "gae.cu",
+        "gae.cu",
         ("    maps[warp] = own;\n  }\n  __syncthreads();", "    maps[warp] = own;\n  }"),
         lambda: check_equals_the_loop("cpu", [0, 1500]),
         0,
     ),
     "the barrier before the other responses' numbers are read": (
+        "listwise.cu",
         "listwise.cu",
         ("  if (i < count) aux[i] = list_aux(p, x, head, i);\n  __syncthreads();", "  if (i < count) aux[i] = list_aux(p, x, head, i);"),
         lambda: check_the_longest_list("cpu", "plackett_luce"),
@@ -265,14 +274,14 @@ MISSING = {
 
 @pytest.mark.parametrize("what", MISSING)
 def test_a_missing_barrier_is_noticed(emulated, what):
-    name, edit, probe, size = MISSING[what]
-    assert_noticed(what, name, edit, probe, size)
+    assert_noticed(what, *MISSING[what])
 
 
-def assert_noticed(what, name, edit, probe, size):
-    """A barrier is taken out of a copy of the kernel; the check that covers it fails, under some of three interleavings."""
+def assert_noticed(what, name, kernels, edit, probe, size):
+    """A barrier is taken out of a copy of file `name`, which the source `kernels` is compiled with; the check that covers it fails, under some
+    of three interleavings."""
     probe()
-    broken = build.load(build.build(edits={name: edit}))
+    broken = build.load(build.build(edits={name: edit}, seen_by=(kernels,)))
     ffi.use_emulator(broken)
     broken.set_cluster_size(size)
     failures = 0

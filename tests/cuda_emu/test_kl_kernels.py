@@ -212,4 +212,11 @@ MISSING = {
 
 @pytest.mark.parametrize("what", MISSING)
 def test_a_missing_barrier_is_noticed(emulated, what):
-    assert_noticed(what, "token_stats_fused.cu", MISSING[what], lambda: check_kl_loss("cpu", 1037, torch.float32, "policy_ref"), 2)
+    assert_noticed(
+        what,
+        "token_stats_fused.cu",
+        "token_stats_fused.cu",
+        MISSING[what],
+        lambda: check_kl_loss("cpu", 1037, torch.float32, "policy_ref"),
+        2,
+    )
