@@ -83,12 +83,10 @@ from fastalign.runtime import ffi
 def token_stats_fwd_kernel(
     logits, labels, mask, temperature, state_in, target_in, out, state, target, base: tl.int64, inner: tl.int64,
     stride_outer: tl.int64, stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32, ignore_index: tl.int64,
-    vocab_start: tl.int32, vocab_total: tl.int32, scale, tile, OUTPUTS: tl.constexpr, SUMS: tl.constexpr,
+    vocab_start: tl.int32, vocab_total: tl.int32, scale, OUTPUTS: tl.constexpr, SUMS: tl.constexpr,
+    LANES: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out: Outputs; scale: Scale; tile: Tile."""
-    LANES: tl.constexpr = tile.lanes
-    SPAN: tl.constexpr = tile.span
-    DEPTH: tl.constexpr = tile.depth
+    """out: Outputs; scale: Scale."""
     row = tl.program_id(0).to(tl.int64)
     scored, bad = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
     c = bits_per_unit(scale, temperature)
@@ -207,12 +205,9 @@ def token_stats_bwd_kernel(
     logits, grad, labels, mask, temperature, state, g_logprob, g_entropy, g_logsumexp, base: tl.int64,
     inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, grad_base: tl.int64, vocab: tl.int32,
     pieces: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32,
-    scale, tile, IN_PLACE: tl.constexpr,
+    scale, IN_PLACE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """scale: Scale; tile: Tile, whose slices are worked on one after another."""
-    LANES: tl.constexpr = tile.lanes
-    BLOCK: tl.constexpr = tile.span
-    BLOCKS: tl.constexpr = tile.depth
+    """scale: Scale."""
     row = (tl.program_id(0) // pieces).to(tl.int64)
     piece = tl.program_id(0) % pieces
     scored, _ = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
@@ -270,13 +265,14 @@ def token_stats_fwd(a):
         sums = EVERYTHING.value if a.outputs & EVERYTHING_BITS else int(a.outputs & OUTPUT_BITS["entropy"] > 0)
         numbers = (vocab, targets, r.ignore_index, r.vocab_start, r.vocab_total, scale_of(r))
         # A thread has 16 bytes of each slice of a tile, 16 elements in all.
-        span, depth, out = THREADS * 16 // r.logits.element_size(), r.logits.element_size(), Outputs(*results)
+        itemsize = r.logits.element_size()
+        out = Outputs(*(x if a.outputs >> bit & 1 else None for bit, x in enumerate(results)))
         around = (r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, out, state, target)
-        kinds = {"OUTPUTS": a.outputs, "SUMS": sums}
+        kinds = {"OUTPUTS": a.outputs, "SUMS": sums, "LANES": lanes, "SPAN": THREADS * 16 // itemsize, "DEPTH": itemsize}
         with ffi.triton_device(device):
             if r.ref_logits is None:
                 token_stats_fwd_kernel[(rows,)](
-                    view, *around, *layout, *numbers, tile_of(lanes, span, depth), **kinds,
+                    view, *around, *layout, *numbers, **kinds,
                     **ffi.launch_options(THREADS, device, FWD_REGISTERS),
                 )  # fmt: skip
             else:
@@ -284,7 +280,7 @@ def token_stats_fwd(a):
                 together = _share_alignment(r.logits, r.ref_logits, lanes)
                 registers = PAIR_EVERYTHING_REGISTERS if sums == EVERYTHING.value and r.cap_scale else PAIR_FWD_REGISTERS
                 triton_pair.token_stats_pair_fwd_kernel[(rows,)](
-                    view, ref, *around, *layout, *ref_layout, *numbers, tile_of(lanes, span, depth, together), **kinds,
+                    view, ref, *around, *layout, *ref_layout, *numbers, TOGETHER=together, **kinds,
                     **ffi.launch_options(THREADS, device, registers),
                 )  # fmt: skip
     return (*results, state, target)
@@ -332,8 +328,8 @@ def _backward(r, state, g, grad):
     with ffi.triton_device(device):
         if r.ref_logits is None:
             token_stats_bwd_kernel[(rows * pieces,)](
-                view, *around, g.g_logprob, g.g_entropy, g.g_logsumexp, *layout, *numbers, tile_of(lanes, block, blocks),
-                IN_PLACE=in_place, **options,
+                view, *around, g.g_logprob, g.g_entropy, g.g_logsumexp, *layout, *numbers,
+                IN_PLACE=in_place, LANES=lanes, BLOCK=block, BLOCKS=blocks, **options,
             )  # fmt: skip
         else:
             ref, *ref_layout = _of_reference(r.ref_logits)

@@ -108,13 +108,10 @@ def token_stats_pair_fwd_kernel(
     logits, ref, labels, mask, temperature, state_in, target_in, out, state, target, base: tl.int64, inner: tl.int64,
     stride_outer: tl.int64, stride_inner: tl.int64, ref_base: tl.int64, ref_inner: tl.int64, ref_stride_outer: tl.int64,
     ref_stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32,
-    vocab_total: tl.int32, scale, tile, OUTPUTS: tl.constexpr, SUMS: tl.constexpr,
+    vocab_total: tl.int32, scale, OUTPUTS: tl.constexpr, SUMS: tl.constexpr, TOGETHER: tl.constexpr,
+    LANES: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out: Outputs; scale: Scale; tile: Tile."""
-    LANES: tl.constexpr = tile.lanes
-    SPAN: tl.constexpr = tile.span
-    DEPTH: tl.constexpr = tile.depth
-    TOGETHER: tl.constexpr = tile.together
+    """out: Outputs; scale: Scale."""
     row = tl.program_id(0).to(tl.int64)
     scored, bad = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
     c = bits_per_unit(scale, temperature)

@@ -54,7 +54,7 @@ class Scale(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The results of a forward kernel in the order of OUTPUT_BITS, without elements where they are not asked for."""
+    """The results of a forward kernel in the order of OUTPUT_BITS, None where they are not asked for."""
 
     logprob: tl.tensor
     entropy: tl.tensor
