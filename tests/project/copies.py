@@ -28,6 +28,13 @@ class Copy:
         self.files.add(file)
         self.edits += 1
 
+    def create(self, file: str, text: str) -> None:
+        """A new file."""
+        assert not (self.root / file).exists(), f"{file} is there already"
+        (self.root / file).write_text(text)
+        self.files.add(file)
+        self.edits += 1
+
     def before(self, file: str, place: str, new: str) -> None:
         self.replace(file, place, new + place)
 

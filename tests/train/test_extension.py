@@ -1,19 +1,11 @@
 """What a new training method costs: one file and one row, offline and online alike. The change is made on a copy of
 the package, and the copy trains by the command line."""
 
-import filecmp
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from project.copies import Copy
 from tiny import make_rows, write_jsonl
-
-PACKAGE = Path(__file__).resolve().parents[2] / "fastalign"
-TABLE = "train/methods/__init__.py"
 
 OFFLINE = '''
 """The likelihood of the better response alone."""
@@ -84,38 +76,24 @@ ROWS = {
 }  # fmt: skip
 
 
-def changed(copy):
-    """The files of a copy that are new, or differ from the package's."""
-    files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    before = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
-    return {name for name in files if name not in before or not filecmp.cmp(copy / name, PACKAGE / name, shallow=False)}
-
-
 @pytest.mark.parametrize(
     "method, source, metric",
     [("likelihood", OFFLINE, "logps/chosen"), ("raft", ONLINE, "best"), ("cispo_loo", GRADIENT, "frac_kept")],
 )
 def test_a_method_is_one_file_and_one_row(method, source, metric, tmp_path, model_dir):
-    copy = tmp_path / "fastalign"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "train" / "methods" / f"{method}.py").write_text(source)
-    table = (copy / TABLE).read_text()
-    start = "METHODS: dict[str, Row] = {\n"
-    (copy / TABLE).write_text(table.replace(start, f'{start}    "{method}": {ROWS[method]},\n'))
-    assert changed(copy) == {TABLE, f"train/methods/{method}.py"}
+    copy, online = Copy(tmp_path), "Online" in ROWS[method]
+    copy.create(f"fastalign/train/methods/{method}.py", source)
+    row = f'    "{method}": {ROWS[method]},\n'
+    copy.after("fastalign/train/methods/__init__.py", "METHODS: dict[str, Row] = {\n", row)
+    assert len(copy.files) == copy.edits == 2
 
-    data = [{"prompt": row["prompt"]} for row in make_rows(4)] if "Online" in ROWS[method] else make_rows(4)
-    write_jsonl(tmp_path / "data.jsonl", data)
+    write_jsonl(tmp_path / "data.jsonl", [{"prompt": row["prompt"]} for row in make_rows(4)] if online else make_rows(4))
     (tmp_path / "rewards.py").write_text("def length(completions):\n    return [float(len(c)) for c in completions]\n")
-    own = ["--reward", "rewards:length", "--max-new-tokens", "4"] if "Online" in ROWS[method] else []
-    words = ["train", method, "--model", model_dir, "--data", "data.jsonl", "--output", "out", "--max-steps", 1, *own]
+    own = ["--reward", "rewards:length", "--max-new-tokens", "4"] if online else []
+    words = ["train", method, "--model", str(model_dir), "--data", "data.jsonl", "--output", "out", "--max-steps", "1", *own]
 
     def fastalign(*words):
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "fastalign", *map(str, words)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return copy.run(f"import sys; from fastalign.cli.main import main; sys.exit(main({words}))", OMP_NUM_THREADS="1")
 
     assert f"  command  fastalign train {method} --model" in fastalign("train", method, "--help")
     fastalign(*words, "--no-tensorboard", "--no-progress", "--device", "cpu")
