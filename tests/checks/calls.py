@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 import fastalign as fa
+from fastalign.ops.token_stats.contract import RowGradients
+from fastalign.rows.spec import row_spec
+from fastalign.rows.states import finish, merge, pull, push
 from fastalign.testing import make_batch, make_labels, make_logits
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -89,14 +92,25 @@ def public_calls(
         out = fa.token_kl_loss(scratch, ref_logits, ones, inplace=True)
         return out.loss.detach(), *torch.autograd.grad(2 * out.loss, scratch, one)
 
-    on_logits = (token_stats, inplace, reference_stats, token_kl_loss, scaled_kl_loss)
+    def row_states() -> tuple[Tensor, ...]:
+        """In two parts of the vocabulary: pushed, merged, finished, pulled from."""
+        outputs, cut = ("logprob", "ref_logprob", "kl_ref_policy"), vocab // 3
+        x = logits.detach()
+        spec = row_spec((rows,), vocab, dtype, x, labels=labels, outputs=outputs, with_ref=True)
+        parts = [(x[:, part], ref_logits[:, part]) for part in (slice(0, cut), slice(cut, None))]
+        states = merge([push(spec, *part, start=start) for part, start in zip(parts, (0, cut))])
+        upstream = RowGradients(ones.unsqueeze(-1), g_kl_ref_policy=ones)
+        grads = [pull(spec, states, upstream, *part, start=start) for part, start in zip(parts, (0, cut))]
+        return *finish(spec, states).values(), *grads
+
+    on_logits = (token_stats, inplace, reference_stats, token_kl_loss, scaled_kl_loss, row_states)
     calls = (*on_logits, sequence_sum, kl_estimate, preference_loss, listwise_loss, gae, policy_loss, value_loss)
     return {call.__name__: (logits if call in on_logits else logprobs, call) for call in calls}
 
 
 NAMES = (
-    "token_stats", "inplace", "reference_stats", "token_kl_loss", "scaled_kl_loss", "sequence_sum", "kl_estimate", "preference_loss",
-    "listwise_loss", "gae", "policy_loss", "value_loss",
+    "token_stats", "inplace", "reference_stats", "token_kl_loss", "scaled_kl_loss", "row_states", "sequence_sum", "kl_estimate",
+    "preference_loss", "listwise_loss", "gae", "policy_loss", "value_loss",
 )  # fmt: skip
 
 

@@ -238,6 +238,12 @@ def test_neighbours_among_far_logits_are_no_equals(backend, device, step):
             got = finish(spec, merge(pushed(spec, x, ref, cuts)))
             assert_close(got["logprob"], torch.full_like(got["logprob"], -math.log(2.0)).double(), what=str(cuts))
             assert_close(got["entropy"], torch.full_like(got["entropy"], math.log(2.0)).double(), what=str(cuts))
+            state = target = None  # and one part after another
+            refs = [None] * (len(cuts) + 1) if ref is None else [y for _, y in parts_of(ref, cuts)]
+            for (lo, tile), other in zip(parts_of(x, cuts), refs):
+                *outputs, state, target = token_stats_fwd(TokenStatsFwd(spec.rows(tile, other, lo), spec.bits, state, target))
+            chained = spec.named(outputs)["logprob"]
+            assert_close(chained, torch.full_like(chained, -math.log(2.0)).double(), what=f"chained {cuts}")
 
 
 def test_the_first_maximum_of_rows_that_a_softcap_flattens(backend, device):

@@ -215,8 +215,8 @@ def _bad_rows(labels, ignore_index, vocab_total):
 
 
 def _finish(a, state, target, c, scored):
-    """The outputs asked for, in the order of OUTPUT_BITS. a: who says which, and knows the labels; target: the policy
-    rows' labels, then the reference rows'."""
+    """The outputs asked for, in the order of OUTPUT_BITS. a: who says which, and knows the labels; target: [rows, K],
+    with reference logits [2, rows, K]."""
     m, s0, s1, s2, sz, umax, top, _, _, rm, r0, t, tr, ref_max = state.unbind(-1)
     log_s0, log_ratio = torch.log(s0), torch.log(s0 / r0)
     far, shift = _is_far(umax, c), _shift(umax, c, m)
@@ -307,6 +307,8 @@ def row_states_finish(a):
         bad = _bad_rows(a.labels, a.ignore_index, a.vocab_total)
         state = torch.where(bad.unsqueeze(-1) & _is_mass(state), math.nan, state)
     target = state.new_empty(0) if a.target is None else a.target
+    if len(target) > len(state):
+        target = target.view(2, *a.labels.shape)
     return tuple(_finish(a, state, target, _scale(state, a.factor, a.temperature, a.temperature_tensor), scored))
 
 
