@@ -34,8 +34,9 @@ template <class F> void members(F& f, RowArgs& a) {
   FIELD(temperature_ptr) FIELD(temperature) FIELD(vocab_start) FIELD(vocab_total)
 }
 template <class F> void members(F& f, RowResults& a) {
-  FIELD(logprob) FIELD(entropy) FIELD(logsumexp) FIELD(log_sum_sq) FIELD(mean_logit) FIELD(is_top1) FIELD(ref_logprob) FIELD(kl_policy_ref)
-  FIELD(kl_ref_policy)
+#define ROW_RESULT(bit, name) FIELD(name)
+  FA_ROW_RESULTS(ROW_RESULT)
+#undef ROW_RESULT
 }
 template <class F> void members(F& f, TokenStatsArgs& a) {
   members(f, static_cast<RowArgs&>(a));

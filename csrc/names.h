@@ -12,6 +12,7 @@ namespace fastalign {
 
 #define FA_NUMBER(name) {#name, int(name)},
 #define FA_POLICY_NUMBER(name) FA_NUMBER(kPolicy_##name)
+#define FA_OUTPUT_NUMBER(bit, name) FA_NUMBER(bit)
 #define FA_VALUE_NUMBER(name) FA_NUMBER(kValue_##name)
 // clang-format off: a line per enum
 constexpr std::pair<const char*, int> kNumbers[] = {
@@ -41,12 +42,12 @@ constexpr std::pair<const char*, int> kNumbers[] = {
   // row_state.h
   FA_NUMBER(kColM) FA_NUMBER(kColS0) FA_NUMBER(kColS1) FA_NUMBER(kColS2) FA_NUMBER(kColSz) FA_NUMBER(kColUmax) FA_NUMBER(kColTop) FA_NUMBER(kColLargest)
   FA_NUMBER(kColValid) FA_NUMBER(kColRefM) FA_NUMBER(kColRefS0) FA_NUMBER(kColT) FA_NUMBER(kColTr) FA_NUMBER(kColRefUmax) FA_NUMBER(kStateWidth)
-  FA_NUMBER(kOutLogprob) FA_NUMBER(kOutEntropy) FA_NUMBER(kOutLogsumexp) FA_NUMBER(kOutLogSumSq) FA_NUMBER(kOutMeanLogit) FA_NUMBER(kOutIsTop1)
-  FA_NUMBER(kOutRefLogprob) FA_NUMBER(kOutKlPolicyRef) FA_NUMBER(kOutKlRefPolicy)
+  FA_ROW_RESULTS(FA_OUTPUT_NUMBER)
 };
 // clang-format on
 #undef FA_NUMBER
 #undef FA_POLICY_NUMBER
 #undef FA_VALUE_NUMBER
+#undef FA_OUTPUT_NUMBER
 
 }  // namespace fastalign

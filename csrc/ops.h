@@ -2,6 +2,7 @@
 // a null pointer is an input not given or an output not asked for. Outputs are allocated by the caller.
 #pragma once
 #include <cstdint>
+#include "math/row_state.h"
 
 namespace fastalign {
 
@@ -25,10 +26,12 @@ struct RowArgs {
   int64_t vocab_start, vocab_total;
 };
 
-// What is finished from row states, in the accumulation dtype; null when not asked for.
+// What is finished from row states, in the accumulation dtype; null when not asked for. logprob and ref_logprob are [rows, targets], the
+// others [rows].
 struct RowResults {
-  void *logprob /* [rows, targets] */, *entropy, *logsumexp, *log_sum_sq, *mean_logit, *is_top1, *ref_logprob /* [rows, targets] */,
-      *kl_policy_ref, *kl_ref_policy;
+#define FA_FIELD(bit, name) void* name;
+  FA_ROW_RESULTS(FA_FIELD)
+#undef FA_FIELD
 };
 
 struct TokenStatsArgs : RowArgs, RowResults {

@@ -41,18 +41,18 @@ enum StateColumn : int {
 // sz holds the sum divided by this power of two, at least the size of a vocabulary: no finite logits overflow it.
 constexpr double kSumShrinksBy = 0x1p24, kSumShare = 1 / kSumShrinksBy;
 
-// Bits of the `outputs` argument; the same numbers stand in ops/token_stats/contract.py.
-enum RowOutput : int {
-  kOutLogprob = 1,
-  kOutEntropy = 2,
-  kOutLogsumexp = 4,
-  kOutLogSumSq = 8,
-  kOutMeanLogit = 16,
-  kOutIsTop1 = 32,
-  kOutRefLogprob = 64,
-  kOutKlPolicyRef = 128,
-  kOutKlRefPolicy = 256  // need reference logits
-};
+// The outputs in the order of the results: their bits in the `outputs` argument, as in fastalign/ops/columns.py, and their pointers in
+// RowResults (ops.h). From ref_logprob on they need reference logits.
+#define FA_ROW_RESULTS(X)                                                                                                   \
+  X(kOutLogprob, logprob) X(kOutEntropy, entropy) X(kOutLogsumexp, logsumexp) X(kOutLogSumSq, log_sum_sq)                   \
+  X(kOutMeanLogit, mean_logit) X(kOutIsTop1, is_top1) X(kOutRefLogprob, ref_logprob) X(kOutKlPolicyRef, kl_policy_ref)      \
+  X(kOutKlRefPolicy, kl_ref_policy)
+#define FA_FIELD(bit, name) kPlace_##name,
+enum RowPlace : int { FA_ROW_RESULTS(FA_FIELD) };
+#undef FA_FIELD
+#define FA_FIELD(bit, name) bit = 1 << kPlace_##name,
+enum RowOutput : int { FA_ROW_RESULTS(FA_FIELD) };
+#undef FA_FIELD
 
 // Everything about a call that maps a raw logit to bits.
 template <class T> struct RowTransform {

@@ -37,9 +37,11 @@ K1, K2, K3, ABS, K3_PLUS = range(len(KL_KINDS))
 IS_MODES = (None, "truncate", "mask")
 IS_AS_GIVEN, IS_TRUNCATE, IS_MASK = range(len(IS_MODES))
 
-# Bits of the row ops' `outputs`, in the order of their results.
+# Bits of the row ops' `outputs`, in the order of their results; those that need reference logits last.
+ROW_OUTPUTS = ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1", "ref_logprob", "kl_policy_ref",
+               "kl_ref_policy")  # fmt: skip
 (OUT_LOGPROB, OUT_ENTROPY, OUT_LOGSUMEXP, OUT_LOG_SUM_SQ, OUT_MEAN_LOGIT, OUT_IS_TOP1, OUT_REF_LOGPROB, OUT_KL_POLICY_REF,
- OUT_KL_REF_POLICY) = (1 << i for i in range(9))  # fmt: skip
+ OUT_KL_REF_POLICY) = (1 << i for i in range(len(ROW_OUTPUTS)))  # fmt: skip
 
 # --- columns; the last name of each is their number ----------------------------------------------------------------------------------------
 

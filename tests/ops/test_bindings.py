@@ -18,7 +18,11 @@ from fastalign.ops.token_stats.contract import OUTPUT_BITS
 from fastalign.runtime import ffi
 from fastalign.runtime.op import OPS
 
-HEADER = (Path(__file__).resolve().parents[2] / "csrc" / "ops.h").read_text()
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+ROW_RESULTS = re.search(r"#define FA_ROW_RESULTS\(X\)((?:.*\\\n)*.*)", (CSRC / "math" / "row_state.h").read_text()).group(1)
+FIELDS = "\n".join(f"void* {name};" for name in re.findall(r"X\(\w+, (\w+)\)", ROW_RESULTS))
+LIST = "#define FA_FIELD(bit, name) void* name;\n  FA_ROW_RESULTS(FA_FIELD)\n#undef FA_FIELD"
+HEADER = (CSRC / "ops.h").read_text().replace(LIST, FIELDS)
 CPP_OPS = dict(re.findall(r"^ +X\((\w+), (\w+)\)", HEADER, re.MULTILINE))
 
 # Sizes of the tensors by the letters of `In("T")`, all different ("tokens" is a dim too).

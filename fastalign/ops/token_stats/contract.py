@@ -5,27 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fastalign.ops.columns import (
-    OUT_ENTROPY,
-    OUT_IS_TOP1,
-    OUT_KL_POLICY_REF,
-    OUT_KL_REF_POLICY,
-    OUT_LOG_SUM_SQ,
-    OUT_LOGPROB,
-    OUT_LOGSUMEXP,
-    OUT_MEAN_LOGIT,
-    OUT_REF_LOGPROB,
-    STATE_WIDTH,
-)
+from fastalign.ops.columns import ROW_OUTPUTS, STATE_WIDTH
 from fastalign.runtime import ffi
 from fastalign.runtime.arguments import In, Maybe, Unchecked
 from fastalign.runtime.layout import refuse
 
 # Bits of the op's `outputs` argument, in the order of its results.
-OUTPUT_BITS = {
-    "logprob": OUT_LOGPROB, "entropy": OUT_ENTROPY, "logsumexp": OUT_LOGSUMEXP, "log_sum_sq_probs": OUT_LOG_SUM_SQ, "mean_logit": OUT_MEAN_LOGIT,
-    "is_top1": OUT_IS_TOP1, "ref_logprob": OUT_REF_LOGPROB, "kl_policy_ref": OUT_KL_POLICY_REF, "kl_ref_policy": OUT_KL_REF_POLICY,
-}  # fmt: skip
+OUTPUT_BITS = {name: 1 << i for i, name in enumerate(ROW_OUTPUTS)}
 NEED_LABELS = ("logprob", "is_top1", "ref_logprob")
 NEED_REF = ("ref_logprob", "kl_policy_ref", "kl_ref_policy")
 OF_THE_POLICY = len(OUTPUT_BITS) - len(NEED_REF)  # the results that come first
