@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+
+import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,3 +60,12 @@ class Copy:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+
+    def compiles(self, *sources: str) -> None:
+        """The compiler takes the sources; nothing is built."""
+        include = [f"-I{self.root / 'csrc'}", f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
+        for source in sources:
+            defines = ['-DFA_VERSION="copy"', '-DFA_CUDA_ARCHS=""', '-DFA_CUDA_COMPILER=""']
+            command = ["g++", "-std=c++17", "-fsyntax-only", *defines, *include, str(self.root / source)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]

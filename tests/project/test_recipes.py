@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of a preset and a link, done on a copy of the package: the right numbers come out of it,
+"""What CONTRIBUTING.md says of a preset, a link and a row statistic, done on a copy of the package: the right numbers come out of it,
 and no more files are touched than it says."""
 
 from __future__ import annotations
@@ -107,3 +107,81 @@ def test_a_link_is_a_name_and_three_formulas(tmp_path, parameter):
     if made["options"]:
         with pytest.raises(AssertionError, match="link_tau=10.5 is out of range"):
             copy.run("from fastalign.losses.pair import Preset; Preset(link='cauchy', link_tau=10.5)")
+
+
+# --- a row statistic ---------------------------------------------------------------------------------------------------
+
+# From sums that every state has, of rows on the reference and in interpreted Triton; a masked row gives 0.
+CHECK_STATISTIC = """
+import fastalign as fa, torch
+from fastalign.testing import assert_close, make_labels, make_logits
+logits, labels = make_logits(5, 300), make_labels(5, 300)
+mask = torch.tensor([True, True, False, True, True])
+want = torch.where(mask, torch.log_softmax(logits.double(), -1).amax(-1), 0.0)
+for backend in ("reference", "triton"):
+    with fa.use_backend(backend):
+        for outputs in (("max_logprob",), ("logprob", "entropy", "max_logprob", "is_top1", "kl_policy_ref")):
+            stats = fa.token_stats(logits, labels, ref_logits=logits, outputs=outputs, mask=mask)
+            assert_close(stats.max_logprob, want, scale=16.0, what=backend)
+    assert not stats.max_logprob.requires_grad
+    assert "kl_policy_ref" not in outputs or bool((stats.kl_policy_ref == 0).all())
+"""
+STATISTIC_PROBE = """
+#include <cstdio>
+#include <string>
+#include "names.h"
+#include "row_results.h"
+int main() {
+  using namespace fastalign;
+  for (auto [name, value] : kNumbers) if (std::string(name) == "kOutMaxLogprob") std::printf("%d\\n", value);
+  RowState<double> s = RowState<double>::empty();  // of the logits 1, 3, 3 in bits
+  s.m = s.umax = 3.0, s.s0 = 2.25;
+  double out = 7.0;
+  TokenStatsArgs a{};
+  a.max_logprob = &out;
+  RowTransform<double> f{1.0, 0.0};
+  write_statistics<double>(a, 0, s, f, [](double x) { return std::exp2(x); });
+  std::printf("%.17g\\n", out);
+  write_no_statistics<double>(a, 0);
+  std::printf("%.17g\\n", out);
+}
+"""
+
+
+def add_statistic(copy):
+    """max_logprob, the log of the largest probability; after is_top1, for the outputs with a reference come last."""
+    state, results = "csrc/math/row_state.h", "csrc/row_results.h"
+    copy.after(state, "X(kOutIsTop1, is_top1)", " X(kOutMaxLogprob, max_logprob)")
+    formula = "{ return s.umax * (f.c * T(kLn2)) - row_logsumexp(s, f); }\n"
+    place = "template <class T> FA_HD T row_mean_logit("
+    copy.before(state, place, f"{place.replace('mean_logit', 'max_logprob')}const RowState<T>& s, const RowTransform<T>& f) {formula}")
+    place = "  if (a.is_top1) put("
+    copy.before(results, place, "  if (a.max_logprob) put(a.max_logprob, row, row_max_logprob(s, f));\n")
+    copy.after(results, "a.mean_logit, a.is_top1,", " a.max_logprob,")
+    columns = "fastalign/ops/columns.py"
+    copy.after(columns, '"is_top1",', ' "max_logprob",')
+    copy.after(columns, "OUT_IS_TOP1,", " OUT_MAX_LOGPROB,")
+    reference = "fastalign/ops/token_stats/reference.py"
+    copy.before(reference, '        "is_top1": lambda', '        "max_logprob": lambda: LN2 * shift - log_s0,\n')
+    triton = "fastalign/ops/token_stats/triton_rows.py"
+    copy.after(triton, "    OUT_LOGSUMEXP,\n", "    OUT_MAX_LOGPROB,\n")
+    copy.after(triton, "    is_top1: tl.tensor\n", "    max_logprob: tl.tensor\n")
+    branch = """    if OUT_MAX_LOGPROB & OUTPUTS:
+        largest = s.umax * (c * LN2) - row_logsumexp(s.m, s.s0, s.umax, c)
+        tl.store(out.max_logprob + row, tl.where(scored != 0, largest, 0.0))
+"""
+    copy.before(triton, "    if OUT_IS_TOP1 & OUTPUTS:", branch)
+    copy.after("fastalign/rows/stats.py", "    is_top1: Tensor | None = None\n", "    max_logprob: Tensor | None = None\n")
+
+
+def test_a_row_statistic_touches_six_files(tmp_path):
+    copy = Copy(tmp_path)
+    add_statistic(copy)
+    copy.run(CHECK_STATISTIC, TRITON_INTERPRET="1")
+    number, value, masked = copy.run_cpp(STATISTIC_PROBE).split()
+    bit = copy.run("from fastalign.ops.columns import OUT_MAX_LOGPROB; print(OUT_MAX_LOGPROB)").strip()
+    assert number == bit and float(masked) == 0.0
+    probabilities = torch.softmax(torch.tensor([1.0, 3.0, 3.0], dtype=torch.float64) * torch.log(torch.tensor(2.0).double()), 0)
+    assert abs(float(value) - float(probabilities.max().log())) < 1e-12
+    copy.compiles("csrc/bindings.cpp", "csrc/cpu/token_stats.cpp")
+    assert len(copy.files) == 6
