@@ -43,8 +43,6 @@ from fastalign.ops.token_stats.contract import (
     OUTPUT_BITS,
     TokenStatsFwd,
     forward_shapes,
-    merge_shapes,
-    output_shapes,
 )
 from fastalign.ops.token_stats.triton_rows import (
     BWD_REGISTERS,
@@ -74,7 +72,6 @@ from fastalign.ops.token_stats.triton_rows import (
     row_scored,
     scale_of,
     tile_of,
-    uncapped,
 )  # fmt: skip
 from fastalign.runtime import ffi
 
@@ -340,31 +337,7 @@ def _backward(r, state, g, grad):
             )  # fmt: skip
 
 
-def row_states_merge(a):
-    parts, rows, _ = a.states.shape
-    dtype, device = a.states.dtype, a.states.device
-    state, target = (ffi.empty(shape, dtype, device) for shape in merge_shapes(a))
-    if rows:
-        entries = target.numel()
-        blocks = triton.cdiv(max(rows, entries), triton_states.ROWS)
-        with ffi.triton_device(device):
-            triton_states.row_states_merge_kernel[(blocks,)](
-                a.states, a.targets, state, target, parts, rows, entries, **ffi.launch_options(triton_states.ROWS, device)
-            )
-    return state, target
-
-
-def row_states_finish(a):
-    rows, dtype, device = a.state.shape[0], a.state.dtype, a.state.device
-    results = tuple(ffi.empty(shape, dtype, device) for shape in output_shapes(rows, a.labels, a.outputs))
-    if rows:
-        targets = 0 if a.labels is None else a.labels.shape[1]
-        with ffi.triton_device(device):
-            triton_states.row_states_finish_kernel[(rows,)](
-                a.state, a.target, a.labels, a.mask, a.temperature_tensor, Outputs(*results), targets, a.ignore_index,
-                a.vocab_total, uncapped(a), OUTPUTS=a.outputs, **ffi.launch_options(32, device),
-            )  # fmt: skip
-    return results
+row_states_merge, row_states_finish = triton_states.merge, triton_states.finish
 
 
 def _grad_of(logits):

@@ -18,7 +18,9 @@ from fastalign.ops.math.rows import (
     store_ref_state,
     store_state,
 )
-from fastalign.ops.token_stats.triton_rows import LABELS, bits_per_unit, finish_kls, finish_row, row_scored
+from fastalign.ops.token_stats.contract import merge_shapes, output_shapes
+from fastalign.ops.token_stats.triton_rows import LABELS, Outputs, bits_per_unit, finish_kls, finish_row, row_scored, uncapped
+from fastalign.runtime import ffi
 
 ROWS = 128  # that a program merges, and as many of the labels' logits
 
@@ -86,3 +88,28 @@ def row_states_finish_kernel(
     if OUT_REF_LOGPROB & OUTPUTS:  # behind the policy's targets
         behind = tl.num_programs(0).to(tl.int64) * targets
         _finish_logprobs(row, scored, r, c, labels, target + behind, out.ref_logprob, targets, ignore_index)
+
+
+def merge(a):
+    parts, rows, _ = a.states.shape
+    dtype, device = a.states.dtype, a.states.device
+    state, target = (ffi.empty(shape, dtype, device) for shape in merge_shapes(a))
+    if rows:
+        entries = target.numel()
+        blocks = triton.cdiv(max(rows, entries), ROWS)
+        with ffi.triton_device(device):
+            row_states_merge_kernel[(blocks,)](a.states, a.targets, state, target, parts, rows, entries, **ffi.launch_options(ROWS, device))
+    return state, target
+
+
+def finish(a):
+    rows, dtype, device = a.state.shape[0], a.state.dtype, a.state.device
+    results = tuple(ffi.empty(shape, dtype, device) for shape in output_shapes(rows, a.labels, a.outputs))
+    if rows:
+        targets = 0 if a.labels is None else a.labels.shape[1]
+        with ffi.triton_device(device):
+            row_states_finish_kernel[(rows,)](
+                a.state, a.target, a.labels, a.mask, a.temperature_tensor, Outputs(*results), targets, a.ignore_index,
+                a.vocab_total, uncapped(a), OUTPUTS=a.outputs, **ffi.launch_options(32, device),
+            )  # fmt: skip
+    return results
