@@ -13,6 +13,10 @@ def log_softmax_gather(logits: Tensor, labels: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
+def linear_log_softmax_gather(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return log_softmax_gather(F.linear(hidden, weight), labels)
+
+
 def gather_minus_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 

@@ -46,6 +46,24 @@ def _cut_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
     raise ImportError("fused with the LM head: it takes hidden states and weights, not logits")
 
 
+def _trl_chunked() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from trl.trainer.utils import _ChunkedLogProbFunction as function
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return function.apply(hidden, weight, None, labels, 1.0, 4096, None, 1.0, ())[0]
+
+    return logprobs
+
+
+def _torch_linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    linear_cross_entropy, options = torch.nn.functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
+
+    return logprobs
+
+
 _TRL, _LIGER, _CCE = "trl selective_log_softmax", "liger-kernel liger_cross_entropy", "cut-cross-entropy"
 PEERS: dict[str, tuple[Peer, ...]] = {
     "token_logprobs": (Peer(_TRL, _trl_logprobs), Peer(_LIGER, _liger_cross_entropy, overwrites=True), Peer(_CCE, _cut_cross_entropy)),
@@ -54,5 +72,9 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer(_TRL, _trl_logprobs),
         Peer(_LIGER, _liger_cross_entropy, overwrites=True),
         Peer(_CCE, _cut_cross_entropy),
+    ),
+    **dict.fromkeys(
+        ("linear_token_logprobs", "linear_token_logprobs_backward", "linear_token_logprobs_frozen"),
+        (Peer("trl ChunkedLogProbFunction", _trl_chunked), Peer("F.linear_cross_entropy", _torch_linear_cross_entropy)),
     ),
 }

@@ -36,18 +36,39 @@ class Sequences(NamedTuple):
         return f"{self.sequences} x {self.length} tokens float32"
 
 
+class Head(NamedTuple):
+    """Hidden states [rows, hidden] and a head's weight [vocab, hidden] in `dtype`."""
+
+    rows: int
+    hidden: int
+    vocab: int
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.hidden} x {self.vocab} {self.dtype}"
+
+
 PACKED_OPS = ("sequence_sum", "preference_loss", "listwise_loss", "kl_estimate")
 
 
-Shape = Rows | Pairs | Sequences
+Shape = Rows | Pairs | Sequences | Head
+
+
+HEAD_OPS = ("linear_token_logprobs", "linear_token_logprobs_backward", "linear_token_logprobs_frozen")
 
 
 def _suite(
-    forward: tuple[Rows, ...], backward: tuple[Rows, ...], kl: tuple[Rows, ...], packed: tuple[Pairs, ...], rollout: tuple[Sequences, ...]
+    forward: tuple[Rows, ...],
+    backward: tuple[Rows, ...],
+    kl: tuple[Rows, ...],
+    packed: tuple[Pairs, ...],
+    rollout: tuple[Sequences, ...],
+    head: tuple[Head, ...],
 ) -> dict[str, tuple[Shape, ...]]:
     rows = {"token_logprobs": forward, "token_logprobs_entropy": forward[:1], "token_logprobs_backward": backward}
     minibatch = tuple(s._replace(length=min(s.length, 1024)) for s in rollout[:1])
     rows |= {"token_kl": kl, "token_kl_loss": kl}
+    rows |= dict.fromkeys(HEAD_OPS, head)
     return rows | dict.fromkeys(PACKED_OPS, packed) | {"gae": rollout, "policy_loss": minibatch}
 
 
@@ -55,13 +76,28 @@ _REFERENCE = Rows(2048, 128256)  # 525 MB of logits, the shape that CPU numbers 
 _ROLLOUT = Sequences(64, 4096)
 _GPU = (Rows(16384, 128256), Rows(8192, 151936), Rows(32768, 32768), Rows(4096, 262144), Rows(4096, 50257))
 
+_GPU_HEAD = (Head(4096, 4096, 128256, "bfloat16"), Head(16384, 4096, 128256, "bfloat16"), Head(8192, 2048, 151936, "bfloat16"))
+
 # suite -> op -> shapes
 SHAPES = {
-    "cpu": _suite((_REFERENCE, Rows(1024, 128256, "float32")), (_REFERENCE,), (Rows(512, 128256),), (Pairs(64, 1024),), (_ROLLOUT,)),
-    "cpu-quick": _suite((Rows(256, 128256),), (Rows(256, 128256),), (Rows(128, 128256),), (Pairs(64, 256),), (_ROLLOUT,)),
-    "cuda": _suite(_GPU, _GPU, _GPU[:2], (Pairs(64, 1024),), (_ROLLOUT, Sequences(512, 4096), Sequences(4096, 128), Sequences(2, 1 << 20))),
-    "cuda-quick": _suite((Rows(4096, 128256),), (Rows(4096, 128256),), (Rows(4096, 128256),), (Pairs(64, 1024),), (_ROLLOUT,)),
+    "cpu": _suite(
+        (_REFERENCE, Rows(1024, 128256, "float32")),
+        (_REFERENCE,),
+        (Rows(512, 128256),),
+        (Pairs(64, 1024),),
+        (_ROLLOUT,),
+        (Head(1024, 1024, 65536),),
+    ),
+    "cpu-quick": _suite(
+        (Rows(256, 128256),), (Rows(256, 128256),), (Rows(128, 128256),), (Pairs(64, 256),), (_ROLLOUT,), (Head(256, 256, 32768),)
+    ),
+    "cuda": _suite(
+        _GPU, _GPU, _GPU[:2], (Pairs(64, 1024),), (_ROLLOUT, Sequences(512, 4096), Sequences(4096, 128), Sequences(2, 1 << 20)), _GPU_HEAD
+    ),
+    "cuda-quick": _suite(
+        (Rows(4096, 128256),), (Rows(4096, 128256),), (Rows(4096, 128256),), (Pairs(64, 1024),), (_ROLLOUT,), _GPU_HEAD[:1]
+    ),
     # for tests of the benchmark itself
-    "tiny": _suite((Rows(16, 1000),), (Rows(16, 1000),), (Rows(16, 1000),), (Pairs(2, 8),), (Sequences(3, 20),)),
+    "tiny": _suite((Rows(16, 1000),), (Rows(16, 1000),), (Rows(16, 1000),), (Pairs(2, 8),), (Sequences(3, 20),), (Head(16, 8, 1000),)),
 }
 OPS = tuple(SHAPES["cpu"])

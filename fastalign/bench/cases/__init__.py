@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastalign
+from fastalign.bench.cases import head as head_cases
 from fastalign.bench.cases import packed as packed_cases
 from fastalign.bench.cases import rows as row_cases
 from fastalign.bench.cases.case import Case, Contestant, backward_of, no_grad
@@ -26,7 +27,7 @@ def make_case(op: str, shape: Shape, device: torch.device, *, backends: tuple[st
     names = own_backends(_PUBLIC.get(op, op), case.inputs[0][0]) if backends is None else backends
     mine = [replace(ours, name=f"fastalign {name}", run=_on_backend(name, ours.run)) for name in names]
     others = [c for c in case.contestants if c.kind in ("read", "floor", "eager") or (c.kind == "compiled" and compile)]
-    wrap = backward_of if op == "token_logprobs_backward" else no_grad
+    wrap = _WRAPPED.get(op, no_grad)
     for peer in PEERS.get(op, ()):
         try:
             others.append(Contestant(peer.name, wrap(peer.load()), "peer", peer.overwrites))
@@ -54,13 +55,24 @@ def _on_backend(name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 # The public function behind an op, where it has another name.
-_PUBLIC = {"token_logprobs_entropy": "token_stats", "token_logprobs_backward": "token_logprobs"}
+_PUBLIC = {
+    "token_logprobs_entropy": "token_stats", "token_logprobs_backward": "token_logprobs", "linear_token_logprobs": "token_logprobs",
+    "linear_token_logprobs_backward": "token_logprobs", "linear_token_logprobs_frozen": "token_logprobs",
+}  # fmt: skip
+# How a peer's function is called, where not without gradients.
+_WRAPPED = {
+    "token_logprobs_backward": backward_of, "linear_token_logprobs_backward": head_cases.differentiated,
+    "linear_token_logprobs_frozen": head_cases.differentiated,
+}  # fmt: skip
 _MAKERS = {
     "token_logprobs": row_cases.logprobs,
     "token_logprobs_entropy": row_cases.logprobs_entropy,
     "token_logprobs_backward": row_cases.logprobs_backward,
     "token_kl": row_cases.token_kl,
     "token_kl_loss": row_cases.token_kl_loss,
+    "linear_token_logprobs": head_cases.logprobs,
+    "linear_token_logprobs_backward": head_cases.backward,
+    "linear_token_logprobs_frozen": head_cases.frozen,
     "sequence_sum": packed_cases.sequence_sum,
     "preference_loss": packed_cases.preference_loss,
     "listwise_loss": packed_cases.listwise_loss,

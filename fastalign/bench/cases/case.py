@@ -62,7 +62,8 @@ class Case:
                 return str(error)
             return None
         coarse = torch.bfloat16 if isinstance(self.shape, Rows) and self.shape.dtype == "bfloat16" else torch.float32
-        granted = 16 * torch.finfo(coarse).eps * max(1.0, float(self.truth.abs().max()))
+        size = max(1.0, float(self.truth.abs().max()), 0.0 if self.scale is None else float(self.scale.abs().max()))
+        granted = 16 * torch.finfo(coarse).eps * size
         error = self.error(output)
         return None if error <= granted else f"error {error:.2e} exceeds {granted:.2e}"
 
