@@ -34,6 +34,7 @@ from fastalign.rows.kl import TokenKLLoss, token_kl, token_kl_loss
 from fastalign.rows.linear import linear_token_logprobs, linear_token_stats
 from fastalign.rows.linear_kl import linear_token_kl_loss
 from fastalign.rows.stats import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
+from fastalign.rows.support import SupportLogprobs, logprobs_at
 from fastalign.runtime import ffi as _ffi
 from fastalign.runtime.backends import BackendError, backends, use_backend
 from fastalign.runtime.distributed import global_denominator
@@ -48,11 +49,11 @@ if _missing := _ffi.missing_backends(of_use=_as_command.is_command()):
 
 __all__ = [
     "AdaptiveKLController", "AlphaDPO", "BCODelta", "BackendError", "BetaDPO", "GAE", "GroupAdvantages", "ListPreset", "ListwiseOutput",
-    "PackedBatch", "PolicyOutput", "PolicyPreset", "PreferenceOutput", "Preset", "TokenKLLoss", "TokenRewards", "TokenStats",
+    "PackedBatch", "PolicyOutput", "PolicyPreset", "PreferenceOutput", "Preset", "SupportLogprobs", "TokenKLLoss", "TokenRewards", "TokenStats",
     "UnpairedOutput", "ValueOutput", "__version__", "backends", "dynamic_sampling_mask", "entropy_from_logits", "explain", "gae",
     "global_denominator", "group_advantages", "kl_estimate", "kto_baseline", "kwise_reward_loss", "linear_policy_loss",
     "linear_preference_loss", "linear_token_kl_loss", "linear_token_logprobs", "linear_token_stats", "listwise_loss",
-    "listwise_loss_from_sums", "losses", "mean_sequence_kl", "merge_metrics", "overlong_penalty", "pack", "policy_loss", "policy_losses",
+    "listwise_loss_from_sums", "logprobs_at", "losses", "mean_sequence_kl", "merge_metrics", "overlong_penalty", "pack", "policy_loss", "policy_losses",
     "preference_loss", "preference_loss_from_sums", "rejection_sample", "repad", "returns_to_go", "reward_loss", "rto_rewards",
     "selective_log_softmax", "sequence_sum", "shape_rewards", "shift_labels", "token_kl", "token_kl_loss", "token_logprobs",
     "token_rewards", "token_stats", "unpad", "unpaired_loss", "use_backend", "value_loss", "whiten", "wpo_weights",

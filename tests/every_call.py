@@ -30,6 +30,7 @@ def inputs() -> dict[str, Tensor]:
         "lengths": torch.tensor([3.0, 4.0, 2.0, 5.0, 3.0, 1.0]), "one": torch.tensor(0.7), "per_pair": torch.tensor([0.1, 0.2, 0.3]),
         "kept": torch.tensor([0, 2, 3]), "hidden": make_logits(tokens, 8, seed=4), "weight": make_logits(23, 8, seed=5),
         "bias": make_logits(1, 23, seed=6)[0], "ref_hidden": make_logits(tokens, 5, seed=7), "ref_weight": make_logits(23, 5, seed=8),
+        "support": torch.tensor([3, 0, 22, -1, 3]).repeat(tokens, 1), "support_offsets": torch.arange(tokens + 1) * 5,
     }  # fmt: skip
 
 
@@ -83,6 +84,16 @@ def calls(given: dict[str, Tensor]) -> dict[str, Callable[[], list[Tensor]]]:
         ),
         "linear_token_logprobs": (lambda h: fa.linear_token_logprobs(h, x.weight, x.labels, batch_invariant=True), "hidden"),
         "linear_token_logprobs frozen": (lambda h: fa.linear_token_logprobs(h, x.weight, x.labels), "hidden"),
+        "logprobs_at": (
+            lambda h: fa.logprobs_at(h, x.weight, x.support, x.labels, bias=x.bias, with_mass=True, mask=x.mask, temperature=x.one), "hidden"
+        ),
+        "logprobs_at offsets": (
+            lambda w: fa.logprobs_at(x.hidden, w, x.support.reshape(-1), offsets=x.support_offsets, softcap=5.0, workspace_bytes=999),
+            "weight",
+        ),
+        "token_stats support": (
+            lambda z: fa.token_stats(z, x.labels, support=x.support, outputs=("logprob", "entropy", "is_top1"), mask=x.mask), "logits"
+        ),
         "linear_token_kl_loss": (
             lambda h: 2 * fa.linear_token_kl_loss(h, x.weight, x.ref_hidden, x.ref_weight, x.one, mask=x.mask).loss, "hidden"
         ),

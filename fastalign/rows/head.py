@@ -85,6 +85,12 @@ def operand(head: Head, x: Tensor) -> Tensor:
     return _tf32(x) if _rounds_itself(head) else x
 
 
+def rounded(precision: Precision, x: Tensor) -> Tensor:
+    """x rounded to the operands' type and precision, in the accumulation type."""
+    x = x.to(precision.operands).to(precision.acc)
+    return _tf32(x) if precision.tf32 else x
+
+
 def _widens(device: torch.device, operands: torch.dtype) -> bool:
     """Whether the library multiplies 16-bit numbers into fp32 sums that it does not round."""
     return device.type == "cuda" and operands in _HALF and hasattr(torch.ops.aten.mm, "dtype_out")

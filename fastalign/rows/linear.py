@@ -16,7 +16,7 @@ from fastalign.rows import vocab_parallel
 from fastalign.rows.head import PRECISIONS, precision_of
 from fastalign.rows.linear_op import LinearTokenStatsFunction
 from fastalign.rows.planner import WORKSPACE_BYTES, Work, make_plan
-from fastalign.rows.spec import RowSpec, row_spec
+from fastalign.rows.spec import RowSpec, row_spec, scored_rows
 from fastalign.rows.stats import TokenStats
 from fastalign.rows.walk import Call
 from fastalign.runtime.checks import (
@@ -182,11 +182,11 @@ class LinearHead(NamedTuple):
             ref_precision = precision_of(ref_hidden, ref_weight, options.head_precision)._replace(logits=precision.logits)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         scored = scored_rows(spec)
-        index = _numbers(scored) if self.counts() else None
+        index = numbers_of(scored) if self.counts() else None
         work = _work(self, hidden.shape[0] if index is None else index.shape[0], differentiable, 1 if ref_hidden is None else 2)
         call = Call(
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias, spec.labels, None if self.counts() else scored, index, spec.temperature,
-            precision, ref_precision, spec.options, spec.outputs, differentiable, make_plan(work, _budget(options.workspace_bytes), known),
+            precision, ref_precision, spec.options, spec.outputs, differentiable, make_plan(work, workspace_budget(options.workspace_bytes), known),
             start, total, options.tp_group, self.counts(),
         )  # fmt: skip
         return spec, call
@@ -260,7 +260,7 @@ def _work(head: LinearHead, rows: int, differentiable: tuple[str, ...], towers: 
     )  # fmt: skip
 
 
-def _budget(workspace_bytes: int | None) -> int:
+def workspace_budget(workspace_bytes: int | None) -> int:
     if workspace_bytes is None:
         return WORKSPACE_BYTES
     check_integer("workspace_bytes", workspace_bytes)
@@ -268,15 +268,7 @@ def _budget(workspace_bytes: int | None) -> int:
     return workspace_bytes
 
 
-def scored_rows(spec: RowSpec) -> Tensor | None:
-    """[rows] bool: the rows that count; None if all do."""
-    if spec.labels is None:
-        return spec.mask
-    labelled = (spec.labels != spec.options.ignore_index).any(-1)
-    return labelled if spec.mask is None else spec.mask & labelled
-
-
-def _numbers(scored: Tensor | None) -> Tensor | None:
+def numbers_of(scored: Tensor | None) -> Tensor | None:
     """Of the rows that count; None if all do."""
     if scored is None:
         return None

@@ -127,6 +127,14 @@ def row_spec(
     return RowSpec(shape, vocab, label_shape, labels, mask, tensor, options, tuple(outputs or ()))
 
 
+def scored_rows(spec: RowSpec) -> Tensor | None:
+    """[rows] bool: the rows that count; None if all do."""
+    if spec.labels is None:
+        return spec.mask
+    labelled = (spec.labels != spec.options.ignore_index).any(-1)
+    return labelled if spec.mask is None else spec.mask & labelled
+
+
 def _check_outputs(outputs: Any, with_labels: bool, with_ref: bool, of: str) -> None:
     """Names of outputs, and whether what they need is given."""
     if isinstance(outputs, str):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastalign.ops.token_stats.contract import NEED_REF
 from fastalign.ops.token_stats.op import TokenStatsFunction
-from fastalign.rows.spec import check_logits, check_ref, row_spec
+from fastalign.rows.kept import support_rows
+from fastalign.rows.spec import RowSpec, check_logits, check_ref, row_spec
 from fastalign.runtime import overwrite
 from fastalign.runtime.checks import (
     check_integers,
@@ -48,6 +49,7 @@ def token_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    support: Tensor | None = None,
 ) -> TokenStats:
     """Per-token statistics of `softmax(z)`, `z = cap(logits * logit_scale) / temperature`, `cap(x) = softcap * tanh(x / softcap)`.
 
@@ -92,6 +94,12 @@ def token_stats(
             a warning says so once. A slice of logits saves little: autograd's backward of logits[:, :-1]
             allocates all of it again, so shift the labels instead. Under torch.compile the compiler decides
             about buffers and this has no effect.
+        support: (..., K), integers: the tokens that p and q are renormalised over, such as those that a sampler
+            kept after top-k or top-p; -1 for none, so that rows may have fewer than K. Sums and maxima then run
+            over the support: logsumexp is log sum e^z over it, is_top1 compares with the largest logit in it. A
+            label outside its row's support has probability 0: logprob -inf, without gradient, is_top1 0. A token
+            listed twice counts once. A row without a token is masked. mean_logit and inplace_backward are
+            refused. The gradient of logits is 0 outside the support.
 
     Returns:
         TokenStats; each output (...) (logprob and ref_logprob: the shape of labels), fp32, or fp64 for fp64
@@ -103,8 +111,8 @@ def token_stats(
 
     Raises:
         ValueError, TypeError: on shapes, dtypes, devices, unknown outputs, non-positive temperature, scale or cap.
-        IndexError: label outside [0, V) that is not ignore_index (CPU; on CUDA that row is NaN, without a
-            synchronisation).
+        IndexError: label outside [0, V) that is not ignore_index, or token of the support outside [0, V) that is
+            not -1 (CPU; on CUDA that row is NaN, without a synchronisation).
     """
     logits = check_logits(logits)
     ref_logits = None if ref_logits is None else check_ref(ref_logits, logits)
@@ -118,8 +126,16 @@ def token_stats(
         overwrite.check_overwritable(logits, "inplace_backward")
     if not any(name in NEED_REF for name in outputs):
         ref_logits = None
-    results = TokenStatsFunction.apply(logits, spec.rows(logits, ref_logits), spec.bits, inplace_backward)
-    return TokenStats(**spec.named(results))
+    if support is not None:
+        if inplace_backward:
+            raise ValueError("inplace_backward cannot be used with support: only the support's logits get a gradient")
+        narrow = support_rows(support, logits, ref_logits, spec)
+        return TokenStats(**narrow.completed(_named_results(narrow.logits, narrow.ref_logits, narrow.spec)))
+    return TokenStats(**_named_results(logits, ref_logits, spec, inplace_backward))
+
+
+def _named_results(logits: Tensor, ref_logits: Tensor | None, spec: RowSpec, inplace_backward: bool = False) -> dict[str, Tensor]:
+    return spec.named(TokenStatsFunction.apply(logits, spec.rows(logits, ref_logits), spec.bits, inplace_backward))
 
 
 def token_logprobs(

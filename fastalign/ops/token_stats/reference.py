@@ -42,6 +42,13 @@ def _scale(u, factor, temperature, temperature_tensor):
     return torch.full((), factor, dtype=u.dtype, device=u.device) / t
 
 
+def nats(logits, options, temperature_tensor):
+    """z, of the logits' shape, in the accumulation dtype. options: RowOptions."""
+    u = _capped(logits.reshape(-1, 1), options.cap_scale)
+    c = _scale(u, options.factor, options.temperature, temperature_tensor)
+    return (u * (c * LN2)).view(logits.shape)
+
+
 def _select(mask_rows, value):
     """value where the row is scored, exactly 0 elsewhere (a selection: garbage in masked rows must not
     survive as NaN)."""
