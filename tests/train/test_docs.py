@@ -114,6 +114,8 @@ def test_calls_in_sentences(path, call):
         "chosen": torch.randn(3), "rejected": torch.randn(3), "ref_chosen": torch.randn(3), "ref_rejected": torch.randn(3),
         "totals": torch.randn(4), "ref_totals": torch.randn(4), "desirable": torch.tensor([True, False, True, False]),
         "groups": torch.tensor([0, 0, 1, 1]), "group": None, "temperature": 0.7, "row_mask": torch.ones(tokens, dtype=torch.bool), "chunk_size": 4,
+        "hidden": torch.randn(tokens, 4), "weight": torch.randn(11, 4), "ref_hidden": torch.randn(tokens, 3), "ref_weight": torch.randn(11, 3),
+        "indices": torch.randint(11, (tokens, 3)), "coef": torch.tensor(0.5),
     }  # fmt: skip
     names["outputs"] = [fa.preference_loss(names["logprobs"], names["ref_logprobs"], names["cu_seqlens"], mask=names["mask"])] * 2
     eval("fa" + call, names)
