@@ -76,6 +76,11 @@ def sharded_weight(rank, world, mesh):
         (out * weights).sum().backward()
         grads = [None if x.grad is None else x.grad.full_tensor() for x in shards]
         found[frozen] = ([out.detach()], rows.grad, *grads)
+        rows.grad = shards[0].grad = shards[1].grad = None
+        kept = fa.logprobs_at(rows, shards[0], labels[own].clamp(0).unsqueeze(-1).repeat(1, 2) + torch.tensor([0, -1]), bias=shards[1])
+        (kept.logprobs[:, 0] * weights).sum().backward()
+        grads = [None if x.grad is None else x.grad.full_tensor() for x in shards]
+        found["kept", frozen] = ([kept.logprobs.detach()], rows.grad, *grads)
     with pytest.raises(ValueError, match="weight is a DTensor of placements"):
         fa.linear_token_logprobs(hidden, distribute_tensor(weight, mesh, [Shard(1)]), labels)
     return found
@@ -180,6 +185,23 @@ def test_sharded_weight(ranks):  # G2
         close(torch.cat([rank[frozen][1] for rank in ranks]), want[0])
         for rank in ranks:
             for got, truth in zip(rank[frozen][2:], want[1:]):
+                assert got is None if frozen else close(got, truth) is None
+
+
+def test_kept_tokens_of_a_sharded_weight(ranks):
+    """Of a support of each label and the token before it (that of label 0 has no other)."""
+    hidden, weight, bias, _, labels = make()
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    indices = labels.clamp(0).unsqueeze(-1).repeat(1, 2) + torch.tensor([0, -1])
+    logits = (leaves[0] @ leaves[1].t() + leaves[2]).gather(-1, indices.clamp(0)).masked_fill(indices < 0, float("-inf"))
+    out = torch.log_softmax(logits, -1).masked_fill(indices < 0, 0.0)
+    want = torch.autograd.grad((out[:, 0] * torch.linspace(-1, 1, ROWS)).sum(), leaves)
+    ranks = [rank["sharded"] for rank in ranks[:3]]
+    for frozen in (False, True):
+        close(torch.cat([rank["kept", frozen][0][0] for rank in ranks]), out.detach())
+        close(torch.cat([rank["kept", frozen][1] for rank in ranks]), want[0])
+        for rank in ranks:
+            for got, truth in zip(rank["kept", frozen][2:], want[1:]):
                 assert got is None if frozen else close(got, truth) is None
 
 

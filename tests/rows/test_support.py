@@ -139,6 +139,43 @@ def test_all_of_the_vocabulary_is_no_restriction():
         assert a is b is None or torch.equal(a, b)
 
 
+def test_the_kept_mass_is_never_above_one():
+    """Where the support has all of it, up to rounding."""
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(200, 16, generator=g), 3 * torch.randn(VOCAB, 16, generator=g)
+    got = fa.logprobs_at(hidden, weight, torch.arange(VOCAB).expand(200, VOCAB), with_mass=True)
+    assert bool((got.log_mass <= 0).all()) and not bool((got.log_mass == 0).all())
+
+
+def test_a_row_whose_label_is_ignored_is_masked(small):
+    """Its support may hold anything, as its hidden states."""
+    labels = torch.where(small.mask, small.labels, -100)
+    got = fa.logprobs_at(small.hidden, small.weight, small.indices, labels, bias=small.bias)
+    assert torch.equal(got.logprobs, call(small).logprobs) and got.label_logprob[UNSCORED] == 0.0
+    found, want = (
+        fa.token_stats(small.logits(), x, support=small.indices, mask=mask, outputs=("logprob", "entropy"))
+        for x, mask in ((labels, None), (small.labels, small.mask))
+    )
+    assert torch.equal(found.logprob, want.logprob) and torch.equal(found.entropy, want.entropy)
+
+
+def test_compiled_in_one_graph():
+    """Values and gradients are those of eager."""
+
+    def of_hidden(h, w, b, case):
+        got = fa.logprobs_at(h, w, case.indices, bias=b, mask=case.mask, softcap=5.0).logprobs
+        return got, fa.token_stats(h @ w.t() + b, case.labels, support=case.indices, mask=case.mask).logprob
+
+    case, leaves = make_case()._replace(labels=make_case().indices[:, 0].clamp(0)).leaves()
+    torch._dynamo.reset()
+    results = []
+    for function in (of_hidden, torch.compile(of_hidden, backend="aot_eager", fullgraph=True)):
+        got = function(*leaves, case)
+        results.append([*got, *torch.autograd.grad(got[0].square().sum() + got[1][case.mask].sum(), leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
 def test_logits_of_minus_infinity(small):
     """By the bias: probability 0, and with nothing else NaN, in their own row."""
     bias = small.bias.clone()
