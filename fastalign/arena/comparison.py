@@ -20,7 +20,7 @@ from fastalign.train.data.examples import Schedule, pack_examples
 from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.methods.base import Split
 from fastalign.train.methods.dpo import PreferenceMethod
-from fastalign.train.models.packed import PackedCausalLM
+from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.models.reference import LiveReference
 from fastalign.train.offline import accumulate
 from fastalign.train.optimise import clip_gradients

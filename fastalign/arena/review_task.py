@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import fastalign
 from fastalign.train.data.formats import Texts
 from fastalign.train.data.tokenise import ExampleTokenizer, TokenExample, token_pair
-from fastalign.train.models.packed import PackedCausalLM
+from fastalign.train.models.causal import PackedCausalLM
 
 PRODUCTS = ("kettle", "lamp", "chair", "phone", "radio", "clock", "mug", "bag", "desk", "fan", "pen", "watch")
 PARTS = ("handle", "base", "cover", "finish", "button", "edge")
@@ -209,14 +209,14 @@ def mean_gold_reward(samples: Sequence[Sample]) -> float:
 @torch.no_grad()
 def score_samples(model: torch.nn.Module, samples: Sequence[Sample], *, batch_size: int = 64) -> list[torch.Tensor]:
     """log p(token | everything before it) under `model` for every token of each completion: one fp32 tensor per sample."""
-    lm = PackedCausalLM(model)
+    lm = PackedCausalLM(model, head=None)
     scores: list[torch.Tensor] = []
     try:
         for start in range(0, len(samples), batch_size):
             rows = samples[start : start + batch_size]
             masks = [[False] * len(s.prompt) + [True] * len(s.completion) for s in rows]
             batch = fastalign.pack([s.prompt + s.completion for s in rows], masks).to(lm.device)
-            logprobs = fastalign.token_logprobs(lm.logits(batch), batch.labels)[batch.mask]
+            logprobs = lm.scores(batch).stats(batch.labels).logprob[batch.mask]
             scores += logprobs.cpu().split([len(s.completion) for s in rows])
     finally:
         lm.restore()

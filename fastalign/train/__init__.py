@@ -23,7 +23,7 @@ _HOME = {
     "train_online": "online",
     "PreferenceMethod": "methods.dpo",
     "TrainResult": "loop",
-    "PackedCausalLM": "models.packed",
+    "PackedCausalLM": "models.causal",
     "load_model": "models.packed",
     "load_tokenizer": "models.packed",
     "TokenExample": "data.tokenise",

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import fastalign
-from fastalign.train.config import FREE_ON_RESUME, MODEL_DIRECTORIES, RunConfig, flag_of
+from fastalign.train.config import BEFORE, FREE_ON_RESUME, MODEL_DIRECTORIES, RunConfig, flag_of
 from fastalign.train.errors import UserError
 from fastalign.train.files import WRITE_ERRORS, check_unlocked, inside, locked, move_into, reason, remove, replace_file, sync_tree, writing
 
@@ -211,12 +211,13 @@ def save_final(output: Path, save_model: Callable[[Path], None]) -> None:
         move_into(temporary, output)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint, on the CPU. Raises `UserError` for one that is not whole, or of another form."""
+def load_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The state of a checkpoint, on the CPU; mapped: its tensors are read from the file when they are used. Raises
+    `UserError` for one that is not whole, or of another form."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
-            state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+            state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load has many ways to say that a file is not what it should be
         raise UserError(f"--resume: the checkpoint {path} cannot be read ({_HINT}): {reason(error)[:200]}") from error
     what = f"--resume: the checkpoint {path} is not one of this trainer ({_HINT}): trainer.pt "
@@ -243,11 +244,17 @@ def settings(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_ON_RESUME}
 
 
+def saved_setting(output: Path, name: str) -> Any:
+    """What the run in a directory, whose newest checkpoint is to be gone on from, was started with."""
+    return load_state(newest(output), mapped=True)["settings"].get(name, BEFORE.get(name))
+
+
 def check_same_run(state: Mapping[str, Any], config: RunConfig, method: str, data: str, models: Mapping[str, str], steps: int) -> None:
     """Refuse to resume a run with other settings, models or data: its result would belong to neither. More steps are legal."""
     if state["method"] != method:
         raise UserError(f"--resume: the run was started as 'fastalign train {state['method']}', not {method}")
-    saved, now = state["settings"], settings(config)
+    now = settings(config)
+    saved = {name: value for name, value in BEFORE.items() if now.get(name) is not None} | state["settings"]
     differing = [name for name in now if saved.get(name) != now[name] and not (name in ("max_steps", "epochs") and steps >= state["steps"])]
     if differing:
         changes = "; ".join(f"{flag_of(name, type(config))} was {saved.get(name)}, is {now[name]}" for name in differing)

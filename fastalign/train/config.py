@@ -204,6 +204,12 @@ _TYPES: dict[type, tuple[Any, str]] = {
 class LossConfig(RunConfig):
     """Settings that methods of both halves have."""
 
+    head: str | None = setting(
+        None,
+        "fused: log-probs come from hidden states and the LM head's weight, a part of the logits at a time; logits: all logits of a "
+        "forward pass are made; default: fused, and logits, with a line that says why, for a model whose head is not a linear layer",
+        choices=("fused", "logits"),
+    )
     ref_model: str | None = setting(None, "directory of the reference model; default: the weights that training starts from", metavar="DIR")
     loss: str | None = setting(None, "name of the loss; default: the method's own; an unknown name lists the legal ones", metavar="NAME")
     loss_options: dict[str, Any] = setting(
@@ -230,6 +236,9 @@ FREE_ON_RESUME = frozenset(
     {"resume", "overwrite", "output", "log_every", "save_every", "keep_checkpoints", "tensorboard", "progress", "trust_remote_code"}
     | {*MODEL_DIRECTORIES, "data", "eval_data", "ptx_data"}
 )
+
+# Settings that the oldest checkpoints lack -> what runs did before there was a choice.
+BEFORE = {"head": "logits"}
 
 
 def flag_of(name: str, kind: type[RunConfig] = TrainConfig) -> str:

@@ -33,7 +33,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "batch_size", "tokens_per_batch", "epochs", "max_steps", "learning_rate", "warmup_ratio", "weight_decay",
         "max_grad_norm", "minibatches", "rollout_epochs",
     ),
-    "machine": ("dtype", "attention", "device"),
+    "machine": ("dtype", "attention", "head", "device"),
     "log and checkpoints": (
         "log_every", "eval_every", "save_every", "keep_checkpoints", "tensorboard", "progress", "token_metrics",
     ),

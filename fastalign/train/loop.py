@@ -16,6 +16,7 @@ from fastalign.train.config import RunConfig
 from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.metrics import RunLog
 from fastalign.train.models import packed as models
+from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.optimise import Optimizer
 from fastalign.train.vain import Vain
 
@@ -170,9 +171,10 @@ class Run:
         size = sum(p.numel() for p in self.lm.model.parameters())
         passed_over = "".join(f"; not {name}: {reason}" for name, reason in self.lm.refused.items())
         router = f"router: {self.lm.router_note}\n" if self.lm.router_note else ""
+        head = f"head: {self.lm.describe_head()}\n" if isinstance(self.lm, PackedCausalLM) else ""
         print(
             f"model: {type(self.lm.model).__name__}, {size / 1e6:.3g} M parameters, on {self.lm.device}, forward in {self.config.dtype}\n"
-            f"attention: {self.lm.attention}{passed_over}\n"
+            f"attention: {self.lm.attention}{passed_over}\n{head}"
             f"{router}training: {self.task.method}, {self.task.steps - first} steps, {self.task.describe()}, output {self.output}"
         )
         with files.writing(f"{checkpoint.RECORD} in {self.output}"):

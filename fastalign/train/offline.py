@@ -20,6 +20,7 @@ from fastalign.train.methods.base import LogprobFn, Method, Split, join
 from fastalign.train.methods.dpo import PreferenceMethod
 from fastalign.train.metrics import MetricSums
 from fastalign.train.models import packed as models
+from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.models.reference import LiveReference, precompute, weights_fingerprint
 from fastalign.train.optimise import Optimizer
 from fastalign.train.session import Session, tokens
@@ -172,14 +173,14 @@ def _jointly(
     return loss.detach() + router
 
 
-def _reference(method: Method, session: Session, examples: Sequence[TokenExample]) -> models.PackedCausalLM:
+def _reference(method: Method, session: Session, examples: Sequence[TokenExample]) -> PackedCausalLM:
     """The reference model: that of --ref-model, or the policy as it is now."""
     if method.config.ref_model is not None:
         return session.beside("ref_model", tokens(examples), exact=method.exact_kl)
     return session.lm if method.config.precompute_ref else session.lm.frozen_copy()
 
 
-def _attach_reference(method: Method, output: Path, reference: models.PackedCausalLM, splits: Sequence[Split]) -> None:
+def _attach_reference(method: Method, output: Path, reference: PackedCausalLM, splits: Sequence[Split]) -> None:
     """Give the splits their reference log-probs: from a model that stays in memory, or computed once now, before any weight has changed."""
     config = method.config
     live = LiveReference(reference, method.token_stats)

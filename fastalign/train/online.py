@@ -13,6 +13,7 @@ from fastalign.train.loop import TrainResult
 from fastalign.train.methods import check_kind, make_method
 from fastalign.train.methods.online import OnlineMethod
 from fastalign.train.models import packed as models
+from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.online_config import OnlineConfig
 from fastalign.train.sampling.actor import Actor
 from fastalign.train.sampling.rewards import make_reward
@@ -70,8 +71,8 @@ def train_online(
         actor = Actor(lm, config.temperature)
         learner.start(actor, score, None if model is not None else config.model)
         known = [torch.tensor([number for number in models.token_ids(tokenizer) if number < lm.vocabulary()])]
-        actor.reference = _reference(learner, session, known)
         actor.dpo = session.beside("dpo_model", known) if config.dpo_model is not None else None
+        actor.reference = _reference(learner, session, known)
         lm.check_generation(responses)
         frozen = {"ref_model": actor.reference, "dpo_model": actor.dpo, "reward_model": getattr(score, "scorer", None)}
         vocabulary = min((other.vocabulary() for other in frozen.values() if other is not None), default=None)
@@ -80,7 +81,7 @@ def train_online(
         return session.fit(learner, frozen, callback)
 
 
-def _reference(method: OnlineMethod, session: Session, known: Sequence[torch.Tensor]) -> models.PackedCausalLM | None:
+def _reference(method: OnlineMethod, session: Session, known: Sequence[torch.Tensor]) -> PackedCausalLM | None:
     """The model that the policy is held to: --ref-model, or a copy of the policy as it is now, where anything asks for one.
     It knows every token that the tokenizer gives, which are those that are sampled; rows of the vocabulary beyond them
     may differ in number, if a tokenizer of its own says that they are beyond."""

@@ -199,7 +199,8 @@ def test_precomputed_reference_is_cached_by_what_it_depends_on(config, capsys, d
             (output / name).write_bytes(content)
         # A cache in the directory counts as an earlier run; resuming is the way to use it, so call the function itself.
         method, token_stats = preference_method(config())
-        lm = PackedCausalLM(load_model(settings.pop("model", config().model)), dtype=settings.pop("dtype", "float32"))
+        head, dtype = settings.pop("head", None), settings.pop("dtype", "float32")
+        lm = PackedCausalLM(load_model(settings.pop("model", config().model)), dtype=dtype, head=head)
         pairs, _ = load_examples(config(eval_fraction=0.25, **settings), PREFERENCE, load_tokenizer(config().model), None)
         precompute(
             LiveReference(lm, token_stats),
@@ -216,6 +217,7 @@ def test_precomputed_reference_is_cached_by_what_it_depends_on(config, capsys, d
     make_model(seed=5).save_pretrained(other)
     assert "belongs to other weights" in again(model=str(other))
     assert "belongs to other weights" in again(dtype="bfloat16")
+    assert "belongs to other weights" in again(head="logits")
     write_jsonl(data_file, make_rows()[::-1])
     assert "belongs to other weights, data" in again()
     write_jsonl(data_file, make_rows())

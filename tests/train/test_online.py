@@ -303,7 +303,7 @@ def test_reward_model(online, reward_model):
     heads = load_file(result.output / "value_head.safetensors")["linear.weight"], theirs.score.weight
     assert torch.allclose(*heads, atol=1e-9) and heads[1].abs().max() > 0
     from fastalign.train.data.tokenise import TokenExample
-    from fastalign.train.models.packed import PackedCausalLM
+    from fastalign.train.models.causal import PackedCausalLM
     from fastalign.train.sampling.rewards import make_reward
     from fastalign.train.sampling.rollout import Sampler
 

@@ -21,7 +21,7 @@ from fastalign.train.methods import METHODS, make_method, of_kind
 from fastalign.train.methods.base import Scored
 from fastalign.train.methods.online import split_evenly
 from fastalign.train.methods.online_dpo import best_against_worst
-from fastalign.train.models.packed import PackedCausalLM
+from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.sampling.actor import Actor
 from fastalign.train.sampling.advantages import Rewarded, estimate
 from fastalign.train.sampling.rollout import Rollout, Sampler

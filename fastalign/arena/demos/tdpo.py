@@ -19,7 +19,7 @@ from fastalign.arena.demos.common import Clock, machine, sampled_pairs, sampling
 from fastalign.cli.console import table
 from fastalign.train.config import TrainConfig
 from fastalign.train.data.tokenise import TokenExample
-from fastalign.train.models.packed import PackedCausalLM
+from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.offline import train
 
 PROMPTS, HELD_OUT_PROMPTS, SAMPLES = 384, 96, 256

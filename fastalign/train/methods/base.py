@@ -19,6 +19,7 @@ from fastalign.train.errors import UserError
 from fastalign.train.methods import METHODS, check_kind
 from fastalign.train.metrics import Metrics
 from fastalign.train.models import packed as models
+from fastalign.train.models.causal import PackedCausalLM, Scores
 
 LogprobFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TOKEN_METRICS = ("entropy", "mean_logit", "is_top1")
@@ -73,8 +74,8 @@ class Learner:
         return models.load_model(directory, trust_remote_code=trust_remote_code)
 
     def make_lm(self, model: torch.nn.Module, tokenizer: Any, **options: Any) -> tuple[models.PackedModel, Any]:
-        """(the model on packed sequences, the tokenizer that is saved with it). `options`: of `PackedModel`."""
-        return models.PackedCausalLM(model, **options), tokenizer
+        """(the model on packed sequences, the tokenizer that is saved with it). `options`: of `PackedCausalLM`."""
+        return PackedCausalLM(model, **options), tokenizer
 
     def modules(self) -> Mapping[str, torch.nn.Module]:
         """What is trained besides the model, by name."""
@@ -108,15 +109,18 @@ class Method(Learner):
         self.outputs = ("logprob", *(TOKEN_METRICS if config.token_metrics else ()))
         if logprob_fn is not None and config.token_metrics:
             raise UserError("logprob_fn yields no token metrics: set token_metrics=False")
+        if logprob_fn is not None and config.head == "fused":
+            raise UserError("logprob_fn takes logits, which --head fused does not make")
         self.logprob_fn = logprob_fn
+        if logprob_fn is not None:
+            self.config = dataclasses.replace(self.config, head="logits")
 
-    def token_stats(self, logits: torch.Tensor, labels: torch.Tensor) -> Any:
-        """(logits [T, V], labels [T]) -> an object with .logprob [T] and the other `outputs`. Policy and reference go through the same
+    def token_stats(self, scores: Scores, labels: torch.Tensor) -> Any:
+        """(a forward pass, labels [T]) -> an object with .logprob [T] and the other `outputs`. Policy and reference go through the same
         function, so that equal weights give equal bits."""
         if self.logprob_fn is not None:
-            return SimpleNamespace(logprob=self.logprob_fn(logits, labels))
-        # The logits have no other consumer: their gradient is written over them.
-        return fastalign.token_stats(logits, labels, outputs=self.outputs, inplace_backward=True)
+            return SimpleNamespace(logprob=self.logprob_fn(scores.logits, labels))
+        return scores.stats(labels, outputs=self.outputs)
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
         """Look at the data before anything is loaded: refuse it, or take its statistics."""
@@ -145,7 +149,7 @@ class Method(Learner):
         tokens, and the reference's log-probs."""
         packed = lm.to_device(batch.packed)
         fixed = {} if policy_only or split.reference is None else {"ref_logprobs": split.reference(batch, packed)}
-        stats = self.token_stats(lm.logits(packed), self.labels(packed))
+        stats = self.token_stats(lm.scores(packed), self.labels(packed))
         policy = {name: value for name, value in _fields(stats).items() if value is not None}
         return Scored([split.examples[i] for i in batch.members], packed, policy, fixed)
 

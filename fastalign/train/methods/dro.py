@@ -65,10 +65,10 @@ class DRO(UnpairedMethod):
         packed = lm.to_device(batch.packed)
         examples = [split.examples[i] for i in batch.members]
         fixed = {} if policy_only else {"ref_logprobs": split.reference(batch, packed)}
-        logits, hidden = lm.logits_and_hidden(packed)
-        last = packed.cu_seqlens[:-1].long() + torch.tensor([len(e.prompt) - 1 for e in examples], device=hidden.device)
-        values = self.head(hidden[last])
-        stats = self.token_stats(logits, packed.labels)
+        scores = lm.scores(packed)
+        last = packed.cu_seqlens[:-1].long() + torch.tensor([len(e.prompt) - 1 for e in examples], device=scores.hidden.device)
+        values = self.head(scores.hidden[last])
+        stats = self.token_stats(scores, packed.labels)
         policy = {name: value for name, value in stats._asdict().items() if value is not None}
         return Scored(examples, packed, {**policy, "values": values}, fixed)
 

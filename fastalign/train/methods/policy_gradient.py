@@ -17,8 +17,8 @@ from fastalign.train.errors import UserError
 from fastalign.train.methods.base import Scored
 from fastalign.train.methods.online import OnlineMethod, split_evenly
 from fastalign.train.metrics import MetricSums
+from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.models.heads import ValueHead
-from fastalign.train.models.packed import PackedCausalLM
 from fastalign.train.models.scorer import score_head
 from fastalign.train.online_config import OnlineConfig
 from fastalign.train.optimise import Optimizer, learning_rate
@@ -89,6 +89,7 @@ class PolicyGradient(OnlineMethod):
         return preset
 
     def start(self, actor: Actor, reward: Reward, directory: str | None) -> None:
+        actor.differentiable = ("logprob", "entropy") if self.preset.entropy_coef else ("logprob",)
         if ESTIMATORS[self.estimator].reads_values:
             actor.value_head = self._value_head(actor.lm, reward, directory)
 
@@ -211,7 +212,7 @@ class PolicyGradient(OnlineMethod):
         tokens = sum(len(self.texts[i].completions[0]) for i in chosen)
         for batch in pack_examples(self.texts, chosen, self.config.tokens_per_batch):
             packed = self.actor.lm.to_device(batch.packed)
-            loss = -fastalign.token_logprobs(self.actor.lm.logits(packed), packed.labels, inplace_backward=True).sum()
+            loss = -self.actor.lm.scores(packed).stats(packed.labels).logprob.sum()
             sums.add({"ptx/nll": (loss.detach(), packed.mask.sum())})
             yield self.config.ptx_coef / tokens * loss
 

@@ -72,7 +72,7 @@ class Reward(Method):
     def load_model(self, directory: str, *, trust_remote_code: bool) -> torch.nn.Module:
         return load_scorer(directory, seed=self.config.seed, trust_remote_code=trust_remote_code)
 
-    def make_lm(self, model: torch.nn.Module, tokenizer: Any, **options: Any) -> tuple[models.PackedModel, Any]:
+    def make_lm(self, model: torch.nn.Module, tokenizer: Any, *, head: Any = None, **options: Any) -> tuple[models.PackedModel, Any]:
         tokenizer = with_padding(model, tokenizer)
         return PackedScorer(model, **options), tokenizer
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-import fastalign
 from fastalign.train.config import TrainConfig
 from fastalign.train.data.examples import Batch
 from fastalign.train.errors import UserError
@@ -15,7 +14,7 @@ from fastalign.train.methods.dpo import PreferenceMethod
 
 
 class TDPO(PreferenceMethod):
-    """tdpo1 and tdpo2. The reference model runs beside the policy: its logits, not only its log-probs, enter the loss."""
+    """tdpo1 and tdpo2. The reference model runs beside the policy: its whole distributions, not only its log-probs, enter the loss."""
 
     name, default_loss = "tdpo", "tdpo2"
     exact_kl = True
@@ -31,13 +30,8 @@ class TDPO(PreferenceMethod):
     def score(self, lm: Any, split: Split, batch: Batch, *, policy_only: bool = False) -> Scored:
         packed = lm.to_device(batch.packed)
         with torch.no_grad():
-            ref_logits = split.reference.lm.logits(packed)
-        stats = fastalign.token_stats(
-            lm.logits(packed),
-            self.labels(packed),
-            ref_logits=ref_logits,
-            outputs=("ref_logprob", "kl_ref_policy", *self.outputs),
-            inplace_backward=True,
-        )
+            ref = split.reference.lm.scores(packed)
+        outputs = ("ref_logprob", "kl_ref_policy", *self.outputs)
+        stats = lm.scores(packed).stats(self.labels(packed), ref=ref, outputs=outputs, differentiable=("logprob", "kl_ref_policy"))
         policy = {name: value for name, value in stats._asdict().items() if value is not None}
         return Scored([split.examples[i] for i in batch.members], packed, policy, {"ref_logprobs": policy.pop("ref_logprob")})

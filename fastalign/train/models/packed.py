@@ -186,17 +186,21 @@ class PackedModel:
         self.router, self.router_note = find_router(model)
         self._scaled = packed.length_scaled(model)
         self._original = model.config._attn_implementation
+        self._choose(attention)
+        if self.router is not None and not self.router.seen():
+            self.router = None
+            self.router_note = f"its load-balancing loss is left out: {type(model).__name__} does not compute it"
+
+    def _choose(self, attention: str) -> None:
+        """Switch the model to this attention; "auto": the first that keeps packed sequences apart."""
         self.attention, self.refused = None, {}
         for name in self._candidates() if attention == "auto" else (attention,):
             reason = self._try(name)
             if reason is None:
-                if self.router is not None and not self.router.seen():
-                    self.router = None
-                    self.router_note = f"its load-balancing loss is left out: {type(model).__name__} does not compute it"
                 return
             self.refused[name] = reason
         raise UserError(
-            f"{type(model).__name__} cannot train on packed sequences: "
+            f"{type(self.model).__name__} cannot train on packed sequences: "
             + "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
         )
 
@@ -222,13 +226,13 @@ class PackedModel:
             inputs |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
             inputs |= {"max_length_q": int(batch.max_seqlen), "max_length_k": int(batch.max_seqlen)}
         apart = packed.rotary_per_sequence(self._scaled, lengths) if self._scaled else contextlib.nullcontext()
-        with apart, self._autocast():
+        with apart, self.autocast():
             output = module(**inputs)
         if self.router is not None:
             self.router.see(output)
         return output
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16 and not self.exact)
 
     def frozen_copy(self) -> PackedModel:
@@ -278,7 +282,7 @@ class PackedModel:
         own, self.model.generation_config = self.model.generation_config, settings
         self.restore()
         try:
-            with self._autocast():
+            with self.autocast():
                 yield self.model
         finally:
             self.model.generation_config = own
@@ -328,33 +332,3 @@ class PackedModel:
     def to_device(self, batch: Any) -> Any:
         """The batch on the model's device."""
         return batch.to(self.device)
-
-
-class PackedCausalLM(PackedModel):
-    """A causal LM on packed sequences."""
-
-    def logits(self, batch: Any) -> torch.Tensor:
-        """Logits [T, V] of the packed batch: row t predicts the token after `batch.input_ids[t]`."""
-        return self.forward(self.model, batch).logits.squeeze(0)
-
-    rows = logits
-
-    def head(self) -> torch.nn.Module:
-        """The layer from hidden states to logits."""
-        head = self.model.get_output_embeddings()
-        if head is None:
-            raise UserError(f"{type(self.model).__name__} does not say which module is its LM head")
-        return head
-
-    def logits_and_hidden(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits, and the last hidden states [T, H] that the LM head made them from: what a value head reads."""
-        seen = []
-        hook = self.head().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        try:
-            logits = self.logits(batch)
-        finally:
-            hook.remove()
-        return logits, seen[-1].reshape(logits.shape[0], -1)
-
-    def load_weights(self, directory: str, *, trust_remote_code: bool = False) -> None:
-        self.model.load_state_dict(load_model(directory, trust_remote_code=trust_remote_code).state_dict())

@@ -16,7 +16,7 @@ from fastalign.train.config import RunConfig
 from fastalign.train.data.examples import Batch, fingerprint, pack_examples
 from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.files import replace_file, writing
-from fastalign.train.models.packed import PackedCausalLM
+from fastalign.train.models.causal import PackedCausalLM, Scores
 
 # (batch, the same packed batch on the device) -> log-probs [T], row-aligned, 0 where nothing is scored
 Reference = Callable[[Batch, Any], torch.Tensor]
@@ -25,12 +25,12 @@ Reference = Callable[[Batch, Any], torch.Tensor]
 class LiveReference:
     """A frozen model that scores every batch, on the same path as the policy: with equal weights the log-probs are bitwise equal."""
 
-    def __init__(self, lm: PackedCausalLM, token_stats: Callable[[torch.Tensor, torch.Tensor], Any]):
+    def __init__(self, lm: PackedCausalLM, token_stats: Callable[[Scores, torch.Tensor], Any]):
         self.lm, self.token_stats = lm, token_stats
 
     @torch.no_grad()
     def __call__(self, batch: Batch, packed: Any) -> torch.Tensor:
-        return self.token_stats(self.lm.logits(packed), packed.labels).logprob
+        return self.token_stats(self.lm.scores(packed), packed.labels).logprob
 
 
 class CachedReference:
@@ -49,7 +49,8 @@ def precompute(
 ) -> CachedReference:
     """Read the cache at `path` if it was made with the same weights, data, tokenisation and precision; otherwise say so and make it."""
     lm = reference.lm
-    key = "/".join((weights, fingerprint(examples), str(lm.dtype), str(lm.attention)))
+    fused = ("fused",) if lm.head_used == "fused" else ()
+    key = "/".join((weights, fingerprint(examples), str(lm.dtype), str(lm.attention), *fused))
     logprobs = _read(path, key, sum(example.tokens() for example in examples))
     if logprobs is None:
         parts: list[torch.Tensor] = [torch.empty(0)] * len(examples)
@@ -75,7 +76,7 @@ def _read(path: Path, key: str, tokens: int) -> torch.Tensor | None:
         print(f"warning: the reference cache {path} is unreadable and is computed again ({error})")
         return None
     if found != key or logprobs.shape != (tokens,):
-        print(f"warning: the reference cache {path} belongs to other weights, data, tokenisation or precision; it is computed again")
+        print(f"warning: the reference cache {path} belongs to other weights, data, tokenisation, precision or head; it is computed again")
         return None
     print(f"reference log-probs read from {path}")
     return logprobs

@@ -10,14 +10,15 @@ import torch
 import fastalign
 from fastalign.train.data.examples import Batch
 from fastalign.train.methods.base import Scored
+from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.models.heads import ValueHead
-from fastalign.train.models.packed import PackedCausalLM
 from fastalign.train.sampling.rollout import Rollout
 
 
 @dataclass
 class Actor:
     """The policy, its value head (None: the method has none), and frozen models: the reference, and a DPO-trained one (RTO).
+    `differentiable`: what the loss reads of logprob and entropy.
 
     Everything is scored at the sampling temperature, on one path: models with equal weights give equal bits."""
 
@@ -26,17 +27,15 @@ class Actor:
     value_head: ValueHead | None = None
     reference: PackedCausalLM | None = None
     dpo: PackedCausalLM | None = None
+    differentiable: tuple[str, ...] = ("logprob", "entropy")
 
     def score(self, packed: fastalign.PackedBatch) -> dict[str, torch.Tensor]:
         """logprob, entropy and (with a value head) value of the batch, [T] each, differentiable. Row t is the state before the
         token that it predicts."""
-        if self.value_head is None:
-            logits, values = self.lm.logits(packed), {}
-        else:
-            logits, hidden = self.lm.logits_and_hidden(packed)
-            values = {"value": self.value_head(hidden)}
-        stats = fastalign.token_stats(
-            logits, packed.labels, outputs=("logprob", "entropy"), temperature=self.temperature, inplace_backward=True
+        scores = self.lm.scores(packed)
+        values = {} if self.value_head is None else {"value": self.value_head(scores.hidden)}
+        stats = scores.stats(
+            packed.labels, outputs=("logprob", "entropy"), differentiable=self.differentiable, temperature=self.temperature
         )
         return {"logprob": stats.logprob, "entropy": stats.entropy, **values}
 
@@ -47,7 +46,7 @@ class Actor:
         fixed = {}
         for name, model in (("ref_logprobs", self.reference), ("dpo_logprobs", self.dpo)):
             if model is not None:
-                fixed[name] = fastalign.token_logprobs(model.logits(packed), packed.labels, temperature=self.temperature)
+                fixed[name] = model.scores(packed).stats(packed.labels, temperature=self.temperature).logprob
         return Scored([rollouts[i].example for i in batch.members], packed, self.score(packed), fixed)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import transformers
 
 from fastalign.train.data.specials import stops
 from fastalign.train.data.tokenise import ExampleTokenizer, TokenExample
-from fastalign.train.models.packed import PackedCausalLM
+from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.online_config import OnlineConfig
 
 
