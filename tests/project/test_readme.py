@@ -34,11 +34,19 @@ def seeds_table(name):
     return runpy.run_path(str(ROOT / "benchmarks" / "demo_seeds.py"))["table"](seeds)
 
 
+def head_memory(what):
+    """What a training step saves without logits, from the committed file."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "2026-11-28-head-memory.json").read_text())
+    return runpy.run_path(str(ROOT / "benchmarks" / "head_memory.py"))[what](results)
+
+
 LOSSES = ROOT / "docs" / "losses.md"
 TABLES = {
     "ops": (README, ops_table),
     "demo_ppo": (README, lambda: seeds_table("2026-11-28-demo-ppo-seeds-0-1-2-3.json")),
     "demo_tdpo": (README, lambda: seeds_table("2026-11-28-demo-tdpo-seeds-0-1-2.json")),
+    "head_saves": (README, lambda: head_memory("summary")),
+    "head_memory": (README, lambda: head_memory("table")),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
     "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
     "policy": (ROOT / "docs" / "policy_losses.md", fa.policy_losses.available),
