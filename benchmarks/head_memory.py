@@ -35,7 +35,7 @@ def summary(results: dict[str, Any]) -> str:
     run = results["runs"][-1]
     whole, fused = (run["peak_mib"][head] / 1024 for head in HEADS)
     return (
-        f"`fastalign train dpo` makes no logits: a step on {run['tokens']:,} tokens with a vocabulary of {results['vocabulary']:,} peaks at "
+        f"`fastalign train` never holds all logits: a DPO step on {run['tokens']:,} tokens with a vocabulary of {results['vocabulary']:,} peaks at "
         f"{fused:.1f} GiB where `--head logits` takes {whole:.1f} GiB (small model, CPU, policy, reference and optimizer included)."
     )
 
