@@ -37,7 +37,7 @@ from fastalign.runtime.frozen import copies_without_graph
 from fastalign.runtime.function import Function
 
 GATHERED_BYTES = 64 << 20  # more rows at once are not gathered faster
-_OPTIONS = tuple(name for name in HeadOptions._fields if name not in ("batch_invariant", "tp_group"))
+_OPTIONS = tuple(name for name in HeadOptions._fields if name != "batch_invariant")
 
 
 @copies_without_graph
@@ -87,6 +87,8 @@ def logprobs_at(
         options: temperature, logit_scale, softcap, ignore_index, head_precision, as in `linear_token_stats`.
             workspace_bytes: of gathered rows that may exist at once (and of log_mass's logits); None:
             planner.WORKSPACE_BYTES; of gathered rows at most GATHERED_BYTES are used, and one pair at least.
+            tp_group: the ranks that share the vocabulary, as there: weight and bias are this rank's part, all
+            else is the same on every rank, and so are the bits of the results.
             host_counts: whether the number of entries that count may be read from the device; then those of
             masked rows, and -1, are not multiplied. None: on the CPU.
 
@@ -106,29 +108,24 @@ def logprobs_at(
         wrong = ", ".join(name for name in options if name not in _OPTIONS)
         raise TypeError(f"logprobs_at has no option {wrong}; legal: {', '.join(_OPTIONS)}")
     hidden = vocab_parallel.own_rows("hidden", hidden)
-    weight, bias = (vocab_parallel.whole_weight(n, x, None) for n, x in (("weight", weight), ("bias", bias)))
+    weight, bias = (vocab_parallel.whole_weight(n, x, own.tp_group) for n, x in (("weight", weight), ("bias", bias)))
     check_hidden(hidden, weight, bias)
     check_choice("head_precision", own.head_precision, PRECISIONS)
     shape, precision = tuple(hidden.shape[:-1]), precision_of(hidden, weight, own.head_precision)
     if labels is not None:
         check_integers("labels", labels)
         check_shape("labels", labels, shape)
+    start, total = vocab_parallel.place(weight.shape[0], own.tp_group)
     spec = row_spec(
-        shape, weight.shape[0], precision.logits, hidden, of="hidden", labels=labels, mask=mask,
+        shape, total, precision.logits, hidden, of="hidden", labels=labels, mask=mask,
         temperature=own.temperature, logit_scale=own.logit_scale, softcap=own.softcap, ignore_index=own.ignore_index,
     )  # fmt: skip
     if values_are_here(hidden):
         check_row_values(spec.rows(hidden))
     entries = _entries(indices, offsets, spec, hidden, own.host_counts)
-    workspace = workspace_budget(own.workspace_bytes)
-    logits = _SupportLogits.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        entries,
-        precision,
-        _at_once(hidden, weight, precision, workspace),
-    )
+    at_once = _at_once(hidden, weight, precision, workspace_budget(own.workspace_bytes))
+    share = _share(entries, start, weight.shape[0], own.tp_group)
+    logits = _SupportLogits.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, share, precision, at_once, own.tp_group)
     results = _Softmax(logits, entries, spec)
     found = {"logprobs": entries.placed(results.logprobs).to(precision.acc).view(indices.shape)}
     if labels is not None:
@@ -186,6 +183,20 @@ def _entries(indices: Any, offsets: Any, spec: RowSpec, hidden: Tensor, host_cou
             row, indices, wrong = row[places], indices[places], wrong[places]
     token = indices.clamp(0, vocab - 1)
     return Entries(row, token, real, None if here else wrong, _twice(row * vocab + token, real), places, total)
+
+
+def _share(entries: Entries, start: int, vocab: int, group: Any) -> Entries:
+    """Those that this rank multiplies, whose part of the vocabulary is [start, start + vocab): tokens count from its
+    start, places are among `entries`."""
+    if group is None:
+        return entries._replace(places=None)
+    token = entries.token - start
+    own = entries.blanked((token >= 0) & (token < vocab), False)
+    share = entries._replace(token=token.clamp(0, vocab - 1), real=own, places=None, total=own.shape[0])
+    places = numbers_of(own) if entries.real is None else None  # all that are here count: they have been counted
+    if places is None:
+        return share
+    return share._replace(row=share.row[places], token=share.token[places], real=None, places=places)
 
 
 def _rows_of(indices: Any, offsets: Any, rows: int, hidden: Tensor) -> Tensor:
@@ -283,29 +294,33 @@ class _SupportLogits(Function):
     names = "logprobs_at"
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, entries: Entries, precision: Precision, at_once: int):
-        out = hidden.new_empty(entries.row.shape, dtype=precision.acc)
-        for part in _parts(entries.row.shape[0], at_once):
-            x = rounded(precision, hidden.index_select(0, entries.row[part]))
-            out[part] = x.mul_(rounded(precision, weight.index_select(0, entries.token[part]))).sum(-1)
+    def forward(ctx, hidden, weight, bias, share: Entries, precision: Precision, at_once: int, group: Any):
+        out = hidden.new_empty(share.row.shape, dtype=precision.acc)
+        for part in _parts(share.row.shape[0], at_once):
+            x = rounded(precision, hidden.index_select(0, share.row[part]))
+            out[part] = x.mul_(rounded(precision, weight.index_select(0, share.token[part]))).sum(-1)
         out = out.to(precision.logits)
         if bias is not None:
-            out += bias.index_select(0, entries.token)
-        ctx.save_for_backward(hidden, weight, bias, entries.row, entries.token, entries.real)
-        ctx.rest = (precision, at_once)
-        return out.to(precision.acc)
+            out += bias.index_select(0, share.token)
+        ctx.save_for_backward(hidden, weight, bias, share.row, share.token, share.real, share.places)
+        ctx.rest = (precision, at_once, group)
+        out = out.to(precision.acc)
+        return out if group is None else vocab_parallel.add(share.placed(share.blanked(out, 0.0)), group)
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, bias, row, token, real = ctx.saved_tensors
+        hidden, weight, bias, row, token, real, places = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        precision, at_once = ctx.rest
+        precision, at_once, group = ctx.rest
+        grad = grad if places is None else grad[places]
+        grad = grad if real is None else grad.masked_fill(~real, 0.0)
 
-        def sums(of: Tensor, index: Tensor, values: Callable[[slice], Tensor]) -> Tensor:
-            """Of the entries' values at their places in `of`, in its type."""
+        def sums(of: Tensor, index: Tensor, values: Callable[[slice], Tensor], over: Any = None) -> Tensor:
+            """Of the entries' values at their places in `of`, in its type; over the ranks of a group, too."""
             into = torch.zeros(of.shape, dtype=precision.acc, device=of.device)
             for part in _parts(row.shape[0], at_once):
                 add_at(into, index[part], values(part))
+            into = into if over is None else vocab_parallel.add(into, over)
             return into.to(of.dtype)
 
         def times(x: Tensor, index: Tensor) -> Callable[[slice], Tensor]:
@@ -319,7 +334,7 @@ class _SupportLogits(Function):
             return values
 
         return (
-            sums(hidden, row, times(weight, token)) if need_hidden else None,
+            sums(hidden, row, times(weight, token), group) if need_hidden else None,
             sums(weight, token, times(hidden, row)) if need_weight else None,
             sums(bias, token, lambda part: grad[part]) if need_bias else None,
         )

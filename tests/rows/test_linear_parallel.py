@@ -37,6 +37,17 @@ def loss_of(hidden, weight, bias, ref, labels, **options):
     return [getattr(out, n).detach() for n in OUTPUTS], hidden.grad, weight.grad, bias.grad
 
 
+def kept_of(hidden, weight, bias, labels, **options):
+    """Of a support that every rank has some tokens of, one row NaN and masked."""
+    indices = torch.cat([labels.clamp(0).unsqueeze(-1), torch.arange(ROWS * 4).view(ROWS, 4) * 37 % VOCAB], -1)
+    indices[::3, 2] = -1
+    mask = torch.arange(ROWS) != 11
+    leaves = [x.clone().requires_grad_() for x in (hidden.masked_fill(~mask.unsqueeze(-1), float("nan")), weight, bias)]
+    out = fa.logprobs_at(leaves[0], leaves[1], indices, labels, bias=leaves[2], mask=mask, with_mass=True, softcap=9.0, **options)
+    total = (out.logprobs * torch.linspace(-1, 1, 5)).sum() + out.label_logprob.sum() + out.log_mass.sum()
+    return [x.detach() for x in out], *torch.autograd.grad(total, leaves)
+
+
 def vocabulary_parallel(rank, world, group):
     hidden, weight, bias, ref, labels = make()
     part = slice(rank * VOCAB // world, (rank + 1) * VOCAB // world)
@@ -55,6 +66,8 @@ def vocabulary_parallel(rank, world, group):
         found["dpo", frozen] = ([out.loss.detach()], grads[0], grads[1] if not frozen else None, None)
     lone = fa.linear_token_logprobs(leaves[0], leaves[1].detach(), labels, tp_group=group)
     found["frozen"] = ([lone.detach()], torch.autograd.grad(lone.sum(), leaves[0])[0], None, None)
+    for counts in (True, False):
+        found["kept", counts] = kept_of(hidden, weight[part], bias[part], labels, host_counts=counts, tp_group=group)
     empty = loss_of(hidden[:0], weight[part], bias[part], (ref[0][:0], ref[1][part]), labels[:0], tp_group=group)
     assert not empty[2].any() and empty[1].shape == (0, WIDTH)
     return found
@@ -167,6 +180,15 @@ def test_vocabulary_parallel(ranks, world):  # G6
             close(rank["dpo", frozen][0][0], out.loss.detach())
             close(rank["dpo", frozen][1], grads[0])
     close(torch.cat([rank["dpo", False][2] for rank in ranks]), grads[1])
+    want = kept_of(hidden, weight, bias, labels)
+    for counts in (True, False):
+        got = [rank["kept", counts] for rank in ranks]
+        for rank in got:
+            assert all(torch.equal(a, b) for a, b in zip(rank[0], got[0][0])) and torch.equal(rank[1], got[0][1])
+            for a, b in zip((*rank[0], rank[1]), (*want[0], want[1])):
+                close(a, b)
+        for i in (2, 3):
+            close(torch.cat([rank[i] for rank in got]), want[i])
     lone = fa.linear_token_logprobs(leaves[0], weight, labels)
     for rank in ranks:
         close(rank["frozen"][0][0], lone.detach())

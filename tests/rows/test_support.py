@@ -394,7 +394,7 @@ def test_labels_outside_the_vocabulary(small, monkeypatch):
         ({"softcap": -1.0}, ValueError, "softcap"),
         ({"workspace_bytes": 0}, ValueError, "workspace_bytes"),
         ({"head_precision": "fp8"}, ValueError, "head_precision='fp8' is unknown; legal: fp32, bf16, tf32"),
-        ({"tp_group": None}, TypeError, "logprobs_at has no option tp_group; legal: temperature"),
+        ({"batch_invariant": True}, TypeError, "logprobs_at has no option batch_invariant; legal: temperature"),
         ({"temprature": 1.0}, TypeError, "logprobs_at has no option temprature; legal: temperature"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias has shape \(3,\)"),
     ],
