@@ -1,5 +1,5 @@
-"""Log-probs renormalised over a support (the tokens that a sampler kept), from hidden states and the LM head's
-weight: only the support's rows of the weight are multiplied."""
+"""Log-probs renormalised over a support (the tokens that a sampler kept), from hidden states and the LM
+head's weight: only the support's rows of the weight are multiplied."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def logprobs_at(
 
     Args:
         hidden: (..., H); weight: [V, H]; bias: [V]: as in `linear_token_stats`. DTensors as there.
-        indices: (..., K), integers: the support of each row, -1 for no token, so that rows may have fewer than
-            K. Or, with offsets, [n]: the supports of all rows, one after another. A support is a set: a token
+        indices: (..., K), integers: the support of each row, -1 for no token, so that rows may have fewer
+            than K. Or, with offsets, [n]: the supports of all rows, one after another. A support is a set: a token
             that its row lists twice counts once, and both entries get its log-prob.
         offsets: [rows + 1], int32 or int64: row t has indices[offsets[t] : offsets[t + 1]].
         labels: (...), integers. A label equal to ignore_index masks its row.
@@ -94,9 +94,9 @@ def logprobs_at(
 
     Returns:
         SupportLogprobs, fp32 (fp64 for fp64 hidden or weight): logprobs, of the shape of indices;
-        label_logprob and log_mass, (...). Exactly 0, with exactly 0 gradient, at -1 and throughout masked rows
-        and rows without a token, whatever they hold. A token whose logit is -inf has log-prob -inf; a row that
-        holds NaN, +inf or nothing but -inf is NaN.
+        label_logprob and log_mass, (...). Exactly 0, with exactly 0 gradient, at -1 and throughout masked
+        rows and rows without a token, whatever they hold. A token whose logit is -inf has log-prob -inf; a
+        row that holds NaN, +inf or nothing but -inf is NaN.
 
     Raises:
         ValueError, TypeError: on shapes, dtypes, devices, offsets and options.
@@ -186,14 +186,14 @@ def _entries(indices: Any, offsets: Any, spec: RowSpec, hidden: Tensor, host_cou
 
 
 def _share(entries: Entries, start: int, vocab: int, group: Any) -> Entries:
-    """Those that this rank multiplies, whose part of the vocabulary is [start, start + vocab): tokens count from its
-    start, places are among `entries`."""
+    """Those that this rank multiplies, whose part of the vocabulary is [start, start + vocab): tokens count
+    from its start, places are among `entries`."""
     if group is None:
         return entries._replace(places=None)
     token = entries.token - start
     own = entries.blanked((token >= 0) & (token < vocab), False)
     share = entries._replace(token=token.clamp(0, vocab - 1), real=own, places=None, total=own.shape[0])
-    places = numbers_of(own) if entries.real is None else None  # all that are here count: they have been counted
+    places = numbers_of(own) if entries.real is None else None  # None: they have been counted before
     if places is None:
         return share
     return share._replace(row=share.row[places], token=share.token[places], real=None, places=places)
