@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
-from gpu_table import LOST
+from gpu_lines import LOST
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _lost = False

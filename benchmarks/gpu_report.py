@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from gpu_table import read_lines
+from gpu_lines import read_lines
 
 Lines = list[dict[str, Any]]
 WORST = ("error", "failed", "skipped", "passed")  # of several lines about one test

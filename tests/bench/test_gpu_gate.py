@@ -76,18 +76,18 @@ def test_dry_run_walks_every_step_and_leaves_the_files(walk):
 
 
 def test_dry_run_lists_every_test_and_every_case(walk):
+    import gpu_lines
     import gpu_report
-    import gpu_table
     from gpu_plan import Place
 
     _, (first, second) = walk
-    found = gpu_report.outcomes(gpu_table.read_lines(first / "tests.jsonl"))
+    found = gpu_report.outcomes(gpu_lines.read_lines(first / "tests.jsonl"))
     assert {line["outcome"] for line in found.values()} == {"passed"} and {line["backend"] for line in found.values()} == {
         "reference",
         "cpu",
     }
     assert {step for step, _ in found} == {"contract"} and any("top1" in test for _, test in found)
-    table = gpu_table.read_lines(first / "table.jsonl")
+    table = gpu_lines.read_lines(first / "table.jsonl")
     measured = {(line["op"], line.get("backend")) for line in table if "gbs" in line}
     for backend in Place(first, ("reference", "cpu")).backends:
         assert {
@@ -98,7 +98,7 @@ def test_dry_run_lists_every_test_and_every_case(walk):
             ("policy_loss", backend),
         } <= measured
         assert [line for line in table if line["op"] == "check" and line["backend"] == backend and "wrong" not in line]
-    swept = gpu_table.read_lines(second / "sweep.jsonl")
+    swept = gpu_lines.read_lines(second / "sweep.jsonl")
     assert {line["mode"] for line in swept} == {"sweep", "variant", "profile"}
     assert {line["label"] for line in swept if line["mode"] == "variant"} == {"as it is", "dry run"}
 
@@ -145,17 +145,17 @@ def wait_for(condition, seconds=120):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_has_left_everything_up_to_there(tmp_path, number):
     """And no process of its own."""
-    import gpu_table
+    import gpu_lines
 
     gate = subprocess.Popen([SCRIPT, "--dry-run", "--stage", "2", "--results", tmp_path], env=environment(), stdout=subprocess.DEVNULL)
-    lines = wait_for(lambda: [p for p in tmp_path.glob("*/sweep.jsonl") if len(gpu_table.read_lines(p)) > 3])[0]
+    lines = wait_for(lambda: [p for p in tmp_path.glob("*/sweep.jsonl") if len(gpu_lines.read_lines(p)) > 3])[0]
     gate.send_signal(number)
     assert gate.wait(60) != 0
     wait_for(lambda: not processes(str(tmp_path)), 30)
     report = json.loads((lines.parent / "stage2.json").read_text())
     assert not report["finished"] and report["machine"]["torch"] == torch.__version__
     assert report.get("interrupted") == ("SIGTERM" if number == signal.SIGTERM else None)
-    assert len([line for line in gpu_table.read_lines(lines) if "gbs" in line]) >= 2
+    assert len([line for line in gpu_lines.read_lines(lines) if "gbs" in line]) >= 2
     assert "logprob" in (lines.parent / "stage2.log").read_text()
     assert {p.name for p in lines.parent.iterdir()} == {"stage2.json", "stage2.log", "sweep.jsonl"}
     done = subprocess.run([sys.executable, BENCHMARKS / "gpu_report.py", lines.parent], capture_output=True, text=True)
@@ -188,8 +188,8 @@ def test_process_dies(backend):
 
 def test_one_bad_test_costs_one_test(tmp_path):
     """A hang, a lost context and a dead process each: all other tests have their lines, by name, with their backends."""
+    import gpu_lines
     import gpu_report
-    import gpu_table
     from gpu_plan import Place, _pytest
 
     (tmp_path / "test_planted.py").write_text(PLANTED)
@@ -200,14 +200,14 @@ def test_one_bad_test_costs_one_test(tmp_path):
     path = os.pathsep.join([str(ROOT), str(BENCHMARKS)])
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
-    found = {test.split("::")[1]: line for (_, test), line in gpu_report.outcomes(gpu_table.read_lines(tmp_path / "tests.jsonl")).items()}
+    found = {test.split("::")[1]: line for (_, test), line in gpu_report.outcomes(gpu_lines.read_lines(tmp_path / "tests.jsonl")).items()}
     assert len(found) == 24 + 4 and sum(line["outcome"] == "passed" for line in found.values()) == 24
     bad = {name: line for name, line in found.items() if line["outcome"] != "passed"}
     assert {line["outcome"] for line in bad.values()} <= {"failed", "error"}
     assert set(bad) == {"test_ordinary_failure", "test_hangs", "test_loses_the_context", "test_process_dies[cuda]"}
     assert "one is not two" in bad["test_ordinary_failure"]["text"] and "CUDA error" in bad["test_loses_the_context"]["text"]
     assert bad["test_process_dies[cuda]"]["backend"] == "cuda" and found["test_right[3-triton]"]["backend"] == "triton"
-    text = gpu_report.tests(gpu_table.read_lines(tmp_path / "tests.jsonl"))
+    text = gpu_report.tests(gpu_lines.read_lines(tmp_path / "tests.jsonl"))
     assert "| planted, triton | 12 | 0 | 0 | 0 | 0 |" in text and "test_hangs" in text
 
 

@@ -32,58 +32,58 @@ KEY = {"op": "kl", "shape": "1 x 2", "backend": "cuda", "setting": ""}
 @pytest.fixture
 def table_lines(tmp_path, monkeypatch):
     """(Lines on an empty file, what was started instead of the process)"""
-    import gpu_table
+    import gpu_lines
 
     started = []
-    monkeypatch.setattr(gpu_table.os, "execv", lambda *arguments: started.append(arguments))
-    return gpu_table.Lines(tmp_path / "table.jsonl", "table", ""), started
+    monkeypatch.setattr(gpu_lines.os, "execv", lambda *arguments: started.append(arguments))
+    return gpu_lines.Lines(tmp_path / "table.jsonl", "table", ""), started
 
 
 def test_an_error_concerns_its_case_alone(table_lines):
-    import gpu_table
+    import gpu_lines
 
     lines, started = table_lines
     with lines.case(**KEY) as line:
         raise ValueError("no such kernel")
-    assert gpu_table.read_lines(lines.path)[0]["error"] == "ValueError: no such kernel" and not started
+    assert gpu_lines.read_lines(lines.path)[0]["error"] == "ValueError: no such kernel" and not started
     with lines.case(**KEY) as line:
         assert line is None  # it has its line
 
 
 def test_a_lost_context_starts_the_process_again_behind_its_case(table_lines):
-    import gpu_table
+    import gpu_lines
 
     lines, started = table_lines
     with lines.case(**KEY):
         raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-    assert started and "illegal memory access" in gpu_table.read_lines(lines.path)[0]["error"]
-    again = gpu_table.Lines(lines.path, "table", "")
+    assert started and "illegal memory access" in gpu_lines.read_lines(lines.path)[0]["error"]
+    again = gpu_lines.Lines(lines.path, "table", "")
     with again.case(**KEY) as line:
         assert line is None
     with again.case(**{**KEY, "backend": "triton"}) as line:
         line["ms"] = 1.0
-    assert gpu_table.read_lines(lines.path)[-1]["ms"] == 1.0
+    assert gpu_lines.read_lines(lines.path)[-1]["ms"] == 1.0
 
 
 def test_a_hang_starts_the_process_again_behind_its_case(table_lines, monkeypatch):
-    import gpu_table
+    import gpu_lines
 
-    monkeypatch.setattr(gpu_table, "CASE_SECONDS", 0.05)
+    monkeypatch.setattr(gpu_lines, "CASE_SECONDS", 0.05)
     lines, started = table_lines
     with lines.case(**KEY):
         for _ in range(200):
             time.sleep(0.05)
             if started:
                 break
-    assert started and "no answer" in gpu_table.read_lines(lines.path)[0]["error"]
+    assert started and "no answer" in gpu_lines.read_lines(lines.path)[0]["error"]
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
-    import gpu_table
+    import gpu_lines
 
     path = tmp_path / "table.jsonl"
     path.write_text('{"op": "a"}\n{"op": "b", "ms": 1')
-    assert gpu_table.read_lines(path) == [{"op": "a"}] and gpu_table.read_lines(tmp_path / "none") == []
+    assert gpu_lines.read_lines(path) == [{"op": "a"}] and gpu_lines.read_lines(tmp_path / "none") == []
 
 
 def test_report_names_failures_and_what_did_not_run():

@@ -1,5 +1,5 @@
 """csrc/math/scalar.h as @triton.jit functions. The other files of this folder are the twins of the other
-headers; kernels stand in ops/*/triton.py.
+headers; kernels stand in ops/*/triton*.py.
 
 Rules that hold for every function of this folder. No libdevice: Triton's interpreter has none. What must be
 rounded once says `fma`, and kernels are compiled without fusion of their own, so the interpreter, NVIDIA and

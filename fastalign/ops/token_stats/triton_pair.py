@@ -1,4 +1,5 @@
-"""The Triton kernels over a policy row and a reference row at once; addressing and reduction tree as in triton.py.
+"""The Triton kernels over a policy row and a reference row at once; addressing and reduction tree as in
+triton_single.py.
 
 Columns of a tile belong to elements by the policy row's shift. Where the reference row has the same shift
 (TOGETHER, known to the launcher) it is read in the same 16-byte groups; elsewhere element by element, into
@@ -43,7 +44,7 @@ from fastalign.ops.math.rows import (
     store_ref_state,
     store_state,
 )
-from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow, times_slope
+from fastalign.ops.math.scalar import LN2, SUM_SHARE, div, fma, narrow
 from fastalign.ops.token_stats.triton_rows import (
     ENTROPY,
     EVERYTHING,
@@ -243,7 +244,7 @@ class Slope(NamedTuple):
 
 @triton.jit
 def _gradient(x, y, q, q_begin, q_end, row, z, labels, g_logprob, part, scale, WITH_ENTROPY: tl.constexpr):
-    """As in triton.py, and the terms of the KLs:  e kc (d - dr - mean) + k (e - ratio er).  That with kc is left
+    """As in triton_single.py, and the terms of the KLs:  e kc (d - dr - mean) + k (e - ratio er).  That with kc is left
     out where kc is 0."""
     u = capped(x, scale)
     d, dr = fma(u - z.base_u, z.c, -z.m), fma(capped(y, scale) - z.ref_base_u, z.c, -z.rm)
@@ -332,29 +333,3 @@ def token_stats_pair_bwd_kernel(
             x, y = tl.load(window + q, mask=mine, other=0.0), tl.load(ref_window + q, mask=mine, other=0.0)
             dx = nan + _gradient(x, y, q, 0, limit, row, z, labels, g_logprob, part, scale, WITH_ENTROPY)
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=mine)
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
-def scale_rows_kernel(x, scale, base: tl.int64, inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, vocab: tl.int32,
-                      pieces: tl.int32, LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    by = tl.load(scale)
-    if by != 1.0:
-        row = (tl.program_id(0) // pieces).to(tl.int64)
-        offset = row_offset(row, base, inner, stride_outer, stride_inner)
-        shift = (offset % LANES).to(tl.int32)
-        window = x + tl.multiple_of(offset - shift, LANES)
-        # As in the backward kernels: whole groups by themselves, the ends of the row by the first piece.
-        first = tl.multiple_of((shift + (LANES - 1)) // LANES * LANES, LANES)
-        last = tl.multiple_of((vocab + shift) // LANES * LANES, LANES)
-        piece = tl.program_id(0) % pieces
-        q = piece * BLOCK + tl.arange(0, BLOCK)
-        inside = (q >= first) & (q < last)
-        tl.store(
-            window + q, narrow(times_slope(by, tl.load(window + q, mask=inside, other=0.0).to(tl.float32)), x.dtype.element_ty), mask=inside
-        )
-        if LANES > 1 and piece == 0:
-            i = tl.arange(0, 2 * LANES)
-            edge = tl.where(i < LANES, i, last - LANES + i)
-            mine = (edge < vocab + shift) & tl.where(i < LANES, (edge >= shift) & (edge < first), edge >= first)
-            dx = times_slope(by, tl.load(window + edge, mask=mine, other=0.0).to(tl.float32))
-            tl.store(window + edge, narrow(dx, x.dtype.element_ty), mask=mine)
