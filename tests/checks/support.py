@@ -63,6 +63,11 @@ def make_case(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int
     return Case(*(x.to(device) for x in (hidden, weight, bias, indices, labels, mask)))
 
 
+def call(case: Case, **options: object) -> fa.SupportLogprobs:
+    """`logprobs_at` without labels, unless `options` has some."""
+    return fa.logprobs_at(case.hidden, case.weight, case.indices, bias=case.bias, mask=case.mask, **options)
+
+
 class Truth(NamedTuple):
     logprobs: Tensor
     label_logprob: Tensor
