@@ -173,6 +173,39 @@ def test_scale_and_softcap_are_read(name, scale, softcap, dtype):
     assert head.weight is model.lm_head.weight and "forward" not in vars(model.lm_head)
 
 
+class Transformed(transformers.LlamaForCausalLM):
+    """Scales its logits, then caps them."""
+
+    scale, softcap = 1.0, None
+
+    def forward(self, position_ids=None, **options):
+        output = super().forward(position_ids=position_ids, **options)
+        output.logits = output.logits * self.scale
+        if self.softcap is not None:
+            output.logits = self.softcap * torch.tanh(output.logits / self.softcap)
+        return output
+
+
+@pytest.mark.parametrize("name, value, scale", [
+    ("logit_scale", 0.25, 0.25), ("logits_scaling", 4.0, 0.25), ("logits_scaling", 0.25, 0.25), ("lm_head_multiplier", 0.25, 0.25),
+    ("output_multiplier", 0.25, 0.25), ("attention_multiplier", 0.25, None),
+])  # fmt: skip
+@pytest.mark.parametrize("softcap", [None, "final_logit_softcapping", "logits_soft_cap", "attn_logit_softcapping"])
+def test_the_names_of_scales_and_softcaps(name, value, scale, softcap):
+    """Of several models; a number under another name is not taken for one of the head."""
+    model = Transformed(make_model().config)
+    setattr(model.config, name, value)
+    model.scale = 0.25
+    if softcap is not None:
+        setattr(model.config, softcap, 5.0)
+        model.softcap = 5.0
+    if scale is None or softcap == "attn_logit_softcapping":
+        with pytest.raises(HeadRefused, match="that its configuration does not name"):
+            model_head(model)
+    else:
+        assert model_head(model)[1:] == (scale, model.softcap)
+
+
 def test_a_number_that_the_model_does_not_use_is_not_used():
     """The configuration is believed only where the model does what it says."""
     model = make_model()
