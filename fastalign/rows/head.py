@@ -165,7 +165,7 @@ def exact_products(head: Head) -> Iterator[None]:
     """Products of the operands as they are: autocast does not round them again, and fp32 ones are fp32 products, or
     TF32 ones where that was asked for, whatever the process has set."""
     device = head.weight.device.type
-    if device not in _WITH_PRODUCTS:
+    if device not in _WITH_PRODUCTS or torch.compiler.is_compiling():  # a graph's products are the compiler's
         yield
         return
     with contextlib.ExitStack() as stack:

@@ -204,7 +204,7 @@ class LinearHead(NamedTuple):
     def known_call(self, differentiable: tuple[str, ...] | None = None) -> Call | None:
         """The call of a loss that is known between logits and gradient; None where nothing needs a gradient, or other plans
         are better."""
-        _, call = self.call(_differentiable(differentiable, self.outputs), known=True)
+        _, call = self.call(_differentiable(differentiable, self.outputs), known=not torch.compiler.is_compiling())
         return call if call.plan.kind == "known" else None
 
     def _ref(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -54,7 +54,7 @@ def linear_token_kl_loss(
     if unknown:
         raise TypeError(f"linear_token_kl_loss has no option {', '.join(unknown)}; legal: {', '.join(head_options._fields)}")
     head = linear_head(hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), None, mask, (name,), head_options)
-    spec, call = head.call((name,), known=True)
+    spec, call = head.call((name,), known=not torch.compiler.is_compiling())
     weights = row_coefficients(coef, spec.shape, hidden, call.precision.acc)
 
     def part(chunk: Chunk, stats: TokenStats) -> Tensor:

@@ -62,9 +62,11 @@ def _first_order(first_gradients: Callable[..., Any], names: str) -> Callable[..
                 f"{names} can be differentiated once: create_graph=True (hessian, hvp, a gradient penalty) asks for a graph of the gradient, "
                 "which the kernels do not have. For second derivatives write the loss in plain PyTorch"
             )
-        if ctx.forced == backends.forced():
+        # A forward that was compiled has left nothing: its graph chose when it was made.
+        forced = getattr(ctx, "forced", backends.forced())
+        if forced == backends.forced():
             return backward(ctx, *grads)
-        with backends.on_backend(ctx.forced):
+        with backends.on_backend(forced):
             return backward(ctx, *grads)
 
     return first_order

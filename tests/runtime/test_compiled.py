@@ -179,3 +179,35 @@ def test_an_exported_program_refuses_derivatives():
         RuntimeError, match="has no derivative by itself: differentiate fastalign's functions.*torch.compile is for training"
     ):
         loss.backward()
+
+
+HEAD_CALLS = {
+    "keep": lambda h, w, y, cu: fa.linear_token_stats(h, w, y, outputs=("logprob", "entropy")).logprob.sum(),
+    "tiles": lambda h, w, y, cu: fa.linear_token_stats(h, w, y, outputs=("logprob", "entropy"), workspace_bytes=500).entropy.sum(),
+    "frozen": lambda h, w, y, cu: fa.linear_token_logprobs(h, w.detach(), y).sum(),
+    "pairs": lambda h, w, y, cu: fa.linear_preference_loss(h, w, y, cu, ref_logprobs=torch.zeros(12)).loss,
+    "policy": lambda h, w, y, cu: fa.linear_policy_loss(h, w, y, torch.zeros(12) - 4, torch.ones(12)).loss,
+    "kl": lambda h, w, y, cu: fa.linear_token_kl_loss(h, w, h.detach(), w.detach() * 1.1, torch.tensor(0.5)).loss,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fullgraph"), [("keep", True), ("tiles", False), ("frozen", True), ("pairs", True), ("policy", False), ("kl", True)]
+)
+def test_fused_head_in_a_graph(name, fullgraph):
+    """Also as a part of a graph that breaks elsewhere: backward then runs outside of any."""
+    hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
+    labels, cu = torch.randint(37, (12,)), torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32)
+    labels[3] = -100
+
+    def call(*given):
+        if not fullgraph:
+            torch._dynamo.graph_break()
+        return HEAD_CALLS[name](*given)
+
+    torch._dynamo.reset()
+    want = HEAD_CALLS[name](hidden, weight, labels, cu)
+    got = torch.compile(call, backend="aot_eager", fullgraph=fullgraph)(hidden, weight, labels, cu)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight), allow_unused=True) for x in (got, want))):
+        assert (a is None) == (b is None) and (a is None or torch.testing.assert_close(a, b) is None)
