@@ -1,4 +1,5 @@
-"""The fused head: log-probs from hidden states and the head's weight, forward, backward, and with a frozen head."""
+"""The fused head: log-probs from hidden states and the head's weight, forward, backward, and with a frozen
+head."""
 
 from fastalign.bench.shapes import HEAD_OPS
 

@@ -1,4 +1,5 @@
-"""Ops over packed per-token scalars: segment sums, KL estimates, pair, list and policy losses forward and backward, advantages."""
+"""Ops over packed per-token scalars: segment sums, KL estimates, pair, list and policy losses forward and
+backward, advantages."""
 
 OPS = ("sequence_sum", "kl_estimate", "preference_loss", "listwise_loss", "gae", "policy_loss")
 

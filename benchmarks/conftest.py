@@ -1,7 +1,9 @@
-"""`pytest benchmarks --benchmark-only`: the cases of fastalign.bench one by one under pytest-benchmark, with its statistics and comparisons.
+"""`pytest benchmarks --benchmark-only`: the cases of fastalign.bench one by one under pytest-benchmark, with
+its statistics and comparisons.
 
-`--suite cpu` (or cpu-quick, cuda, cuda-quick, tiny) chooses the shapes in fastalign/bench/shapes.py; default: the quick ones of the device
-there is. Contestants run one after another here; `fastalign bench` runs them in turns, which is what quoted ratios come from."""
+`--suite cpu` (or cpu-quick, cuda, cuda-quick, tiny) chooses the shapes in fastalign/bench/shapes.py; default:
+the quick ones of the device there is. Contestants run one after another here; `fastalign bench` runs them in
+turns, which is what quoted ratios come from."""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--suite", choices=sorted(SHAPES), default=f"{DEVICE.type}-quick", help="which shapes of fastalign/bench/shapes.py")
+    parser.addoption(
+        "--suite",
+        choices=sorted(SHAPES),
+        default=f"{DEVICE.type}-quick",
+        help="which shapes of fastalign/bench/shapes.py",
+    )
 
 
 def pytest_collect_file(file_path, parent):
@@ -42,8 +49,17 @@ def contestants_of(op):
 def pytest_generate_tests(metafunc):
     """One benchmark per op of the module's OPS, shape of the suite, and contestant."""
     suite = metafunc.config.getoption("--suite")
-    cases = [(op, shape, name) for op in metafunc.module.OPS for shape in SHAPES[suite][op] for name in contestants_of(op)]
-    metafunc.parametrize("op,shape,contestant", cases, ids=[f"{op}-{shape}-{name}".replace(" ", "_") for op, shape, name in cases])
+    cases = [
+        (op, shape, name)
+        for op in metafunc.module.OPS
+        for shape in SHAPES[suite][op]
+        for name in contestants_of(op)
+    ]
+    metafunc.parametrize(
+        "op,shape,contestant",
+        cases,
+        ids=[f"{op}-{shape}-{name}".replace(" ", "_") for op, shape, name in cases],
+    )
 
 
 @functools.cache
@@ -54,7 +70,8 @@ def read_gbs():
 
 @pytest.fixture
 def run_case(benchmark, op, shape, contestant):
-    """Checks the contestant against fp64, then times it; GB/s, share of the read bandwidth, error and memory stand in extra_info."""
+    """Checks the contestant against fp64, then times it; GB/s, share of the read bandwidth, error and memory
+    stand in extra_info."""
 
     def run():
         read_gbs()  # before the case: it also finds the fastest reader

@@ -25,8 +25,13 @@ def finals(report: dict[str, Any]) -> dict[str, dict[str, float]]:
         curves = report["curves"]
         first = next(iter(curves.values()))[0]
         return {"SFT": first, **{label: points[-1] for label, points in curves.items()}}
-    policies = report.get("policies") or sys.exit("demo_seeds: a run is neither of `demo tdpo` nor of `demo ppo`")
-    return {PPO[name]: {"gold_reward": p["gold_reward"], "kl": p["kl"]["k3_per_sequence"]} for name, p in policies.items()}
+    policies = report.get("policies") or sys.exit(
+        "demo_seeds: a run is neither of `demo tdpo` nor of `demo ppo`"
+    )
+    return {
+        PPO[name]: {"gold_reward": p["gold_reward"], "kl": p["kl"]["k3_per_sequence"]}
+        for name, p in policies.items()
+    }
 
 
 def table(seeds: list[dict[str, Any]]) -> str:
@@ -50,7 +55,9 @@ def main(out: str, *runs: str) -> None:
     try:
         reports = [json.loads(Path(run).read_text(encoding="utf-8")) for run in runs]
     except (OSError, ValueError) as error:
-        sys.exit(f"demo_seeds: {error}; legal: the metrics.json of `fastalign demo tdpo` or `fastalign demo ppo`")
+        sys.exit(
+            f"demo_seeds: {error}; legal: the metrics.json of `fastalign demo tdpo` or `fastalign demo ppo`"
+        )
     if len({tuple(finals(report)) for report in reports}) > 1:
         sys.exit("demo_seeds: the runs are of different demonstrations")
     kept = ("gold_reward", "kl", "seqkl_chosen", "seqkl_rejected", "accuracy")
@@ -59,7 +66,10 @@ def main(out: str, *runs: str) -> None:
             "settings": report["settings"],
             "machine": report["machine"],
             "seconds": report["seconds"]["total"],
-            "policies": {name: {k: v for k, v in numbers.items() if k in kept} for name, numbers in finals(report).items()},
+            "policies": {
+                name: {k: v for k, v in numbers.items() if k in kept}
+                for name, numbers in finals(report).items()
+            },
         }
         for report in reports
     ]

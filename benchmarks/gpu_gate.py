@@ -1,11 +1,13 @@
-"""The GPU gate; start it by benchmarks/gpu_gate.sh. Runs the plan of gpu_plan.py step by step; the outcome of each is one of
+"""The GPU gate; start it by benchmarks/gpu_gate.sh. Runs the plan of gpu_plan.py step by step; the outcome of
+each is one of
 
     passed   it ran and found nothing
     failed   a test failed, a result was wrong, a tool found an error, or the step ran out of time
     n/a      the step could not run here, with the tool's own message: a missing compiler or sanitizer, say
 
-The gate fails if any step failed, or if neither GPU backend could be tested. A run that is killed leaves all files up to there. `--dry-run` shows
-the order, the time of each step and the files, and walks through everything on the CPU. benchmarks/gpu_report.py prints what the files say."""
+The gate fails if any step failed, or if neither GPU backend could be tested. A run that is killed leaves all
+files up to there. `--dry-run` shows the order, the time of each step and the files, and walks through
+everything on the CPU. benchmarks/gpu_report.py prints what the files say."""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ _libc = ctypes.CDLL(None)
 
 
 def _own_group() -> None:
-    """In the child: a process group of its own, which can be ended as a whole, and no life beyond the gate's."""
+    """In the child: a process group of its own, which can be ended as a whole, and no life beyond the
+    gate's."""
     os.setpgrp()
     _libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
 
@@ -64,10 +67,17 @@ class Running:
 
 
 class Gate:
-    """Runs the steps of one stage against its deadline, and keeps what they said in the stage's JSON and log."""
+    """Runs the steps of one stage against its deadline, and keeps what they said in the stage's JSON and
+    log."""
 
-    def __init__(self, stage: int, folder: Path, facts: dict[str, Any], seconds: float, started: float | None = None):
-        self.stage, self.folder, self.started = stage, folder, time.monotonic() if started is None else started
+    def __init__(
+        self, stage: int, folder: Path, facts: dict[str, Any], seconds: float, started: float | None = None
+    ):
+        self.stage, self.folder, self.started = (
+            stage,
+            folder,
+            time.monotonic() if started is None else started,
+        )
         self.deadline = self.started + seconds
         self.report: dict[str, Any] = {"stage": stage, "finished": False, **facts, "failed": [], "steps": []}
         self.running: list[Running] = []
@@ -129,7 +139,11 @@ class Gate:
                     if ended and not ready.select(0.2):
                         ready.unregister(running.process.stdout)
         for running in self.running:
-            running.code = running.process.poll() if time.monotonic() >= until else running.process.wait(max(0.1, until - time.monotonic()))
+            running.code = (
+                running.process.poll()
+                if time.monotonic() >= until
+                else running.process.wait(max(0.1, until - time.monotonic()))
+            )
 
     def read(self, ready: selectors.BaseSelector, pipe: Any, running: Running) -> None:
         data = os.read(pipe.fileno(), 1 << 16)
@@ -141,7 +155,9 @@ class Gate:
         name = f"[{running.command.name}] " if len(self.running) > 1 else ""
         self.log.write("".join(name + line + "\n" for line in text.splitlines()))
 
-    def record(self, name: str, outcome: str, seconds: float, output: str = "", each: dict[str, str] | None = None) -> str:
+    def record(
+        self, name: str, outcome: str, seconds: float, output: str = "", each: dict[str, str] | None = None
+    ) -> str:
         self.report["steps"].append(
             {"step": name, "outcome": outcome, "seconds": seconds}
             | ({"commands": each} if each else {})
@@ -209,7 +225,9 @@ def revision(given: str | None) -> str:
     """A copied tree may have no .git: then it is what was said, or unknown."""
     if given:
         return given
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+    )
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
@@ -222,13 +240,18 @@ def sources() -> str:
 
 
 def build_step(facts: dict[str, Any], seconds: float) -> Step:
-    """Build the extension for this GPU alone, unless one is there that was built for it from these sources; without nvcc, use what is there."""
+    """Build the extension for this GPU alone, unless one is there that was built for it from these sources;
+    without nvcc, use what is there."""
     name, capability = "build the extension, unless carried", facts["capability"]
     built = str(facts["extension"].get("CUDA kernels", "no"))
     mark = PREPARED / "csrc.sha256"
     if re.search(rf"\b{capability}\b", built):
         if not mark.exists() or mark.read_text().strip() == sources():
-            origin = "built from these sources" if mark.exists() else f"no {mark.name} says from which sources it was built"
+            origin = (
+                "built from these sources"
+                if mark.exists()
+                else f"no {mark.name} says from which sources it was built"
+            )
             return Step(name, seconds, absent=f"not needed: carried along, {origin} ({built})")
         why = "built from other sources"
     else:
@@ -236,7 +259,9 @@ def build_step(facts: dict[str, Any], seconds: float) -> Step:
     if gpu_plan.tool("nvcc") is None:
         return Step(name, seconds, absent=f"nvcc is not here; the extension is used as it is ({why})")
     env = {"FASTALIGN_CUDA": "1", "FASTALIGN_ARCHS": capability}
-    return Step(name, seconds, (Command("build", (sys.executable, "setup.py", "build_ext", "--inplace"), env),))
+    return Step(
+        name, seconds, (Command("build", (sys.executable, "setup.py", "build_ext", "--inplace"), env),)
+    )
 
 
 def show_plan(stage: int) -> None:
@@ -245,7 +270,10 @@ def show_plan(stage: int) -> None:
     print("\n".join(f"  {seconds:4.0f} s  {name}" for name, seconds in plan))
     if sum(seconds for _, seconds in plan) > SECONDS[stage]:
         print("  (where something must be built, the last steps have what is left)")
-    print("and leaves in its folder\n" + "\n".join(f"  {name:<12} {ABOUT[name]}" for name in FILES[stage]), flush=True)
+    print(
+        "and leaves in its folder\n" + "\n".join(f"  {name:<12} {ABOUT[name]}" for name in FILES[stage]),
+        flush=True,
+    )
 
 
 def run_stage(stage: int, arguments: argparse.Namespace) -> int:
@@ -260,7 +288,11 @@ def run_stage(stage: int, arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, gate.interrupted)
     if stage == 1:
-        build = Step("build the extension, unless carried", 150, absent="dry run: nothing is built") if dry else build_step(machine, 150)
+        build = (
+            Step("build the extension, unless carried", 150, absent="dry run: nothing is built")
+            if dry
+            else build_step(machine, 150)
+        )
         gate.run(build)
         if not build.absent:
             machine = gate.report["machine"] = describe("cuda")
@@ -277,16 +309,37 @@ def run_stage(stage: int, arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and walk through it on the CPU; proves nothing about a GPU")
-    parser.add_argument("--stage", type=int, choices=(1, 2), action="append", help="only this stage; default: both")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the plan and walk through it on the CPU; proves nothing about a GPU",
+    )
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2), action="append", help="only this stage; default: both"
+    )
     home = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    parser.add_argument("--results", type=Path, default=home, help="folder of the results' folder (default: $OUT, else benchmarks/results)")
-    parser.add_argument("--revision", default=os.environ.get("FASTALIGN_REVISION"), help="where there is no .git (or FASTALIGN_REVISION)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=home,
+        help="folder of the results' folder (default: $OUT, else benchmarks/results)",
+    )
+    parser.add_argument(
+        "--revision",
+        default=os.environ.get("FASTALIGN_REVISION"),
+        help="where there is no .git (or FASTALIGN_REVISION)",
+    )
     arguments = parser.parse_args()
-    missing = [name for name in ("pytest", "xdist", "pytest_timeout") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("pytest", "xdist", "pytest_timeout") if importlib.util.find_spec(name) is None
+    ]
     if missing:
-        sys.exit(f"gpu_gate: {', '.join(missing)} cannot be imported; pip install pytest pytest-xdist pytest-timeout")
+        sys.exit(
+            f"gpu_gate: {', '.join(missing)} cannot be imported; pip install pytest pytest-xdist pytest-timeout"
+        )
     if not arguments.dry_run:
         import torch
 

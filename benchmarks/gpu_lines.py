@@ -1,5 +1,5 @@
-"""The lines that the scripts of the GPU gate leave on disk: JSON, one per case, written as soon as it is known; a process
-that has lost its CUDA context, or hangs, starts itself again behind the case."""
+"""The lines that the scripts of the GPU gate leave on disk: JSON, one per case, written as soon as it is
+known; a process that has lost its CUDA context, or hangs, starts itself again behind the case."""
 
 from __future__ import annotations
 
@@ -36,16 +36,26 @@ class Lines:
         line = {**self.common, **line}
         self.done.add(self.key(line))
         self.file.write(json.dumps(line) + "\n")
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items() if v not in ("", None)), flush=True)
+        print(
+            " ".join(
+                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                for k, v in line.items()
+                if v not in ("", None)
+            ),
+            flush=True,
+        )
 
     @contextmanager
     def case(self, **key: Any) -> Iterator[dict[str, Any] | None]:
-        """The line to fill in, or None where it is on disk. An error becomes part of the line; one that is for good, or a hang, of the process."""
+        """The line to fill in, or None where it is on disk. An error becomes part of the line; one that is
+        for good, or a hang, of the process."""
         if self.key({**self.common, **key}) in self.done:
             yield None
             return
         line: dict[str, Any] = {}
-        watch = threading.Timer(CASE_SECONDS, lambda: self.again(**key, error=f"no answer within {CASE_SECONDS} s"))
+        watch = threading.Timer(
+            CASE_SECONDS, lambda: self.again(**key, error=f"no answer within {CASE_SECONDS} s")
+        )
         watch.daemon = True
         watch.start()
         try:

@@ -1,7 +1,9 @@
-"""pytest plugin of the GPU gate: `-p gpu_pytest_log --log-lines FILE --log-step NAME` writes a JSON line per test to FILE as soon as it is over, so
-that a run that is killed still tells what it found. The first line of a step names all tests that it is going to run.
+"""pytest plugin of the GPU gate: `-p gpu_pytest_log --log-lines FILE --log-step NAME` writes a JSON line per
+test to FILE as soon as it is over, so that a run that is killed still tells what it found. The first line of
+a step names all tests that it is going to run.
 
-A CUDA error is for good in its process. Under xdist the worker in which one is seen leaves after that test, and xdist starts another."""
+A CUDA error is for good in its process. Under xdist the worker in which one is seen leaves after that test,
+and xdist starts another."""
 
 from __future__ import annotations
 
@@ -64,12 +66,19 @@ class _Lines:
         if report.when == "???" and report.nodeid in self.written:
             return  # xdist's word for the test under which its worker left on purpose; why is written already
         self.written.add(report.nodeid)
-        # What is no assertion of the test itself is an error: a fixture's, a worker that died under the test, its time limit.
+        # What is no assertion of the test itself is an error: a fixture's, a worker that died under the test,
+        # its time limit.
         outcome = "error" if report.outcome == "failed" and report.when != "call" else report.outcome
         more = {"properties": dict(report.user_properties)} if report.user_properties else {}
         if report.outcome != "passed":
             more["text"] = str(report.longrepr)[-1500:]
-        self.write(test=report.nodeid, backend=backend_of(report.nodeid), outcome=outcome, seconds=round(report.duration, 3), **more)
+        self.write(
+            test=report.nodeid,
+            backend=backend_of(report.nodeid),
+            outcome=outcome,
+            seconds=round(report.duration, 3),
+            **more,
+        )
 
 
 @pytest.hookimpl(hookwrapper=True)

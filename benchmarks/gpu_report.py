@@ -1,7 +1,8 @@
 """What the files of the GPU gate say, as Markdown: `gpu_report.py FOLDER ...`, folders of one or both stages.
 
-Tests passed and failed per backend, every failed test by name; bandwidth by op, shape and backend with its share of the measured copy and read;
-the sweep and the variants beside their baseline; hardware counters per kernel. Lines that were cut off are left out, and what did not run is named."""
+Tests passed and failed per backend, every failed test by name; bandwidth by op, shape and backend with its
+share of the measured copy and read; the sweep and the variants beside their baseline; hardware counters per
+kernel. Lines that were cut off are left out, and what did not run is named."""
 
 from __future__ import annotations
 
@@ -32,17 +33,25 @@ def stage(report: dict[str, Any]) -> str:
     end = "finished" if report["finished"] else f"NOT finished ({report.get('interrupted', 'killed')})"
     head = f"## Stage {report['stage']}: {machine['device']}, {facts}\n\nrevision {report['revision']}, {report['started']}, {report['seconds']} s, {end}"
     rows = [[step["step"], step["outcome"], f"{step['seconds']:.1f}"] for step in report["steps"]]
-    planned = {name for name, _ in report["plan"]} - {step["step"] for step in report["steps"]} - {"describe the machine"}
+    planned = (
+        {name for name, _ in report["plan"]}
+        - {step["step"] for step in report["steps"]}
+        - {"describe the machine"}
+    )
     rows += [[name, "not reached", ""] for name, _ in report["plan"] if name in planned]
     return f"{head}\n\n{table(['step', 'outcome', 's'], rows)}"
 
 
 def outcomes(lines: Lines) -> dict[tuple[str, str], dict[str, Any]]:
-    """(step, test) -> the line with its worst outcome; tests that were announced and have no line are "not run"."""
+    """(step, test) -> the line with its worst outcome; tests that were announced and have no line are "not
+    run"."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for line in lines:
         for test in line.get("collected", ()):
-            found.setdefault((line["step"], test), {"step": line["step"], "test": test, "outcome": "not run", "backend": _backend(test)})
+            found.setdefault(
+                (line["step"], test),
+                {"step": line["step"], "test": test, "outcome": "not run", "backend": _backend(test)},
+            )
         if "test" not in line:
             continue
         key, before = (line["step"], line["test"]), found.get((line["step"], line["test"]))
@@ -55,7 +64,14 @@ def outcomes(lines: Lines) -> dict[tuple[str, str], dict[str, Any]]:
 def _backend(test: str) -> str | None:
     """As gpu_pytest_log.backend_of, without pytest."""
     parameters = re.search(r"\[(.*)\]$", test)
-    return next((p for p in (parameters[1].split("-") if parameters else ()) if p in ("reference", "cpu", "triton", "cuda")), None)
+    return next(
+        (
+            p
+            for p in (parameters[1].split("-") if parameters else ())
+            if p in ("reference", "cpu", "triton", "cuda")
+        ),
+        None,
+    )
 
 
 def tests(lines: Lines) -> str:
@@ -64,7 +80,10 @@ def tests(lines: Lines) -> str:
     for line in found.values():
         counts[line["step"], str(line["backend"])][line["outcome"]] += 1
     kinds = ("passed", "failed", "error", "skipped", "not run")
-    rows = [[f"{step}, {backend}", *(str(count[kind]) for kind in kinds)] for (step, backend), count in sorted(counts.items())]
+    rows = [
+        [f"{step}, {backend}", *(str(count[kind]) for kind in kinds)]
+        for (step, backend), count in sorted(counts.items())
+    ]
     parts = ["## Tests\n", table(["", *kinds], rows)]
     for kind in kinds[1:]:
         named = sorted((step, test, line) for (step, test), line in found.items() if line["outcome"] == kind)
@@ -111,7 +130,8 @@ def bandwidth(lines: Lines) -> str:
     parts.append(table(["op", "shape", "backend", "ms", "graph ms", "GB/s", "of copy", "of read"], rows))
     if checks:
         parts.append(
-            "\nLargest errors against fp64 on eight rows:\n\n" + table(["shape", "logprob", "entropy", "grad", "kl", "wrong"], checks)
+            "\nLargest errors against fp64 on eight rows:\n\n"
+            + table(["shape", "logprob", "entropy", "grad", "kl", "wrong"], checks)
         )
     if errors:
         parts.append("\nwithout a number:\n\n" + "\n".join(errors))
@@ -128,14 +148,18 @@ def settings(title: str, lines: Lines, name: str) -> str:
     cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for line in lines:
         if line["op"] != "ceilings":
-            cells[line["backend"], line[name]][line["op"]] = "error" if "error" in line else f"{line['gbs']:.0f}" if "gbs" in line else ""
+            cells[line["backend"], line[name]][line["op"]] = (
+                "error" if "error" in line else f"{line['gbs']:.0f}" if "gbs" in line else ""
+            )
     rows = [
         [f"{backend}, {setting or 'as it is'}", *(cell.get(op, cell.get("states", "")) for op in ops)]
         for (backend, setting), cell in cells.items()
     ]
     shape = next((line["shape"] for line in lines if "shape" in line), "")
     errors = sorted({f"- {line[name]}, {line['op']}: {line['error']}" for line in lines if "error" in line})
-    return f"## {title}, GB/s at {shape}\n\n{table(['', *ops], rows)}" + ("\n\n" + "\n".join(errors) if errors else "")
+    return f"## {title}, GB/s at {shape}\n\n{table(['', *ops], rows)}" + (
+        "\n\n" + "\n".join(errors) if errors else ""
+    )
 
 
 # What is read off ncu's table: (column, section, metric).
@@ -149,20 +173,30 @@ COUNTERS = (
 
 def counters(path: Path) -> str:
     """Per kernel: what ncu measured, and the stall that its rules name first."""
-    text = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith('"')]
+    text = [
+        line
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.startswith('"')
+    ]
     kernels: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(text):
         kernel = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"][:90]})
         for column, section, metric in COUNTERS:
             if row.get("Section Name") == section and row.get("Metric Name") == metric:
                 value = row["Metric Value"].replace(",", "")
-                scale = {"ns": 1e-3, "nsecond": 1e-3, "ms": 1e3, "msecond": 1e3}.get(row.get("Metric Unit", ""), 1.0)
+                scale = {"ns": 1e-3, "nsecond": 1e-3, "ms": 1e3, "msecond": 1e3}.get(
+                    row.get("Metric Unit", ""), 1.0
+                )
                 kernel[column] = f"{float(value) * scale:.4g}" if column == "us" else value
-        stall = re.search(r"([\d.]+) cycles being stalled waiting for ([^.,]+)", row.get("Rule Description") or "")
+        stall = re.search(
+            r"([\d.]+) cycles being stalled waiting for ([^.,]+)", row.get("Rule Description") or ""
+        )
         if stall and "stall" not in kernel:
             kernel["stall"] = f"{stall[2]} ({stall[1]} cycles)"
     columns = ["kernel", *(column for column, _, _ in COUNTERS), "stall"]
-    return "## Counters\n\n" + table(columns, [[kernel.get(column, "") for column in columns] for kernel in kernels.values()])
+    return "## Counters\n\n" + table(
+        columns, [[kernel.get(column, "") for column in columns] for kernel in kernels.values()]
+    )
 
 
 def report(folders: list[Path]) -> str:
@@ -185,7 +219,9 @@ def report(folders: list[Path]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, help="folders that benchmarks/gpu_gate.sh left")
     arguments = parser.parse_args()
     for folder in arguments.folders:

@@ -1,6 +1,7 @@
 """Peak memory of one step of `fastalign train dpo` with `--head fused` and `--head logits`, on the CPU:
-`python benchmarks/head_memory.py OUT.json` writes the numbers and prints the README's table. A process of its own for
-each, whose high-water mark the kernel reports: policy, reference, gradients and optimizer are in it."""
+`python benchmarks/head_memory.py OUT.json` writes the numbers and prints the README's table. A process of its
+own for each, whose high-water mark the kernel reports: policy, reference, gradients and optimizer are in
+it."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def table(results: dict[str, Any]) -> str:
     for run in results["runs"]:
         logits = run["tokens"] * results["vocabulary"] * 4 / (1 << 20)
         whole, fused = (run["peak_mib"][head] for head in HEADS)
-        lines.append(f"| {run['tokens']:,} | {logits:,.0f} MiB | {whole:,.0f} MiB | {fused:,.0f} MiB | {whole - fused:,.0f} MiB |")
+        lines.append(
+            f"| {run['tokens']:,} | {logits:,.0f} MiB | {whole:,.0f} MiB | {fused:,.0f} MiB | {whole - fused:,.0f} MiB |"
+        )
     return "\n".join(lines)
 
 
@@ -53,17 +56,24 @@ def make_model(folder: Path) -> None:
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bytes_ = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *letters])}, []))
+    bytes_ = tokenizers.Tokenizer(
+        tokenizers.models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *letters])}, [])
+    )
     bytes_.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_.decoder = tokenizers.decoders.ByteLevel()
     bytes_.add_special_tokens(["<s>", "</s>"])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
 
 
 def write_pairs(path: Path, tokens: int) -> None:
     """Four pairs that fill a pack: each sequence is tokens / 8 long, its end-of-sequence token included."""
     length = tokens // 8 - PROMPT - 2  # beginning and end of the sequence
-    rows = [{"prompt": "x" * PROMPT, "chosen": "ab"[i % 2] * length, "rejected": "cd"[i % 2] * length} for i in range(4)]
+    rows = [
+        {"prompt": "x" * PROMPT, "chosen": "ab"[i % 2] * length, "rejected": "cd"[i % 2] * length}
+        for i in range(4)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -71,7 +81,14 @@ def peak_of(head: str, folder: Path, tokens: int) -> float:
     """MiB of the process that takes one step; all tokens are in one pass."""
     data, output = folder / f"{tokens}.jsonl", folder / f"{head}-{tokens}"
     write_pairs(data, tokens)
-    settings = {"model": folder / "model", "data": data, "output": output, "head": head, "batch-size": 4, "max-steps": 1}
+    settings = {
+        "model": folder / "model",
+        "data": data,
+        "output": output,
+        "head": head,
+        "batch-size": 4,
+        "max-steps": 1,
+    }
     settings |= {"tokens-per-batch": tokens, "device": "cpu"}
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "fastalign", "train", "dpo", *flags, "--no-progress", "--no-tensorboard"]
@@ -93,9 +110,19 @@ def main(out: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model")
-        runs = [{"tokens": n, "peak_mib": {head: round(peak_of(head, folder, n)) for head in HEADS}} for n in TOKENS]
+        runs = [
+            {"tokens": n, "peak_mib": {head: round(peak_of(head, folder, n)) for head in HEADS}}
+            for n in TOKENS
+        ]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": 2, "threads": 2, "versions": versions, "runs": runs}
+    results = {
+        "vocabulary": VOCABULARY,
+        "hidden": HIDDEN,
+        "layers": 2,
+        "threads": 2,
+        "versions": versions,
+        "runs": runs,
+    }
     Path(out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
 

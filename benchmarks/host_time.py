@@ -40,7 +40,9 @@ def times_of(tree: Path) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", __file__, "measure"]
     done = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"host_time: {tree} cannot be measured: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        sys.exit(
+            f"host_time: {tree} cannot be measured: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -57,7 +59,9 @@ def main(other: str, out: str) -> None:
     ratios = [call["ratio"] for call in calls.values()]
     report = {"ratio_median": statistics.median(ratios), "calls": dict(sorted(calls.items()))}
     Path(out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(calls)} calls, ratio {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.3f}")
+    print(
+        f"{len(calls)} calls, ratio {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.3f}"
+    )
 
 
 if __name__ == "__main__":

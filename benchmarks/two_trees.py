@@ -1,6 +1,6 @@
-"""`fastalign bench` in this tree and another one, in turns: `python benchmarks/two_trees.py OTHER_TREE OUT.json`. Ratios of the
-medians' medians, by op and shape, of the lines that both have; the read bandwidth of every run beside them, since a machine's changes.
-Both trees need their extension built in place."""
+"""`fastalign bench` in this tree and another one, in turns: `python benchmarks/two_trees.py OTHER_TREE
+OUT.json`. Ratios of the medians' medians, by op and shape, of the lines that both have; the read bandwidth of
+every run beside them, since a machine's changes. Both trees need their extension built in place."""
 
 from __future__ import annotations
 
@@ -22,11 +22,30 @@ def bench(tree: Path) -> dict[str, Any]:
     """The report of one run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "fastalign", "bench", "--quick", "--no-compile", "--backend", "cpu", "--json", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "fastalign",
+            "bench",
+            "--quick",
+            "--no-compile",
+            "--backend",
+            "cpu",
+            "--json",
+            str(path),
+        ]
         skip = [] if tree != ROOT else [x for op in shared_ops() for x in ("--op", op)]
-        done = subprocess.run([*command, *skip], env={**os.environ, "PYTHONPATH": str(tree)}, cwd=tree, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *skip],
+            env={**os.environ, "PYTHONPATH": str(tree)},
+            cwd=tree,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
-            sys.exit(f"two_trees: {tree} cannot be measured: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+            sys.exit(
+                f"two_trees: {tree} cannot be measured: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+            )
         return json.loads(path.read_text())
 
 
@@ -61,7 +80,10 @@ def main(other: str, out: str) -> None:
         for name in sorted(names)
     }
     ratios = [case["ratio"] for case in cases.values()]
-    Path(out).write_text(json.dumps({"ratio_median": statistics.median(ratios), "cases": cases}, indent=1) + "\n", encoding="utf-8")
+    Path(out).write_text(
+        json.dumps({"ratio_median": statistics.median(ratios), "cases": cases}, indent=1) + "\n",
+        encoding="utf-8",
+    )
     for name, case in cases.items():
         print(f"{case['ratio']:6.3f}  {name}")
     print(f"median {statistics.median(ratios):.3f}")

@@ -33,7 +33,13 @@ from fastalign.preference.unpaired import UnpairedOutput, kto_baseline, unpaired
 from fastalign.rows.kl import TokenKLLoss, token_kl, token_kl_loss
 from fastalign.rows.linear import linear_token_logprobs, linear_token_stats
 from fastalign.rows.linear_kl import linear_token_kl_loss
-from fastalign.rows.stats import TokenStats, entropy_from_logits, selective_log_softmax, token_logprobs, token_stats
+from fastalign.rows.stats import (
+    TokenStats,
+    entropy_from_logits,
+    selective_log_softmax,
+    token_logprobs,
+    token_stats,
+)
 from fastalign.rows.support import SupportLogprobs, logprobs_at
 from fastalign.runtime import ffi as _ffi
 from fastalign.runtime.backends import BackendError, backends, use_backend
@@ -44,7 +50,10 @@ from fastalign.runtime.op import explain
 # A command does not begin with a warning about what nothing here could use.
 if _missing := _ffi.missing_backends(of_use=_as_command.is_command()):
     _warnings.warn(
-        "fastalign: " + "; ".join(_missing) + ". The next backend serves those calls (fastalign.explain says which).", stacklevel=2
+        "fastalign: "
+        + "; ".join(_missing)
+        + ". The next backend serves those calls (fastalign.explain says which).",
+        stacklevel=2,
     )
 
 __all__ = [

@@ -41,7 +41,9 @@ class PackedBatch(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        return PackedBatch(*(x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in self))
+        return PackedBatch(
+            *(x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in self)
+        )
 
 
 def pack(
@@ -76,7 +78,9 @@ def pack(
     if masks is not None:
         marks = [_row("masks", i, m).to(torch.bool) for i, m in enumerate(masks)]
         if [len(m) for m in marks] != lengths:
-            raise ValueError(f"masks has lengths {[len(m) for m in marks]}; legal: those of sequences, {lengths}")
+            raise ValueError(
+                f"masks has lengths {[len(m) for m in marks]}; legal: those of sequences, {lengths}"
+            )
     input_ids = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
     cu_seqlens = torch.zeros(len(rows) + 1, dtype=torch.int32)
     cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0) if rows else 0
@@ -84,7 +88,9 @@ def pack(
     position_ids = torch.cat(positions) if rows else torch.empty(0, dtype=torch.int64)
     mask = torch.cat(marks) if masks is not None and rows else None
     labels = shift_labels(input_ids, cu_seqlens, mask, ignore_index=ignore_index)
-    batch = PackedBatch(input_ids, position_ids, labels, labels != ignore_index, cu_seqlens, max(lengths, default=0))
+    batch = PackedBatch(
+        input_ids, position_ids, labels, labels != ignore_index, cu_seqlens, max(lengths, default=0)
+    )
     return batch if device is None else batch.to(device)
 
 
@@ -95,7 +101,9 @@ def _row(name: str, i: int, values: Any) -> Tensor:
     return row
 
 
-def shift_labels(input_ids: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def shift_labels(
+    input_ids: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
     """Labels for the rows that predict them: labels[t] = input_ids[t + 1] within a sequence, `ignore_index` at each sequence's last row.
 
     Args:
@@ -159,7 +167,9 @@ def repad(packed: Tensor, indices: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `unpad`: [N, ...] back to `shape` = (B, T), zeros elsewhere. Differentiable."""
     rows, columns = shape
     if packed.shape[0] != indices.numel():
-        raise ValueError(f"packed has {packed.shape[0]} rows but indices has {indices.numel()} entries; they must match")
+        raise ValueError(
+            f"packed has {packed.shape[0]} rows but indices has {indices.numel()} entries; they must match"
+        )
     out = packed.new_zeros((rows * columns, *packed.shape[1:]))
     return out.index_copy(0, indices, packed).view(rows, columns, *packed.shape[1:])
 

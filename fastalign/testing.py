@@ -1,4 +1,5 @@
-"""What the tests, the benchmarks and users need to check a backend: input makers, fp64 truth, comparison bounded by the reference's own error."""
+"""What the tests, the benchmarks and users need to check a backend: input makers, fp64 truth, comparison
+bounded by the reference's own error."""
 
 from __future__ import annotations
 
@@ -9,21 +10,29 @@ from torch import Tensor
 
 from fastalign.packing import PackedBatch, pack
 
-# A kernel may err at most FACTOR times as much as the plain PyTorch computation in the same dtype, plus ULPS units in the last place of
-# the output type at the magnitude of the truth. One pair of numbers for every op and test.
+# A kernel may err at most FACTOR times as much as the plain PyTorch computation in the same dtype, plus ULPS
+# units in the last place of the output type at the magnitude of the truth. One pair of numbers for every op
+# and test.
 FACTOR = 2.0
 ULPS = 4.0
 
 
 def assert_close(
-    actual: Tensor, truth: Tensor, baseline: Tensor | None = None, *, what: str = "", scale: float | Tensor | None = None
+    actual: Tensor,
+    truth: Tensor,
+    baseline: Tensor | None = None,
+    *,
+    what: str = "",
+    scale: float | Tensor | None = None,
 ) -> None:
     """Assert that `actual` is as good as plain PyTorch in its dtype.
 
     Args:
-        actual: the result under test. truth: the same in fp64. baseline: plain PyTorch's result in the dtype of the input; without it only
-            the ulp floor is granted. Non-finite entries of the truth must be matched exactly (NaN by NaN).
-        scale: magnitude to which the ulp floor refers, a number or a tensor of the truth's shape; default: of each entry of the truth, at least 1.
+        actual: the result under test. truth: the same in fp64. baseline: plain PyTorch's result in the dtype
+            of the input; without it only the ulp floor is granted. Non-finite entries of the truth must be
+            matched exactly (NaN by NaN).
+        scale: magnitude to which the ulp floor refers, a number or a tensor of the truth's shape; default: of
+            each entry of the truth, at least 1.
     """
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     a, t = actual.detach().double().cpu(), truth.detach().double().cpu()
@@ -48,9 +57,16 @@ def assert_close(
 
 
 def make_logits(
-    rows: int, vocab: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu", kind: str = "normal", seed: int = 0
+    rows: int,
+    vocab: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    kind: str = "normal",
+    seed: int = 0,
 ) -> Tensor:
-    """[rows, vocab] logits. kind: "normal" (standard deviation 2), "peaked" (one logit 50 above), "flat" (all equal), "offset" (common 1e4)."""
+    """[rows, vocab] logits. kind: "normal" (standard deviation 2), "peaked" (one logit 50 above), "flat" (all
+    equal), "offset" (common 1e4)."""
     generator = torch.Generator().manual_seed(seed)
     x = 2.0 * torch.randn(rows, vocab, generator=generator)
     if kind == "peaked":
@@ -84,7 +100,8 @@ def make_batch(
     pairs: int = 4, *, min_len: int = 2, max_len: int = 12, prompt: int = 2, vocab: int = 50, noise: float = 0.3,
     dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
 ) -> Batch:  # fmt: skip
-    """Random pairs (chosen, rejected, chosen, ...) of unequal lengths with a common prompt length; log-probs are 0 at unscored rows."""
+    """Random pairs (chosen, rejected, chosen, ...) of unequal lengths with a common prompt length; log-probs
+    are 0 at unscored rows."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(min_len, max_len + 1, (2 * pairs,), generator=generator).tolist()
     sequences = [torch.randint(vocab, (prompt + n,), generator=generator) for n in lengths]
@@ -94,15 +111,17 @@ def make_batch(
     ref = logprobs + noise * torch.randn(tokens, generator=generator, dtype=torch.float64)
     kl = torch.rand(tokens, generator=generator, dtype=torch.float64) * 0.2
     mask = packed.mask.cpu()
-    return Batch(packed, *((torch.where(mask, x, 0.0)).to(device=device, dtype=dtype) for x in (logprobs, ref, kl)))
+    return Batch(
+        packed, *((torch.where(mask, x, 0.0)).to(device=device, dtype=dtype) for x in (logprobs, ref, kl))
+    )
 
 
 def token_stats_truth(
     logits: Tensor, labels: Tensor | None, *, dtype: torch.dtype = torch.float64, temperature: Any = 1.0, logit_scale: float = 1.0,
     softcap: float | None = None, ignore_index: int = -100, mask: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Every output of `token_stats` written with log_softmax in `dtype` (fp64: the truth; fp32: the plain computation to compare errors
-    with). Differentiable by autograd. labels (...) only."""
+    """Every output of `token_stats` written with log_softmax in `dtype` (fp64: the truth; fp32: the plain
+    computation to compare errors with). Differentiable by autograd. labels (...) only."""
     x = logits.to(dtype) * logit_scale
     z = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
     log_p = torch.log_softmax(z, -1)
@@ -123,9 +142,10 @@ def token_stats_truth(
 
 
 def gradient_scale(logits: Tensor, labels: Tensor | None, output: str = "logprob", **options: Any) -> Tensor:
-    """Magnitude of the terms whose rounding shows in d output / d logits, entry by entry, for an upstream gradient of 1, times the largest
-    slope of the transform: p (1 + |log p|) + 1[label] for logprob and logsumexp (|log p| is what the exponential amplifies), times
-    |log p| + H for the entropy. What `assert_close` should take as the scale of a gradient."""
+    """Magnitude of the terms whose rounding shows in d output / d logits, entry by entry, for an upstream
+    gradient of 1, times the largest slope of the transform: p (1 + |log p|) + 1[label] for logprob and
+    logsumexp (|log p| is what the exponential amplifies), times |log p| + H for the entropy. What
+    `assert_close` should take as the scale of a gradient."""
     truth = token_stats_truth(logits, labels, **options)
     t, cap = options.get("temperature", 1.0), options.get("softcap")
     x = logits.double() * options.get("logit_scale", 1.0)

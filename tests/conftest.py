@@ -1,4 +1,5 @@
-"""`--backend a,b`: the backends that the contract tests run on. A backend that cannot run here fails its tests; nothing is skipped."""
+"""`--backend a,b`: the backends that the contract tests run on. A backend that cannot run here fails its
+tests; nothing is skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ pytest_plugins = ("cuda_emu.plugin",)  # the `emulator` fixture: backend "cuda" 
 
 
 def pytest_addoption(parser):
-    parser.addoption("--backend", default="reference,cpu", help="comma-separated: reference, cpu, triton, cuda")
+    parser.addoption(
+        "--backend", default="reference,cpu", help="comma-separated: reference, cpu, triton, cuda"
+    )
     parser.addoption("--device", default="cpu", help="cpu (triton interpreted, cuda emulated) or cuda")
 
 
@@ -64,7 +67,8 @@ def row_dtypes(backend):
 
 @pytest.fixture
 def one_thread():
-    """Bitwise comparisons between runs need the same number of threads throughout; for models this small one is the fastest."""
+    """Bitwise comparisons between runs need the same number of threads throughout; for models this small one
+    is the fastest."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,5 @@
-"""Every public function on small inputs, forward and backward, for tests that give it tensors of all kinds."""
+"""Every public function on small inputs, forward and backward, for tests that give it tensors of all
+kinds."""
 
 from __future__ import annotations
 
@@ -12,8 +13,18 @@ import fastalign as fa
 from fastalign.testing import make_batch, make_labels, make_logits
 
 DIFFERENTIABLE = ("logits", "logprobs", "totals", "hidden", "weight")
-# Public functions that take no tensors (or build tensors from lists), and those whose result's size depends on data.
-WITHOUT_TENSORS = {"backends", "explain", "rejection_sample", "pack", "global_denominator", "merge_metrics", "unpad", "use_backend"}
+# Public functions that take no tensors (or build tensors from lists), and those whose result's size depends
+# on data.
+WITHOUT_TENSORS = {
+    "backends",
+    "explain",
+    "rejection_sample",
+    "pack",
+    "global_denominator",
+    "merge_metrics",
+    "unpad",
+    "use_backend",
+}
 
 
 def inputs() -> dict[str, Tensor]:
@@ -39,7 +50,8 @@ def calls(given: dict[str, Tensor]) -> dict[str, Callable[[], list[Tensor]]]:
     x = SimpleNamespace(**given)
 
     def through(function: Callable[..., object], of: str | None = None) -> Callable[[], list[Tensor]]:
-        """Calls `function`; with `of`, differentiates what it returns in that input, which takes the place of the given one."""
+        """Calls `function`; with `of`, differentiates what it returns in that input, which takes the place of
+        the given one."""
 
         def call() -> list[Tensor]:
             if of is None:
@@ -173,4 +185,8 @@ def tensors(value: object) -> list[Tensor]:
     if value is None or isinstance(value, (int, float, str, bool)):
         return []
     out = [value.loss] if hasattr(value, "loss") else []
-    return out + (tensors(value.metrics()) if hasattr(value, "metrics") else []) + tensors(getattr(value, "sum", None))
+    return (
+        out
+        + (tensors(value.metrics()) if hasattr(value, "metrics") else [])
+        + tensors(getattr(value, "sum", None))
+    )

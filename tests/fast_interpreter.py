@@ -1,6 +1,7 @@
-"""Two thirds of an interpreted kernel's time go into one habit of Triton's interpreter: whenever a @triton.jit function calls another, it searches
-all of triton.language for functions to replace, though the launch has replaced them already. Here it searches once per module.
-And it runs a scan element by element; here all elements combine at once, at distances 1, 2, 4, ..., as lanes of a warp do."""
+"""Two thirds of an interpreted kernel's time go into one habit of Triton's interpreter: whenever a
+@triton.jit function calls another, it searches all of triton.language for functions to replace, though the
+launch has replaced them already. Here it searches once per module. And it runs a scan element by element;
+here all elements combine at once, at distances 1, 2, 4, ..., as lanes of a warp do."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def install():
         distance = 1
         while distance < len(arrays[0]):
             earlier, later = (
-                [self.to_tensor(x, t) for x, t in zip(part, types)] for part in ([np.roll(x, distance) for x in arrays], arrays)
+                [self.to_tensor(x, t) for x, t in zip(part, types)]
+                for part in ([np.roll(x, distance) for x in arrays], arrays)
             )
             for x, combined in zip(arrays, self.combine_fn.fn(*earlier, *later)):
                 x[distance:] = combined.handle.data[distance:]

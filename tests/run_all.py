@@ -1,8 +1,10 @@
-"""Every check that needs no GPU, each in a process of its own; what `make test` runs. The first failure ends it.
+"""Every check that needs no GPU, each in a process of its own; what `make test` runs. The first failure ends
+it.
 
-Backends that must be exercised are named to pytest, and a named backend that cannot run fails: nothing here is skipped because something
-is missing. Without names all stages run, two at a time, since each keeps about one core busy; a stage's output comes when it is over.
-`python tests/run_all.py lint cpu` runs those two, one after the other."""
+Backends that must be exercised are named to pytest, and a named backend that cannot run fails: nothing here
+is skipped because something is missing. Without names all stages run, two at a time, since each keeps about
+one core busy; a stage's output comes when it is over. `python tests/run_all.py lint cpu` runs those two, one
+after the other."""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider"]  # stages that run at once share no cache
+PYTEST = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "--durations=5",
+    "-p",
+    "no:cacheprovider",
+]  # stages that run at once share no cache
 TRAINER = ("tests/train", "tests/arena")
 
 
@@ -31,12 +41,18 @@ def run(command, **env):
 def lint():
     run([BIN / "ruff", "check", "."])
     run([BIN / "ruff", "format", "--check", "."])
-    sources = [p for folder in ("csrc", "tests") for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    sources = [
+        p
+        for folder in ("csrc", "tests")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in (".h", ".cuh", ".cpp", ".cu")
+    ]
     run([BIN / "clang-format", "--dry-run", "--Werror", *sources])
 
 
 def cpu():
-    """Every test that no other stage names, those in a new folder included; pyproject.toml leaves out what needs a process set up for it."""
+    """Every test that no other stage names, those in a new folder included; pyproject.toml leaves out what
+    needs a process set up for it."""
     run([*PYTEST, "tests", *(f"--ignore={folder}" for folder in TRAINER)])
 
 
@@ -52,8 +68,9 @@ def cuda():
     run([*PYTEST, "tests/cuda_emu"])
 
 
-# Tritons that the kernels must be right on besides the pinned one, and which of its tests they run. 3.6 comes with many a torch in use: every check of
-# the machine code. 3.3 is the oldest supported: every option compiles and the loads are wide, but its ptxas spills in backward. The Makefile installs both.
+# Tritons that the kernels must be right on besides the pinned one, and which of its tests they run. 3.6 comes
+# with many a torch in use: every check of the machine code. 3.3 is the oldest supported: every option
+# compiles and the loads are wide, but its ptxas spills in backward. The Makefile installs both.
 OLDER_TRITONS = {"3.6.0": "sm_80 or sm_90", "3.3.1": "(sm_90 and not spills) or every_option"}
 
 
@@ -62,20 +79,30 @@ def older_triton(version):
     folder = Path(sys.prefix) / f"triton-{version}"
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-c", "import triton; print(triton.__version__)"]
-    found = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    ).stdout.strip()
     if not folder.is_dir() or found != version:
-        sys.exit(f"the ahead-of-time stage needs Triton {version}: python -m pip install --no-deps --target {folder} triton=={version}")
+        sys.exit(
+            f"the ahead-of-time stage needs Triton {version}: python -m pip install --no-deps --target {folder} triton=={version}"
+        )
     return path
 
 
 def aot():
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
-        sys.exit("the ahead-of-time stage needs nvcc (CUDA 12.8 or later), neither on PATH nor in /usr/local/cuda/bin")
+        sys.exit(
+            "the ahead-of-time stage needs nvcc (CUDA 12.8 or later), neither on PATH nor in /usr/local/cuda/bin"
+        )
     paths = {version: older_triton(version) for version in OLDER_TRITONS}
     run([*PYTEST, "tests/aot"], TRITON_INTERPRET="0")
     for version, path in paths.items():
         print(f"-- with Triton {version}", flush=True)
-        run([*PYTEST, "tests/aot/test_triton_aot.py", "-k", OLDER_TRITONS[version]], TRITON_INTERPRET="0", PYTHONPATH=path)
+        run(
+            [*PYTEST, "tests/aot/test_triton_aot.py", "-k", OLDER_TRITONS[version]],
+            TRITON_INTERPRET="0",
+            PYTHONPATH=path,
+        )
 
 
 def two_steps():
@@ -104,9 +131,13 @@ def in_order(names):
 
 
 def at_once():
-    """Runs the stages of ORDER, two at a time, each as a process group of its own. The first failure stops the other one too."""
+    """Runs the stages of ORDER, two at a time, each as a process group of its own. The first failure stops
+    the other one too."""
     waiting, running, passed, failed, lock = list(ORDER), {}, [], [], threading.Lock()
-    environment = {**os.environ, "GOMP_SPINCOUNT": "20000"}  # threads that spin for long would take the other stage's core
+    environment = {
+        **os.environ,
+        "GOMP_SPINCOUNT": "20000",
+    }  # threads that spin for long would take the other stage's core
 
     def stop(reason):
         failed.append(reason)
@@ -123,7 +154,12 @@ def at_once():
                 print(f"-- {name} begins", flush=True)
                 command = [sys.executable, __file__, name]
                 running[name] = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                    env=environment,
                 )
             output, _ = running[name].communicate()
             with lock:

@@ -235,12 +235,12 @@ template <class T> FA_HD void store_row(const PairParams<T>& p, const PairResult
 // Normalisers. `pairs`: valid pairs (num_items when the caller knows the global count), `local_pairs`: valid pairs in this call,
 // `sft_tokens`: NLL tokens of the valid pairs (num_sft_tokens when given). A sum over the table's (pair + nll) columns is then the
 // reduced loss; for reductions "sum" and "none" it is `local_pairs` times the mean. Lists (math/list.h) are divided in the same way.
-template <class T> FA_HD T at_least_one(T x) { return x > T(1) ? x : (x > T(0) ? x : T(1)); }
-template <class P, class T> FA_HD T pair_divisor(const P& p, T pairs) { return p.reduction == kMean ? at_least_one(pairs) : T(1); }
+template <class T> FA_HD T one_if_zero(T x) { return x > T(1) ? x : (x > T(0) ? x : T(1)); }
+template <class P, class T> FA_HD T pair_divisor(const P& p, T pairs) { return p.reduction == kMean ? one_if_zero(pairs) : T(1); }
 template <class P, class T> FA_HD T sft_divisor(const P& p, T pairs, T local_pairs, T sft_tokens, T own_tokens) {
-  T n = p.sft_norm == kTokenMeanGlobal ? at_least_one(sft_tokens)
-                                       : at_least_one(pairs) * (p.sft_norm == kSeqMean ? at_least_one(own_tokens) : T(1));
-  return p.reduction == kMean ? n : n / at_least_one(local_pairs);
+  T n = p.sft_norm == kTokenMeanGlobal ? one_if_zero(sft_tokens)
+                                       : one_if_zero(pairs) * (p.sft_norm == kSeqMean ? one_if_zero(own_tokens) : T(1));
+  return p.reduction == kMean ? n : n / one_if_zero(local_pairs);
 }
 
 // Weight of a response token: 1, or ld_alpha beyond the shorter response of its pair (LD-DPO). rank: 0-based among scored tokens.

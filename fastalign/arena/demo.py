@@ -1,6 +1,8 @@
-"""`fastalign demo`: from random weights through SFT to an aligned model on a task whose true reward is known, in minutes on two cores.
+"""`fastalign demo`: from random weights through SFT to an aligned model on a task whose true reward is known,
+in minutes on two cores.
 
-Nothing is downloaded. The task, model and tokenizer are those of `fastalign.arena.review_task`; training is `fastalign.train`'s own."""
+Nothing is downloaded. The task, model and tokenizer are those of `fastalign.arena.review_task`; training is
+`fastalign.train`'s own."""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from fastalign.cli.console import Parser, integer
 from fastalign.train.config import MAX_SEED
 from fastalign.train.errors import TrainingError, UserError
 
-# Name -> (what it shows, its default number of optimizer steps). Each is a module of fastalign.arena.demos with run(seed, steps, output).
+# Name -> (what it shows, its default number of optimizer steps). Each is a module of fastalign.arena.demos
+# with run(seed, steps, output).
 DEMOS = {
     "dpo": ("DPO on sampled pairs, and the fused path's time against plain PyTorch", 60),
     "tdpo": ("DPO, TDPO1 and TDPO2 side by side at equal steps: gold reward against sequence KL", 60),
@@ -25,11 +28,23 @@ def main(argv: list[str]) -> int:
     """0: done; 1: training broke off; 2: a wrong option or output directory."""
     parser = Parser(prog="fastalign demo", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
     shown = "; ".join(f"{name}: {what} ({steps} steps)" for name, (what, steps) in DEMOS.items())
-    parser.add_argument("method", nargs="?", choices=DEMOS, default="dpo", metavar="METHOD", help=f"what to show (default: dpo). {shown}")
     parser.add_argument(
-        "--seed", type=integer(0, MAX_SEED // 1000 - 1), default=0, help="seed of data, weights, sampling and training (default: 0)"
+        "method",
+        nargs="?",
+        choices=DEMOS,
+        default="dpo",
+        metavar="METHOD",
+        help=f"what to show (default: dpo). {shown}",
     )
-    parser.add_argument("--steps", type=integer(1), default=None, help="optimizer steps of the method instead of its default")
+    parser.add_argument(
+        "--seed",
+        type=integer(0, MAX_SEED // 1000 - 1),
+        default=0,
+        help="seed of data, weights, sampling and training (default: 0)",
+    )
+    parser.add_argument(
+        "--steps", type=integer(1), default=None, help="optimizer steps of the method instead of its default"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -53,7 +68,9 @@ def _prepare(output: Path) -> None:
         import matplotlib  # noqa: F401
         import transformers
     except ImportError as error:
-        raise UserError(f"the demo needs transformers, tokenizers and matplotlib: pip install 'fastalign[train]' ({error})") from None
+        raise UserError(
+            f"the demo needs transformers, tokenizers and matplotlib: pip install 'fastalign[train]' ({error})"
+        ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,9 +1,11 @@
-"""A controlled text task: short product reviews whose gold reward is computed from their words, and a model small enough for a laptop.
+"""A controlled text task: short product reviews whose gold reward is computed from their words, and a model
+small enough for a laptop.
 
-The task stands in for human feedback where a method is to be shown working: the true reward of any text is known exactly, so a
-trained policy can be judged by what it was meant to maximise, beside the implicit rewards and log-probs that training itself sees.
-Everything is generated here from a seed; nothing is downloaded. SFT data, prompts, preference pairs, sampling and scoring are separate
-functions, each usable with any causal LM from transformers.
+The task stands in for human feedback where a method is to be shown working: the true reward of any text is
+known exactly, so a trained policy can be judged by what it was meant to maximise, beside the implicit rewards
+and log-probs that training itself sees. Everything is generated here from a seed; nothing is downloaded. SFT
+data, prompts, preference pairs, sampling and scoring are separate functions, each usable with any causal LM
+from transformers.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Example(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A sampled completion: token ids of the prompt and of the completion (with its end-of-sequence token if it came to one), its text."""
+    """A sampled completion: token ids of the prompt and of the completion (with its end-of-sequence token if
+    it came to one), its text."""
 
     prompt: list[int]
     completion: list[int]
@@ -77,30 +80,42 @@ def make_prompts(count: int, seed: int) -> list[str]:
 
 
 def make_reviews(count: int, seed: int) -> list[Example]:
-    """The SFT corpus: reviews whose sentiment words are positive or negative independently of one another, half and half."""
+    """The SFT corpus: reviews whose sentiment words are positive or negative independently of one another,
+    half and half."""
     draw = random.Random(seed)
     reviews = []
     for prompt in make_prompts(count, seed + 1):
         adjectives = [draw.choice(draw.choice((POSITIVE, NEGATIVE))) for _ in range(2)]
         part, other = draw.sample(PARTS, 2)
         verb = draw.choice(draw.choice((LIKE, DISLIKE)))
-        text = draw.choice(TEMPLATES).format(a=adjectives[0], b=adjectives[1], part=part, other=other, verb=verb)
+        text = draw.choice(TEMPLATES).format(
+            a=adjectives[0], b=adjectives[1], part=part, other=other, verb=verb
+        )
         reviews.append(Example(prompt, text))
     return reviews
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte (256), and <pad> and </s>. Any text round-trips; `save_pretrained` and `from_pretrained` work as usual."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    """One token per byte (256), and <pad> and </s>. Any text round-trips; `save_pretrained` and
+    `from_pretrained` work as usual."""
+    vocabulary = {
+        token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", padding_side="left", clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 128, layers: int = 3, heads: int = 4) -> LlamaForCausalLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 128, layers: int = 3, heads: int = 4
+) -> LlamaForCausalLM:
     """A Llama with random weights that fits the tokenizer (0.6 million parameters as it stands)."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
@@ -121,8 +136,8 @@ def train_sft(
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> list[float]:
-    """Supervised fine-tuning on packed examples, the loss over the completions' tokens only. AdamW, linear warm-up over a tenth of the
-    steps, then linear decay. Returns the loss (nats per token) of every step."""
+    """Supervised fine-tuning on packed examples, the loss over the completions' tokens only. AdamW, linear
+    warm-up over a tenth of the steps, then linear decay. Returns the loss (nats per token) of every step."""
     draw = random.Random(seed)
     lm = PackedCausalLM(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
@@ -152,7 +167,9 @@ def _pack(tokenizer: Any, examples: Sequence[Example]) -> fastalign.PackedBatch:
     to_tokens = ExampleTokenizer(tokenizer)
     texts = (Texts("SFT example", e.prompt, (e.completion,), ("completion",)) for e in examples)
     rows = [(tokens.prompt, tokens.completions[0]) for tokens, _ in map(to_tokens, texts)]
-    return fastalign.pack([torch.cat(row) for row in rows], [[False] * len(p) + [True] * len(c) for p, c in rows])
+    return fastalign.pack(
+        [torch.cat(row) for row in rows], [[False] * len(p) + [True] * len(c) for p, c in rows]
+    )
 
 
 @torch.no_grad()
@@ -166,39 +183,64 @@ def generate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     **options: Any,
 ) -> list[Sample]:
-    """One completion per prompt, sampled from the model's own distribution (temperature 1, whole vocabulary) unless `options` of
-    transformers' `generate` say otherwise. The same seed, prompts and batch size give the same samples."""
+    """One completion per prompt, sampled from the model's own distribution (temperature 1, whole vocabulary)
+    unless `options` of transformers' `generate` say otherwise. The same seed, prompts and batch size give the
+    same samples."""
     device = next(model.parameters()).device
     to_tokens, samples = ExampleTokenizer(tokenizer), []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in tqdm(range(0, len(prompts), batch_size), desc="sampling", unit=" batches", leave=False, disable=None):
-            ids = [to_tokens.prompt(Texts("prompt", prompt, (), ())) for prompt in prompts[start : start + batch_size]]
+        for start in tqdm(
+            range(0, len(prompts), batch_size), desc="sampling", unit=" batches", leave=False, disable=None
+        ):
+            ids = [
+                to_tokens.prompt(Texts("prompt", prompt, (), ()))
+                for prompt in prompts[start : start + batch_size]
+            ]
             inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(device)
             options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, **options}
-            rows = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
+            rows = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options
+            )
             width = inputs["input_ids"].shape[1]
             for row, mask in zip(rows.tolist(), inputs["attention_mask"]):
                 completion = row[width:]
                 if tokenizer.eos_token_id in completion:
                     completion = completion[: completion.index(tokenizer.eos_token_id) + 1]
                 prompt = row[width - int(mask.sum()) : width]
-                samples.append(Sample(prompt, completion, tokenizer.decode(completion, skip_special_tokens=True)))
+                samples.append(
+                    Sample(prompt, completion, tokenizer.decode(completion, skip_special_tokens=True))
+                )
     return samples
 
 
 def sample_pairs(
-    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], *, seed: int, per_prompt: int = 4, **options: Any
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    per_prompt: int = 4,
+    **options: Any,
 ) -> list[TokenExample]:
-    """Preference pairs as they are collected in practice: several samples per prompt, ranked by the gold reward, best against worst.
-    Prompts whose samples all score the same give none."""
-    samples = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(per_prompt)], seed=seed, **options)
+    """Preference pairs as they are collected in practice: several samples per prompt, ranked by the gold
+    reward, best against worst. Prompts whose samples all score the same give none."""
+    samples = generate(
+        model, tokenizer, [prompt for prompt in prompts for _ in range(per_prompt)], seed=seed, **options
+    )
     pairs = []
     for start in range(0, len(samples), per_prompt):
         ranked = sorted(samples[start : start + per_prompt], key=lambda sample: gold_reward(sample.text))
         worst, best = ranked[0], ranked[-1]
         if gold_reward(best.text) > gold_reward(worst.text):
-            pairs.append(token_pair(*(torch.tensor(ids, dtype=torch.int32) for ids in (best.prompt, best.completion, worst.completion))))
+            pairs.append(
+                token_pair(
+                    *(
+                        torch.tensor(ids, dtype=torch.int32)
+                        for ids in (best.prompt, best.completion, worst.completion)
+                    )
+                )
+            )
     return pairs
 
 
@@ -207,8 +249,11 @@ def mean_gold_reward(samples: Sequence[Sample]) -> float:
 
 
 @torch.no_grad()
-def score_samples(model: torch.nn.Module, samples: Sequence[Sample], *, batch_size: int = 64) -> list[torch.Tensor]:
-    """log p(token | everything before it) under `model` for every token of each completion: one fp32 tensor per sample."""
+def score_samples(
+    model: torch.nn.Module, samples: Sequence[Sample], *, batch_size: int = 64
+) -> list[torch.Tensor]:
+    """log p(token | everything before it) under `model` for every token of each completion: one fp32 tensor
+    per sample."""
     lm = PackedCausalLM(model, head=None)
     scores: list[torch.Tensor] = []
     try:
@@ -223,11 +268,16 @@ def score_samples(model: torch.nn.Module, samples: Sequence[Sample], *, batch_si
     return scores
 
 
-def sampled_kl(policy: torch.nn.Module, reference: torch.nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
-    """Monte-Carlo estimates of KL(policy || reference) in nats from samples of the policy (drawn at temperature 1): the means of k1 and k3
-    (`fastalign.kl_estimate`) over all completion tokens ("k1_per_token"), and of their sums over each completion ("k1_per_sequence").
-    k1 is unbiased and noisy (a mean may be negative); k3 per token is unbiased too and never negative."""
-    policy_scores, reference_scores = (torch.cat(score_samples(model, samples)) for model in (policy, reference))
+def sampled_kl(
+    policy: torch.nn.Module, reference: torch.nn.Module, samples: Sequence[Sample]
+) -> dict[str, float]:
+    """Monte-Carlo estimates of KL(policy || reference) in nats from samples of the policy (drawn at
+    temperature 1): the means of k1 and k3 (`fastalign.kl_estimate`) over all completion tokens
+    ("k1_per_token"), and of their sums over each completion ("k1_per_sequence"). k1 is unbiased and noisy (a
+    mean may be negative); k3 per token is unbiased too and never negative."""
+    policy_scores, reference_scores = (
+        torch.cat(score_samples(model, samples)) for model in (policy, reference)
+    )
     out = {}
     for kind in ("k1", "k3"):
         total = float(fastalign.kl_estimate(policy_scores, reference_scores, kind).double().sum())

@@ -1,4 +1,5 @@
-"""`fastalign bench`: every op against plain PyTorch, torch.compile and other packages on this machine, as a table, JSON and a plot."""
+"""`fastalign bench`: every op against plain PyTorch, torch.compile and other packages on this machine, as a
+table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -13,13 +14,27 @@ from typing import Any
 import torch
 
 from fastalign.bench.cases import make_case
-from fastalign.bench.measure import Result, add_bandwidth, cache_bytes, ceiling_bytes, ceilings, measure, read_bandwidth
+from fastalign.bench.measure import (
+    Result,
+    add_bandwidth,
+    cache_bytes,
+    ceiling_bytes,
+    ceilings,
+    measure,
+    read_bandwidth,
+)
 from fastalign.bench.shapes import OPS, SHAPES
 from fastalign.cli.console import Parser, table
 from fastalign.runtime import backends
 
 # Seconds of timing per case, samples at least and at most.
-EFFORT = {"cpu": (8.0, 5, 50), "cpu-quick": (1.5, 3, 20), "cuda": (5.0, 20, 100), "cuda-quick": (2.0, 20, 50), "tiny": (0.0, 2, 2)}
+EFFORT = {
+    "cpu": (8.0, 5, 50),
+    "cpu-quick": (1.5, 3, 20),
+    "cuda": (5.0, 20, 100),
+    "cuda-quick": (2.0, 20, 50),
+    "tiny": (0.0, 2, 2),
+}
 HOW = (
     "ms: median of calls taken in turns with the other lines', on rotating inputs. GB/s: the op's least traffic (each input read once, each result "
     "written once) over that time; of read: of the bandwidth at which this machine merely reads the same bytes, in the same run. max error: "
@@ -32,8 +47,16 @@ HOW = (
 def main(argv: list[str]) -> int:
     """0: done; 1: a result of fastalign was wrong; 2: a wrong option."""
     parser = Parser(prog="fastalign bench", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="small shapes: half a minute instead of up to three")
-    parser.add_argument("--op", action="append", choices=OPS, metavar="OP", help=f"only this op (repeatable): {', '.join(OPS)}")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes: half a minute instead of up to three"
+    )
+    parser.add_argument(
+        "--op",
+        action="append",
+        choices=OPS,
+        metavar="OP",
+        help=f"only this op (repeatable): {', '.join(OPS)}",
+    )
     parser.add_argument(
         "--backend",
         action="append",
@@ -41,9 +64,17 @@ def main(argv: list[str]) -> int:
         metavar="NAME",
         help="only this backend of fastalign (repeatable); default: all that can serve the call, the reference only where it is alone",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile's lines, which take most of the time on a GPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, after every case")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="without torch.compile's lines, which take most of the time on a GPU",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the numbers to FILE, after every case"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times to FILE (.png, .svg, .pdf)")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -81,8 +112,8 @@ def run(
     save: Path | None = None,
     show: Any = print,
 ) -> dict[str, Any]:
-    """Measure `ops` at the shapes of `suite`, print every table as it is ready, and return what is written to `save` after every case (until the
-    last, without "seconds")."""
+    """Measure `ops` at the shapes of `suite`, print every table as it is ready, and return what is written to
+    `save` after every case (until the last, without "seconds")."""
     started, load = time.perf_counter(), _load()
     seconds, least, most = EFFORT[suite]
     size = 1 << 20 if suite == "tiny" else ceiling_bytes(device)
@@ -104,7 +135,12 @@ def run(
     for op in ops:
         for shape in SHAPES[suite][op]:
             case = make_case(
-                op, shape, device, backends=backends, compile=compile, cache_bytes=0 if suite == "tiny" else cache_bytes(device)
+                op,
+                shape,
+                device,
+                backends=backends,
+                compile=compile,
+                cache_bytes=0 if suite == "tiny" else cache_bytes(device),
             )
             results = measure(case, device, seconds=seconds, least=least, most=most)
             gbs = add_bandwidth(case, results, machine_gbs)
@@ -118,7 +154,9 @@ def run(
                 }
             )
             report["failures"] += [
-                f"{op} {shape}: {r.name}: {r.message}" for r in results if r.kind == "ours" and r.status in ("wrong", "n/a")
+                f"{op} {shape}: {r.name}: {r.message}"
+                for r in results
+                if r.kind == "ours" and r.status in ("wrong", "n/a")
             ]
             show(f"{op}, {shape}\n{render(results)}\n")
             _save(report, save)
@@ -154,18 +192,23 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _load() -> float | None:
-    """Runnable processes, the average of the last minute; on a busy machine ratios still mean something, times do not."""
+    """Runnable processes, the average of the last minute; on a busy machine ratios still mean something,
+    times do not."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def render(results: list[Result]) -> str:
-    """The table of one case; `x` is the time relative to the first line of ours. Below it, the samples that were set aside."""
+    """The table of one case; `x` is the time relative to the first line of ours. Below it, the samples that
+    were set aside."""
     own = next((r.ms for r in results if r.kind == "ours" and r.ms), None)
     graphs = any(r.graph_ms is not None for r in results)
     rows = []
     for r in results:
         if r.ms is None:
-            rows.append([r.name, r.status if r.status != "ok" else "n/a", "", "", "", "", r.message[:90]] + ["", ""] * graphs)
+            rows.append(
+                [r.name, r.status if r.status != "ok" else "n/a", "", "", "", "", r.message[:90]]
+                + ["", ""] * graphs
+            )
             continue
         rows.append(
             [
@@ -179,11 +222,18 @@ def render(results: list[Result]) -> str:
                 *[f"{ms:.4f}" if ms is not None else "" for ms in (r.graph_ms, r.host_ms) if graphs],
             ]
         )
-    lines = [table(["", "ms", "x", "GB/s", "of read", "max error", "extra MB"] + ["graph ms", "host ms"] * graphs, rows)]
+    lines = [
+        table(
+            ["", "ms", "x", "GB/s", "of read", "max error", "extra MB"] + ["graph ms", "host ms"] * graphs,
+            rows,
+        )
+    ]
     if aside := [f"{r.set_aside} of {r.set_aside + r.samples} of {r.name}" for r in results if r.set_aside]:
         lines.append(f"set aside for page faults or system time of the machine: {', '.join(aside)}")
     if (attempts := max((r.attempts for r in results), default=1)) > 1:
-        lines.append(f"most samples of a line were disturbed {attempts - 1} times: timing was begun {attempts} times, and the last counts")
+        lines.append(
+            f"most samples of a line were disturbed {attempts - 1} times: timing was begun {attempts} times, and the last counts"
+        )
     return "\n".join(lines)
 
 
@@ -197,7 +247,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
     cases = report["cases"]
     heights = [0.6 + 0.3 * sum(r["ms"] is not None for r in case["results"]) for case in cases]
     figure, axes = pyplot.subplots(
-        len(cases), 1, figsize=(9, sum(heights) + 0.5), squeeze=False, layout="constrained", height_ratios=heights
+        len(cases),
+        1,
+        figsize=(9, sum(heights) + 0.5),
+        squeeze=False,
+        layout="constrained",
+        height_ratios=heights,
     )
     colours = {
         "ours": "tab:red",
@@ -209,8 +264,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
     }
     for axis, case in zip(axes[:, 0], cases):
         timed = [r for r in case["results"] if r["ms"] is not None][::-1]
-        bars = axis.barh([r["name"] for r in timed], [r["ms"] for r in timed], color=[colours[r["kind"]] for r in timed])
-        axis.bar_label(bars, labels=[f"{r['ms']:.3g}" if r["ms"] < 100 else f"{r['ms']:.0f}" for r in timed], padding=3, fontsize=8)
+        bars = axis.barh(
+            [r["name"] for r in timed], [r["ms"] for r in timed], color=[colours[r["kind"]] for r in timed]
+        )
+        axis.bar_label(
+            bars,
+            labels=[f"{r['ms']:.3g}" if r["ms"] < 100 else f"{r['ms']:.0f}" for r in timed],
+            padding=3,
+            fontsize=8,
+        )
         axis.margins(x=0.1)
         axis.set_title(f"{case['op']}, {case['shape']}", fontsize=10, loc="left")
         axis.tick_params(labelsize=8)

@@ -1,4 +1,5 @@
-"""The same computations in plain PyTorch, as trainers write them: the baselines, eager and through torch.compile."""
+"""The same computations in plain PyTorch, as trainers write them: the baselines, eager and through
+torch.compile."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def logprob_and_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(policy || reference) per row, in fp32 (bf16 log-probs cannot hold the difference of two near models); fp64 stays."""
+    """KL(policy || reference) per row, in fp32 (bf16 log-probs cannot hold the difference of two near
+    models); fp64 stays."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     log_p, log_q = F.log_softmax(logits, dim=-1, dtype=dtype), F.log_softmax(ref_logits, dim=-1, dtype=dtype)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -66,15 +68,22 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(-d) + d
 
 
-def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
+def ppo_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2
+) -> Tensor:
     ratio = torch.exp(logprobs - old_logprobs)
     loss = torch.maximum(-advantages * ratio, -advantages * torch.clamp(ratio, 1.0 - clip, 1.0 + clip))
     return torch.where(mask, loss, 0.0).sum() / mask.sum()
 
 
 def gae_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), [B, L] each, no holes: the loop over time steps of trainers on padded batches."""
-    advantages, next_value, next_advantage = [], torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    """(advantages, returns), [B, L] each, no holes: the loop over time steps of trainers on padded
+    batches."""
+    advantages, next_value, next_advantage = (
+        [],
+        torch.zeros_like(rewards[:, 0]),
+        torch.zeros_like(rewards[:, 0]),
+    )
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = delta + gamma * lam * next_advantage
@@ -85,19 +94,28 @@ def gae_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple
 
 
 def gae_doubling(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """`gae_loop` in log2(L) operations on whole tensors, for sequences on which a loop would not end: after n of them an advantage holds 2^n terms
-    of its sum."""
+    """`gae_loop` in log2(L) operations on whole tensors, for sequences on which a loop would not end: after n
+    of them an advantage holds 2^n terms of its sum."""
     advantages, factor, shift = rewards - values, gamma * lam, 1
     advantages[:, :-1] += gamma * values[:, 1:]
     while shift < rewards.shape[1]:
-        advantages = torch.cat([advantages[:, :-shift] + factor * advantages[:, shift:], advantages[:, -shift:]], dim=1)
+        advantages = torch.cat(
+            [advantages[:, :-shift] + factor * advantages[:, shift:], advantages[:, -shift:]], dim=1
+        )
         factor, shift = factor * factor, 2 * shift
     return advantages, advantages + values
 
 
-def gae_masked_loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """The same where trainers allow for holes: `mask` [B, L], 1.0 at tokens and 0.0 at those to be passed over, is multiplied in at every step."""
-    advantages, next_value, next_advantage = [], torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+def gae_masked_loop(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """The same where trainers allow for holes: `mask` [B, L], 1.0 at tokens and 0.0 at those to be passed
+    over, is multiplied in at every step."""
+    advantages, next_value, next_advantage = (
+        [],
+        torch.zeros_like(rewards[:, 0]),
+        torch.zeros_like(rewards[:, 0]),
+    )
     for t in reversed(range(rewards.shape[1])):
         there, passed = mask[:, t], 1.0 - mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]

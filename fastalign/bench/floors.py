@@ -1,4 +1,5 @@
-"""What an op costs at least: the memory that it must touch, touched by torch's own operations on whole tensors, and nothing computed."""
+"""What an op costs at least: the memory that it must touch, touched by torch's own operations on whole
+tensors, and nothing computed."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class _Touch(torch.autograd.Function):
 
 
 def loss_and_gradient(first: Tensor, *rest: Tensor) -> Tensor:
-    """A loss that reads its inputs and a gradient that is written, through an autograd function like any other."""
+    """A loss that reads its inputs and a gradient that is written, through an autograd function like any
+    other."""
     return torch.autograd.grad(_Touch.apply(first, *rest), first)[0]
 
 

@@ -1,4 +1,5 @@
-"""How it is measured: interleaved medians with inputs in turns, a read-only bandwidth of the same run, peak memory of one call."""
+"""How it is measured: interleaved medians with inputs in turns, a read-only bandwidth of the same run, peak
+memory of one call."""
 
 from __future__ import annotations
 
@@ -19,26 +20,29 @@ from fastalign.bench.timing import Sample, Timer, disturbed
 if TYPE_CHECKING:
     from fastalign.bench.cases.case import Case, Contestant
 
-# A sample of a short call repeats it until it takes about this long: the first call finds the caches full of other contestants' code and data, and
-# must not count for much.
+# A sample of a short call repeats it until it takes about this long: the first call finds the caches full of
+# other contestants' code and data, and must not count for much.
 SAMPLE_SECONDS = 1e-2
 # Calls per sample at most: on a GPU as many as can be issued ahead.
 MOST_CALLS, MOST_CALLS_CUDA = 1000, 100
 # On a GPU a call that takes less is launch-bound: it is also timed as a graph of this many calls.
 LAUNCH_BOUND, GRAPH_CALLS = 2e-4, 20
-# Timing starts again where most samples are disturbed, so many times in all; a line with fewer undisturbed samples than this gets no time.
+# Timing starts again where most samples are disturbed, so many times in all; a line with fewer undisturbed
+# samples than this gets no time.
 ATTEMPTS, LEAST_SAMPLES = 3, 3
 
 
 @dataclass
 class Result:
-    """One line of the table. `status`: "ok", "wrong" (no number is given), "disturbed" (too few samples are of the op) or "n/a"; `message` says
-    why. `error`: largest absolute error against fp64 on the sampled rows. `gbs`: the op's least traffic over the time; `share`: of the read-only
-    bandwidth. `extra_mb`: peak memory of a call beyond what was there before it, results included.
+    """One line of the table. `status`: "ok", "wrong" (no number is given), "disturbed" (too few samples are
+    of the op) or "n/a"; `message` says why. `error`: largest absolute error against fp64 on the sampled rows.
+    `gbs`: the op's least traffic over the time; `share`: of the read-only bandwidth. `extra_mb`: peak memory
+    of a call beyond what was there before it, results included.
 
-    `ms`: the median of `samples` samples, without the `set_aside` ones that `timing.disturbed` names; `attempts`: how often timing was begun.
-    `each`: [ms, system time in ms, page faults, set aside] per call of every sample of the last attempt. CUDA: `host_ms` is what the host takes to
-    issue a call; `graph_ms` the time of a call that is replayed in a graph, for launch-bound ones."""
+    `ms`: the median of `samples` samples, without the `set_aside` ones that `timing.disturbed` names;
+    `attempts`: how often timing was begun. `each`: [ms, system time in ms, page faults, set aside] per call
+    of every sample of the last attempt. CUDA: `host_ms` is what the host takes to issue a call; `graph_ms`
+    the time of a call that is replayed in a graph, for launch-bound ones."""
 
     name: str
     kind: str
@@ -61,12 +65,14 @@ class Result:
 
 
 def raw(x: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor as int64 (up to seven bytes at the end are left out): integers need no arithmetic worth mentioning."""
+    """The bytes of a contiguous tensor as int64 (up to seven bytes at the end are left out): integers need no
+    arithmetic worth mentioning."""
     raw = x.reshape(-1).view(torch.uint8)
     return raw[: raw.numel() // 8 * 8].view(torch.int64)
 
 
-# Reductions that read every byte once. Which one is fastest differs from machine to machine; the fastest is the machine's read bandwidth.
+# Reductions that read every byte once. Which one is fastest differs from machine to machine; the fastest is
+# the machine's read bandwidth.
 READERS: dict[str, Callable[[Tensor], Tensor]] = {
     "int64 sum": lambda x: raw(x).sum(),
     "int64 max": lambda x: raw(x).max(),
@@ -82,8 +88,8 @@ def read(x: Tensor) -> Tensor:
 
 
 def ceiling_bytes(device: torch.device) -> int:
-    """The buffer by which a machine's bandwidths are found: on a GPU so large that the gaps between launches do not count (4 GiB, less where the
-    memory is smaller), half a GiB on a CPU."""
+    """The buffer by which a machine's bandwidths are found: on a GPU so large that the gaps between launches
+    do not count (4 GiB, less where the memory is smaller), half a GiB on a CPU."""
     return 512 << 20 if device.type == "cpu" else min(4 << 30, torch.cuda.mem_get_info(device)[0] // 4)
 
 
@@ -99,7 +105,8 @@ def read_bandwidth(device: torch.device, size: int, *, rounds: int = 9) -> dict[
 
 
 def ceilings(device: torch.device, size: int, *, rounds: int = 9) -> dict[str, float]:
-    """What else bounds this machine: GB/s of a copy (bytes read and bytes written) of a buffer of `size` bytes, TFLOP/s of a bf16 matmul."""
+    """What else bounds this machine: GB/s of a copy (bytes read and bytes written) of a buffer of `size`
+    bytes, TFLOP/s of a bf16 matmul."""
     source = torch.empty(size // 8, dtype=torch.int64, device=device).random_()
     # Processors without bf16 arithmetic take seconds for larger products.
     target, n = torch.empty_like(source), 8192 if device.type == "cuda" else 1024 if size > 1 << 24 else 128
@@ -109,10 +116,13 @@ def ceilings(device: torch.device, size: int, *, rounds: int = 9) -> dict[str, f
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The largest cache between the kernels and memory: L2 of a GPU, the last level of a CPU (64 MiB where the system does not tell)."""
+    """The largest cache between the kernels and memory: L2 of a GPU, the last level of a CPU (64 MiB where
+    the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [_size(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes = [
+        _size(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
     return max(sizes, default=64 << 20)
 
 
@@ -123,8 +133,8 @@ def _size(text: str) -> int:
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Peak memory of one call beyond what was in use before: torch's counter on CUDA, on Linux the kernel's own high-water mark of the
-    process (which sees every allocation, ours in C++ included); None elsewhere."""
+    """Peak memory of one call beyond what was in use before: torch's counter on CUDA, on Linux the kernel's
+    own high-water mark of the process (which sees every allocation, ours in C++ included); None elsewhere."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -148,7 +158,8 @@ def _status(key: str) -> int:
 
 
 class Runner:
-    """Calls of one contestant on the case's inputs, in turns; an input that a call would destroy is first copied to a buffer."""
+    """Calls of one contestant on the case's inputs, in turns; an input that a call would destroy is first
+    copied to a buffer."""
 
     def __init__(self, case: Case, contestant: Contestant):
         self.case, self.contestant = case, contestant
@@ -161,7 +172,9 @@ class Runner:
         if not self.contestant.overwrites:
             return lambda: self.contestant.run(first, *rest)
         # Depends on the input, is no leaf, and has the buffer's memory to itself: may be overwritten.
-        scratch = torch.empty_like(first, requires_grad=False) if self.buffer is None else self.buffer.detach()
+        scratch = (
+            torch.empty_like(first, requires_grad=False) if self.buffer is None else self.buffer.detach()
+        )
         self.buffer = None
         scratch.copy_(first)
 
@@ -198,7 +211,12 @@ class _Line:
         result, bad = self.result, self.disturbed()
         clean = [sample.seconds / self.repeats for sample, b in zip(self.samples, bad) if not b]
         result.each = [
-            [round(1e3 * s.seconds / self.repeats, 5), round(1e3 * s.system / self.repeats, 5), s.faults / self.repeats, int(b)]
+            [
+                round(1e3 * s.seconds / self.repeats, 5),
+                round(1e3 * s.system / self.repeats, 5),
+                s.faults / self.repeats,
+                int(b),
+            ]
             for s, b in zip(self.samples, bad)
         ]
         result.samples, result.set_aside = len(clean), sum(bad)
@@ -208,14 +226,19 @@ class _Line:
             return
         result.ms = 1e3 * statistics.median(clean)
         if self.samples[0].host is not None:
-            result.host_ms = 1e3 * statistics.median(s.host for s in self.samples if s.host is not None) / self.repeats
+            result.host_ms = (
+                1e3 * statistics.median(s.host for s in self.samples if s.host is not None) / self.repeats
+            )
         if self.replays:
             result.graph_ms = 1e3 * statistics.median(self.replays) / GRAPH_CALLS
 
 
-def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5, most: int = 50, memory: bool = True) -> list[Result]:
-    """Check every contestant, then time those that are right, in turns, until `seconds` are spent: `least` to `most` samples each. Samples that are
-    the machine's rather than the op's are set aside; where they are the most, timing starts again."""
+def measure(
+    case: Case, device: torch.device, *, seconds: float, least: int = 5, most: int = 50, memory: bool = True
+) -> list[Result]:
+    """Check every contestant, then time those that are right, in turns, until `seconds` are spent: `least` to
+    `most` samples each. Samples that are the machine's rather than the op's are set aside; where they are the
+    most, timing starts again."""
     results = [Result(name, "peer", "n/a", why) for name, why in case.missing.items()]
     lines: list[_Line] = []
     timer = Timer(device)
@@ -225,7 +248,10 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
         try:
             line = _prepare(case, contestant, result, timer, device, memory)
         except Exception as error:  # whatever a contestant raises (out of memory, no compiler, ...) concerns its own line only
-            result.status, result.message = "n/a", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            result.status, result.message = (
+                "n/a",
+                f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            )
             continue
         if line is not None:
             lines.append(line)
@@ -240,7 +266,9 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = 5,
     return results
 
 
-def _prepare(case: Case, contestant: Contestant, result: Result, timer: Timer, device: torch.device, memory: bool) -> _Line | None:
+def _prepare(
+    case: Case, contestant: Contestant, result: Result, timer: Timer, device: torch.device, memory: bool
+) -> _Line | None:
     """The contestant's line, or None (and the result says why) where it is wrong."""
     runner = Runner(case, contestant)
     if contestant.computes:
@@ -256,7 +284,11 @@ def _prepare(case: Case, contestant: Contestant, result: Result, timer: Timer, d
     timer.synchronize()
     once = timer.seconds([runner.call(0)])
     most = MOST_CALLS_CUDA if timer.cuda else MOST_CALLS
-    line = _Line(result, runner, 1 if contestant.overwrites else max(1, min(most, int(SAMPLE_SECONDS / max(once, 1e-9)))))
+    line = _Line(
+        result,
+        runner,
+        1 if contestant.overwrites else max(1, min(most, int(SAMPLE_SECONDS / max(once, 1e-9)))),
+    )
     if timer.cuda and once < LAUNCH_BOUND and not contestant.overwrites:
         try:
             line.replay = timer.captured(runner.call() for _ in range(GRAPH_CALLS))
@@ -281,8 +313,8 @@ def _take_turns(lines: list[_Line], timer: Timer, seconds: float, least: int, mo
 
 
 def add_bandwidth(case: Case, results: list[Result], machine_gbs: float) -> float:
-    """Fill in gbs and share. The bandwidth they refer to (returned) is that of the plain read among the contestants, which ran between
-    them, or the machine's where there is none."""
+    """Fill in gbs and share. The bandwidth they refer to (returned) is that of the plain read among the
+    contestants, which ran between them, or the machine's where there is none."""
     reader = next((r for r in results if r.kind == "read" and r.ms), None)
     if reader is not None:
         reader.gbs = sum(x.nbytes for x in case.inputs[0][: case.read]) / reader.ms / 1e6

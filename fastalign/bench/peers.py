@@ -1,4 +1,5 @@
-"""Other packages' functions for the same operations, imported where they are installed and never rewritten."""
+"""Other packages' functions for the same operations, imported where they are installed and never
+rewritten."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 
 class Peer(NamedTuple):
-    """`load` imports and returns the function (logits, labels) -> values, in the layout of the op's own result, or raises ImportError.
-    `overwrites`: it may write over the logits."""
+    """`load` imports and returns the function (logits, labels) -> values, in the layout of the op's own
+    result, or raises ImportError. `overwrites`: it may write over the logits."""
 
     name: str
     load: Callable[[], Callable[[Tensor, Tensor], Tensor]]
@@ -27,7 +28,9 @@ def _trl_logprobs() -> Callable[[Tensor, Tensor], Tensor]:
 def _trl_logprobs_and_entropy() -> Callable[[Tensor, Tensor], Tensor]:
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-    return lambda logits, labels: torch.stack([selective_log_softmax(logits, labels), entropy_from_logits(logits)])
+    return lambda logits, labels: torch.stack(
+        [selective_log_softmax(logits, labels), entropy_from_logits(logits)]
+    )
 
 
 def _liger_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
@@ -56,7 +59,10 @@ def _trl_chunked() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _torch_linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    linear_cross_entropy, options = torch.nn.functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
+    linear_cross_entropy, options = (
+        torch.nn.functional.linear_cross_entropy,
+        torch.nn.LinearCrossEntropyOptions(),
+    )
 
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
@@ -66,7 +72,11 @@ def _torch_linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 _TRL, _LIGER, _CCE = "trl selective_log_softmax", "liger-kernel liger_cross_entropy", "cut-cross-entropy"
 PEERS: dict[str, tuple[Peer, ...]] = {
-    "token_logprobs": (Peer(_TRL, _trl_logprobs), Peer(_LIGER, _liger_cross_entropy, overwrites=True), Peer(_CCE, _cut_cross_entropy)),
+    "token_logprobs": (
+        Peer(_TRL, _trl_logprobs),
+        Peer(_LIGER, _liger_cross_entropy, overwrites=True),
+        Peer(_CCE, _cut_cross_entropy),
+    ),
     "token_logprobs_entropy": (Peer(f"{_TRL} + entropy_from_logits", _trl_logprobs_and_entropy),),
     "token_logprobs_backward": (
         Peer(_TRL, _trl_logprobs),
@@ -75,6 +85,9 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     ),
     **dict.fromkeys(
         ("linear_token_logprobs", "linear_token_logprobs_backward", "linear_token_logprobs_frozen"),
-        (Peer("trl ChunkedLogProbFunction", _trl_chunked), Peer("F.linear_cross_entropy", _torch_linear_cross_entropy)),
+        (
+            Peer("trl ChunkedLogProbFunction", _trl_chunked),
+            Peer("F.linear_cross_entropy", _torch_linear_cross_entropy),
+        ),
     ),
 }

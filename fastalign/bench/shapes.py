@@ -17,7 +17,8 @@ class Rows(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """`pairs` preference pairs whose sequences have `length` tokens each: 2 * pairs * length packed tokens, fp32."""
+    """`pairs` preference pairs whose sequences have `length` tokens each: 2 * pairs * length packed tokens,
+    fp32."""
 
     pairs: int
     length: int
@@ -65,7 +66,11 @@ def _suite(
     rollout: tuple[Sequences, ...],
     head: tuple[Head, ...],
 ) -> dict[str, tuple[Shape, ...]]:
-    rows = {"token_logprobs": forward, "token_logprobs_entropy": forward[:1], "token_logprobs_backward": backward}
+    rows = {
+        "token_logprobs": forward,
+        "token_logprobs_entropy": forward[:1],
+        "token_logprobs_backward": backward,
+    }
     minibatch = tuple(s._replace(length=min(s.length, 1024)) for s in rollout[:1])
     rows |= {"token_kl": kl, "token_kl_loss": kl}
     rows |= dict.fromkeys(HEAD_OPS, head)
@@ -76,7 +81,11 @@ _REFERENCE = Rows(2048, 128256)  # 525 MB of logits, the shape that CPU numbers 
 _ROLLOUT = Sequences(64, 4096)
 _GPU = (Rows(16384, 128256), Rows(8192, 151936), Rows(32768, 32768), Rows(4096, 262144), Rows(4096, 50257))
 
-_GPU_HEAD = (Head(4096, 4096, 128256, "bfloat16"), Head(16384, 4096, 128256, "bfloat16"), Head(8192, 2048, 151936, "bfloat16"))
+_GPU_HEAD = (
+    Head(4096, 4096, 128256, "bfloat16"),
+    Head(16384, 4096, 128256, "bfloat16"),
+    Head(8192, 2048, 151936, "bfloat16"),
+)
 
 # suite -> op -> shapes
 SHAPES = {
@@ -89,15 +98,37 @@ SHAPES = {
         (Head(1024, 1024, 65536),),
     ),
     "cpu-quick": _suite(
-        (Rows(256, 128256),), (Rows(256, 128256),), (Rows(128, 128256),), (Pairs(64, 256),), (_ROLLOUT,), (Head(256, 256, 32768),)
+        (Rows(256, 128256),),
+        (Rows(256, 128256),),
+        (Rows(128, 128256),),
+        (Pairs(64, 256),),
+        (_ROLLOUT,),
+        (Head(256, 256, 32768),),
     ),
     "cuda": _suite(
-        _GPU, _GPU, _GPU[:2], (Pairs(64, 1024),), (_ROLLOUT, Sequences(512, 4096), Sequences(4096, 128), Sequences(2, 1 << 20)), _GPU_HEAD
+        _GPU,
+        _GPU,
+        _GPU[:2],
+        (Pairs(64, 1024),),
+        (_ROLLOUT, Sequences(512, 4096), Sequences(4096, 128), Sequences(2, 1 << 20)),
+        _GPU_HEAD,
     ),
     "cuda-quick": _suite(
-        (Rows(4096, 128256),), (Rows(4096, 128256),), (Rows(4096, 128256),), (Pairs(64, 1024),), (_ROLLOUT,), _GPU_HEAD[:1]
+        (Rows(4096, 128256),),
+        (Rows(4096, 128256),),
+        (Rows(4096, 128256),),
+        (Pairs(64, 1024),),
+        (_ROLLOUT,),
+        _GPU_HEAD[:1],
     ),
     # for tests of the benchmark itself
-    "tiny": _suite((Rows(16, 1000),), (Rows(16, 1000),), (Rows(16, 1000),), (Pairs(2, 8),), (Sequences(3, 20),), (Head(16, 8, 1000),)),
+    "tiny": _suite(
+        (Rows(16, 1000),),
+        (Rows(16, 1000),),
+        (Rows(16, 1000),),
+        (Pairs(2, 8),),
+        (Sequences(3, 20),),
+        (Head(16, 8, 1000),),
+    ),
 }
 OPS = tuple(SHAPES["cpu"])

@@ -1,4 +1,5 @@
-"""One sample of a timed call: on a GPU without the host's time, on a CPU with the system time and page faults that came with it."""
+"""One sample of a timed call: on a GPU without the host's time, on a CPU with the system time and page faults
+that came with it."""
 
 from __future__ import annotations
 
@@ -15,18 +16,20 @@ try:
 except ImportError:  # not on this system: samples then carry no system time, and none is set aside
     resource = None  # type: ignore[assignment]
 
-# On a GPU the calls of a sample are issued while the device sleeps: what is timed between two events is then the device's work alone. Cycles of sleep
-# per call to begin with (about a quarter of a millisecond), and at most per sample.
+# On a GPU the calls of a sample are issued while the device sleeps: what is timed between two events is then
+# the device's work alone. Cycles of sleep per call to begin with (about a quarter of a millisecond), and at
+# most per sample.
 SLEEP_CYCLES, MOST_SLEEP_CYCLES = 500_000, 100_000_000
-# A page fault costs about a quarter of a microsecond and more: beyond this many per second, a sample says something of the machine's memory
-# management. The system's clock of system time ticks every few milliseconds, so that a share of a short sample says nothing.
+# A page fault costs about a quarter of a microsecond and more: beyond this many per second, a sample says
+# something of the machine's memory management. The system's clock of system time ticks every few
+# milliseconds, so that a share of a short sample says nothing.
 FAULTS_PER_SECOND, SYSTEM_SHARE, SYSTEM_TICK = 1e5, 0.1, 0.01
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of the calls of one sample together. CPU: the system time (of all threads) and the page faults in them; CUDA: the host's time to
-    issue them."""
+    """Seconds of the calls of one sample together. CPU: the system time (of all threads) and the page faults
+    in them; CUDA: the host's time to issue them."""
 
     seconds: float
     system: float = 0.0
@@ -43,13 +46,18 @@ def usage() -> tuple[float, int]:
 
 
 def disturbed(samples: Sequence[Sample], allocates: bool) -> list[bool]:
-    """Which samples carry page faults or system time that are not the op's own. A call that allocates has both of its own: what its samples have in
-    the median. A call that does not has none: memory that was touched before faults only if the system took it away in between."""
+    """Which samples carry page faults or system time that are not the op's own. A call that allocates has
+    both of its own: what its samples have in the median. A call that does not has none: memory that was
+    touched before faults only if the system took it away in between."""
     own_faults, own_system = 0.0, 0.0
     if allocates and samples:
-        own_faults, own_system = statistics.median(s.faults for s in samples), statistics.median(s.system for s in samples)
+        own_faults, own_system = (
+            statistics.median(s.faults for s in samples),
+            statistics.median(s.system for s in samples),
+        )
     return [
-        s.faults - own_faults > FAULTS_PER_SECOND * s.seconds or s.system - own_system > max(SYSTEM_SHARE * s.seconds, SYSTEM_TICK)
+        s.faults - own_faults > FAULTS_PER_SECOND * s.seconds
+        or s.system - own_system > max(SYSTEM_SHARE * s.seconds, SYSTEM_TICK)
         for s in samples
     ]
 
@@ -104,7 +112,10 @@ class Timer:
                 sample = self.sample([call])
                 if i:  # the first is warm-up
                     samples[name].append(sample)
-        return {name: statistics.median(s.seconds for s in kept(found) or found) for name, found in samples.items()}
+        return {
+            name: statistics.median(s.seconds for s in kept(found) or found)
+            for name, found in samples.items()
+        }
 
     def captured(self, calls: Iterable[Callable[[], Any]]) -> Callable[[], Any]:
         """The calls as one CUDA graph: what returns replays them without the host."""

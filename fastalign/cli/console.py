@@ -25,20 +25,27 @@ def integer(low: int, high: int | None = None) -> Any:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
         if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{value} is out of range; legal: {low} " + (f"to {high}" if high is not None else "or more"))
+            raise argparse.ArgumentTypeError(
+                f"{value} is out of range; legal: {low} " + (f"to {high}" if high is not None else "or more")
+            )
         return value
 
     return parse
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table with aligned columns. Columns of numbers are flush right, as in the cells' own text."""
+    """A Markdown table with aligned columns. Columns of numbers are flush right, as in the cells' own
+    text."""
     cells = [[str(cell) for cell in row] for row in rows]
     right = [all(_numeric(row[i]) for row in cells) for i in range(len(headers))]
     widths = [max([3, len(header), *(len(row[i]) for row in cells)]) for i, header in enumerate(headers)]
 
     def line(row: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)) + " |"
+        return (
+            "| "
+            + " | ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right))
+            + " |"
+        )
 
     rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right)) + "|"
     return "\n".join([line(headers), rule, *map(line, cells)])

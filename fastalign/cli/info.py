@@ -1,4 +1,5 @@
-"""`fastalign info`: versions, how the extension was built, the machine, and which backend serves which op, with the reason where not."""
+"""`fastalign info`: versions, how the extension was built, the machine, and which backend serves which op,
+with the reason where not."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="fastalign info", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
-    parser.add_argument("--markdown", action="store_true", help="print only the op x backend table of the README, as it is on any machine")
+    parser.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print only the op x backend table of the README, as it is on any machine",
+    )
     if parser.parse_args(argv).markdown:
         print(table_markdown())
         return 0
@@ -33,7 +38,11 @@ def main(argv: list[str]) -> int:
 
 def versions() -> dict[str, str]:
     """name -> version, "not installed" for what is missing."""
-    found = {"fastalign": fastalign.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "fastalign": fastalign.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     try:
         transformers = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
@@ -46,10 +55,16 @@ def extension() -> dict[str, Any]:
     info = ffi.build_info()
     if not info:
         return {"fastalign._C": why_not("cpu", "cpu")}
-    facts = {"version": info["version"], "compiler": info["compiler"], "CPU kernels": "yes" if info["cpu"] else "no"}
+    facts = {
+        "version": info["version"],
+        "compiler": info["compiler"],
+        "CPU kernels": "yes" if info["cpu"] else "no",
+    }
     if info["cpu"]:
         facts["instruction set"] = f"{info['cpu_isa']} (of {', '.join(info['cpu_isas'])})"
-    facts["CUDA kernels"] = f"yes, for {info['cuda_archs']}, by {info['cuda_compiler']}" if info["cuda"] else "no"
+    facts["CUDA kernels"] = (
+        f"yes, for {info['cuda_archs']}, by {info['cuda_compiler']}" if info["cuda"] else "no"
+    )
     return facts
 
 
@@ -73,15 +88,17 @@ def _processor() -> str:
     """The CPU's name where the system tells it, and torch's view of its instruction set."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+            name = next(
+                (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+            )
     except OSError:
         name = ""
     return f"{name or platform.processor() or 'unknown'} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def availability() -> str:
-    """The table op x backend on this machine: the devices whose tensors a backend serves, or the number of the reason below the table.
-    `*` marks the backend that is chosen on its device for fp32."""
+    """The table op x backend on this machine: the devices whose tensors a backend serves, or the number of
+    the reason below the table. `*` marks the backend that is chosen on its device for fp32."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     here = fastalign.backends()
     reasons: list[str] = []
@@ -111,6 +128,10 @@ def _chosen(name: str, tensor: torch.Tensor) -> str:
 
 
 def table_markdown() -> str:
-    """The table op x backend of the README: which storage types each backend takes. The same on every machine."""
-    rows = [[f"`{name}`", *(" ".join(_SHORT[dtype] for dtype in op.takes(backend)) for backend in BACKENDS)] for name, op in OPS.items()]
+    """The table op x backend of the README: which storage types each backend takes. The same on every
+    machine."""
+    rows = [
+        [f"`{name}`", *(" ".join(_SHORT[dtype] for dtype in op.takes(backend)) for backend in BACKENDS)]
+        for name, op in OPS.items()
+    ]
     return table(["op", *BACKENDS], rows)

@@ -19,7 +19,10 @@ def main(argv: list[str]) -> int:
     """0: printed; 2: an unknown name."""
     parser = Parser(prog="fastalign losses", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
     parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="show this one: formula, options with their defaults, paper, how to train with it"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="show this one: formula, options with their defaults, paper, how to train with it",
     )
     name = parser.parse_args(argv).name
     if name is None:
@@ -27,7 +30,9 @@ def main(argv: list[str]) -> int:
         return 0
     found = [kind for kind in _KINDS if losses.ALIASES.get(name, name) in kind.rows()]
     if not found:
-        parser.error(f"{name!r} is unknown; legal: {', '.join(sorted({n for kind in _KINDS for n in kind.rows()} | set(losses.ALIASES)))}")
+        parser.error(
+            f"{name!r} is unknown; legal: {', '.join(sorted({n for kind in _KINDS for n in kind.rows()} | set(losses.ALIASES)))}"
+        )
     print("\n\n".join(_one(kind, losses.ALIASES.get(name, name)) for kind in found) + f"\n\n{NOTATION}")
     return 0
 
@@ -58,7 +63,10 @@ _KINDS = (
 def _section(kind: _Kind) -> str:
     rows = kind.rows()
     width = max(map(len, rows))
-    lines = [f"  {name:<{width}}  {formula}{f'  [{paper}]' if paper else ''}" for name, (formula, paper, _) in rows.items()]
+    lines = [
+        f"  {name:<{width}}  {formula}{f'  [{paper}]' if paper else ''}"
+        for name, (formula, paper, _) in rows.items()
+    ]
     return "\n".join([f"losses {kind.title} ({kind.function}; {kind.command} NAME):", *lines])
 
 
@@ -70,13 +78,20 @@ def _one(kind: _Kind, name: str) -> str:
     lines += [f"  options  {_options(preset)}"] if preset is not None else []
     method = losses.UNPAIRED[name].method if name in losses.UNPAIRED else ""
     command = kind.command.replace("kto|bco|dro", method).replace("ppo|grpo|rloo|reinforce_pp", "grpo")
-    return "\n".join([*lines, f"  python   {kind.function}(..., loss={name!r})", f"  command  {command} {name} ..."])
+    return "\n".join(
+        [*lines, f"  python   {kind.function}(..., loss={name!r})", f"  command  {command} {name} ..."]
+    )
 
 
 def _options(preset: Any) -> str:
-    """The preset's own options and the fields in which it differs from the class's defaults, each with its value."""
+    """The preset's own options and the fields in which it differs from the class's defaults, each with its
+    value."""
     default = type(preset)()
     own, renamed = preset.own_options(), preset.options.values()
-    chosen = [f for f in preset.PARTS if f not in renamed and (f == "beta" or getattr(preset, f) != getattr(default, f))]
+    chosen = [
+        f
+        for f in preset.PARTS
+        if f not in renamed and (f == "beta" or getattr(preset, f) != getattr(default, f))
+    ]
     values = own | {f: getattr(preset, f) for f in chosen if f not in own}
     return ", ".join(option if value is None else f"{option}={value}" for option, value in values.items())

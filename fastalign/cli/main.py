@@ -1,4 +1,5 @@
-"""`fastalign COMMAND ...`: each command is a module with `main(argv) -> exit code`, imported when it is used."""
+"""`fastalign COMMAND ...`: each command is a module with `main(argv) -> exit code`, imported when it is
+used."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. Everything after the command's name is the command's own. What no command can answer for ends
-    here in one line: a backend that cannot serve (2), an interruption (130), a reader that went away (141)."""
+    """Run one command; returns its exit code. Everything after the command's name is the command's own. What
+    no command can answer for ends here in one line: a backend that cannot serve (2), an interruption (130), a
+    reader that went away (141)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(
         prog="fastalign",
@@ -36,8 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     command = parser.parse_args(argv[:1]).command
     backend = os.environ.get("FASTALIGN_BACKEND")
-    if backend and command in ("demo", "train", "bench") and (why := fastalign.backends()[backend]) != "available":
-        parser.error(f"FASTALIGN_BACKEND={backend}: {why}")  # now, not at the first op after a model has been loaded
+    if (
+        backend
+        and command in ("demo", "train", "bench")
+        and (why := fastalign.backends()[backend]) != "available"
+    ):
+        parser.error(
+            f"FASTALIGN_BACKEND={backend}: {why}"
+        )  # now, not at the first op after a model has been loaded
     try:
         code = importlib.import_module(COMMANDS[command][1]).main(argv[1:])
         sys.stdout.flush()
@@ -48,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fastalign {command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head`: nobody reads on, which is no fault; what is still buffered must not raise again at exit
+    except (
+        BrokenPipeError
+    ):  # `| head`: nobody reads on, which is no fault; what is still buffered must not raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

@@ -1,4 +1,5 @@
-"""The named preference losses as data: `available()` prints the table, `get(name)` gives a `Preset`, `get_listwise(name)` a `ListPreset`."""
+"""The named preference losses as data: `available()` prints the table, `get(name)` gives a `Preset`,
+`get_listwise(name)` a `ListPreset`."""
 
 from fastalign.losses.options import (
     LossTable,

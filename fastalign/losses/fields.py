@@ -1,5 +1,5 @@
-"""A loss as data: how a field is declared, and how options change a preset. One for the three kinds: pairs, lists, policy
-gradients.
+"""A loss as data: how a field is declared, and how options change a preset. One for the three kinds: pairs,
+lists, policy gradients.
 
     beta: float = number(0.1, low=0.0, tensor=True)              its default and its bounds
     target: float = number(1.0, effect=(lambda p: ..., "link"))  and when it has an effect"""
@@ -16,7 +16,8 @@ from fastalign.losses import peers
 from fastalign.runtime.checks import check_choice, check_number
 from fastalign.runtime.frozen import FrozenDict, freeze
 
-# (preset -> whether a field has an effect in this combination, what it would need). An option for a field without one raises.
+# (preset -> whether a field has an effect in this combination, what it would need). An option for a field
+# without one raises.
 Effect = tuple[Callable[[Any], bool], str]
 Kind = TypeVar("Kind", bound="LossPreset")
 
@@ -29,8 +30,11 @@ class Part(NamedTuple):
     tensor: bool  # a loss takes a tensor for it, too
 
 
-def number(default: float | None, *, effect: Effect | None = None, tensor: bool = False, **bounds: float) -> Any:
-    """A field that is a finite number within `bounds` (of `check_number`), or None where that is its default."""
+def number(
+    default: float | None, *, effect: Effect | None = None, tensor: bool = False, **bounds: float
+) -> Any:
+    """A field that is a finite number within `bounds` (of `check_number`), or None where that is its
+    default."""
 
     def check(name: str, value: Any) -> None:
         if value is not None or default is not None:
@@ -59,8 +63,8 @@ def _field(default: Any, part: Part) -> Any:
 
 
 class OwnOption(NamedTuple):
-    """A parameter of a method that is no field of its own. `fields`: its value -> fields and their values, which may be
-    tensors where the fields may; `value`: preset -> its value there."""
+    """A parameter of a method that is no field of its own. `fields`: its value -> fields and their values,
+    which may be tensors where the fields may; `value`: preset -> its value there."""
 
     fields: Callable[[Any], dict[str, Any]]
     value: Callable[[Any], Any]
@@ -73,8 +77,8 @@ class Refused(NamedTuple):
 
 
 class LossPreset:
-    """Base of the presets, which are frozen dataclasses. Fields made by `number`, `word` and `other` can be passed to a loss
-    by name; the rest describes.
+    """Base of the presets, which are frozen dataclasses. Fields made by `number`, `word` and `other` can be
+    passed to a loss by name; the rest describes.
 
     `options` of a preset: the method's own names -> the field that each sets, or a name in `OWN`."""
 
@@ -83,7 +87,9 @@ class LossPreset:
     TENSOR_ONLY: ClassVar[Mapping[str, Effect | None]] = FrozenDict()  # options that exist as tensors only
     TWICE: ClassVar[str] = "options {first!r} and {name!r} both set {field}; give one"
     name: str
-    OWN: ClassVar[Mapping[str, OwnOption | Refused]] = FrozenDict()  # what a method's own option may be besides a field
+    OWN: ClassVar[Mapping[str, OwnOption | Refused]] = (
+        FrozenDict()
+    )  # what a method's own option may be besides a field
     options: Mapping[str, str] = FrozenDict()
     hint = staticmethod(peers.preference_hint)  # how other trainers spell an option
 
@@ -104,11 +110,13 @@ class LossPreset:
         """Refuse impossible combinations, with the reason."""
 
     def replace(self: Kind, **changes: Any) -> Kind:
-        """A copy with other fields or options of this preset; unknown names, fields without effect and impossible
-        combinations raise."""
+        """A copy with other fields or options of this preset; unknown names, fields without effect and
+        impossible combinations raise."""
         preset, tensors = self.with_options(changes)
         if tensors:
-            raise TypeError(f"{', '.join(tensors)}: a {type(self).__name__} holds numbers; pass tensors to the loss itself")
+            raise TypeError(
+                f"{', '.join(tensors)}: a {type(self).__name__} holds numbers; pass tensors to the loss itself"
+            )
         return preset
 
     def with_options(self: Kind, options: Mapping[str, Any]) -> tuple[Kind, dict[str, Tensor]]:
@@ -125,10 +133,14 @@ class LossPreset:
         legal = (*self.TENSOR_FIELDS, *self.TENSOR_ONLY)
         for field in tensors:
             if field not in legal:
-                raise TypeError(f"option {setters[field]!r} must be a number; tensors are legal for {', '.join(legal)}")
+                raise TypeError(
+                    f"option {setters[field]!r} must be a number; tensors are legal for {', '.join(legal)}"
+                )
         for field in self.TENSOR_ONLY:
             if field in changes and field not in tensors:
-                raise TypeError(f"option {field!r} must be a tensor with one value per pair, got {changes[field]!r}")
+                raise TypeError(
+                    f"option {field!r} must be a tensor with one value per pair, got {changes[field]!r}"
+                )
         if not changes:
             return self, tensors
         numbers = {field: value for field, value in changes.items() if field not in tensors}
@@ -151,7 +163,11 @@ class LossPreset:
         if own is not None:
             return own.fields(value)
         if name not in self.PARTS and name not in self.TENSOR_ONLY:
-            legal = [*self.options, *(name for name in self.PARTS if name not in self.options), *self.TENSOR_ONLY]
+            legal = [
+                *self.options,
+                *(name for name in self.PARTS if name not in self.options),
+                *self.TENSOR_ONLY,
+            ]
             hint = self.hint(option, value)
             raise ValueError(f"loss {self.name!r} has no option {option!r}{hint}; legal: {', '.join(legal)}")
         return {name: value}

@@ -34,7 +34,8 @@ _SFT: Effect = (lambda p: p.sft_weight != 0, "sft_weight")
 
 @dataclass(frozen=True)
 class ListPreset(LossPreset):
-    """A listwise loss as data. Every field can be passed to `listwise_loss` by its name; see the module's docstring for the formula.
+    """A listwise loss as data. Every field can be passed to `listwise_loss` by its name; see the module's
+    docstring for the formula.
 
     Kinds, with q = softmax(s) and p = softmax(r / reward_temperature) over the list:
         pairwise: sum over pairs r_i > r_j of gain_ij f(s_i - s_j)           f: link. Equal scores make no pair.
@@ -46,7 +47,9 @@ class ListPreset(LossPreset):
     name: str = "custom"
     formula: str = ""
     paper: str = ""
-    beta: float = number(0.1, low=0.0, tensor=True)  # a number or a tensor, [L] or 0-dim, when passed to a loss
+    beta: float = number(
+        0.1, low=0.0, tensor=True
+    )  # a number or a tensor, [L] or 0-dim, when passed to a loss
     reference: bool = other(True)  # subtract the reference's log-probs
     length_norm: float = number(0.0, low=0.0, high=1.0)  # kappa: 0 sums over tokens, 1 averages
     kind: str = word("pairwise", lambda: KINDS)
@@ -61,8 +64,12 @@ class ListPreset(LossPreset):
     sft_weight: float = number(0.0, low=0.0)
     sft_norm: str = word("seq_mean", lambda: SFT_NORMS, effect=_SFT)
     sft_power: float = number(0.0, low=0.0, effect=_SFT)
-    nonfinite: str = word("propagate", lambda: NONFINITE)  # "drop": lists whose loss is not finite do not count
-    options: Mapping[str, str] = dataclasses.field(default_factory=FrozenDict)  # the method's own: see `LossPreset`
+    nonfinite: str = word(
+        "propagate", lambda: NONFINITE
+    )  # "drop": lists whose loss is not finite do not count
+    options: Mapping[str, str] = dataclasses.field(
+        default_factory=FrozenDict
+    )  # the method's own: see `LossPreset`
     of_scores: bool = False  # of the scores of a reward model (`kwise_reward_loss`), not of log-probs
 
     TWICE = "option {name!r} sets {field} a second time; give one"

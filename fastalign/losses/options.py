@@ -1,5 +1,5 @@
-"""From a name and options to a preset, and the tables of the named ones: one way for pairs, lists and policy gradients
-(`fastalign.losses.policy`)."""
+"""From a name and options to a preset, and the tables of the named ones: one way for pairs, lists and policy
+gradients (`fastalign.losses.policy`)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from fastalign.runtime import memo
 
 
 def get(name: str) -> Preset:
-    """The preset of this name (ours, or TRL's where the meaning is the same); an unknown name raises and lists the legal ones."""
+    """The preset of this name (ours, or TRL's where the meaning is the same); an unknown name raises and
+    lists the legal ones."""
     found = PRESETS.get(ALIASES.get(name, name))
     if found is None:
         if name in LISTWISE:
-            raise ValueError(f"loss={name!r} ranks lists: fastalign.listwise_loss takes it, 'fastalign train listwise' trains with it")
+            raise ValueError(
+                f"loss={name!r} ranks lists: fastalign.listwise_loss takes it, 'fastalign train listwise' trains with it"
+            )
         if name in UNPAIRED:
             raise ValueError(
                 f"loss={name!r} is of single responses: fastalign.unpaired_loss takes it, 'fastalign train {UNPAIRED[name].method}' trains with it"
@@ -43,7 +46,9 @@ def resolver(get: Callable[[str], Kind], kind: type[Kind], rows: Mapping[str, Ki
     def resolve(loss: str | Kind, options: Mapping[str, Any]) -> tuple[Kind, dict[str, Tensor]]:
         preset = get(loss) if isinstance(loss, str) else loss
         if not isinstance(preset, kind):
-            raise TypeError(f"loss must be a name or a {kind.__name__}, got {type(loss).__name__}; names: {', '.join(rows)}")
+            raise TypeError(
+                f"loss must be a name or a {kind.__name__}, got {type(loss).__name__}; names: {', '.join(rows)}"
+            )
         return preset.with_options(options)
 
     return resolve
@@ -79,7 +84,9 @@ def _name(p: LossPreset) -> str:
 
 
 def _formula(p: LossPreset) -> str:
-    return f"`{p.formula}`" + (f", that of dpo; the method is the loop: {LOOPS[p.name]}" if p.name in LOOPS else "")
+    return f"`{p.formula}`" + (
+        f", that of dpo; the method is the loop: {LOOPS[p.name]}" if p.name in LOOPS else ""
+    )
 
 
 def _over_tokens(p: Preset | ListPreset) -> str:
@@ -96,12 +103,14 @@ def _paper(p: LossPreset) -> str:
 
 def _own(field: str) -> Callable[[LossPreset], str]:
     """The method's own options, and this field where the loss uses it."""
-    return lambda p: ", ".join([*p.own_options(), *(f for f in (field,) if getattr(p, f) and f not in p.options)])
+    return lambda p: ", ".join(
+        [*p.own_options(), *(f for f in (field,) if getattr(p, f) and f not in p.options)]
+    )
 
 
 class LossTable(Table):
-    """The losses of pairs: name, formula, reduction over tokens, what beta is, reference needed, options, TRL's name,
-    paper."""
+    """The losses of pairs: name, formula, reduction over tokens, what beta is, reference needed, options,
+    TRL's name, paper."""
 
     columns = {
         "loss": _name, "formula per pair": _formula, "over tokens": _over_tokens, "beta": _beta,
@@ -114,7 +123,8 @@ class LossTable(Table):
 
 
 class ListLossTable(Table):
-    """The listwise losses: name, formula, reduction over tokens, what beta is, reference needed, options, paper."""
+    """The listwise losses: name, formula, reduction over tokens, what beta is, reference needed, options,
+    paper."""
 
     columns = {
         "loss": _name, "formula per list": _formula, "over tokens": _over_tokens, "beta": _beta,

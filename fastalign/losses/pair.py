@@ -47,7 +47,10 @@ _SMOOTH: Effect = (
     lambda p: p.label_smoothing == 0 or p.labels in ("smooth", "robust") or p.link == "exo",
     'labels="smooth" or "robust", or link="exo"',
 )
-_ENTROPY: Effect = (lambda p: not p.label_entropy or p.labels in ("smooth", "soft"), 'labels="smooth" or "soft"')
+_ENTROPY: Effect = (
+    lambda p: not p.label_entropy or p.labels in ("smooth", "soft"),
+    'labels="smooth" or "soft"',
+)
 _DETACHED: Effect = (lambda p: not p.detach_kl_chosen or p.kl_chosen != 0, "kl_chosen")
 _POINTS: Effect = (
     lambda p: p.point_link is None or any((*p.point_chosen, *p.point_rejected)), "point_chosen or point_rejected"
@@ -58,7 +61,8 @@ _SFT_PROMPT: Effect = (lambda p: not p.sft_include_prompt or p.sft_weight != 0, 
 
 @dataclass(frozen=True)
 class Preset(LossPreset):
-    """A preference loss as data. Every field can be passed to `preference_loss` by its name; see the module's docstring for the formula.
+    """A preference loss as data. Every field can be passed to `preference_loss` by its name; see the module's
+    docstring for the formula.
 
     Fields that accept a tensor ([P], or 0-dim for schedules) when passed to a loss: beta, target, anchor.
     """
@@ -71,8 +75,12 @@ class Preset(LossPreset):
     beta: float = number(0.1, low=0.0, tensor=True, effect=_RATIO)
     beta_rejected: float | None = number(None, low=0.0, effect=_PAIR)  # None: beta
     reference: bool = other(True)  # subtract the reference's log-probs
-    length_norm: float = number(0.0, low=0.0, high=1.0, effect=_RATIO)  # kappa: 0 sums over tokens, 1 averages
-    ld_alpha: float = number(1.0, low=0.0, high=1.0)  # weight of tokens beyond the shorter response of the pair (LD-DPO)
+    length_norm: float = number(
+        0.0, low=0.0, high=1.0, effect=_RATIO
+    )  # kappa: 0 sums over tokens, 1 averages
+    ld_alpha: float = number(
+        1.0, low=0.0, high=1.0
+    )  # weight of tokens beyond the shorter response of the pair (LD-DPO)
     token_clamp: tuple[float, float] | None = other(None)  # clamp each token's log-ratio; no gradient outside
     # transform
     transform: str = word("identity", lambda: TRANSFORMS, effect=_RATIO)
@@ -91,26 +99,39 @@ class Preset(LossPreset):
     link_tau: float = number(0.05, above=0.0, effect=_TAU)  # of the links in TAU_LINKS
     labels: str = word("hard", lambda: LABELS, effect=_PAIR)
     label_smoothing: float = other(0.0, effect=_SMOOTH)
-    label_entropy: bool = other(False, effect=_ENTROPY)  # subtract the label's entropy: cross-entropy becomes KL
+    label_entropy: bool = other(
+        False, effect=_ENTROPY
+    )  # subtract the label's entropy: cross-entropy becomes KL
     pair_weight: float = number(1.0)  # 0: point terms only
-    # point terms: k+ psi(u) + k- psi(-u) per side, u = point_beta * g - anchor, times point_beta ^ point_beta_power
+    # point terms: k+ psi(u) + k- psi(-u) per side, u = point_beta * g - anchor, times point_beta ^
+    # point_beta_power
     point_link: str | None = word(None, lambda: _POINT_LINKS, effect=_POINTS)
     point_chosen: tuple[float, float] = other((0.0, 0.0), effect=_POINT)
     point_rejected: tuple[float, float] = other((0.0, 0.0), effect=_POINT)
     point_beta: float | None = number(None, low=0.0, effect=_POINT)  # None: beta
     point_beta_power: float = number(0.0, effect=_POINT)
-    point_target: float | str = other(1.0, effect=_POINT_TARGET)  # "soft": P - 1/2 for chosen, 1/2 - P for rejected, P = soft_labels
+    point_target: float | str = other(
+        1.0, effect=_POINT_TARGET
+    )  # "soft": P - 1/2 for chosen, 1/2 - P for rejected, P = soft_labels
     anchor: float = number(0.0, tensor=True, effect=_POINT)
     # SFT term on the chosen response
     sft_weight: float = number(0.0, low=0.0)
     sft_norm: str = word("token_mean_global", lambda: SFT_NORMS, effect=_SFT)
-    sft_include_prompt: bool = other(False, effect=_SFT_PROMPT)  # average over the prompt's tokens too (their log-probs must then be given)
-    nonfinite: str = word("propagate", lambda: NONFINITE)  # "drop": pairs whose loss is not finite do not count
+    sft_include_prompt: bool = other(
+        False, effect=_SFT_PROMPT
+    )  # average over the prompt's tokens too (their log-probs must then be given)
+    nonfinite: str = word(
+        "propagate", lambda: NONFINITE
+    )  # "drop": pairs whose loss is not finite do not count
     # what needs the whole batch
     order: str | None = word(None, lambda: ORDERS)  # "paired", "unpaired": sort before comparing (AOT)
-    rule: str | None = word(None, lambda: RULES)  # the kind of `state=` object that the loss needs (fastalign.preference.rules)
+    rule: str | None = word(
+        None, lambda: RULES
+    )  # the kind of `state=` object that the loss needs (fastalign.preference.rules)
     requires: tuple[str, ...] = other(())  # tensors per pair without which the method is not itself
-    options: Mapping[str, str] = dataclasses.field(default_factory=FrozenDict)  # the method's own: see `LossPreset`
+    options: Mapping[str, str] = dataclasses.field(
+        default_factory=FrozenDict
+    )  # the method's own: see `LossPreset`
     weights: str = ""  # the function of fastalign that makes `omega` from the policy
     of_scores: bool = False  # of the scores of a reward model (`reward_loss`), not of log-probs
 
@@ -126,7 +147,8 @@ class Preset(LossPreset):
 
     @property
     def peer_factor(self) -> float:
-        """TRL's rewards are its beta times log-probs; its beta of the odds ratio (ORPO) is the weight of that term."""
+        """TRL's rewards are its beta times log-probs; its beta of the odds ratio (ORPO) is the weight of that
+        term."""
         return self.pair_weight if self.transform == "logodds" else 1.0
 
     @property
@@ -145,7 +167,8 @@ class Preset(LossPreset):
 
     @property
     def takes_soft_labels(self) -> bool:
-        """Whether soft_labels are read. They are required with labels="soft"; for point_target="soft" they default to 1."""
+        """Whether soft_labels are read. They are required with labels="soft"; for point_target="soft" they
+        default to 1."""
         return self.labels == "soft" or self.point_target == "soft"
 
     @property
@@ -175,8 +198,13 @@ class Preset(LossPreset):
 
 Preset.read_fields()
 FIELDS = tuple(Preset.PARTS)
-HOST_FIELDS = ("order", "rule", "requires")  # read by the op's Python side; every other field travels to the kernel
-# Options that exist as tensors only: [P] (or 0-dim for omega and gamma_ext); `valid` is [P] bool, False drops the pair.
+HOST_FIELDS = (
+    "order",
+    "rule",
+    "requires",
+)  # read by the op's Python side; every other field travels to the kernel
+# Options that exist as tensors only: [P] (or 0-dim for omega and gamma_ext); `valid` is [P] bool, False drops
+# the pair.
 TENSOR_ONLY = tuple(Preset.TENSOR_ONLY)
 TENSOR_FIELDS = Preset.TENSOR_FIELDS
 
@@ -185,7 +213,9 @@ def _check_combination(p: Preset) -> None:
     """Impossible combinations, with the reason. Also what no field of a hand-made Preset may be."""
     for name in ("point_chosen", "point_rejected"):
         if not _are_two_numbers(getattr(p, name)):
-            raise ValueError(f"{name}={getattr(p, name)!r} must be two numbers, the weights of psi(u) and psi(-u)")
+            raise ValueError(
+                f"{name}={getattr(p, name)!r} must be two numbers, the weights of psi(u) and psi(-u)"
+            )
     if p.point_target != "soft":
         check_number("point_target", p.point_target)
     inverse_beta = p.point_link is not None and p.point_beta_power < 0
@@ -201,12 +231,18 @@ def _check_combination(p: Preset) -> None:
     if p.link == "exo" and p.labels != "soft":
         check_number("label_smoothing", p.label_smoothing, above=0.0, below=1.0)
     if p.link == "exo" and p.labels in ("smooth", "robust"):
-        raise ValueError('link="exo" takes the label as its target distribution: labels must be "hard" (with label_smoothing) or "soft"')
+        raise ValueError(
+            'link="exo" takes the label as its target distribution: labels must be "hard" (with label_smoothing) or "soft"'
+        )
     if p.link == "exo" and p.label_entropy:
-        raise ValueError('link="exo" is a KL divergence already: label_entropy=True would subtract the labels\' entropy twice')
+        raise ValueError(
+            'link="exo" is a KL divergence already: label_entropy=True would subtract the labels\' entropy twice'
+        )
     if p.transform == "logodds" and (p.reference or p.length_norm != 1.0):
         raise ValueError('transform="logodds" needs log(p) < 0 per token: reference=False and length_norm=1')
-    if p.token_clamp is not None and not (_are_two_numbers(p.token_clamp) and p.token_clamp[0] < p.token_clamp[1]):
+    if p.token_clamp is not None and not (
+        _are_two_numbers(p.token_clamp) and p.token_clamp[0] < p.token_clamp[1]
+    ):
         raise ValueError(f"token_clamp={p.token_clamp!r} must be (low, high) with low < high")
     for name in p.requires:
         check_choice("requires", name, TENSOR_ONLY + TENSOR_FIELDS)
@@ -233,7 +269,11 @@ def _check_combination(p: Preset) -> None:
 
 
 def _are_two_numbers(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(v, (int, float)) for v in value)
+    )
 
 
 def _target_of(tau: Any) -> dict[str, Any]:
@@ -246,9 +286,13 @@ def _target_of(tau: Any) -> dict[str, Any]:
 Preset.OWN = {
     "inverse_tau": OwnOption(_target_of, lambda p: 1.0 / (2.0 * p.target)),
     # the margin itself, in place of its ratio to beta
-    "gamma_itself": OwnOption(lambda v: {"gamma": v, "gamma_beta_ratio": 0.0}, lambda p: p.gamma + p.gamma_beta_ratio * p.beta),
+    "gamma_itself": OwnOption(
+        lambda v: {"gamma": v, "gamma_beta_ratio": 0.0}, lambda p: p.gamma + p.gamma_beta_ratio * p.beta
+    ),
     # beside the hard label
-    "smooth_labels": OwnOption(lambda v: {"label_smoothing": v, "labels": "smooth"}, lambda p: p.label_smoothing),
+    "smooth_labels": OwnOption(
+        lambda v: {"label_smoothing": v, "labels": "smooth"}, lambda p: p.label_smoothing
+    ),
     "both_kls": OwnOption(lambda v: {"kl_chosen": v, "kl_rejected": v}, lambda p: p.kl_chosen),
     "say_tau": Refused("tau"),
     "say_pair_weight": Refused("pair_weight"),

@@ -1,16 +1,18 @@
-"""The named policy-gradient losses: one `PolicyPreset` row per method, all evaluated by the one policy kernel.
+"""The named policy-gradient losses: one `PolicyPreset` row per method, all evaluated by the one policy
+kernel.
 
 lr  = logprobs - old_logprobs per token;  log rho = clamp(agg(lr), -20, 20)        agg: ratio
 l_t = w_t s(rho, A) + kl_coef k(lp_t - ref_t) - entropy_coef H_t                     s: surrogate;  k: kl_kind;  w: is_weight, detached
 L   = sum over scored tokens of n_t l_t                                              n: aggregation
 
-ratio: token rho = e^lr; seq_mean e^(mean of lr), the gradient through every token; seq_mean_token the same value, each token's term
-differentiated through its own lr only (GSPO-token); seq_sum e^(sum of lr). A sequence's ratio is every token's ratio.
-surrogate: clip max(-A rho, -A clip(rho, lo, hi)), with dual_clip c at most -A c where A < 0; reinforce -A lp; cispo -stop[clip(rho, lo, hi)] A lp;
-sapo -A (4 / tau) sg(tau (rho - 1)); gmpo -A e^(mean of lr clipped on the side that A's sign allows); vespo -stop[phi] A lp,
-log phi = lam + k log W - lam W.
-aggregation (N tokens, S sequences with a scored token, L_i tokens of sequence i): token_mean 1/N, seq_mean_token_mean 1/(S L_i),
-seq_mean_token_sum 1/S, seq_mean_token_sum_norm 1/(S norm_length), token_sum 1.
+ratio: token rho = e^lr; seq_mean e^(mean of lr), the gradient through every token; seq_mean_token the same
+value, each token's term differentiated through its own lr only (GSPO-token); seq_sum e^(sum of lr). A
+sequence's ratio is every token's ratio. surrogate: clip max(-A rho, -A clip(rho, lo, hi)), with dual_clip c
+at most -A c where A < 0; reinforce -A lp; cispo -stop[clip(rho, lo, hi)] A lp; sapo -A (4 / tau) sg(tau (rho
+- 1)); gmpo -A e^(mean of lr clipped on the side that A's sign allows); vespo -stop[phi] A lp, log phi = lam +
+k log W - lam W. aggregation (N tokens, S sequences with a scored token, L_i tokens of sequence i): token_mean
+1/N, seq_mean_token_mean 1/(S L_i), seq_mean_token_sum 1/S, seq_mean_token_sum_norm 1/(S norm_length),
+token_sum 1.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from fastalign.ops.policy.params import PolicyParams
 from fastalign.runtime import memo
 from fastalign.runtime.checks import check_choice, check_number
 
-# k3 as a loss grows as e^-d: unclamped, one token that the policy has lost 20 nats of has a slope of -4e8. The value is that of verl.
+# k3 as a loss grows as e^-d: unclamped, one token that the policy has lost 20 nats of has a slope of -4e8.
+# The value is that of verl.
 K3_CLAMP = 10.0
 
 
@@ -39,19 +42,26 @@ _CLIP: Effect = (lambda p: p.surrogate in _CLIPPING, f"surrogate in {_CLIPPING}"
 _DUAL: Effect = (lambda p: p.surrogate == "clip" or p.dual_clip is None, 'surrogate="clip"')
 _SAPO: Effect = (lambda p: p.surrogate == "sapo", 'surrogate="sapo"')
 _VESPO: Effect = (lambda p: p.surrogate == "vespo", 'surrogate="vespo"')
-_RATIO: Effect = (lambda p: p.surrogate != "reinforce" or p.ratio == "token", "a surrogate that reads the ratio")
+_RATIO: Effect = (
+    lambda p: p.surrogate != "reinforce" or p.ratio == "token",
+    "a surrogate that reads the ratio",
+)
 _MASK: Effect = (lambda p: p.is_mode == "mask", 'is_mode="mask"')
 _MODE: Effect = (lambda p: p.is_mode is not None or p.is_max is None, "is_mode")
-_NORM: Effect = (lambda p: p.aggregation == "seq_mean_token_sum_norm", 'aggregation="seq_mean_token_sum_norm"')
+_NORM: Effect = (
+    lambda p: p.aggregation == "seq_mean_token_sum_norm",
+    'aggregation="seq_mean_token_sum_norm"',
+)
 
 
 @dataclass(frozen=True)
 class PolicyPreset(LossPreset):
-    """A policy-gradient loss as data. Every field can be passed to `policy_loss` by its name; see the module's docstring for the formula.
+    """A policy-gradient loss as data. Every field can be passed to `policy_loss` by its name; see the
+    module's docstring for the formula.
 
-    The bound on a side is either an epsilon (clip_low: 1 - clip_low; clip_high: 1 + clip_high; of gmpo: -clip_low and clip_high of the log-ratio)
-    or the ratio itself (ratio_min, ratio_max); setting one replaces the other. kl_coef and entropy_coef may be 0-dim tensors when passed
-    to the loss."""
+    The bound on a side is either an epsilon (clip_low: 1 - clip_low; clip_high: 1 + clip_high; of gmpo:
+    -clip_low and clip_high of the log-ratio) or the ratio itself (ratio_min, ratio_max); setting one replaces
+    the other. kl_coef and entropy_coef may be 0-dim tensors when passed to the loss."""
 
     name: str = "custom"
     formula: str = ""
@@ -63,7 +73,9 @@ class PolicyPreset(LossPreset):
     clip_high: float | None = number(None, low=0.0, effect=_CLIP)
     ratio_min: float | None = number(None, low=0.0, effect=_CLIP)
     ratio_max: float | None = number(None, low=0.0, effect=_CLIP)
-    dual_clip: float | None = number(None, above=1.0, effect=_DUAL)  # largest ratio that a negative advantage pays for
+    dual_clip: float | None = number(
+        None, above=1.0, effect=_DUAL
+    )  # largest ratio that a negative advantage pays for
     tau_pos: float = number(1.0, above=0.0, effect=_SAPO)  # of sapo, A > 0
     tau_neg: float = number(1.05, above=0.0, effect=_SAPO)
     k_pos: float = number(2.0, low=0.0, effect=_VESPO)  # of vespo, A >= 0
@@ -74,7 +86,9 @@ class PolicyPreset(LossPreset):
     kl_kind: str = word("k3", lambda: KL_KINDS)
     # The loss adds the estimate clamped to +- this; None: as it is; "auto": 10 for k3, as it is for others.
     kl_clamp: float | str | None = other("auto")
-    kl_bias_correction: bool = other(False)  # KL term times the token's ratio: its gradient is then that of the exact KL off-policy too
+    kl_bias_correction: bool = other(
+        False
+    )  # KL term times the token's ratio: its gradient is then that of the exact KL off-policy too
     entropy_coef: float = number(0.0, tensor=True)
     # truncate: min(w, is_max); mask: 0 outside [is_min, is_max]; None: as given
     is_mode: str | None = word(None, lambda: IS_MODES)
@@ -102,8 +116,11 @@ class PolicyPreset(LossPreset):
 
     @property
     def needs_sequence_values(self) -> bool:
-        """Whether a sequence has one advantage and one importance weight: where its one ratio carries the gradient."""
-        return self.surrogate == "gmpo" or (self.surrogate in ("clip", "sapo") and self.ratio in ("seq_mean", "seq_sum"))
+        """Whether a sequence has one advantage and one importance weight: where its one ratio carries the
+        gradient."""
+        return self.surrogate == "gmpo" or (
+            self.surrogate in ("clip", "sapo") and self.ratio in ("seq_mean", "seq_sum")
+        )
 
     @property
     def needs_lengths(self) -> bool:
@@ -224,7 +241,8 @@ ALIASES: Mapping[str, str] = MappingProxyType({"bnpo": "ppo"})
 
 
 def get(name: str) -> PolicyPreset:
-    """The preset of this name (ours, or TRL's where the meaning is the same); an unknown name raises and lists the legal ones."""
+    """The preset of this name (ours, or TRL's where the meaning is the same); an unknown name raises and
+    lists the legal ones."""
     if name in ALIASES:
         return PRESETS[ALIASES[name]]
     check_choice("loss", name, PRESETS)

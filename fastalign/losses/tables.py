@@ -1,8 +1,8 @@
-"""The named preference losses: one row of data per method, all evaluated by the one pair kernel of `fastalign.losses.pair`, and the listwise ones,
-evaluated by the list kernel of `fastalign.losses.list`.
+"""The named preference losses: one row of data per method, all evaluated by the one pair kernel of
+`fastalign.losses.pair`, and the listwise ones, evaluated by the list kernel of `fastalign.losses.list`.
 
-`get(name)` returns a `Preset` (`get_listwise(name)` a `ListPreset`); `preset.replace(link="hinge", length_norm=1.0)` composes another loss from
-the same parts; any loss function takes a name or a preset.
+`get(name)` returns a `Preset` (`get_listwise(name)` a `ListPreset`); `preset.replace(link="hinge",
+length_norm=1.0)` composes another loss from the same parts; any loss function takes a name or a preset.
 
 Notation of the formulas: A = sum of the policy's log-probs over the response, D = sum of policy minus reference, L = number of response tokens,
 K = sum of KL(ref || policy); _c chosen, _r rejected; a = D (or A), u = beta a, h = beta (D_c - D_r); sp = softplus, sg = sigmoid. Of lists:
@@ -20,7 +20,9 @@ from fastalign.losses.list import ListPreset
 from fastalign.losses.pair import Preset
 
 # Options of methods: a field's name, or one of `Preset.OWN`.
-_SMOOTHING = {"label_smoothing": "smooth_labels"}  # of losses whose published trainers have it beside the hard label
+_SMOOTHING = {
+    "label_smoothing": "smooth_labels"
+}  # of losses whose published trainers have it beside the hard label
 _GAMMA = {"gamma": "gamma_itself"}
 _POINTS = {"pair_weight": 0.0}
 
@@ -132,7 +134,8 @@ def _rows() -> list[Preset]:
     ]  # fmt: skip
 
 
-# Methods whose loss is dpo's and whose own part is the loop around it, which no loss can run: name -> that loop.
+# Methods whose loss is dpo's and whose own part is the loop around it, which no loss can run: name -> that
+# loop.
 LOOPS: Mapping[str, str] = MappingProxyType(
     {
         "dno_prct": "sample from the last model, score, pair the best sample with worse ones, train, again",
@@ -143,7 +146,8 @@ LOOPS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# How TRL 1.16 spells a loss that is no loss_type of its DPOTrainer under one name; each is held by tests/losses/test_trl*.py. (CPO): the CPOTrainer.
+# How TRL 1.16 spells a loss that is no loss_type of its DPOTrainer under one name; each is held by
+# tests/losses/test_trl*.py. (CPO): the CPOTrainer.
 TRL_FORMS: Mapping[str, str] = MappingProxyType({
     "gpo_logistic": "sigmoid", "gpo_hinge": "hinge",
     "wpo": "sigmoid, use_weighting=True (clamp=None)",
@@ -191,8 +195,9 @@ LISTWISE: Mapping[str, ListPreset] = MappingProxyType({p.name: p for p in _list_
 
 
 class UnpairedLoss(NamedTuple):
-    """A loss of single responses with a label or score (`fastalign.unpaired_loss`). method: of `fastalign train`.
-    mismatched: its baseline comes from prompts with other prompts' responses (`fastalign.kto_baseline`)."""
+    """A loss of single responses with a label or score (`fastalign.unpaired_loss`). method: of `fastalign
+    train`. mismatched: its baseline comes from prompts with other prompts' responses
+    (`fastalign.kto_baseline`)."""
 
     method: str
     formula: str
@@ -211,7 +216,11 @@ UNPAIRED: Mapping[str, UnpairedLoss] = MappingProxyType(
         "apo_zero_unpaired": UnpairedLoss(
             "kto", "good: w_d sg(-beta D), bad: w_u sg(beta D)", "D'Oosterlinck et al. 2024, arXiv 2408.06266"
         ),
-        "bco": UnpairedLoss("bco", "good: sp(-(beta D - delta)), bad: sp(beta D - delta)", "Jung et al. 2024, arXiv 2404.04656"),
+        "bco": UnpairedLoss(
+            "bco",
+            "good: sp(-(beta D - delta)), bad: sp(beta D - delta)",
+            "Jung et al. 2024, arXiv 2404.04656",
+        ),
         "dro": UnpairedLoss("dro", "(r - V(x) - tau D)^2 / 2", "Richemond et al. 2024, arXiv 2405.19107"),
     }
 )

@@ -30,8 +30,16 @@ SURROGATES = ("clip", "reinforce", "cispo", "sapo", "gmpo", "vespo")
 CLIP, REINFORCE, CISPO, SAPO, GMPO, VESPO = range(len(SURROGATES))
 RATIOS = ("token", "seq_mean", "seq_mean_token", "seq_sum")
 RATIO_TOKEN, RATIO_SEQ_MEAN, RATIO_SEQ_MEAN_TOKEN, RATIO_SEQ_SUM = range(len(RATIOS))
-AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "token_sum")
-TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM, TOKEN_SUM = range(len(AGGREGATIONS))
+AGGREGATIONS = (
+    "token_mean",
+    "seq_mean_token_mean",
+    "seq_mean_token_sum",
+    "seq_mean_token_sum_norm",
+    "token_sum",
+)
+TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM, TOKEN_SUM = range(
+    len(AGGREGATIONS)
+)
 KL_KINDS = ("k1", "k2", "k3", "abs", "k3+")  # k3+: the value of k3 with the gradient of k2
 K1, K2, K3, ABS, K3_PLUS = range(len(KL_KINDS))
 IS_MODES = (None, "truncate", "mask")
@@ -63,7 +71,8 @@ REWARDS = slice(TAB_REWARD_CHOSEN, TAB_REWARD_REJECTED + 1)
 (LIST_TERM, LIST_NLL, LIST_VALID, LIST_PAIRS, LIST_CORRECT, LIST_MARGIN, LIST_TOP, LIST_BEST, LIST_WORST,
  LIST_TABLE_WIDTH) = range(10)  # fmt: skip
 
-# Statistics of the policy and value losses: sums over the scored tokens of a call. Both begin with items and loss.
+# Statistics of the policy and value losses: sums over the scored tokens of a call. Both begin with items and
+# loss.
 STATS = (
     "items", "loss", "policy", "tokens", "sequences", "ratio", "ratio_m2", "approx_kl", "clip_low", "clip_high", "clip_dual", "kl", "entropy",
     "is_weight", "is_clipped", "nonfinite",

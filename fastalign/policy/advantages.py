@@ -90,7 +90,9 @@ def gae(
         bootstrap = bootstrap.detach().to(rewards.dtype).contiguous()
     gamma_tensor, gamma = _discount("gamma", gamma, rewards)
     lam_tensor, lam = _discount("lam", lam, rewards)
-    advantages, returns, moments = gae_fwd(GaeFwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam))
+    advantages, returns, moments = gae_fwd(
+        GaeFwd(rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam)
+    )
     return GAE(advantages, returns, *moments.unbind())
 
 
@@ -101,11 +103,15 @@ def _discount(name: str, value: float | Tensor, like: Tensor) -> tuple[Tensor | 
         return None, float(value)
     check_shape(name, value, ())
     if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device} but rewards is on {like.device}; they must share a device")
+        raise ValueError(
+            f"{name} is on {value.device} but rewards is on {like.device}; they must share a device"
+        )
     return value.detach().to(like.dtype), 0.0
 
 
-def returns_to_go(rewards: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, gamma: float | Tensor = 1.0) -> Tensor:
+def returns_to_go(
+    rewards: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, gamma: float | Tensor = 1.0
+) -> Tensor:
     """Discounted sum of the rewards from each token to its sequence's end, R_t = r_t + gamma R_next: `gae` with values 0 and lam = 1.
 
     The advantages of REINFORCE and, whitened over the whole rollout, of REINFORCE++ (Hu 2025, arXiv
@@ -129,7 +135,8 @@ def whiten(
     nothing is divided: the result is x - mean (that is 0), with shift_mean=False x itself.
 
     Args:
-        x: any shape, floating. mask: the same shape, bool; False entries are 0 in the result, whatever they hold.
+        x: any shape, floating. mask: the same shape, bool; False entries are 0 in the result, whatever they
+            hold.
         group: a process group; mean and variance are those of all its ranks' entries (merged in fp64, the
             same on every rank). Every rank must take part, those without scored entries too.
         moments: (count, mean, m2) where they are known: `out = gae(...)` has them, so `whiten(out.advantages,
@@ -141,7 +148,9 @@ def whiten(
         x's shape, fp32 (fp64 for fp64 input), no gradient.
     """
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+        raise TypeError(
+            f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+        )
     x = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     mask = row_mask(mask, x)
     if moments is None:
@@ -163,17 +172,27 @@ def whiten(
 
 def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.double() if mask is None else torch.where(mask, x.double(), 0.0)
-    count = torch.full((), x.numel(), dtype=torch.float64, device=x.device) if mask is None else mask.sum(dtype=torch.float64)
+    count = (
+        torch.full((), x.numel(), dtype=torch.float64, device=x.device)
+        if mask is None
+        else mask.sum(dtype=torch.float64)
+    )
     mean = wide.sum() / count.clamp(min=1.0)
     squares = (wide - mean) ** 2
     return count, mean, (squares if mask is None else torch.where(mask, squares, 0.0)).sum()
 
 
-def _refined(x: Tensor, mask: Tensor | None, count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _refined(
+    x: Tensor, mask: Tensor | None, count: Tensor, mean: Tensor, m2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The moments in fp64, given them with a mean that was rounded: sums of x - mean and of its square lose
     nothing near the mean."""
     d = x.double() - mean if mask is None else torch.where(mask, x.double() - mean, 0.0)
     n = torch.full_like(count, x.numel()) if mask is None else mask.sum(dtype=torch.float64)
     total, own = d.sum(), count == n
     offset = total / n.clamp(min=1.0)
-    return count, torch.where(own, mean + offset, mean), torch.where(own, ((d * d).sum() - total * offset).clamp(min=0.0), m2)
+    return (
+        count,
+        torch.where(own, mean + offset, mean),
+        torch.where(own, ((d * d).sum() - total * offset).clamp(min=0.0), m2),
+    )

@@ -81,7 +81,9 @@ def group_advantages(
     if groups.dtype.is_floating_point or groups.dtype == torch.bool:
         raise TypeError(f"groups must be integers, got {groups.dtype}")
     if kind == "remax" and greedy_rewards is None:
-        raise ValueError("kind='remax' needs greedy_rewards [S], the reward of the greedy answer to each sequence's prompt; got None")
+        raise ValueError(
+            "kind='remax' needs greedy_rewards [S], the reward of the greedy answer to each sequence's prompt; got None"
+        )
     if kind != "remax" and greedy_rewards is not None:
         raise ValueError(f"greedy_rewards belongs to kind='remax' and to no other; got kind={kind!r}")
     weights = _weights(kind, lengths, whiten_over, rewards)
@@ -114,7 +116,9 @@ def group_advantages(
         out = torch.where(own_valid, rewards.double() - baseline.double(), 0.0)
     filled = count > 0
     share = (filled & ~differ).sum() / filled.sum().clamp(min=1)
-    return GroupAdvantages(out.to(rewards.dtype), own_valid, (valid & differ[ids])[mine], share.to(rewards.dtype))
+    return GroupAdvantages(
+        out.to(rewards.dtype), own_valid, (valid & differ[ids])[mine], share.to(rewards.dtype)
+    )
 
 
 def overlong_penalty(lengths: Tensor, *, max_length: int = 20480, cache_length: int = 4096) -> Tensor:
@@ -124,7 +128,8 @@ def overlong_penalty(lengths: Tensor, *, max_length: int = 20480, cache_length: 
     beyond max_length.
 
     Args:
-        lengths: [S] numbers of response tokens. max_length, cache_length: tokens, 0 < cache_length <= max_length.
+        lengths: [S] numbers of response tokens. max_length, cache_length: tokens, 0 < cache_length <=
+            max_length.
 
     Returns:
         [S] fp32.
@@ -135,7 +140,9 @@ def overlong_penalty(lengths: Tensor, *, max_length: int = 20480, cache_length: 
     return torch.where(lengths > max_length, -1.0, soft.clamp(-1.0, 0.0)).float()
 
 
-def dynamic_sampling_mask(rewards: Tensor, groups: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+def dynamic_sampling_mask(
+    rewards: Tensor, groups: Tensor, *, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """DAPO's dynamic sampling (arXiv 2503.14476): [S] bool, True where the sequence's group holds two valid
     rewards that differ. The others have no gradient; sample prompts until enough sequences are True."""
     return group_advantages(rewards, groups, kind="dr_grpo", group=group).informative
@@ -179,7 +186,9 @@ def _weights(kind: str, lengths: Tensor | None, whiten_over: str, rewards: Tenso
             "(whiten_over='sequences' counts every sequence once)"
         )
     if kind != "reinforce_plus_plus" and (lengths is not None or whiten_over != "tokens"):
-        raise ValueError(f"lengths and whiten_over belong to kind='reinforce_plus_plus' and to no other; got kind={kind!r}")
+        raise ValueError(
+            f"lengths and whiten_over belong to kind='reinforce_plus_plus' and to no other; got kind={kind!r}"
+        )
     if not by_tokens:
         if lengths is not None:
             raise ValueError("lengths has no effect with whiten_over='sequences'")
@@ -191,7 +200,9 @@ def _weights(kind: str, lengths: Tensor | None, whiten_over: str, rewards: Tenso
     return lengths.double()
 
 
-def _gather(x: Tensor, ids: Tensor, weights: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, int]:
+def _gather(
+    x: Tensor, ids: Tensor, weights: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """Values, group numbers and weights of all ranks, in rank order, and where this rank's begin. Ranks
     exchange their sizes first."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)

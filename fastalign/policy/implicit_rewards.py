@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fastalign.policy.advantages import returns_to_go
 from fastalign.policy.rewards import shape_rewards
-from fastalign.runtime.checks import check_cu_seqlens, check_cu_seqlens_outside_ops, check_number, per_token, row_mask
+from fastalign.runtime.checks import (
+    check_cu_seqlens,
+    check_cu_seqlens_outside_ops,
+    check_number,
+    per_token,
+    row_mask,
+)
 
 
 class TokenRewards(NamedTuple):
@@ -23,7 +29,12 @@ class TokenRewards(NamedTuple):
 
 
 def token_rewards(
-    logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, beta: float = 0.1
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    beta: float = 0.1,
 ) -> TokenRewards:
     """The token rewards that a DPO policy implies (Rafailov et al. 2024, "From r to Q*", arXiv 2404.12358):
 
@@ -33,7 +44,8 @@ def token_rewards(
     Args:
         logprobs, ref_logprobs: [T], of the labels under the DPO policy and its reference. cu_seqlens: [S + 1]
             int32, from 0 to T.
-        mask: [T] bool, row-aligned; other rows have reward 0, whatever the log-probs hold there. beta: > 0, DPO's.
+        mask: [T] bool, row-aligned; other rows have reward 0, whatever the log-probs hold there. beta: > 0,
+            DPO's.
 
     Returns:
         TokenRewards, fp32 (fp64 for fp64 log-probs). Equal infinities count as a log-ratio of 0.
@@ -44,7 +56,11 @@ def token_rewards(
     check_number("beta", beta, above=0.0)
     logprobs = per_token("logprobs", logprobs).detach()
     ref_logprobs = per_token("ref_logprobs", ref_logprobs, logprobs).detach()
-    cu_seqlens, mask, tokens = check_cu_seqlens(cu_seqlens, logprobs), row_mask(mask, logprobs), logprobs.shape[0]
+    cu_seqlens, mask, tokens = (
+        check_cu_seqlens(cu_seqlens, logprobs),
+        row_mask(mask, logprobs),
+        logprobs.shape[0],
+    )
     check_cu_seqlens_outside_ops(cu_seqlens, tokens)
     scored = logprobs != ref_logprobs if mask is None else mask & (logprobs != ref_logprobs)
     rewards = torch.where(scored, beta * (logprobs - ref_logprobs), 0.0)
@@ -58,7 +74,10 @@ def token_rewards(
     # Of infinities a return to go knows only that they spoil a sum; how many of either sign stand before a
     # token says what the sum is.
     finite = prefix(torch.where(rewards.isinf(), 0.0, rewards))
-    above, below = (torch.where(prefix((rewards == sign * math.inf).to(rewards.dtype)) > 0, math.inf, 0.0) for sign in (1, -1))
+    above, below = (
+        torch.where(prefix((rewards == sign * math.inf).to(rewards.dtype)) > 0, math.inf, 0.0)
+        for sign in (1, -1)
+    )
     return TokenRewards(rewards, finite + above - below)
 
 
@@ -101,7 +120,9 @@ def rto_rewards(
         kl_kind="k1",
         score_clip=score_clip,
     )
-    dense = token_rewards(dpo_logprobs, ref_logprobs, cu_seqlens, mask=mask, beta=beta).rewards.to(shaped.dtype)
+    dense = token_rewards(dpo_logprobs, ref_logprobs, cu_seqlens, mask=mask, beta=beta).rewards.to(
+        shaped.dtype
+    )
     if clip is not None:
         check_number("clip", clip, above=0.0)
         dense = dense.clamp(-clip, clip)

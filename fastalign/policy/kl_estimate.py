@@ -6,11 +6,19 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.kl_estimate.op import KINDS, KlEstimateFunction, KlEstimateFwd, kl_estimate_fwd
-from fastalign.runtime.checks import check_choice, check_floating, check_number, check_same_device, check_shape
+from fastalign.runtime.checks import (
+    check_choice,
+    check_floating,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from fastalign.runtime.function import forward_mode
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3", *, clamp: float | None = None) -> Tensor:
+def kl_estimate(
+    logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3", *, clamp: float | None = None
+) -> Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy, with d = logprobs - ref_logprobs.
 
     k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d (never negative), abs = |d|  (Schulman, "Approximating KL divergence", 2020).

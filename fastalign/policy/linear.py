@@ -1,4 +1,5 @@
-"""Policy losses from hidden states and the LM head's weight: a chunk of tokens or sequences has logits at a time."""
+"""Policy losses from hidden states and the LM head's weight: a chunk of tokens or sequences has logits at a
+time."""
 
 from __future__ import annotations
 
@@ -36,9 +37,10 @@ def linear_policy_loss(
 ) -> PolicyOutput:
     """`policy_loss` of `linear_token_stats(hidden, weight, labels, ...)`, value and gradients.
 
-    What the loss is divided by is known beforehand, so a token's slope follows from that token (or, where a loss
-    looks at sequences, from its sequence): the gradient of a chunk is made while its logits are there, with 3
-    products instead of 4. A sequence longer than the workspace has rows is multiplied again for its gradient.
+    What the loss is divided by is known beforehand, so a token's slope follows from that token (or, where a
+    loss looks at sequences, from its sequence): the gradient of a chunk is made while its logits are there,
+    with 3 products instead of 4. A sequence longer than the workspace has rows is multiplied again for its
+    gradient.
 
     Args:
         hidden: [T, H]; weight: [V, H]; bias: [V]; labels: [T], as in `linear_token_stats`.
@@ -58,7 +60,9 @@ def linear_policy_loss(
     head_options, options = split_options(options)
     if "entropy" in options:
         raise TypeError("entropy is made from hidden here: with_entropy=True or an entropy_coef asks for it")
-    preset, coefficients = resolve(loss, {name: value for name, value in options.items() if value is not None})
+    preset, coefficients = resolve(
+        loss, {name: value for name, value in options.items() if value is not None}
+    )
     with_bonus = "entropy_coef" in coefficients or preset.entropy_coef != 0
     if not isinstance(labels, Tensor) or labels.dim() != 1:
         raise ValueError("labels must be a tensor of integers, [T]")
@@ -74,19 +78,32 @@ def linear_policy_loss(
         return policy_loss(stats.logprob, entropy=stats.entropy, **arguments | changes)
 
     zeros = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-    at_zero = of(TokenStats(logprob=zeros, entropy=zeros if len(outputs) > 1 else None))  # raises what is to be raised
+    at_zero = of(
+        TokenStats(logprob=zeros, entropy=zeros if len(outputs) > 1 else None)
+    )  # raises what is to be raised
     by_sequence = preset.needs_sequences or preset.needs_sequence_values
     call = head.known_call(differentiable) if head.counts() or not by_sequence else None
     if call is None:
         return of(head.stats(differentiable))
 
-    known = {} if num_items is not None or preset.aggregation == "token_sum" else {"num_items": at_zero.stats[POLICY_ITEMS]}
+    known = (
+        {}
+        if num_items is not None or preset.aggregation == "token_sum"
+        else {"num_items": at_zero.stats[POLICY_ITEMS]}
+    )
     borders = check_cu_seqlens(cu_seqlens, labels).tolist() if by_sequence else None
-    per_unit = {name: _per_unit(name, arguments[name], labels, cu_seqlens, preset) for name in ("advantages", "is_weight")}
+    per_unit = {
+        name: _per_unit(name, arguments[name], labels, cu_seqlens, preset)
+        for name in ("advantages", "is_weight")
+    }
     outcome = []
 
     def part(chunk: Chunk, stats: TokenStats) -> Tensor:
-        own = {name: arguments[name][chunk.tokens] for name in ("mask", "old_logprobs", "ref_logprobs") if arguments[name] is not None}
+        own = {
+            name: arguments[name][chunk.tokens]
+            for name in ("mask", "old_logprobs", "ref_logprobs")
+            if arguments[name] is not None
+        }
         for name, (value, is_per_sequence) in per_unit.items():
             own[name] = None if value is None else value[chunk.units if is_per_sequence else chunk.tokens]
         if by_sequence:
@@ -100,18 +117,24 @@ def linear_policy_loss(
         outcome.append(of(stats))
         return outcome[0].loss
 
-    value = KnownLossFunction.apply(call.hidden, head.weight, head.bias, call, KnownLoss(chunks_of(call, borders), part, whole))
+    value = KnownLossFunction.apply(
+        call.hidden, head.weight, head.bias, call, KnownLoss(chunks_of(call, borders), part, whole)
+    )
     return outcome[0]._replace(loss=value)
 
 
 def _per_unit(
     name: str, value: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, preset: PolicyPreset
 ) -> tuple[Tensor | None, bool]:
-    """Advantages or importance weights, and whether they are one per sequence: where the loss does not ask for
-    that they are spread over the tokens, since a chunk may hold as many sequences as tokens."""
+    """Advantages or importance weights, and whether they are one per sequence: where the loss does not ask
+    for that they are spread over the tokens, since a chunk may hold as many sequences as tokens."""
     if value is None:
         return None, False
-    like = torch.empty(labels.shape, dtype=torch.float64 if value.dtype == torch.float64 else torch.float32, device=labels.device)
+    like = torch.empty(
+        labels.shape,
+        dtype=torch.float64 if value.dtype == torch.float64 else torch.float32,
+        device=labels.device,
+    )
     value, is_per_sequence = per_token_or_sequence(name, value, like, cu_seqlens, preset)
     if is_per_sequence and not preset.needs_sequence_values:
         return value.repeat_interleave(cu_seqlens.diff().long()), False

@@ -112,7 +112,9 @@ def policy_loss(
             f"{_described(preset)} needs norm_length, the constant that a sequence's sum is divided by (the longest possible response)"
         )
     if mask is None and (preset.needs_lengths or (preset.aggregation != "token_sum" and num_items is None)):
-        raise ValueError(f"{_described(preset)} counts response tokens: mask is required (row-aligned, True at response tokens)")
+        raise ValueError(
+            f"{_described(preset)} counts response tokens: mask is required (row-aligned, True at response tokens)"
+        )
     if ref_logprobs is None and ("kl_coef" in coefficients or preset.kl_coef != 0):
         raise ValueError("kl_coef needs ref_logprobs")
     if ref_logprobs is None and kl_kind is not None:
@@ -126,19 +128,31 @@ def policy_loss(
     if is_weight is None and preset.is_mode is not None:
         raise ValueError("is_mode needs is_weight")
     if is_weight is not None and preset.surrogate == "vespo":
-        raise ValueError("vespo weighs by its own ratio: give the sampler's log-probs as old_logprobs instead of is_weight")
+        raise ValueError(
+            "vespo weighs by its own ratio: give the sampler's log-probs as old_logprobs instead of is_weight"
+        )
     cu_seqlens = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, logprobs)
     advantages, per_sequence = per_token_or_sequence("advantages", advantages, logprobs, cu_seqlens, preset)
-    given = {n for n, t in (("ref_logprobs", ref_logprobs), ("entropy", entropy), ("is_weight", is_weight)) if t is not None}
+    given = {
+        n
+        for n, t in (("ref_logprobs", ref_logprobs), ("entropy", entropy), ("is_weight", is_weight))
+        if t is not None
+    }
     is_per_sequence = False
     if is_weight is not None:
-        is_weight, is_per_sequence = per_token_or_sequence("is_weight", is_weight, logprobs, cu_seqlens, preset)
+        is_weight, is_per_sequence = per_token_or_sequence(
+            "is_weight", is_weight, logprobs, cu_seqlens, preset
+        )
     if ref_logprobs is not None:
         ref_logprobs = per_token("ref_logprobs", ref_logprobs, logprobs).detach()
     if entropy is not None:
         entropy = per_token("entropy", entropy, logprobs)
     # Without anything per sequence the kernels cut the tokens as they like.
-    boundaries = cu_seqlens if preset.needs_sequences or per_sequence or is_per_sequence else _unused(cu_seqlens, logprobs)
+    boundaries = (
+        cu_seqlens
+        if preset.needs_sequences or per_sequence or is_per_sequence
+        else _unused(cu_seqlens, logprobs)
+    )
     arguments = PolicyFwd(
         logprobs,
         old_logprobs,
@@ -148,7 +162,10 @@ def policy_loss(
         ref_logprobs,
         entropy,
         is_weight,
-        *(one_element(n, coefficients[n], logprobs) if n in coefficients else None for n in ("kl_coef", "entropy_coef")),
+        *(
+            one_element(n, coefficients[n], logprobs) if n in coefficients else None
+            for n in ("kl_coef", "entropy_coef")
+        ),
         _num_items(num_items, preset.aggregation, logprobs),
         preset.params(per_sequence, is_per_sequence),
         with_entropy_grad=False,
@@ -206,8 +223,12 @@ def value_loss(
         )
     if norm_length is not None:
         check_number("norm_length", norm_length, above=0.0)
-    if mask is None and (aggregation == "seq_mean_token_mean" or (aggregation != "token_sum" and num_items is None)):
-        raise ValueError(f"aggregation={aggregation!r} counts tokens: mask is required (row-aligned, True at response tokens)")
+    if mask is None and (
+        aggregation == "seq_mean_token_mean" or (aggregation != "token_sum" and num_items is None)
+    ):
+        raise ValueError(
+            f"aggregation={aggregation!r} counts tokens: mask is required (row-aligned, True at response tokens)"
+        )
     if cu_seqlens is not None:
         cu_seqlens = check_cu_seqlens(cu_seqlens, values)
         cu_seqlens = cu_seqlens if aggregation.startswith("seq_") else _unused(cu_seqlens, values)
@@ -230,12 +251,18 @@ def _described(preset: PolicyPreset) -> str:
     return f"loss {preset.name!r} (ratio={preset.ratio!r}, aggregation={preset.aggregation!r})"
 
 
-def per_token_or_sequence(name: str, tensor: Any, like: Tensor, cu_seqlens: Tensor | None, preset: PolicyPreset) -> tuple[Tensor, bool]:
+def per_token_or_sequence(
+    name: str, tensor: Any, like: Tensor, cu_seqlens: Tensor | None, preset: PolicyPreset
+) -> tuple[Tensor, bool]:
     """A constant [T] or [S] tensor in the type of the log-probs, and whether it is [S]."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    is_per_sequence = tensor.dim() == 1 and tensor.shape[0] == sequences and (preset.needs_sequence_values or tensor.shape != like.shape)
+    is_per_sequence = (
+        tensor.dim() == 1
+        and tensor.shape[0] == sequences
+        and (preset.needs_sequence_values or tensor.shape != like.shape)
+    )
     if preset.needs_sequence_values and not is_per_sequence:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; loss {preset.name!r} has one ratio per sequence and takes one value per sequence: "
@@ -244,7 +271,9 @@ def per_token_or_sequence(name: str, tensor: Any, like: Tensor, cu_seqlens: Tens
     if is_per_sequence:
         like = like.new_empty(sequences)
     elif tensor.shape != like.shape:
-        legal = f"({like.shape[0]},)" + (" (or one per sequence, with cu_seqlens)" if sequences is None else f" or ({sequences},)")
+        legal = f"({like.shape[0]},)" + (
+            " (or one per sequence, with cu_seqlens)" if sequences is None else f" or ({sequences},)"
+        )
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; legal here: {legal}")
     return per_token(name, tensor, like).detach(), is_per_sequence
 

@@ -14,7 +14,8 @@ from fastalign.runtime.metric import AnyMetric, ExplainedVariance, Metric, Total
 
 
 def _variance(total: Tensor, m2: Tensor, count: Tensor, shift: float = 0.0) -> Variance:
-    """From the sum of `count` numbers, from each of which `shift` was taken off, and their squared deviations."""
+    """From the sum of `count` numbers, from each of which `shift` was taken off, and their squared
+    deviations."""
     return Variance(count, total / count.clamp(min=1.0) + shift, m2)
 
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from fastalign.runtime.checks import check_number
 
 
-def rejection_sample(rewards: Sequence[float], num_samples: int, *, beta: float = 0.5, seed: int = 0) -> list[int]:
+def rejection_sample(
+    rewards: Sequence[float], num_samples: int, *, beta: float = 0.5, seed: int = 0
+) -> list[int]:
     """Which of a prompt's candidates to keep (RSO, Liu et al. 2023, arXiv 2309.06657, algorithm 1).
 
     Passes over the candidates that are left accept each with probability exp((r - r_max) / beta), r_max their

@@ -111,14 +111,22 @@ def shape_rewards(
     return torch.where(mask & (kl_coef != 0), rewards - kl_coef * penalty, rewards)
 
 
-def _penalty(logprobs: Tensor | None, ref_logprobs: Tensor | None, kl: Tensor | None, kind: str, like: Tensor) -> Tensor:
+def _penalty(
+    logprobs: Tensor | None, ref_logprobs: Tensor | None, kl: Tensor | None, kind: str, like: Tensor
+) -> Tensor:
     if kl is not None:
         if logprobs is not None or ref_logprobs is not None:
-            raise ValueError("kl is given, so logprobs and ref_logprobs must not be: the penalty is one or the other")
+            raise ValueError(
+                "kl is given, so logprobs and ref_logprobs must not be: the penalty is one or the other"
+            )
         return per_token("kl", kl, like).detach()
     if logprobs is None or ref_logprobs is None:
         raise ValueError("kl_coef is not 0: logprobs and ref_logprobs are needed, or kl")
-    return kl_estimate(per_token("logprobs", logprobs, like).detach(), per_token("ref_logprobs", ref_logprobs, like).detach(), kind)
+    return kl_estimate(
+        per_token("logprobs", logprobs, like).detach(),
+        per_token("ref_logprobs", ref_logprobs, like).detach(),
+        kind,
+    )
 
 
 def _at_last_scored_row(scores: Tensor, cu_seqlens: Tensor, mask: Tensor) -> Tensor:
@@ -129,17 +137,28 @@ def _at_last_scored_row(scores: Tensor, cu_seqlens: Tensor, mask: Tensor) -> Ten
         return scores.new_zeros(tokens)
     row = torch.arange(tokens, device=mask.device)
     last_so_far = torch.where(mask, row, -1).cummax(0).values
-    last = last_so_far[(cu_seqlens[1:].long() - 1).clamp(min=0)]  # of a sequence without scored rows: another's, or -1
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(torch.int32), right=True).clamp(max=scores.shape[0] - 1)
+    last = last_so_far[
+        (cu_seqlens[1:].long() - 1).clamp(min=0)
+    ]  # of a sequence without scored rows: another's, or -1
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(torch.int32), right=True).clamp(
+        max=scores.shape[0] - 1
+    )
     return torch.where(mask & (last[sequence] == row), scores[sequence], 0.0)
 
 
 def mean_sequence_kl(
-    logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(mean over sequences of the sum of k1 = logprobs - ref_logprobs, number of sequences), 0-dim, over all
     ranks of `group`: what `AdaptiveKLController.update` takes. Sequences without scored rows do not count."""
-    k1 = kl_estimate(per_token("logprobs", logprobs).detach(), per_token("ref_logprobs", ref_logprobs).detach(), "k1")
+    k1 = kl_estimate(
+        per_token("logprobs", logprobs).detach(), per_token("ref_logprobs", ref_logprobs).detach(), "k1"
+    )
     sums = sequence_sum(k1, cu_seqlens, mask=mask)
     filled = sequence_sum(torch.ones_like(k1), cu_seqlens, mask=mask) > 0
     total = torch.stack([torch.where(filled, sums, 0.0).double().sum(), filled.sum(dtype=torch.float64)])
@@ -194,7 +213,9 @@ def _measured(name: str, value: Any) -> float | Tensor:
     """A number, NumPy's included, as a float; a tensor of one element, detached, with no dimensions."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}"
+            )
         return value.detach().reshape(())
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor of one element, got {shown(value)}")

@@ -1,5 +1,5 @@
-"""Preference losses from hidden states and the LM head's weight: pair by pair, so that no more than a chunk of pairs
-has logits at a time."""
+"""Preference losses from hidden states and the LM head's weight: pair by pair, so that no more than a chunk
+of pairs has logits at a time."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def linear_preference_loss(
     """`preference_loss` of `linear_token_stats(hidden, weight, labels, ...)`, value and gradients.
 
     Where every pair's share of the loss is known from that pair alone (all losses but those with a rule or an
-    order over the whole batch, with reduction "mean" or "sum", the default pairs and `host_counts`), whole pairs are walked
-    at a time and their gradient is made in the forward pass: 3 products instead of 4. A pair longer than the
-    workspace has rows is multiplied again for its gradient. Otherwise the two functions are composed.
+    order over the whole batch, with reduction "mean" or "sum", the default pairs and `host_counts`), whole
+    pairs are walked at a time and their gradient is made in the forward pass: 3 products instead of 4. A pair
+    longer than the workspace has rows is multiplied again for its gradient. Otherwise the two functions are
+    composed.
 
     Args:
         hidden: [T, H]; weight: [V, H]; bias: [V]; labels: [T], as in `linear_token_stats`.
@@ -77,18 +78,39 @@ def linear_preference_loss(
         )
     if not any(p.needs_reference or p.needs_kl for p in presets):
         ref_hidden = ref_weight = ref_bias = None
-    outputs = ("logprob", *(("ref_logprob",) if ref_hidden is not None else ()), *(("kl_ref_policy",) if with_kl else ()))
+    outputs = (
+        "logprob",
+        *(("ref_logprob",) if ref_hidden is not None else ()),
+        *(("kl_ref_policy",) if with_kl else ()),
+    )
     if not isinstance(labels, Tensor) or labels.dim() != 1:
         raise ValueError("labels must be a tensor of integers, [T]")
     scored = labels != head_options.ignore_index
     mask = scored if mask is None else mask.to(torch.bool) & scored
     row_mask = None if any(p.sft_include_prompt for p in presets) else mask
-    head = linear_head(hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), labels, row_mask, outputs, head_options)
+    head = linear_head(
+        hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), labels, row_mask, outputs, head_options
+    )
     arguments = {"loss": loss, "reduction": reduction, "state": state, **options}
 
-    def of(stats: TokenStats, tokens: slice, cu: Tensor, counts: dict[str, Any], **more: Any) -> PreferenceOutput:
-        ref = stats.ref_logprob if ref_hidden is not None else None if ref_logprobs is None else ref_logprobs[tokens]
-        return preference_loss(stats.logprob, ref, cu, mask=mask[tokens], kl_ref_policy=stats.kl_ref_policy, **arguments | counts | more)
+    def of(
+        stats: TokenStats, tokens: slice, cu: Tensor, counts: dict[str, Any], **more: Any
+    ) -> PreferenceOutput:
+        ref = (
+            stats.ref_logprob
+            if ref_hidden is not None
+            else None
+            if ref_logprobs is None
+            else ref_logprobs[tokens]
+        )
+        return preference_loss(
+            stats.logprob,
+            ref,
+            cu,
+            mask=mask[tokens],
+            kl_ref_policy=stats.kl_ref_policy,
+            **arguments | counts | more,
+        )
 
     counts = {"num_items": num_items, "num_sft_tokens": num_sft_tokens}
     everything = slice(0, labels.shape[0])
@@ -114,18 +136,25 @@ def linear_preference_loss(
         outcome.append(of(stats, everything, cu_seqlens, counts))
         return outcome[0].loss
 
-    value = KnownLossFunction.apply(call.hidden, head.weight, head.bias, call, KnownLoss(chunks_of(call, borders), part, whole))
+    value = KnownLossFunction.apply(
+        call.hidden, head.weight, head.bias, call, KnownLoss(chunks_of(call, borders), part, whole)
+    )
     return outcome[0]._replace(loss=value)
 
 
 def _is_known(presets: list[Preset], parts: Any, state: Any, reduction: str, pairs: Any) -> bool:
     """Whether a pair's share of the loss follows from that pair, and pairs lie side by side."""
     per_pair = mixture.is_plain(parts, state) and presets[0].nonfinite != "drop"
-    return per_pair and pairs is None and (reduction == "mean" or (reduction == "sum" and not presets[0].sft_weight))
+    return (
+        per_pair
+        and pairs is None
+        and (reduction == "mean" or (reduction == "sum" and not presets[0].sft_weight))
+    )
 
 
 def _counts(at_zero: PreferenceOutput, given: dict[str, Any]) -> dict[str, Any]:
-    """What the loss is divided by, of all pairs: it depends on lengths only, so log-probs of 0 tell it too."""
+    """What the loss is divided by, of all pairs: it depends on lengths only, so log-probs of 0 tell it
+    too."""
     valid = at_zero.table[:, TAB_VALID] > 0
     sft_tokens = torch.where(valid, at_zero.sums[:, CHOSEN, SUM_SFT_LENGTH], 0.0).sum()
     found = {"num_items": valid.sum(), "num_sft_tokens": sft_tokens}

@@ -57,7 +57,8 @@ def listwise_loss(
             scale).
         loss: a name of `losses.available_listwise()` or a ListPreset.
         mask: [T] bool, row-aligned: the response tokens. Required by losses that use lengths.
-        reduction: "mean" over the valid lists, "sum", or "none" ([L]; its mean over the valid lists is "mean").
+        reduction: "mean" over the valid lists, "sum", or "none" ([L]; its mean over the valid lists is
+            "mean").
         num_items: the number of valid lists over all micro-batches and ranks, for "mean" under gradient
             accumulation; number or 0-dim tensor.
         num_sft_tokens: likewise the number of tokens of the SFT term (sft_norm="token_mean_global").
@@ -78,15 +79,28 @@ def listwise_loss(
     logprobs = per_token("logprobs", logprobs)
     cu_seqlens = check_cu_seqlens(cu_seqlens, logprobs)
     if mask is None and preset.needs_lengths:
-        raise ValueError(f"loss {preset.name!r} uses response lengths: mask is required (row-aligned, True at response tokens)")
+        raise ValueError(
+            f"loss {preset.name!r} uses response lengths: mask is required (row-aligned, True at response tokens)"
+        )
     if preset.reference and ref_logprobs is None:
         raise ValueError(f"loss {preset.name!r} needs ref_logprobs")
     ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach() if preset.reference else None
     count = cu_seqlens.shape[0] - 1
-    lists, scores, given = _list_inputs(list_offsets, scores, tensors, num_items, num_sft_tokens, count, logprobs)
+    lists, scores, given = _list_inputs(
+        list_offsets, scores, tensors, num_items, num_sft_tokens, count, logprobs
+    )
     pair = _SUMS[ref is not None].params()
     value, rewards, table, sums = ListwiseFunction.apply(
-        logprobs, ref, cu_seqlens, row_mask(mask, logprobs), lists, scores, given, pair, preset.params(reduction), count
+        logprobs,
+        ref,
+        cu_seqlens,
+        row_mask(mask, logprobs),
+        lists,
+        scores,
+        given,
+        pair,
+        preset.params(reduction),
+        count,
     )
     return ListwiseOutput(value, rewards, preset, lists, table, sums)
 
@@ -121,7 +135,10 @@ def listwise_loss_from_sums(
     check_choice("reduction", reduction, REDUCTIONS)
     totals = per_token("totals", totals)
     count = totals.shape[0]
-    for name, value, needed in (("ref_totals", ref_totals, preset.reference), ("lengths", lengths, preset.needs_lengths)):
+    for name, value, needed in (
+        ("ref_totals", ref_totals, preset.reference),
+        ("lengths", lengths, preset.needs_lengths),
+    ):
         if value is None and needed:
             raise ValueError(f"loss {preset.name!r} needs {name}, a tensor [S]")
         if value is not None:
@@ -129,16 +146,28 @@ def listwise_loss_from_sums(
             check_same_device(name, value, "totals", totals)
     policy = totals.detach()
     # Subtract in the wider type, then round once.
-    ratio = torch.where(policy == ref_totals, 0.0, policy - ref_totals.detach()) if preset.reference else policy
+    ratio = (
+        torch.where(policy == ref_totals, 0.0, policy - ref_totals.detach()) if preset.reference else policy
+    )
     length = torch.ones_like(policy) if lengths is None else lengths.detach().to(policy.dtype)
     sums = torch.stack([policy, ratio.to(policy.dtype), length, torch.zeros_like(policy), policy, length], -1)
-    lists, scores, given = _list_inputs(list_offsets, scores, tensors, num_items, num_sft_tokens, count, totals)
-    value, rewards, table = ListwiseFromSumsFunction.apply(totals, sums, lists, scores, given, preset.params(reduction))
+    lists, scores, given = _list_inputs(
+        list_offsets, scores, tensors, num_items, num_sft_tokens, count, totals
+    )
+    value, rewards, table = ListwiseFromSumsFunction.apply(
+        totals, sums, lists, scores, given, preset.params(reduction)
+    )
     return ListwiseOutput(value, rewards, preset, lists, table, sums)
 
 
 def _list_inputs(
-    list_offsets: Tensor, scores: Tensor, tensors: dict[str, Tensor], num_items: Any, num_sft_tokens: Any, count: int, like: Tensor
+    list_offsets: Tensor,
+    scores: Tensor,
+    tensors: dict[str, Tensor],
+    num_items: Any,
+    num_sft_tokens: Any,
+    count: int,
+    like: Tensor,
 ) -> tuple[Tensor, Tensor, ListTensors]:
     """Offsets, scores, and what else the op takes; constants of the loss."""
     list_offsets = check_cu_seqlens(list_offsets, like, name="list_offsets", total="sequences")
@@ -152,5 +181,8 @@ def _list_inputs(
         check_same_device("beta", beta, "the log-probs", like)
         beta = beta.detach().to(like.dtype).contiguous()
         beta = beta.reshape(()) if tuple(beta.shape) != (lists,) else beta
-    counts = [global_count(name, value, like) for name, value in (("num_items", num_items), ("num_sft_tokens", num_sft_tokens))]
+    counts = [
+        global_count(name, value, like)
+        for name, value in (("num_items", num_items), ("num_sft_tokens", num_sft_tokens))
+    ]
     return list_offsets, scores.detach().to(like.dtype).contiguous(), ListTensors(beta, *counts)

@@ -31,7 +31,9 @@ class ListwiseOutput(NamedTuple):
     Everything else is detached, and read from the kernel's own `table` and `sums` only when asked for."""
 
     loss: Tensor
-    rewards: Tensor  # [S]: beta * a, with the method's own aggregation (token means where the method averages)
+    rewards: (
+        Tensor  # [S]: beta * a, with the method's own aggregation (token means where the method averages)
+    )
     preset: ListPreset
     list_offsets: Tensor
     table: Tensor
@@ -95,8 +97,12 @@ class ListwiseOutput(NamedTuple):
             "logps/rejected": over_lists(of(logprobs, worst)),
         }
         if self.preset.sft_weight:
-            out["nll_loss"] = over_lists(of(-self.sums[:, SUM_POLICY], best), over_lists(of(self.sums[:, SUM_LENGTH], best)).sum)
+            out["nll_loss"] = over_lists(
+                of(-self.sums[:, SUM_POLICY], best), over_lists(of(self.sums[:, SUM_LENGTH], best)).sum
+            )
         lists = torch.ones_like(zero).sum()
         out["n_empty"] = Total((self.sums[:, SUM_LENGTH] == 0).sum(dtype=zero.dtype), lists)
-        out["nonfinite_lists"] = Total((~torch.isfinite(self.table[:, LIST_TERM] + self.table[:, LIST_NLL])).sum(dtype=zero.dtype), lists)
+        out["nonfinite_lists"] = Total(
+            (~torch.isfinite(self.table[:, LIST_TERM] + self.table[:, LIST_NLL])).sum(dtype=zero.dtype), lists
+        )
         return out

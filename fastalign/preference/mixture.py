@@ -11,7 +11,17 @@ from torch import Tensor
 
 from fastalign.losses.options import resolve
 from fastalign.losses.pair import Preset
-from fastalign.ops.columns import CHOSEN, REJECTED, REWARDS, SUM_LENGTH, SUM_POLICY, SUM_RATIO, SUM_SFT, SUM_SFT_LENGTH, TAB_VALID
+from fastalign.ops.columns import (
+    CHOSEN,
+    REJECTED,
+    REWARDS,
+    SUM_LENGTH,
+    SUM_POLICY,
+    SUM_RATIO,
+    SUM_SFT,
+    SUM_SFT_LENGTH,
+    TAB_VALID,
+)
 from fastalign.ops.preference.params import PairParams
 from fastalign.preference.rules import BatchRule, PairValues
 from fastalign.runtime.checks import check_number
@@ -24,10 +34,16 @@ def components(loss: Any, options: Mapping[str, Any]) -> tuple[Components, dict[
     if isinstance(loss, (str, Preset)):
         preset, tensors = resolve(loss, options)
         return [(preset, 1.0)], tensors
-    if not isinstance(loss, Sequence) or not loss or any(not isinstance(c, Sequence) or len(c) != 2 for c in loss):
+    if (
+        not isinstance(loss, Sequence)
+        or not loss
+        or any(not isinstance(c, Sequence) or len(c) != 2 for c in loss)
+    ):
         raise TypeError(f"loss must be a name, a Preset, or a list of (name or Preset, weight), got {loss!r}")
     if options:
-        raise ValueError(f"a mixture takes no options (got {', '.join(options)}): put them into its Presets, losses.get(name).replace(...)")
+        raise ValueError(
+            f"a mixture takes no options (got {', '.join(options)}): put them into its Presets, losses.get(name).replace(...)"
+        )
     for _, weight in loss:
         check_number("the weight of a mixture's loss", weight)
     return [(resolve(part, {})[0], float(weight)) for part, weight in loss], {}
@@ -35,7 +51,13 @@ def components(loss: Any, options: Mapping[str, Any]) -> tuple[Components, dict[
 
 def is_plain(parts: Components, state: Any) -> bool:
     """Whether the fused kernel serves the call: one loss, nothing between sums and table."""
-    return len(parts) == 1 and parts[0][1] == 1.0 and parts[0][0].order is None and parts[0][0].rule is None and state is None
+    return (
+        len(parts) == 1
+        and parts[0][1] == 1.0
+        and parts[0][0].order is None
+        and parts[0][0].rule is None
+        and state is None
+    )
 
 
 def shared_params(presets: list[Preset]) -> PairParams:
@@ -43,14 +65,18 @@ def shared_params(presets: list[Preset]) -> PairParams:
     first = presets[0]
     for name in ("ld_alpha", "token_clamp", "sft_include_prompt"):
         if any(getattr(p, name) != getattr(first, name) for p in presets):
-            raise ValueError(f"the losses of a mixture share one pass over the tokens and must agree in {name}")
+            raise ValueError(
+                f"the losses of a mixture share one pass over the tokens and must agree in {name}"
+            )
     reference = any(p.needs_reference for p in presets)
     uses_policy_sums = any(p.order is not None or (reference and not p.reference) for p in presets)
     if first.token_clamp is not None and uses_policy_sums:
         raise ValueError(
             "token_clamp cannot be combined with sorted order, nor with losses that do and losses that do not use the reference"
         )
-    return first.params()._replace(reference=float(reference), sft_weight=float(any(p.sft_weight for p in presets)))
+    return first.params()._replace(
+        reference=float(reference), sft_weight=float(any(p.sft_weight for p in presets))
+    )
 
 
 def rules_of(parts: Components, state: Any) -> dict[str | None, BatchRule]:
@@ -58,7 +84,9 @@ def rules_of(parts: Components, state: Any) -> dict[str | None, BatchRule]:
     given = [] if state is None else list(state) if isinstance(state, (list, tuple)) else [state]
     wrong = [type(s).__name__ for s in given if not isinstance(s, BatchRule)]
     if wrong:
-        raise TypeError(f"state must be a rule object (BetaDPO, AlphaDPO, BCODelta) or a list of them, got {', '.join(wrong)}")
+        raise TypeError(
+            f"state must be a rule object (BetaDPO, AlphaDPO, BCODelta) or a list of them, got {', '.join(wrong)}"
+        )
     rules = {s.rule: s for s in given}
     needed = {p.rule: p.name for p, _ in parts if p.rule is not None}
     for rule, name in needed.items():
@@ -90,7 +118,9 @@ def prepare(
             if name == "gamma_ext" and name in tensors:
                 value = value + tensors[name].detach()
             elif name in tensors and name not in ("valid", "beta"):
-                raise ValueError(f"{name} comes from the rule of loss {preset.name!r} and cannot be given as well")
+                raise ValueError(
+                    f"{name} comes from the rule of loss {preset.name!r} and cannot be given as well"
+                )
             tensors[name] = value
     if with_reference and not preset.reference:
         policy = sums[:, :, SUM_POLICY : SUM_POLICY + 1]
@@ -119,7 +149,9 @@ def _sorted(sums: Tensor, order: str, valid: Tensor) -> Tensor:
     sides = []
     count = valid.sum()
     for side, values in ((CHOSEN, left), (REJECTED, right)):
-        permutation = values.detach().sort(stable=True).indices  # by value (NaN last), then the valid ones first
+        permutation = (
+            values.detach().sort(stable=True).indices
+        )  # by value (NaN last), then the valid ones first
         permutation = permutation[(~valid)[permutation].sort(stable=True).indices]
         row = sums[permutation, side]
         filled = (torch.arange(len(values), device=sums.device) < count).to(sums.dtype)
@@ -127,7 +159,11 @@ def _sorted(sums: Tensor, order: str, valid: Tensor) -> Tensor:
         # A length of 1 or 0 says whether the row is valid; the log-ratio column holds the sorted value; the
         # SFT columns stay the pair's own.
         sorted_values = torch.where(filled > 0, values[permutation], zero)
-        sides.append(torch.stack([row[:, SUM_POLICY], sorted_values, filled, zero, row[:, SUM_SFT], row[:, SUM_SFT_LENGTH]], -1))
+        sides.append(
+            torch.stack(
+                [row[:, SUM_POLICY], sorted_values, filled, zero, row[:, SUM_SFT], row[:, SUM_SFT_LENGTH]], -1
+            )
+        )
     return torch.stack(sides, 1)
 
 

@@ -90,7 +90,9 @@ class PreferenceOutput(NamedTuple):
         if p is None:
             return None
         rewards, differ = [self.chosen_rewards, self.rejected_rewards], p is not self.preset
-        lengths = [self.sums[:, side, SUM_LENGTH].clamp(min=1.0) ** p.length_norm for side in (CHOSEN, REJECTED)]
+        lengths = [
+            self.sums[:, side, SUM_LENGTH].clamp(min=1.0) ** p.length_norm for side in (CHOSEN, REJECTED)
+        ]
         if differ:  # led by SFT
             column = SUM_RATIO if p.reference else SUM_POLICY
             rewards = [p.beta * self.sums[:, side, column] / lengths[side] for side in (CHOSEN, REJECTED)]
@@ -99,7 +101,10 @@ class PreferenceOutput(NamedTuple):
         if p.transform == "alpha" and not p.reference:
             means = [self.sums[:, side, SUM_POLICY] / lengths[side] for side in (CHOSEN, REJECTED)]
             shapes = [transform(ALPHA, a, p.transform_alpha)[0] / a for a in means]
-            rewards, differ = [torch.where(a == 0, r, r * shape) for r, a, shape in zip(rewards, means, shapes)], True
+            rewards, differ = (
+                [torch.where(a == 0, r, r * shape) for r, a, shape in zip(rewards, means, shapes)],
+                True,
+            )
         if p.link == "squared" and p.length_norm == 1.0 and p.beta == 1.0:  # TRL's beta of ipo is tau
             tau = 1.0 / (2.0 * (p.target if self.target is None else self.target.to(rewards[0].dtype)))
             rewards, differ = [tau * r for r in rewards], True
@@ -133,7 +138,10 @@ class PreferenceOutput(NamedTuple):
                     f"{name}/margins": over_pairs(chosen - rejected),
                     f"{name}/accuracies": over_pairs((chosen > rejected).to(zero.dtype)),
                 }
-        out |= {"logps/chosen": over_pairs(self.chosen_logprobs), "logps/rejected": over_pairs(self.rejected_logprobs)}
+        out |= {
+            "logps/chosen": over_pairs(self.chosen_logprobs),
+            "logps/rejected": over_pairs(self.rejected_logprobs),
+        }
         if self.has_sft:
             out["nll_loss"] = Metric(
                 torch.where(valid, -self.sums[:, CHOSEN, SUM_SFT], zero).sum(),

@@ -69,7 +69,8 @@ def preference_loss(
         kl_ref_policy: [T] exact KL(ref || policy) per token, for losses with sequence KLs; differentiable.
         weights: [T] token weights, any sign, on log-probs and reference alike; not differentiated, and not
             applied to the SFT term.
-        reduction: "mean" over the valid pairs, "sum", or "none" ([P]; its mean over the valid pairs is "mean").
+        reduction: "mean" over the valid pairs, "sum", or "none" ([P]; its mean over the valid pairs is
+            "mean").
         num_items: the number of valid pairs over all micro-batches and ranks, for "mean" under gradient
             accumulation; number or 0-dim tensor.
         num_sft_tokens: likewise the number of tokens of the SFT term (sft_norm="token_mean_global").
@@ -94,12 +95,18 @@ def preference_loss(
     cu_seqlens = check_cu_seqlens(cu_seqlens, logprobs)
     for p in presets:
         if mask is None and p.needs_lengths:
-            raise ValueError(f"loss {p.name!r} uses response lengths: mask is required (row-aligned, True at response tokens)")
+            raise ValueError(
+                f"loss {p.name!r} uses response lengths: mask is required (row-aligned, True at response tokens)"
+            )
         if p.needs_reference and ref_logprobs is None:
             raise ValueError(f"loss {p.name!r} needs ref_logprobs")
         if p.needs_kl and kl_ref_policy is None:
             raise ValueError(f"loss {p.name!r} needs kl_ref_policy, the per-token KL(ref || policy)")
-    ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach() if any(p.needs_reference for p in presets) else None
+    ref = (
+        per_token("ref_logprobs", ref_logprobs, logprobs).detach()
+        if any(p.needs_reference for p in presets)
+        else None
+    )
     kl = per_token("kl_ref_policy", kl_ref_policy, logprobs) if any(p.needs_kl for p in presets) else None
     mask = row_mask(mask, logprobs)
     if weights is not None:
@@ -108,18 +115,25 @@ def preference_loss(
     tokens = PairTokens(logprobs, ref, kl, cu_seqlens, pairs, mask, weights)
     if mixture.is_plain(components, state):
         given = pair_tensors(presets[0], tensors, count, num_items, num_sft_tokens, logprobs)
-        value, table, sums = PreferenceFunction.apply(logprobs, kl, tokens, given, presets[0].params(reduction), count)
-        return PreferenceOutput(value, presets[0], table, sums, presets[0].sft_weight != 0, (), tensors.get("target"))
+        value, table, sums = PreferenceFunction.apply(
+            logprobs, kl, tokens, given, presets[0].params(reduction), count
+        )
+        return PreferenceOutput(
+            value, presets[0], table, sums, presets[0].sft_weight != 0, (), tensors.get("target")
+        )
     sums = PairSumsFunction.apply(logprobs, kl, tokens, mixture.shared_params(presets), count)
     return _from_sums(components, sums, tensors, state, reduction, num_items, num_sft_tokens)
 
 
 def check_pairs(pairs: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor | None, int]:
-    """Sequence numbers as int32, or None for the default pairs (0, 1), (2, 3), ..., and how many pairs there are."""
+    """Sequence numbers as int32, or None for the default pairs (0, 1), (2, 3), ..., and how many pairs there
+    are."""
     sequences = cu_seqlens.shape[0] - 1
     if pairs is None:
         if sequences % 2:
-            raise ValueError(f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences")
+            raise ValueError(
+                f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences"
+            )
         return None, sequences // 2
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype.is_floating_point or pairs.dtype == torch.bool:
         raise ValueError(f"pairs must be integers of shape [P, 2], got {pairs.dtype} {tuple(pairs.shape)}")
@@ -190,26 +204,37 @@ def preference_loss_from_sums(
     check_choice("reduction", reduction, REDUCTIONS)
     for p in presets:
         if p.ld_alpha != 1.0 or p.token_clamp is not None or p.sft_include_prompt:
-            raise ValueError("ld_alpha, token_clamp and sft_include_prompt act on single tokens; use preference_loss on packed log-probs")
+            raise ValueError(
+                "ld_alpha, token_clamp and sft_include_prompt act on single tokens; use preference_loss on packed log-probs"
+            )
         if p.needs_reference and (ref_chosen is None or ref_rejected is None):
             raise ValueError(f"loss {p.name!r} needs ref_chosen and ref_rejected")
         if p.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
-            raise ValueError(f"loss {p.name!r} uses response lengths: chosen_lengths and rejected_lengths are required")
+            raise ValueError(
+                f"loss {p.name!r} uses response lengths: chosen_lengths and rejected_lengths are required"
+            )
         if p.needs_kl and (chosen_kl is None or rejected_kl is None):
-            raise ValueError(f"loss {p.name!r} needs chosen_kl and rejected_kl, the sequence sums of KL(ref || policy)")
+            raise ValueError(
+                f"loss {p.name!r} needs chosen_kl and rejected_kl, the sequence sums of KL(ref || policy)"
+            )
     chosen = per_token("chosen", chosen)
     if rejected.dtype == torch.float64 and chosen.dtype != torch.float64:
         chosen = chosen.double()
     rejected = per_token("rejected", rejected, chosen)
     if any(p.needs_reference for p in presets):
         ratios = []
-        for name, policy, ref in (("ref_chosen", chosen, ref_chosen), ("ref_rejected", rejected, ref_rejected)):
+        for name, policy, ref in (
+            ("ref_chosen", chosen, ref_chosen),
+            ("ref_rejected", rejected, ref_rejected),
+        ):
             check_shape(name, ref, tuple(chosen.shape))
             check_same_device(name, ref, "chosen", chosen)
             # Subtract in the wider type, then round once. Equal infinities differ by 0; equal numbers do too,
             # but pass the gradient on.
             difference = (policy - ref.detach()).to(policy.dtype)
-            ratios.append(torch.where((policy == ref) & torch.isinf(policy), torch.zeros_like(policy), difference))
+            ratios.append(
+                torch.where((policy == ref) & torch.isinf(policy), torch.zeros_like(policy), difference)
+            )
     else:
         ratios = [chosen, rejected]
 
@@ -229,7 +254,9 @@ def preference_loss_from_sums(
     return _from_sums(components, torch.stack(sides, 1), tensors, state, reduction, num_items, num_sft_tokens)
 
 
-def pair_tensors(preset: Preset, tensors: dict[str, Tensor], count: int, num_items: Any, num_sft_tokens: Any, like: Tensor) -> PairTensors:
+def pair_tensors(
+    preset: Preset, tensors: dict[str, Tensor], count: int, num_items: Any, num_sft_tokens: Any, like: Tensor
+) -> PairTensors:
     """What a call gives per pair and the two global counts; constants of the loss."""
     if preset.needs_soft_labels and "soft_labels" not in tensors:
         raise ValueError(f"loss {preset.name!r} needs soft_labels, a tensor [P]")
@@ -244,10 +271,16 @@ def pair_tensors(preset: Preset, tensors: dict[str, Tensor], count: int, num_ite
         if t is not None:
             may_be_scalar = name in TENSOR_FIELDS or name in ("omega", "gamma_ext")
             if tuple(t.shape) != (count,) and not (may_be_scalar and t.numel() == 1):
-                raise ValueError(f"{name} has shape {tuple(t.shape)}; legal: ({count},)" + " or a single value" * may_be_scalar)
+                raise ValueError(
+                    f"{name} has shape {tuple(t.shape)}; legal: ({count},)"
+                    + " or a single value" * may_be_scalar
+                )
             check_same_device(name, t, "the log-probs", like)
             t = t.detach().to(torch.bool if name == "valid" else like.dtype).contiguous()
             t = t.reshape(()) if t.dim() and tuple(t.shape) != (count,) else t
             out[name] = t
-    counts = {name: global_count(name, value, like) for name, value in (("num_items", num_items), ("num_sft_tokens", num_sft_tokens))}
+    counts = {
+        name: global_count(name, value, like)
+        for name, value in (("num_items", num_items), ("num_sft_tokens", num_sft_tokens))
+    }
     return PairTensors(**out, **counts)

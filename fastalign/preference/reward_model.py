@@ -54,7 +54,9 @@ def reward_loss(
         tensors["gamma_ext"] = margin
     if soft_labels is not None:
         preset, tensors["soft_labels"] = preset.replace(labels="soft"), soft_labels
-    out = preference_loss_from_sums(chosen, rejected, loss=preset, reduction=reduction, num_items=num_items, **tensors)
+    out = preference_loss_from_sums(
+        chosen, rejected, loss=preset, reduction=reduction, num_items=num_items, **tensors
+    )
     if centering == 0.0:
         return out
     each = centering * (per_token("chosen", chosen) + per_token("rejected", rejected)) ** 2
@@ -87,4 +89,6 @@ def kwise_reward_loss(
     Returns:
         ListwiseOutput; loss "kwise_rm" of `listwise_loss_from_sums`.
     """
-    return listwise_loss_from_sums(rewards, None, list_offsets, scores, loss="kwise_rm", reduction=reduction, num_items=num_items)
+    return listwise_loss_from_sums(
+        rewards, None, list_offsets, scores, loss="kwise_rm", reduction=reduction, num_items=num_items
+    )

@@ -67,13 +67,17 @@ class BatchRule:
 
     def __getstate__(self) -> dict[str, Any]:
         if self.group is not None:
-            raise TypeError(f"{type(self).__name__} holds a process group, which lives in this process: send its state_dict() instead")
+            raise TypeError(
+                f"{type(self).__name__} holds a process group, which lives in this process: send its state_dict() instead"
+            )
         return self.__dict__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchRule:
         """A rule with a memory of its own, over the same group."""
         twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__dict__.update({k: v if k == "group" else copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        twin.__dict__.update(
+            {k: v if k == "group" else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        )
         return twin
 
     def __call__(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
@@ -117,7 +121,9 @@ class BatchRule:
         if self.memory["steps"] == 0:
             return mean, std
         correction = 1.0 - momentum ** self.memory["steps"]
-        return self.memory["mean"].to(mean.device) / correction, self.memory["std"].to(std.device) / correction
+        return self.memory["mean"].to(mean.device) / correction, self.memory["std"].to(
+            std.device
+        ) / correction
 
 
 def _uniform(seed: int, count: int, device: torch.device) -> Tensor:
@@ -130,7 +136,9 @@ def _uniform(seed: int, count: int, device: torch.device) -> Tensor:
     def shifted(x: Tensor, bits: int) -> Tensor:
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
-    x = torch.arange(1, count + 1, device=device) * signed(0x9E3779B97F4A7C15) + signed(seed * 0xD1342543DE82EF95)
+    x = torch.arange(1, count + 1, device=device) * signed(0x9E3779B97F4A7C15) + signed(
+        seed * 0xD1342543DE82EF95
+    )
     for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ shifted(x, bits)) * signed(factor)
     return (shifted(x ^ shifted(x, 31), 11).double() + 0.5) * 2.0**-53
@@ -142,7 +150,9 @@ def _check_memory(name: str, value: Any, needed: bool) -> None:
     if value is None and not needed:
         return
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-        raise TypeError(f"{name} in the state must be a floating-point tensor of no dimensions, got {shown(value)}")
+        raise TypeError(
+            f"{name} in the state must be a floating-point tensor of no dimensions, got {shown(value)}"
+        )
     check_number(name, float(value), **({} if name == "mean" else {"low": 0.0}))
 
 
@@ -153,7 +163,11 @@ class PairValues:
 
     def __init__(self, sums: Tensor, valid: Tensor, beta: Tensor | float):
         sums = sums.detach()
-        self.policy, self.ratio, self.length = sums[:, :, SUM_POLICY], sums[:, :, SUM_RATIO], sums[:, :, SUM_LENGTH].clamp(min=1.0)
+        self.policy, self.ratio, self.length = (
+            sums[:, :, SUM_POLICY],
+            sums[:, :, SUM_RATIO],
+            sums[:, :, SUM_LENGTH].clamp(min=1.0),
+        )
         self.valid, self.beta = valid, beta
         self.usable = valid & torch.isfinite(self.ratio).all(-1) & torch.isfinite(self.policy).all(-1)
 
@@ -172,7 +186,13 @@ class BetaDPO(BatchRule):
     rule = "beta_dpo"
 
     def __init__(
-        self, *, alpha: float = 0.6, filter: float = 0.2, momentum: float = 0.9, seed: int = 0, group: dist.ProcessGroup | None = None
+        self,
+        *,
+        alpha: float = 0.6,
+        filter: float = 0.2,
+        momentum: float = 0.9,
+        seed: int = 0,
+        group: dist.ProcessGroup | None = None,
     ):
         super().__init__(group)
         check_number("alpha", alpha)
@@ -208,13 +228,17 @@ class BetaDPO(BatchRule):
             dist.all_gather(lists[1], valid.to(torch.uint8), group=self.group)
             everywhere = [(m, v.bool()) for m, v in zip(*lists)]
         m, ok = (torch.cat(x) for x in zip(*everywhere))
-        log_weight = torch.where(std < 1e-6, torch.zeros_like(m), -((m - mean) ** 2) / (2.0 * std * std).clamp(min=1e-30))
+        log_weight = torch.where(
+            std < 1e-6, torch.zeros_like(m), -((m - mean) ** 2) / (2.0 * std * std).clamp(min=1e-30)
+        )
         uniform = _uniform(self.seed + self.memory["steps"], m.shape[0], m.device)
         key = torch.where(ok, log_weight - torch.log(-torch.log(uniform)), -torch.inf)
         # floor((1 - filter) n) of the n valid pairs, at least one, without learning n on the host.
         n_keep = torch.floor((1.0 - self.filter) * ok.sum()).clamp(min=1.0)
         place = torch.empty_like(key).scatter_(
-            0, key.argsort(descending=True, stable=True), torch.arange(len(key), device=m.device, dtype=key.dtype)
+            0,
+            key.argsort(descending=True, stable=True),
+            torch.arange(len(key), device=m.device, dtype=key.dtype),
         )
         keep = ok & (place < n_keep)
         return keep[rank * len(margin) : (rank + 1) * len(margin)]
@@ -261,19 +285,31 @@ class BCODelta(BatchRule):
 
     def evaluate(self, preset: Any, values: PairValues) -> dict[str, Tensor]:
         rewards = (
-            values.beta if not isinstance(values.beta, Tensor) or values.beta.dim() == 0 else values.beta.unsqueeze(-1)
+            values.beta
+            if not isinstance(values.beta, Tensor) or values.beta.dim() == 0
+            else values.beta.unsqueeze(-1)
         ) * values.ratio
         valid = values.usable.unsqueeze(-1) & rewards.isfinite()
-        total, count = self._sum(torch.where(valid, rewards, 0.0).double().sum(), valid.sum(dtype=torch.float64))
+        total, count = self._sum(
+            torch.where(valid, rewards, 0.0).double().sum(), valid.sum(dtype=torch.float64)
+        )
         zero = torch.zeros_like(total)
-        mean, seen = (zero if self.memory[k] is None else self.memory[k].to(total.device) for k in ("mean", "count"))
+        mean, seen = (
+            zero if self.memory[k] is None else self.memory[k].to(total.device) for k in ("mean", "count")
+        )
         if self.training:
             batch_mean = total / count.clamp(min=1.0)
             if self.momentum is None:
-                mean = torch.where(count > 0, mean + (batch_mean - mean) * count / (seen + count).clamp(min=1.0), mean)
+                mean = torch.where(
+                    count > 0, mean + (batch_mean - mean) * count / (seen + count).clamp(min=1.0), mean
+                )
             else:
                 mean = torch.where(
-                    count > 0, torch.where(seen > 0, self.momentum * mean + (1.0 - self.momentum) * batch_mean, batch_mean), mean
+                    count > 0,
+                    torch.where(
+                        seen > 0, self.momentum * mean + (1.0 - self.momentum) * batch_mean, batch_mean
+                    ),
+                    mean,
                 )
             self.memory = {"mean": mean, "count": seen + count}
         return {"anchor": mean.to(values.ratio.dtype)}
@@ -283,9 +319,16 @@ RULES = {r.rule: r for r in (BetaDPO, AlphaDPO, BCODelta)}
 
 
 def wpo_weights(
-    logprobs: Tensor, log_sum_sq_probs: Tensor, cu_seqlens: Tensor, *, mask: Tensor, pairs: Tensor | None = None, clamp: float | None = 1.0
+    logprobs: Tensor,
+    log_sum_sq_probs: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mask: Tensor,
+    pairs: Tensor | None = None,
+    clamp: float | None = 1.0,
 ) -> Tensor:
-    """Pair weights of WPO (Zhou et al. 2024, arXiv 2406.11827), for `preference_loss(..., loss="wpo", omega=...)`.
+    """Pair weights of WPO (Zhou et al. 2024, arXiv 2406.11827), for `preference_loss(..., loss="wpo",
+    omega=...)`.
 
     omega = min(clamp, exp(v_c + v_r)), v = mean over the response's tokens of (log p(y_t) - log sum_v p_v^2).
 
@@ -303,13 +346,17 @@ def wpo_weights(
     v = sequence_sum(v, cu_seqlens, mask=row_mask(mask, logprobs), mean=True)
     sequences = v.shape[0]
     if pairs is None and sequences % 2:
-        raise ValueError(f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences")
+        raise ValueError(
+            f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences"
+        )
     if pairs is None:
         both = v.view(-1, 2).sum(-1)
     else:
         if values_are_here(pairs):
             check_pairs_values(pairs, sequences)
-        known = (pairs >= 0) & (pairs < sequences)  # looked at on the CPU alone; on a device a wrong number gives NaN
+        known = (pairs >= 0) & (
+            pairs < sequences
+        )  # looked at on the CPU alone; on a device a wrong number gives NaN
         both = torch.where(known, v[pairs.long().clamp(0, max(sequences - 1, 0))], torch.nan).sum(-1)
     omega = both.exp()
     return omega if clamp is None else omega.clamp(max=clamp)

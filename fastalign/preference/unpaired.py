@@ -12,8 +12,21 @@ from torch import Tensor
 
 from fastalign.losses import peers
 from fastalign.losses.pair import Preset
-from fastalign.ops.columns import REDUCTIONS, SUM_LENGTH, SUM_POLICY, SUM_RATIO, TAB_REWARD_CHOSEN, TAB_REWARD_REJECTED, TAB_VALID
-from fastalign.ops.preference.op import PairSumsFunction, PairTokens, PreferenceFromSumsFunction, PreferenceFunction
+from fastalign.ops.columns import (
+    REDUCTIONS,
+    SUM_LENGTH,
+    SUM_POLICY,
+    SUM_RATIO,
+    TAB_REWARD_CHOSEN,
+    TAB_REWARD_REJECTED,
+    TAB_VALID,
+)
+from fastalign.ops.preference.op import (
+    PairSumsFunction,
+    PairTokens,
+    PreferenceFromSumsFunction,
+    PreferenceFunction,
+)
 from fastalign.packing import sequence_sum
 from fastalign.preference.pair import pair_tensors
 from fastalign.preference.rules import BCODelta, PairValues
@@ -65,7 +78,10 @@ class UnpairedOutput(NamedTuple):
         NaN: leave it out)."""
         zero = torch.zeros_like(self.rewards)
         out = {}
-        for side, where in (("chosen", self.valid & self.desirable), ("rejected", self.valid & ~self.desirable)):
+        for side, where in (
+            ("chosen", self.valid & self.desirable),
+            ("rejected", self.valid & ~self.desirable),
+        ):
             count = where.sum(dtype=zero.dtype)
             out[f"rewards/{side}"] = Metric(torch.where(where, self.rewards, zero).sum(), count)
             out[f"logps/{side}"] = Metric(torch.where(where, self.logprobs, zero).sum(), count)
@@ -74,7 +90,12 @@ class UnpairedOutput(NamedTuple):
 
 
 def kto_baseline(
-    logprobs: Tensor, ref_logprobs: Tensor, cu_seqlens: Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """KTO's reference point z0 = max(0, mean over sequences of D), D = sum (logprobs - ref_logprobs), of mismatched prompt-response pairs.
 
@@ -123,7 +144,8 @@ def unpaired_loss(
       metrics only.
 
     Args:
-        logprobs: [T], row-aligned, differentiable. ref_logprobs: [T]. cu_seqlens: [S + 1] int32. mask: [T] bool.
+        logprobs: [T], row-aligned, differentiable. ref_logprobs: [T]. cu_seqlens: [S + 1] int32. mask: [T]
+            bool.
         desirable: [S] bool.
         baseline: kto: z0, required (`kto_baseline`); bco: delta, required without `state`. A number or 0-dim
             tensor, a constant of the loss.
@@ -146,7 +168,9 @@ def unpaired_loss(
     unknown = [name for name in options if name not in _OPTIONS[loss]]
     if unknown:
         hint = peers.preference_hint(unknown[0], options[unknown[0]])
-        raise ValueError(f"loss {loss!r} has no option {unknown[0]!r}{hint}; legal: {', '.join(_OPTIONS[loss])}")
+        raise ValueError(
+            f"loss {loss!r} has no option {unknown[0]!r}{hint}; legal: {', '.join(_OPTIONS[loss])}"
+        )
     logprobs = per_token("logprobs", logprobs)
     ref = per_token("ref_logprobs", ref_logprobs, logprobs).detach()
     cu_seqlens = check_cu_seqlens(cu_seqlens, logprobs)
@@ -154,7 +178,9 @@ def unpaired_loss(
     check_shape("desirable", desirable, (count,))
     check_same_device("desirable", desirable, "logprobs", logprobs)
     if desirable.dtype != torch.bool:
-        raise TypeError(f"desirable must be bool, got {desirable.dtype} (labels of +1 and -1 would both count as True)")
+        raise TypeError(
+            f"desirable must be bool, got {desirable.dtype} (labels of +1 and -1 would both count as True)"
+        )
     if baseline is not None and loss not in ("kto", "bco"):
         raise ValueError(f"loss {loss!r} has no baseline")
     if state is not None and (loss != "bco" or not isinstance(state, BCODelta)):
@@ -164,7 +190,9 @@ def unpaired_loss(
     is_chosen = torch.ones_like(desirable) if loss == "dro" else desirable
     sides = torch.stack([is_chosen, ~is_chosen], -1)
     pairs = torch.where(sides, torch.arange(count, device=logprobs.device).unsqueeze(-1), count).int()
-    tokens = PairTokens(logprobs, ref, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), pairs, row_mask(mask, logprobs))
+    tokens = PairTokens(
+        logprobs, ref, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), pairs, row_mask(mask, logprobs)
+    )
     if loss == "dro":
         sums = PairSumsFunction.apply(logprobs, None, tokens, UNPAIRED["kto"].params(), count)
         return _dro(sums, desirable, num_items, reduction, **options)
@@ -172,7 +200,9 @@ def unpaired_loss(
     if loss == "bco" and (baseline is None) == (state is None):
         raise ValueError("loss 'bco' needs either baseline= (delta) or state= (a BCODelta that keeps it)")
     if loss == "kto" and baseline is None:
-        raise ValueError("loss 'kto' needs baseline=, the z0 of mismatched pairs (fastalign.kto_baseline); 'apo_zero_unpaired' has z0 = 0")
+        raise ValueError(
+            "loss 'kto' needs baseline=, the z0 of mismatched pairs (fastalign.kto_baseline); 'apo_zero_unpaired' has z0 = 0"
+        )
     beta = options.get("beta", UNPAIRED[loss].beta)
     tensors = _weights(desirable, options, logprobs)
     if isinstance(beta, Tensor):
@@ -185,7 +215,9 @@ def unpaired_loss(
         anchor = _constant("baseline", baseline, logprobs) * (beta if loss == "kto" else 1.0)
         tensors["gamma_ext"] = torch.where(desirable, anchor, -anchor)
         given = pair_tensors(preset, tensors, count, num_items, None, logprobs)
-        value, table, sums = PreferenceFunction.apply(logprobs, None, tokens, given, preset.params(reduction), count)
+        value, table, sums = PreferenceFunction.apply(
+            logprobs, None, tokens, given, preset.params(reduction), count
+        )
     else:  # delta needs all sums before the first loss
         sums = PairSumsFunction.apply(logprobs, None, tokens, preset.params(), count)
         seen = sums.detach().sum(1, keepdim=True)
@@ -194,7 +226,10 @@ def unpaired_loss(
         given = pair_tensors(preset, tensors, count, num_items, None, logprobs)
         value, table = PreferenceFromSumsFunction.apply(sums, given, preset.params(reduction))
     # Of a pair's two rewards and sums the empty side's are 0.
-    rewards, totals = table[:, TAB_REWARD_CHOSEN] + table[:, TAB_REWARD_REJECTED], sums.detach()[:, :, SUM_POLICY].sum(-1)
+    rewards, totals = (
+        table[:, TAB_REWARD_CHOSEN] + table[:, TAB_REWARD_REJECTED],
+        sums.detach()[:, :, SUM_POLICY].sum(-1),
+    )
     return UnpairedOutput(value, rewards, totals, desirable, table[:, TAB_VALID] > 0, anchor)
 
 
@@ -233,7 +268,11 @@ def _dro(sums: Tensor, desirable: Tensor, num_items: Any, reduction: str, *, rew
     """A squared residual of three numbers per response: plain PyTorch over the sums, which carry the gradient
     to the tokens."""
     valid = sums.detach()[:, 0, SUM_LENGTH] > 0
-    items = valid.sum(dtype=sums.dtype).clamp(min=1.0) if num_items is None else global_count("num_items", num_items, sums)
+    items = (
+        valid.sum(dtype=sums.dtype).clamp(min=1.0)
+        if num_items is None
+        else global_count("num_items", num_items, sums)
+    )
     check_number("tau", tau, above=0.0)
     if not isinstance(rescale, bool):
         raise TypeError(f"rescale must be True or False, got {rescale!r}")
@@ -249,4 +288,11 @@ def _dro(sums: Tensor, desirable: Tensor, num_items: Any, reduction: str, *, rew
     each = 0.5 * residual * residual
     value = each if reduction == "none" else each.sum() if reduction == "sum" else each.sum() / items
     detached = sums.detach()
-    return UnpairedOutput(value, tau * detached[:, 0, SUM_RATIO], detached[:, 0, SUM_POLICY], desirable, valid, detached.new_zeros(()))
+    return UnpairedOutput(
+        value,
+        tau * detached[:, 0, SUM_RATIO],
+        detached[:, 0, SUM_POLICY],
+        desirable,
+        valid,
+        detached.new_zeros(()),
+    )

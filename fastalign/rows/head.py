@@ -116,7 +116,9 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif _widens(a.device, a.dtype) and out.dtype == torch.float32:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(
+            a, b, out_dtype=out.dtype, out=out
+        )
     else:
         product(out, a.to(out.dtype), b.to(out.dtype), add)
 
@@ -140,7 +142,12 @@ def bring_back(head: Head, grad: Tensor, first: int, x: Tensor, into: Tile) -> N
         small = grad.to(multiply_type(head))
         if into.hidden is not None:
             for begin, stop, weight in parts(head, first, end):
-                product(into.hidden, small[:, begin - first : stop - first], weight, add=into.add_hidden or begin > first)
+                product(
+                    into.hidden,
+                    small[:, begin - first : stop - first],
+                    weight,
+                    add=into.add_hidden or begin > first,
+                )
         if into.weight is not None:
             product(into.weight, small.t(), x, add=into.add_weight)
         if into.bias is not None:
@@ -150,8 +157,8 @@ def bring_back(head: Head, grad: Tensor, first: int, x: Tensor, into: Tile) -> N
 
 class Tile(NamedTuple):
     """Where the gradient of a tile of logits goes, in the accumulation type; None: not asked for. hidden
-    [rows, H] of its rows, weight [v, H] and bias [v] of its part of the vocabulary; added to what is there, or
-    written over it."""
+    [rows, H] of its rows, weight [v, H] and bias [v] of its part of the vocabulary; added to what is there,
+    or written over it."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -162,8 +169,8 @@ class Tile(NamedTuple):
 
 @contextlib.contextmanager
 def exact_products(head: Head) -> Iterator[None]:
-    """Products of the operands as they are: autocast does not round them again, and fp32 ones are fp32 products, or
-    TF32 ones where that was asked for, whatever the process has set."""
+    """Products of the operands as they are: autocast does not round them again, and fp32 ones are fp32
+    products, or TF32 ones where that was asked for, whatever the process has set."""
     device = head.weight.device.type
     if device not in _WITH_PRODUCTS or torch.compiler.is_compiling():  # a graph's products are the compiler's
         yield

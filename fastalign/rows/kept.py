@@ -35,7 +35,9 @@ def outside(name: str, indices: Tensor, real: Tensor, row: Tensor, vocab: int) -
     if values_are_here(indices) and bool(wrong.any()):
         where = tuple(wrong.nonzero()[0].tolist())
         number = int(row.expand_as(indices)[where])
-        raise IndexError(f"{name} of row {number} holds {int(indices[where])}; legal: [0, {vocab}), and -1 for no token")
+        raise IndexError(
+            f"{name} of row {number} holds {int(indices[where])}; legal: [0, {vocab}), and -1 for no token"
+        )
     return wrong
 
 
@@ -54,7 +56,9 @@ class SupportRows(NamedTuple):
         if self.missing is None:
             return named
         fill = {**dict.fromkeys(PER_LABEL, float("-inf")), "is_top1": 0.0}
-        return {name: x.masked_fill(self.missing, fill[name]) if name in fill else x for name, x in named.items()}
+        return {
+            name: x.masked_fill(self.missing, fill[name]) if name in fill else x for name, x in named.items()
+        }
 
 
 def support_rows(support: Any, logits: Tensor, ref_logits: Tensor | None, spec: RowSpec) -> SupportRows:
@@ -63,7 +67,9 @@ def support_rows(support: Any, logits: Tensor, ref_logits: Tensor | None, spec: 
     if not support.shape[-1]:
         raise ValueError(f"support has shape {tuple(support.shape)}; legal: K >= 1, -1 for no token")
     if "mean_logit" in spec.outputs:
-        raise ValueError("outputs has mean_logit, the mean over the vocabulary; with a support legal are all others")
+        raise ValueError(
+            "outputs has mean_logit, the mean over the vocabulary; with a support legal are all others"
+        )
     if values_are_here(logits):
         check_row_values(spec.rows(logits))
     width, vocab, options = support.shape[-1], spec.vocab, spec.options
@@ -72,7 +78,9 @@ def support_rows(support: Any, logits: Tensor, ref_logits: Tensor | None, spec: 
     real = indices != NO_TOKEN
     real = real if scored is None else real & scored.unsqueeze(-1)
     row = torch.arange(indices.shape[0], device=indices.device).unsqueeze(-1)
-    wrong = outside("support", indices, real, row, vocab).any(-1, keepdim=True)  # NaN where that cannot be an error
+    wrong = outside("support", indices, real, row, vocab).any(
+        -1, keepdim=True
+    )  # NaN where that cannot be an error
     tokens = indices.masked_fill(~real, vocab).sort(-1).values
     blank = tokens == vocab
     blank[:, 1:] |= tokens[:, 1:] == tokens[:, :-1]
@@ -104,5 +112,7 @@ def _positions(tokens: Tensor, spec: RowSpec, settled: Tensor) -> tuple[Tensor, 
     place = torch.searchsorted(tokens, labels).clamp(max=width - 1)
     ignored, wrong = labels == spec.options.ignore_index, (labels < 0) | (labels >= spec.vocab)
     missing = (tokens.gather(-1, place) != labels) & ~(ignored | wrong | settled)
-    place = place.masked_fill(missing, 0).masked_fill(wrong, width).masked_fill(ignored, -1)  # width: NaN on a device
+    place = (
+        place.masked_fill(missing, 0).masked_fill(wrong, width).masked_fill(ignored, -1)
+    )  # width: NaN on a device
     return place, missing.view(spec.label_shape)

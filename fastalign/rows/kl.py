@@ -43,7 +43,9 @@ def token_kl(
     """
     check_choice("direction", direction, tuple(DIRECTIONS))
     name = DIRECTIONS[direction]
-    return getattr(token_stats(logits, ref_logits=ref_logits, outputs=(name,), mask=mask, temperature=temperature), name)
+    return getattr(
+        token_stats(logits, ref_logits=ref_logits, outputs=(name,), mask=mask, temperature=temperature), name
+    )
 
 
 @copies_without_graph

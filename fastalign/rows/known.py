@@ -1,5 +1,5 @@
-"""The fused head where a loss is known as soon as some rows' statistics are: logits, loss and gradient of a chunk
-follow each other while its logits are there, so nothing is multiplied twice."""
+"""The fused head where a loss is known as soon as some rows' statistics are: logits, loss and gradient of a
+chunk follow each other while its logits are there, so nothing is multiplied twice."""
 
 from __future__ import annotations
 
@@ -46,9 +46,14 @@ class KnownLossFunction(Function):
     def forward(ctx, hidden, weight, bias, call: Call, loss: KnownLoss):
         call = call._replace(hidden=hidden, weight=weight, bias=bias)
         most = max((c.rows.stop - c.rows.start for c in loss.chunks), default=0)
-        into = Gradients(call, *ctx.needs_input_grad[:3], several=len(loss.chunks) > 1 or most > call.plan.rows)
+        into = Gradients(
+            call, *ctx.needs_input_grad[:3], several=len(loss.chunks) > 1 or most > call.plan.rows
+        )
         work = Workspace(call, call.plan.rows, call.plan.vocab)
-        found = {name: torch.zeros(hidden.shape[0], dtype=call.precision.acc, device=hidden.device) for name in call.outputs}
+        found = {
+            name: torch.zeros(hidden.shape[0], dtype=call.precision.acc, device=hidden.device)
+            for name in call.outputs
+        }
         for chunk in loss.chunks:
             _chunk(call, chunk, loss.part, work, found, into)
         gradients = into.results()
@@ -59,7 +64,9 @@ class KnownLossFunction(Function):
     @staticmethod
     def backward(ctx, g_loss):
         if ctx.spent:
-            raise RuntimeError(f"{KnownLossFunction.names} can be differentiated once: the gradients made in forward have been handed out")
+            raise RuntimeError(
+                f"{KnownLossFunction.names} can be differentiated once: the gradients made in forward have been handed out"
+            )
         ctx.spent = True
         return tuple(None if g is None else _times(g, g_loss) for g in ctx.saved_tensors)
 
@@ -72,22 +79,34 @@ def chunks_of(call: Call, borders: Sequence[int] | None) -> list[Chunk]:
         starts = list(range(0, call.rows, call.plan.rows))
         cuts = [0, *(starts[1:] if call.index is None else call.index[starts[1:]].tolist()), count]
         rows = [*starts, call.rows] if starts else [0, 0]
-        return [Chunk(slice(a, b), slice(r, s), slice(a, b)) for a, b, r, s in zip(cuts, cuts[1:], rows, rows[1:])]
-    walked = borders if call.index is None else torch.searchsorted(call.index, torch.tensor(borders, device=call.index.device)).tolist()
+        return [
+            Chunk(slice(a, b), slice(r, s), slice(a, b)) for a, b, r, s in zip(cuts, cuts[1:], rows, rows[1:])
+        ]
+    walked = (
+        borders
+        if call.index is None
+        else torch.searchsorted(call.index, torch.tensor(borders, device=call.index.device)).tolist()
+    )
     chunks, first = [], 0
     for i in range(1, len(borders)):
         last = i == len(borders) - 1
         if last or walked[i + 1] - walked[first] > call.plan.rows:
-            chunks.append(Chunk(slice(borders[first], borders[i]), slice(walked[first], walked[i]), slice(first, i)))
+            chunks.append(
+                Chunk(slice(borders[first], borders[i]), slice(walked[first], walked[i]), slice(first, i))
+            )
             first = i
     return chunks
 
 
-def _chunk(call: Call, chunk: Chunk, part: Any, work: Workspace, found: dict[str, Tensor], into: Gradients) -> None:
+def _chunk(
+    call: Call, chunk: Chunk, part: Any, work: Workspace, found: dict[str, Tensor], into: Gradients
+) -> None:
     """One chunk's statistics into `found`, its gradients into `into`."""
     first, end = chunk.rows.start, chunk.rows.stop
     fits = end - first <= call.plan.rows
-    blocks = [walk.block_of(call, slice(a, min(a + call.plan.rows, end))) for a in range(first, end, call.plan.rows)]
+    blocks = [
+        walk.block_of(call, slice(a, min(a + call.plan.rows, end))) for a in range(first, end, call.plan.rows)
+    ]
     states, logits = [], None
     for block in blocks:
         rows = work.rows(call, block, 0, call.plan.vocab)
@@ -125,7 +144,9 @@ def _at(slopes: dict[str, Tensor], places: Any, start: int) -> RowGradients:
     """The slopes of some rows, by their places among all of them; the slopes begin at `start`."""
     own = slice(places.start - start, places.stop - start) if isinstance(places, slice) else places - start
     found = {name: g[own].contiguous() for name, g in slopes.items()}
-    return RowGradients(**{f"g_{name}": g.unsqueeze(-1) if name in PER_LABEL else g for name, g in found.items()})
+    return RowGradients(
+        **{f"g_{name}": g.unsqueeze(-1) if name in PER_LABEL else g for name, g in found.items()}
+    )
 
 
 def _times(grad: Tensor, scale: Tensor) -> Tensor:

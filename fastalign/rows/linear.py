@@ -1,5 +1,5 @@
-"""Statistics of vocabulary rows from hidden states and the LM head's weight: what `token_stats` gives from logits,
-without the logits."""
+"""Statistics of vocabulary rows from hidden states and the LM head's weight: what `token_stats` gives from
+logits, without the logits."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def linear_token_stats(
             gradient, where sequences begin. Then rows that are masked, whose labels are all ignored or whose
             upstream gradients are 0 are not multiplied, and losses over sequences are chunked by them. None:
             on the CPU, where reading costs nothing; True: on CUDA too, one synchronisation for each.
-        tp_group: the ranks that share the vocabulary, in equal parts and their order: weight, bias, ref_weight
-            and ref_bias are this rank's part, all else is the same on every rank. Row states travel, 14
-            numbers per row, and the gradient of hidden is summed over the ranks. Results have the same bits on
-            every rank; with batch_invariant also on 1, 2 and 4 ranks.
+        tp_group: the ranks that share the vocabulary, in equal parts and their order: weight, bias,
+            ref_weight and ref_bias are this rank's part, all else is the same on every rank. Row states
+            travel, 14 numbers per row, and the gradient of hidden is summed over the ranks. Results have the
+            same bits on every rank; with batch_invariant also on 1, 2 and 4 ranks.
 
     Returns:
         TokenStats, as `token_stats` of the logits: differentiable in hidden, weight and bias. Gradients of
@@ -92,18 +92,31 @@ def linear_token_stats(
         ValueError, TypeError, IndexError: as `token_stats`.
     """
     options = HeadOptions(
-        temperature, logit_scale, softcap, ignore_index, head_precision, workspace_bytes, batch_invariant, host_counts, tp_group
+        temperature,
+        logit_scale,
+        softcap,
+        ignore_index,
+        head_precision,
+        workspace_bytes,
+        batch_invariant,
+        host_counts,
+        tp_group,
     )
-    head = linear_head(hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), labels, mask, outputs, options)
+    head = linear_head(
+        hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), labels, mask, outputs, options
+    )
     return head.stats(differentiable)
 
 
 def explain_plan(hidden: Tensor, weight: Tensor, labels: Tensor | None = None, **arguments: Any) -> str:
-    """What `explain` says about a call of `linear_token_stats`: how it is walked, its products and its bytes."""
+    """What `explain` says about a call of `linear_token_stats`: how it is walked, its products and its
+    bytes."""
     options, tensors = split_options(arguments)
     names = tuple(tensors.pop("outputs", ("logprob",)))
     wanted = tensors.pop("differentiable", None)
-    parts = {name: tensors.pop(name, None) for name in ("bias", "ref_hidden", "ref_weight", "ref_bias", "mask")}
+    parts = {
+        name: tensors.pop(name, None) for name in ("bias", "ref_hidden", "ref_weight", "ref_bias", "mask")
+    }
     if tensors:
         raise TypeError(f"linear_token_stats has no argument {', '.join(tensors)}")
     ref = (parts["ref_hidden"], parts["ref_weight"], parts["ref_bias"])
@@ -116,7 +129,9 @@ PLANS.update(dict.fromkeys(("linear_token_stats", "linear_token_logprobs"), expl
 PUBLIC.update(dict.fromkeys(PLANS, "token_stats_fwd"))
 
 
-def linear_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any) -> Tensor:
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any
+) -> Tensor:
     """log softmax(z)[label] per row, z = hidden weight^T + bias: `linear_token_stats(...).logprob`. Same arguments,
     shapes, dtypes and errors."""
     if "outputs" in options:
@@ -159,8 +174,8 @@ class LinearHead(NamedTuple):
     options: HeadOptions
 
     def call(self, differentiable: tuple[str, ...], known: bool = False) -> tuple[RowSpec, Call]:
-        """Checked: what its rows are, and how they are walked. known: by a loss that is known between logits and
-        gradient, if that can be."""
+        """Checked: what its rows are, and how they are walked. known: by a loss that is known between logits
+        and gradient, if that can be."""
         hidden, weight, bias, options = self.hidden, self.weight, self.bias, self.options
         check_hidden(hidden, weight, bias)
         ref_hidden, ref_weight, ref_bias = self._ref()
@@ -179,11 +194,18 @@ class LinearHead(NamedTuple):
         if ref_hidden is not None:
             ref_hidden = ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
             ref_weight, ref_bias = ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
-            ref_precision = precision_of(ref_hidden, ref_weight, options.head_precision)._replace(logits=precision.logits)
+            ref_precision = precision_of(ref_hidden, ref_weight, options.head_precision)._replace(
+                logits=precision.logits
+            )
         hidden = hidden.reshape(-1, hidden.shape[-1])
         scored = scored_rows(spec)
         index = numbers_of(scored) if self.counts() else None
-        work = _work(self, hidden.shape[0] if index is None else index.shape[0], differentiable, 1 if ref_hidden is None else 2)
+        work = _work(
+            self,
+            hidden.shape[0] if index is None else index.shape[0],
+            differentiable,
+            1 if ref_hidden is None else 2,
+        )
         call = Call(
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias, spec.labels, None if self.counts() else scored, index, spec.temperature,
             precision, ref_precision, spec.options, spec.outputs, differentiable, make_plan(work, workspace_budget(options.workspace_bytes), known),
@@ -194,24 +216,32 @@ class LinearHead(NamedTuple):
     def counts(self) -> bool:
         """Whether numbers may be read from the device."""
         asked = self.options.host_counts
-        return not torch.compiler.is_compiling() and (values_are_here(self.hidden) if asked is None else asked)
+        return not torch.compiler.is_compiling() and (
+            values_are_here(self.hidden) if asked is None else asked
+        )
 
     def stats(self, differentiable: tuple[str, ...] | None = None) -> TokenStats:
         """Composed: the rows first, then a loss by itself."""
         spec, call = self.call(_differentiable(differentiable, self.outputs))
-        return TokenStats(**spec.named(LinearTokenStatsFunction.apply(call.hidden, self.weight, self.bias, call)))
+        return TokenStats(
+            **spec.named(LinearTokenStatsFunction.apply(call.hidden, self.weight, self.bias, call))
+        )
 
     def known_call(self, differentiable: tuple[str, ...] | None = None) -> Call | None:
-        """The call of a loss that is known between logits and gradient; None where nothing needs a gradient, or other plans
-        are better."""
-        _, call = self.call(_differentiable(differentiable, self.outputs), known=not torch.compiler.is_compiling())
+        """The call of a loss that is known between logits and gradient; None where nothing needs a gradient,
+        or other plans are better."""
+        _, call = self.call(
+            _differentiable(differentiable, self.outputs), known=not torch.compiler.is_compiling()
+        )
         return call if call.plan.kind == "known" else None
 
     def _ref(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         hidden, weight, bias = self.ref_hidden, self.ref_weight, self.ref_bias
         if hidden is None:
             if weight is not None or bias is not None:
-                raise ValueError("ref_weight and ref_bias need ref_hidden, the hidden states that they are multiplied with")
+                raise ValueError(
+                    "ref_weight and ref_bias need ref_hidden, the hidden states that they are multiplied with"
+                )
             return None, None, None
         if weight is None:
             if bias is not None:
@@ -220,9 +250,13 @@ class LinearHead(NamedTuple):
         check_hidden(hidden, weight, bias, ("ref_hidden", "ref_weight", "ref_bias"))
         check_same_device("ref_hidden", hidden, "hidden", self.hidden)
         if hidden.shape[:-1] != self.hidden.shape[:-1]:
-            raise ValueError(f"ref_hidden has shape {tuple(hidden.shape)}; legal here: {(*self.hidden.shape[:-1], 'any width')}")
+            raise ValueError(
+                f"ref_hidden has shape {tuple(hidden.shape)}; legal here: {(*self.hidden.shape[:-1], 'any width')}"
+            )
         if weight.shape[0] != self.weight.shape[0]:
-            raise ValueError(f"ref_weight has a vocabulary of {weight.shape[0]}; legal here: that of weight, {self.weight.shape[0]}")
+            raise ValueError(
+                f"ref_weight has a vocabulary of {weight.shape[0]}; legal here: that of weight, {self.weight.shape[0]}"
+            )
         return hidden, weight, bias
 
 
@@ -236,14 +270,20 @@ def linear_head(
     outputs: Sequence[str],
     options: HeadOptions,
 ) -> LinearHead:
-    """The rows of a call; weights whose shards lie on several ranks are gathered here. ref: its hidden, weight, bias."""
+    """The rows of a call; weights whose shards lie on several ranks are gathered here. ref: its hidden,
+    weight, bias."""
     if isinstance(outputs, str):
         raise TypeError(f'outputs must be a sequence of names, not a string; write outputs=("{outputs}",)')
     group = options.tp_group
-    hidden, ref_hidden = vocab_parallel.own_rows("hidden", hidden), vocab_parallel.own_rows("ref_hidden", ref[0])
+    hidden, ref_hidden = (
+        vocab_parallel.own_rows("hidden", hidden),
+        vocab_parallel.own_rows("ref_hidden", ref[0]),
+    )
     given = (("weight", weight), ("bias", bias), ("ref_weight", ref[1]), ("ref_bias", ref[2]))
     weight, bias, ref_weight, ref_bias = (vocab_parallel.whole_weight(name, x, group) for name, x in given)
-    return LinearHead(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, mask, tuple(outputs), options)
+    return LinearHead(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, mask, tuple(outputs), options
+    )
 
 
 def _work(head: LinearHead, rows: int, differentiable: tuple[str, ...], towers: int) -> Work:
@@ -276,7 +316,9 @@ def numbers_of(scored: Tensor | None) -> Tensor | None:
     return None if index.shape[0] == scored.shape[0] else index
 
 
-def check_hidden(hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str] = ("hidden", "weight", "bias")) -> None:
+def check_hidden(
+    hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str] = ("hidden", "weight", "bias")
+) -> None:
     """Shapes, types and devices of one head."""
     h, w, b = names
     check_floating(h, hidden)
@@ -304,5 +346,7 @@ def _differentiable(names: Sequence[str] | None, outputs: Sequence[str]) -> tupl
     if names is None:
         return tuple(legal)
     if isinstance(names, str) or any(name not in legal for name in names):
-        raise ValueError(f"differentiable={names!r}: legal are sequences of these names: {', '.join(legal) or 'none here'}")
+        raise ValueError(
+            f"differentiable={names!r}: legal are sequences of these names: {', '.join(legal) or 'none here'}"
+        )
     return tuple(name for name in legal if name in names)

@@ -28,11 +28,11 @@ def linear_token_kl_loss(
     mask: Tensor | None = None,
     **options: Any,
 ) -> TokenKLLoss:
-    """sum over rows of coef * KL between p = softmax(hidden weight^T + bias) and q, the same of the reference (or the
-    teacher, whose width may be another): `token_kl_loss` without any logits.
+    """sum over rows of coef * KL between p = softmax(hidden weight^T + bias) and q, the same of the reference
+    (or the teacher, whose width may be another): `token_kl_loss` without any logits.
 
-    Both rows' logits exist a chunk at a time, and the gradient of hidden, weight and bias is made with them: 4
-    products (two towers forward, two back) where recomputing takes 6.
+    Both rows' logits exist a chunk at a time, and the gradient of hidden, weight and bias is made with them:
+    4 products (two towers forward, two back) where recomputing takes 6.
 
     Args:
         hidden (..., H), weight [V, H], bias [V]; ref_hidden (..., H'), ref_weight [V, H'] (None: the policy's
@@ -52,8 +52,12 @@ def linear_token_kl_loss(
     name = DIRECTIONS[direction]
     head_options, unknown = split_options(options)
     if unknown:
-        raise TypeError(f"linear_token_kl_loss has no option {', '.join(unknown)}; legal: {', '.join(head_options._fields)}")
-    head = linear_head(hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), None, mask, (name,), head_options)
+        raise TypeError(
+            f"linear_token_kl_loss has no option {', '.join(unknown)}; legal: {', '.join(head_options._fields)}"
+        )
+    head = linear_head(
+        hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), None, mask, (name,), head_options
+    )
     spec, call = head.call((name,), known=not torch.compiler.is_compiling())
     weights = row_coefficients(coef, spec.shape, hidden, call.precision.acc)
 
@@ -71,5 +75,7 @@ def linear_token_kl_loss(
         seen.append(getattr(stats, name))
         return part(everything, stats)
 
-    loss = KnownLossFunction.apply(call.hidden, head.weight, head.bias, call, KnownLoss(chunks_of(call, None), part, whole))
+    loss = KnownLossFunction.apply(
+        call.hidden, head.weight, head.bias, call, KnownLoss(chunks_of(call, None), part, whole)
+    )
     return TokenKLLoss(loss, seen[0].view(spec.shape))

@@ -43,7 +43,9 @@ class LinearTokenStatsFunction(Function):
         ctx.rest, ctx.spent = call[TENSORS:], False
         ctx.set_materialize_grads(False)
         results = [_on_all_rows(call, name, result) for name, result in zip(OUTPUT_BITS, results)]
-        ctx.mark_non_differentiable(*(r for name, r in zip(OUTPUT_BITS, results) if name not in call.differentiable))
+        ctx.mark_non_differentiable(
+            *(r for name, r in zip(OUTPUT_BITS, results) if name not in call.differentiable)
+        )
         return tuple(results)
 
     @staticmethod
@@ -70,7 +72,9 @@ def _through_tiles(call: Call) -> tuple[list[Tensor], Tensor]:
     """Row states over tiles: the workspace grows neither with the rows nor with the vocabulary."""
     work = Workspace(call, call.plan.rows, call.plan.vocab)
     parts = [walk.push(call, block, work) for block in walk.blocks(call, call.plan.rows)]
-    return _joined(call, [results for results, _ in parts]), _joined_states(call, [state for _, state in parts])
+    return _joined(call, [results for results, _ in parts]), _joined_states(
+        call, [state for _, state in parts]
+    )
 
 
 def _with_logits(call: Call) -> tuple[list[Tensor], Tensor, list[Tensor]]:
@@ -82,8 +86,8 @@ def _with_logits(call: Call) -> tuple[list[Tensor], Tensor, list[Tensor]]:
 
 
 def _with_slopes(call: Call) -> tuple[list[Tensor], Tensor]:
-    """Results, and d output / d hidden [rows, H] for the one differentiable output: its gradient is that times
-    a number per row."""
+    """Results, and d output / d hidden [rows, H] for the one differentiable output: its gradient is that
+    times a number per row."""
     work = Workspace(call, call.plan.rows, call.plan.vocab)
     (name,) = call.differentiable
     shape = (call.rows, 1) if name in PER_LABEL else (call.rows,)
@@ -109,7 +113,11 @@ def _joined(call: Call, parts: list[Any]) -> list[Tensor]:
 
 
 def _joined_states(call: Call, parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, STATE_WIDTH, dtype=call.precision.acc, device=call.hidden.device)
+    return (
+        torch.cat(parts)
+        if parts
+        else torch.empty(0, STATE_WIDTH, dtype=call.precision.acc, device=call.hidden.device)
+    )
 
 
 def _on_all_rows(call: Call, name: str, result: Tensor) -> Tensor:
@@ -132,7 +140,9 @@ def _on_walked_rows(call: Call, grads: Sequence[Tensor | None]) -> RowGradients:
     upstream = {}
     for name in DIFFERENTIABLE:
         g = given[name]
-        upstream[f"g_{name}"] = None if g is None or name not in call.outputs else walk.picked(g, call.index).contiguous()
+        upstream[f"g_{name}"] = (
+            None if g is None or name not in call.outputs else walk.picked(g, call.index).contiguous()
+        )
     return RowGradients(**upstream)
 
 
@@ -145,10 +155,14 @@ def _scaled(call: Call, slopes: Tensor, upstream: RowGradients) -> Tensor:
     rows = torch.where(g == 0, 0.0, slopes * g).to(call.hidden.dtype)
     if call.index is None:
         return rows
-    return torch.zeros_like(call.hidden, memory_format=torch.contiguous_format).index_copy_(0, call.index, rows)
+    return torch.zeros_like(call.hidden, memory_format=torch.contiguous_format).index_copy_(
+        0, call.index, rows
+    )
 
 
-def _from_tiles(call: Call, state: Tensor, upstream: RowGradients, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _from_tiles(
+    call: Call, state: Tensor, upstream: RowGradients, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     call, state, upstream = _live_rows(call, state, upstream)
     work = Workspace(call, call.plan.rows, call.plan.vocab)
     into = Gradients(call, *needs, several=call.rows > call.plan.rows)
@@ -157,10 +171,16 @@ def _from_tiles(call: Call, state: Tensor, upstream: RowGradients, needs: Sequen
     return into.results()
 
 
-def _from_logits(call: Call, state: Tensor, kept: list[Tensor], upstream: RowGradients, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _from_logits(
+    call: Call, state: Tensor, kept: list[Tensor], upstream: RowGradients, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     block = walk.block_of(call, slice(0, call.rows))
-    logits = kept[0] if overwrite.is_ours_alone(kept[0]) else kept[0].clone()  # saved-tensor hooks may keep what they gave
-    token_stats_bwd_(TokenStatsBwd(block.spec.rows(logits, *kept[1:], start=call.vocab_start), state, upstream))
+    logits = (
+        kept[0] if overwrite.is_ours_alone(kept[0]) else kept[0].clone()
+    )  # saved-tensor hooks may keep what they gave
+    token_stats_bwd_(
+        TokenStatsBwd(block.spec.rows(logits, *kept[1:], start=call.vocab_start), state, upstream)
+    )
     into = Gradients(call, *needs, several=False)
     into.add(block, _pieces(call, logits))
     return into.results()

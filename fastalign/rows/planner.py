@@ -1,5 +1,5 @@
-"""How a call of the fused head walks rows and vocabulary: chosen from what needs a gradient and from the bytes
-that its logits may take."""
+"""How a call of the fused head walks rows and vocabulary: chosen from what needs a gradient and from the
+bytes that its logits may take."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PINNED_ROWS, PINNED_VOCAB, SHARDS = 256, 4096, 4
 
 
 class Plan(NamedTuple):
-    """kind: 'forward' (no gradient), 'keep' (the logits stay for backward), 'frozen' (the gradient of hidden is
-    made at once, backward scales it), 'recompute' (backward multiplies again) or 'known' (the loss is known
-    between the logits and their gradient). rows, vocab: of a tile of logits. gemms: products of the size
-    rows x H x V, both directions together. workspace, buffers: bytes of the tiles, and of what else lives
-    until backward or in it beyond the gradients. why: in words."""
+    """kind: 'forward' (no gradient), 'keep' (the logits stay for backward), 'frozen' (the gradient of hidden
+    is made at once, backward scales it), 'recompute' (backward multiplies again) or 'known' (the loss is
+    known between the logits and their gradient). rows, vocab: of a tile of logits. gemms: products of the
+    size rows x H x V, both directions together. workspace, buffers: bytes of the tiles, and of what else
+    lives until backward or in it beyond the gradients. why: in words."""
 
     kind: str
     rows: int
@@ -54,15 +54,19 @@ class Work(NamedTuple):
 
 
 def make_plan(work: Work, budget: int, known: bool = False) -> Plan:
-    """The plan with the fewest products; of equal ones that which keeps least. known: the loss is known once some
-    rows' logits are."""
+    """The plan with the fewest products; of equal ones that which keeps least. known: the loss is known once
+    some rows' logits are."""
     needs = work.need_hidden + work.need_weight
     if work.pinned:
         return _pinned(work, needs)
     if not needs:
         rows, vocab = _tile(work, budget)
-        return Plan("forward", rows, vocab, work.towers, _bytes(work, rows, vocab), 0, "nothing needs a gradient")
-    whole_rows = max(1, budget // (work.vocab * work.size * work.towers))  # whose logits over all the vocabulary fit
+        return Plan(
+            "forward", rows, vocab, work.towers, _bytes(work, rows, vocab), 0, "nothing needs a gradient"
+        )
+    whole_rows = max(
+        1, budget // (work.vocab * work.size * work.towers)
+    )  # whose logits over all the vocabulary fit
     many = whole_rows >= min(work.rows, MIN_ROWS)
     rows = max(1, min(work.rows, whole_rows))
     if known and many:
@@ -72,7 +76,15 @@ def make_plan(work: Work, budget: int, known: bool = False) -> Plan:
         return Plan("frozen", rows, work.vocab, work.towers + 1, _bytes(work, rows, work.vocab), work.rows * work.hidden * 4,
                     "the weight needs no gradient, and that of hidden is one number per row times what forward can make")  # fmt: skip
     if work.rows <= whole_rows:
-        return Plan("keep", rows, work.vocab, work.towers + needs, _bytes(work, rows, work.vocab), 0, "all logits fit the workspace")
+        return Plan(
+            "keep",
+            rows,
+            work.vocab,
+            work.towers + needs,
+            _bytes(work, rows, work.vocab),
+            0,
+            "all logits fit the workspace",
+        )
     rows, vocab = _tile(work, budget)
     return Plan("recompute", rows, vocab, 2 * work.towers + needs, _bytes(work, rows, vocab), _wide_weight(work, rows),
                 f"all logits would take {_mib(work.rows * work.vocab * work.size * work.towers)}")  # fmt: skip
@@ -108,7 +120,9 @@ def _bytes(work: Work, rows: int, vocab: int) -> int:
 
 def _wide_weight(work: Work, rows: int) -> int:
     """The gradient of a 16-bit weight is summed in fp32 where several tiles add to it."""
-    return work.vocab * work.hidden * 4 if work.need_weight and work.weight_size < 4 and rows < work.rows else 0
+    return (
+        work.vocab * work.hidden * 4 if work.need_weight and work.weight_size < 4 and rows < work.rows else 0
+    )
 
 
 def _mib(size: int) -> str:

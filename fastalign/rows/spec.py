@@ -1,5 +1,5 @@
-"""What every function of vocabulary rows takes, checked once and brought into the form of the ops. The checks need
-no logits in hand: rows that come from hidden states and a weight are told by their shape."""
+"""What every function of vocabulary rows takes, checked once and brought into the form of the ops. The checks
+need no logits in hand: rows that come from hidden states and a weight are told by their shape."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ class RowSpec(NamedTuple):
 
     def rows(self, logits: Tensor, ref_logits: Tensor | None = None, start: int = 0) -> Rows:
         """These rows' columns from `start` on, as the ops take them."""
-        return Rows(logits, ref_logits, self.labels, self.mask, self.temperature, *self.options, start, self.vocab)
+        return Rows(
+            logits, ref_logits, self.labels, self.mask, self.temperature, *self.options, start, self.vocab
+        )
 
     def finishing(self, state: Tensor, target: Tensor) -> RowStatesFinish:
         """The arguments that finish these rows' states. target: empty without labels."""
@@ -92,9 +94,9 @@ def row_spec(
     softcap: Any = None,
     ignore_index: Any = -100,
 ) -> RowSpec:
-    """Check what a call says about rows of `shape` (the leading dims) over `vocab` tokens, whose logits have `dtype`
-    and lie where `like` does, the argument called `of`. outputs: names, or None where the function has none to choose;
-    with_ref: whether the reference's rows come too.
+    """Check what a call says about rows of `shape` (the leading dims) over `vocab` tokens, whose logits have
+    `dtype` and lie where `like` does, the argument called `of`. outputs: names, or None where the function
+    has none to choose; with_ref: whether the reference's rows come too.
 
     Raises:
         ValueError, TypeError: as `token_stats` says, without a look at a tensor's values.
@@ -102,7 +104,9 @@ def row_spec(
     if outputs is not None:
         _check_outputs(outputs, labels is not None, with_ref, of)
     if not 1 <= vocab < MAX_VOCAB:
-        gone = " (an in-place gradient was written over these logits)" if vocab == 0 and of == "logits" else ""
+        gone = (
+            " (an in-place gradient was written over these logits)" if vocab == 0 and of == "logits" else ""
+        )
         raise ValueError(f"{of} has a vocabulary of {vocab}{gone}; legal: 1 to {MAX_VOCAB - 1}")
     rows = math.prod(shape)
     label_shape: tuple[int, ...] = ()
@@ -115,7 +119,9 @@ def row_spec(
         elif labels.dim() == len(shape) + 1 and label_shape[: len(shape)] == shape and labels.shape[-1]:
             labels = labels.reshape(rows, labels.shape[-1])
         else:
-            raise ValueError(f"labels has shape {label_shape}; legal for these {of}: {shape} or {(*shape, 'K')}, K >= 1")
+            raise ValueError(
+                f"labels has shape {label_shape}; legal for these {of}: {shape} or {(*shape, 'K')}, K >= 1"
+            )
         labels = labels.to(torch.int64).contiguous()
     if mask is not None:
         check_shape("mask", mask, shape)
@@ -141,7 +147,9 @@ def _check_outputs(outputs: Any, with_labels: bool, with_ref: bool, of: str) -> 
         raise TypeError(f'outputs must be a sequence of names, not a string; write outputs=("{outputs}",)')
     unknown = [name for name in outputs if name not in OUTPUT_BITS]
     if unknown or not outputs:
-        raise ValueError(f"outputs={tuple(outputs)!r}: unknown or empty; legal names: {', '.join(OUTPUT_BITS)}")
+        raise ValueError(
+            f"outputs={tuple(outputs)!r}: unknown or empty; legal names: {', '.join(OUTPUT_BITS)}"
+        )
     if not with_labels and (need := [name for name in outputs if name in NEED_LABELS]):
         raise ValueError(f"labels is required for outputs {', '.join(need)}")
     if not with_ref and (need := [name for name in outputs if name in NEED_REF]):
@@ -161,7 +169,9 @@ def check_ref(ref_logits: Any, logits: Tensor) -> Tensor:
     """Validate; returns it detached and with a collapsible layout."""
     check_shape("ref_logits", ref_logits, tuple(logits.shape))
     if ref_logits.dtype != logits.dtype:
-        raise TypeError(f"ref_logits is {ref_logits.dtype} but logits is {logits.dtype}; they must have the same dtype")
+        raise TypeError(
+            f"ref_logits is {ref_logits.dtype} but logits is {logits.dtype}; they must have the same dtype"
+        )
     check_same_device("ref_logits", ref_logits, "logits", logits)
     ref_logits = ref_logits.detach()
     return ref_logits.contiguous() if ffi.row_layout(ref_logits) is None else ref_logits
@@ -176,7 +186,9 @@ def _row_options(dtype, like, of, temperature, logit_scale, softcap, ignore_inde
     tensor = None
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
-            raise ValueError(f"temperature must be a number or a tensor of one element, got shape {tuple(temperature.shape)}")
+            raise ValueError(
+                f"temperature must be a number or a tensor of one element, got shape {tuple(temperature.shape)}"
+            )
         check_same_device("temperature", temperature, of, like)
         tensor = temperature.detach().reshape(()).to(ffi.acc_dtype(dtype))
         temperature = 1.0
@@ -187,7 +199,11 @@ def _row_options(dtype, like, of, temperature, logit_scale, softcap, ignore_inde
     else:
         options = RowOptions(LOG2E * softcap, logit_scale / softcap, float(temperature), ignore_index)
     factor, cap_scale, divisor, _ = options
-    held = FP32_LOW <= factor < FP32_HIGH and FP32_LOW <= divisor < FP32_HIGH and FP32_LOW <= factor / divisor < FP32_HIGH
+    held = (
+        FP32_LOW <= factor < FP32_HIGH
+        and FP32_LOW <= divisor < FP32_HIGH
+        and FP32_LOW <= factor / divisor < FP32_HIGH
+    )
     if not (held and (softcap is None or FP32_LOW <= cap_scale < FP32_HIGH)) and dtype != torch.float64:
         raise ValueError(
             f"temperature={temperature!r}, logit_scale={logit_scale!r}, softcap={softcap!r}: legal are numbers and ratios of them that fp32 "

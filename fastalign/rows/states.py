@@ -1,6 +1,6 @@
-"""Rows whose logits come in parts of the vocabulary, one after another or on several ranks: the four verbs of the row
-state. Push each part by itself, merge the states, finish them; then pull each part's gradient out of the finished
-ones.
+"""Rows whose logits come in parts of the vocabulary, one after another or on several ranks: the four verbs of
+the row state. Push each part by itself, merge the states, finish them; then pull each part's gradient out of
+the finished ones.
 
     parts = [push(spec, logits[..., a:b], start=a) for a, b in pieces]
     states = merge(parts)
@@ -29,20 +29,24 @@ from fastalign.rows.spec import RowSpec
 
 
 class RowStates(NamedTuple):
-    """state: [rows, STATE_WIDTH], the monoid of docs/mathematics.md. target: the labels' logits, [rows, K], with
-    reference logits [2 rows, K] (the policy's, then the reference's); -inf where the part does not hold the label;
-    empty(0) without labels. Both fp32 (fp64 for fp64 logits). A row that is not scored has the empty state and targets of -inf."""
+    """state: [rows, STATE_WIDTH], the monoid of docs/mathematics.md. target: the labels' logits, [rows, K],
+    with reference logits [2 rows, K] (the policy's, then the reference's); -inf where the part does not hold
+    the label; empty(0) without labels. Both fp32 (fp64 for fp64 logits). A row that is not scored has the
+    empty state and targets of -inf."""
 
     state: Tensor
     target: Tensor
 
 
 def push(spec: RowSpec, logits: Tensor, ref_logits: Tensor | None = None, *, start: int = 0) -> RowStates:
-    """The states of columns [start, start + V') of the rows, by themselves. They hold what `spec.outputs` need.
+    """The states of columns [start, start + V') of the rows, by themselves. They hold what `spec.outputs`
+    need.
 
-    logits, ref_logits: [..., V'], rows in the order of the spec; strides free but for a contiguous last dim and
-    leading dims that collapse to two."""
-    *_, state, target = token_stats_fwd(TokenStatsFwd(spec.rows(logits, ref_logits, start), spec.bits, None, None))
+    logits, ref_logits: [..., V'], rows in the order of the spec; strides free but for a contiguous last dim
+    and leading dims that collapse to two."""
+    *_, state, target = token_stats_fwd(
+        TokenStatsFwd(spec.rows(logits, ref_logits, start), spec.bits, None, None)
+    )
     return RowStates(state, target.flatten(0, 1) if target.dim() > 2 else target)
 
 
@@ -71,9 +75,9 @@ def pull(
     start: int = 0,
     inplace: bool = False,
 ) -> Tensor:
-    """d loss / d logits of columns [start, start + V'), of the logits' shape and dtype: contiguous, or with `inplace`
-    written over the logits. states: of the whole vocabulary. upstream: [rows] (g_logprob [rows, K]) each; the
-    reference is read for the gradients of the KLs only."""
+    """d loss / d logits of columns [start, start + V'), of the logits' shape and dtype: contiguous, or with
+    `inplace` written over the logits. states: of the whole vocabulary. upstream: [rows] (g_logprob [rows, K])
+    each; the reference is read for the gradients of the KLs only."""
     if upstream.g_kl_policy_ref is None and upstream.g_kl_ref_policy is None:
         ref_logits = None
     a = TokenStatsBwd(spec.rows(logits, ref_logits, start), states.state, upstream)

@@ -85,7 +85,8 @@ def token_stats(
         mask: (...) bool, row-aligned; False masks the row. Masked rows give exactly 0 in every output and
             receive exactly 0 gradient, whatever they hold.
         temperature: > 0; a 0-dim tensor for schedules (no recompilation under torch.compile).
-        logit_scale, softcap: > 0; the model head's own transform, applied in the order scale, cap, temperature.
+        logit_scale, softcap: > 0; the model head's own transform, applied in the order scale, cap,
+            temperature.
         inplace_backward: write the gradient over `logits`, which saves one [N, V] allocation. Refused for
             leaves (and views of leaves) and for overlapping memory. `logits` must not be read after backward:
             they are then empty, (..., 0), and whatever still needs them raises. Where another tensor shares
@@ -94,12 +95,12 @@ def token_stats(
             a warning says so once. A slice of logits saves little: autograd's backward of logits[:, :-1]
             allocates all of it again, so shift the labels instead. Under torch.compile the compiler decides
             about buffers and this has no effect.
-        support: (..., K), integers: the tokens that p and q are renormalised over, such as those that a sampler
-            kept after top-k or top-p; -1 for none, so that rows may have fewer than K. Sums and maxima then run
-            over the support: logsumexp is log sum e^z over it, is_top1 compares with the largest logit in it. A
-            label outside its row's support has probability 0: logprob -inf, without gradient, is_top1 0. A token
-            listed twice counts once. A row without a token is masked. mean_logit and inplace_backward are
-            refused. The gradient of logits is 0 outside the support.
+        support: (..., K), integers: the tokens that p and q are renormalised over, such as those that a
+            sampler kept after top-k or top-p; -1 for none, so that rows may have fewer than K. Sums and
+            maxima then run over the support: logsumexp is log sum e^z over it, is_top1 compares with the
+            largest logit in it. A label outside its row's support has probability 0: logprob -inf, without
+            gradient, is_top1 0. A token listed twice counts once. A row without a token is masked. mean_logit
+            and inplace_backward are refused. The gradient of logits is 0 outside the support.
 
     Returns:
         TokenStats; each output (...) (logprob and ref_logprob: the shape of labels), fp32, or fp64 for fp64
@@ -110,9 +111,10 @@ def token_stats(
         gradient of an infinite kl_policy_ref is NaN in that row.
 
     Raises:
-        ValueError, TypeError: on shapes, dtypes, devices, unknown outputs, non-positive temperature, scale or cap.
-        IndexError: label outside [0, V) that is not ignore_index, or token of the support outside [0, V) that is
-            not -1 (CPU; on CUDA that row is NaN, without a synchronisation).
+        ValueError, TypeError: on shapes, dtypes, devices, unknown outputs, non-positive temperature, scale or
+            cap.
+        IndexError: label outside [0, V) that is not ignore_index, or token of the support outside [0, V) that
+            is not -1 (CPU; on CUDA that row is NaN, without a synchronisation).
     """
     logits = check_logits(logits)
     ref_logits = None if ref_logits is None else check_ref(ref_logits, logits)
@@ -128,14 +130,20 @@ def token_stats(
         ref_logits = None
     if support is not None:
         if inplace_backward:
-            raise ValueError("inplace_backward cannot be used with support: only the support's logits get a gradient")
+            raise ValueError(
+                "inplace_backward cannot be used with support: only the support's logits get a gradient"
+            )
         narrow = support_rows(support, logits, ref_logits, spec)
         return TokenStats(**narrow.completed(_named_results(narrow.logits, narrow.ref_logits, narrow.spec)))
     return TokenStats(**_named_results(logits, ref_logits, spec, inplace_backward))
 
 
-def _named_results(logits: Tensor, ref_logits: Tensor | None, spec: RowSpec, inplace_backward: bool = False) -> dict[str, Tensor]:
-    return spec.named(TokenStatsFunction.apply(logits, spec.rows(logits, ref_logits), spec.bits, inplace_backward))
+def _named_results(
+    logits: Tensor, ref_logits: Tensor | None, spec: RowSpec, inplace_backward: bool = False
+) -> dict[str, Tensor]:
+    return spec.named(
+        TokenStatsFunction.apply(logits, spec.rows(logits, ref_logits), spec.bits, inplace_backward)
+    )
 
 
 def token_logprobs(
@@ -148,7 +156,8 @@ def token_logprobs(
     ignore_index: int = -100,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """log softmax(z)[label] per row: `token_stats(...).logprob`. Same arguments, shapes, dtypes and errors."""
+    """log softmax(z)[label] per row: `token_stats(...).logprob`. Same arguments, shapes, dtypes and
+    errors."""
     return token_stats(
         logits, labels, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
         inplace_backward=inplace_backward,
@@ -192,7 +201,11 @@ def selective_log_softmax(
 
 
 def entropy_from_logits(
-    logits: Tensor, chunk_size: int | None = None, *, temperature: float | Tensor = 1.0, dtype: torch.dtype | None = None
+    logits: Tensor,
+    chunk_size: int | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Entropy of softmax(logits / temperature) in nats, -sum p log p: (..., V) -> (...), differentiable.
 

@@ -78,8 +78,8 @@ def logprobs_at(
     Args:
         hidden: (..., H); weight: [V, H]; bias: [V]: as in `linear_token_stats`. DTensors as there.
         indices: (..., K), integers: the support of each row, -1 for no token, so that rows may have fewer
-            than K. Or, with offsets, [n]: the supports of all rows, one after another. A support is a set: a token
-            that its row lists twice counts once, and both entries get its log-prob.
+            than K. Or, with offsets, [n]: the supports of all rows, one after another. A support is a set: a
+            token that its row lists twice counts once, and both entries get its log-prob.
         offsets: [rows + 1], int32 or int64: row t has indices[offsets[t] : offsets[t + 1]].
         labels: (...), integers. A label equal to ignore_index masks its row.
         with_mass: also log_mass, by one product with the whole weight (`linear_token_stats`).
@@ -108,7 +108,9 @@ def logprobs_at(
         wrong = ", ".join(name for name in options if name not in _OPTIONS)
         raise TypeError(f"logprobs_at has no option {wrong}; legal: {', '.join(_OPTIONS)}")
     hidden = vocab_parallel.own_rows("hidden", hidden)
-    weight, bias = (vocab_parallel.whole_weight(n, x, own.tp_group) for n, x in (("weight", weight), ("bias", bias)))
+    weight, bias = (
+        vocab_parallel.whole_weight(n, x, own.tp_group) for n, x in (("weight", weight), ("bias", bias))
+    )
     check_hidden(hidden, weight, bias)
     check_choice("head_precision", own.head_precision, PRECISIONS)
     shape, precision = tuple(hidden.shape[:-1]), precision_of(hidden, weight, own.head_precision)
@@ -125,13 +127,17 @@ def logprobs_at(
     entries = _entries(indices, offsets, spec, hidden, own.host_counts)
     at_once = _at_once(hidden, weight, precision, workspace_budget(own.workspace_bytes))
     share = _share(entries, start, weight.shape[0], own.tp_group)
-    logits = _SupportLogits.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, share, precision, at_once, own.tp_group)
+    logits = _SupportLogits.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, share, precision, at_once, own.tp_group
+    )
     results = _Softmax(logits, entries, spec)
     found = {"logprobs": entries.placed(results.logprobs).to(precision.acc).view(indices.shape)}
     if labels is not None:
         found["label_logprob"] = results.label().to(precision.acc).view(shape)
     if with_mass:
-        whole = linear_token_stats(hidden, weight, bias=bias, outputs=("logsumexp",), mask=results.scored.view(shape), **options).logsumexp
+        whole = linear_token_stats(
+            hidden, weight, bias=bias, outputs=("logsumexp",), mask=results.scored.view(shape), **options
+        ).logsumexp
         excess = results.logsumexp.view(shape) - whole
         found["log_mass"] = (excess - excess.detach().clamp(min=0)).to(precision.acc)
     return SupportLogprobs(**found)
@@ -168,7 +174,12 @@ def _entries(indices: Any, offsets: Any, spec: RowSpec, hidden: Tensor, host_cou
     rows, vocab = hidden.shape[:-1].numel(), spec.vocab
     if offsets is None:
         check_support("indices", indices, spec.shape, hidden, "hidden")
-        row = torch.arange(rows, device=indices.device).unsqueeze(-1).expand(rows, indices.shape[-1]).reshape(-1)
+        row = (
+            torch.arange(rows, device=indices.device)
+            .unsqueeze(-1)
+            .expand(rows, indices.shape[-1])
+            .reshape(-1)
+        )
     else:
         row = _rows_of(indices, offsets, rows, hidden)
     indices = indices.reshape(-1).to(torch.int64)
@@ -182,7 +193,9 @@ def _entries(indices: Any, offsets: Any, spec: RowSpec, hidden: Tensor, host_cou
         if places is not None:
             row, indices, wrong = row[places], indices[places], wrong[places]
     token = indices.clamp(0, vocab - 1)
-    return Entries(row, token, real, None if here else wrong, _twice(row * vocab + token, real), places, total)
+    return Entries(
+        row, token, real, None if here else wrong, _twice(row * vocab + token, real), places, total
+    )
 
 
 def _share(entries: Entries, start: int, vocab: int, group: Any) -> Entries:

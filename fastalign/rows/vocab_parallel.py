@@ -1,5 +1,5 @@
-"""A head whose weight several ranks hold. Parts of the vocabulary stay where they are (`tp_group`): only the states of
-rows travel, 14 numbers a row. Shards of a DTensor are brought together once per direction."""
+"""A head whose weight several ranks hold. Parts of the vocabulary stay where they are (`tp_group`): only the
+states of rows travel, 14 numbers a row. Shards of a DTensor are brought together once per direction."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fastalign.rows.states import RowStates
 
 
 def merge(own: Sequence[RowStates], group: Any) -> RowStates:
-    """The states over all the vocabulary from those of this rank's parts, the same bits on every rank: neighbours
-    first, then neighbours of those, so that 1, 2 or 4 ranks that hold the same parts come to the same sums."""
+    """The states over all the vocabulary from those of this rank's parts, the same bits on every rank:
+    neighbours first, then neighbours of those, so that 1, 2 or 4 ranks that hold the same parts come to the
+    same sums."""
     state = _tree(own)
     return state if group is None else _tree(_from_ranks(state, group))
 
@@ -52,8 +53,9 @@ def place(vocab: int, group: Any) -> tuple[int, int]:
 
 
 def whole_weight(name: str, x: Any, group: Any) -> Any:
-    """A weight or bias that is a DTensor as a tensor: with a vocabulary-parallel group this rank's part, else all of
-    it, gathered from the ranks, among which backward sums its gradient and scatters the shards. Others as they are."""
+    """A weight or bias that is a DTensor as a tensor: with a vocabulary-parallel group this rank's part, else
+    all of it, gathered from the ranks, among which backward sums its gradient and scatters the shards. Others
+    as they are."""
     if not _is_dtensor(x):
         return x
     if any(not (p.is_replicate() or p.is_shard(0)) for p in x.placements):

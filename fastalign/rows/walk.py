@@ -1,5 +1,6 @@
 """The walk of the fused head over tiles of logits: [some rows] x [a part of the vocabulary] at a time, in one
-workspace that every tile is written over. Forward pushes tiles into row states, backward pulls their gradient."""
+workspace that every tile is written over. Forward pushes tiles into row states, backward pulls their
+gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops.token_stats.contract import RowGradients, RowOptions, Rows, TokenStatsBwd, TokenStatsFused, TokenStatsFwd
+from fastalign.ops.token_stats.contract import (
+    RowGradients,
+    RowOptions,
+    Rows,
+    TokenStatsBwd,
+    TokenStatsFused,
+    TokenStatsFwd,
+)
 from fastalign.ops.token_stats.fused import token_stats_fused_
 from fastalign.ops.token_stats.op import row_states_finish, token_stats_bwd_, token_stats_fwd
 from fastalign.rows import vocab_parallel
@@ -59,7 +67,11 @@ class Call(NamedTuple):
 
     @property
     def ref(self) -> Tower | None:
-        return None if self.ref_hidden is None else Tower(self.ref_hidden, Head(self.ref_weight, self.ref_bias, *self.ref_precision))
+        return (
+            None
+            if self.ref_hidden is None
+            else Tower(self.ref_hidden, Head(self.ref_weight, self.ref_bias, *self.ref_precision))
+        )
 
     @property
     def rows(self) -> int:
@@ -104,14 +116,20 @@ def block_of(call: Call, rows: slice) -> Block:
             return None
         x = operand(tower.head, mine(tower.hidden))
         # A masked row's logits get gradient 0, but 0 times NaN would reach the weight.
-        x = x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+        x = (
+            x
+            if mask is None
+            else torch.where(mask.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+        )
         missing = call.plan.rows - x.shape[0] if call.plan.pinned else 0
         return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 
     labels = mine(call.labels)
     count = rows.stop - rows.start
     shape = () if labels is None else tuple(labels.shape)
-    spec = RowSpec((count,), call.vocab_total, shape, labels, mask, call.temperature, call.options, call.outputs)
+    spec = RowSpec(
+        (count,), call.vocab_total, shape, labels, mask, call.temperature, call.options, call.outputs
+    )
     return Block(rows, index, operands(call.policy), operands(call.ref), spec)
 
 
@@ -121,7 +139,10 @@ class Workspace:
     def __init__(self, call: Call, rows: int, vocab: int):
         head = call.policy.head
         size = (rows if call.plan.pinned else min(rows, call.rows)) * min(vocab, head.vocab)
-        self.buffers = [torch.empty(size, dtype=head.logits, device=head.weight.device) for _ in range(1 if call.ref is None else 2)]
+        self.buffers = [
+            torch.empty(size, dtype=head.logits, device=head.weight.device)
+            for _ in range(1 if call.ref is None else 2)
+        ]
 
     def rows(self, call: Call, block: Block, first: int, end: int) -> Rows:
         """The logits of a tile, computed, and how they are read."""
@@ -133,8 +154,8 @@ class Workspace:
 
 
 def vocabulary(call: Call) -> Iterator[list[tuple[int, int]]]:
-    """The parts of the vocabulary that tiles are made of. All of them follow each other in one state; with pinned
-    products each shard's do, so that one rank or several come to the same sums."""
+    """The parts of the vocabulary that tiles are made of. All of them follow each other in one state; with
+    pinned products each shard's do, so that one rank or several come to the same sums."""
     vocab, step = call.policy.head.vocab, call.plan.vocab
     shard = -(-call.vocab_total // SHARDS) if call.plan.pinned else vocab
     for begin in range(0, vocab, shard):
@@ -162,7 +183,9 @@ def push_logits(call: Call, block: Block, rows: Rows) -> tuple[Sequence[Tensor],
     return merged(call, block, results, [RowStates(state, target)])
 
 
-def merged(call: Call, block: Block, results: Sequence[Tensor], shards: list[RowStates]) -> tuple[Sequence[Tensor], Tensor]:
+def merged(
+    call: Call, block: Block, results: Sequence[Tensor], shards: list[RowStates]
+) -> tuple[Sequence[Tensor], Tensor]:
     """With the states of all shards, this rank's and the others'. results: what a lone shard gave."""
     if len(shards) == 1 and call.group is None:
         return results, shards[0].state
@@ -196,7 +219,11 @@ class Gradients:
         if self.hidden is not None:
             in_place = block.index is None and self.hidden.dtype == self.acc
             count = block.spec.shape[0]
-            hidden = self.hidden[block.rows] if in_place else torch.empty(count, block.x.shape[1], dtype=self.acc, device=block.x.device)
+            hidden = (
+                self.hidden[block.rows]
+                if in_place
+                else torch.empty(count, block.x.shape[1], dtype=self.acc, device=block.x.device)
+            )
         x = block.x[: block.spec.shape[0]]
         for first, grad in tiles:
             part = slice(first, first + grad.shape[1])
@@ -223,7 +250,9 @@ class Gradients:
         return hidden, weight, None if self.bias is None else self.bias.to(head.bias.dtype)
 
 
-def pull(call: Call, block: Block, work: Workspace, state: Tensor, upstream: RowGradients) -> Iterator[tuple[int, Tensor]]:
+def pull(
+    call: Call, block: Block, work: Workspace, state: Tensor, upstream: RowGradients
+) -> Iterator[tuple[int, Tensor]]:
     """The gradient of a block's logits, tile by tile, from logits that are multiplied again."""
     for tiles in vocabulary(call):
         for first, end in tiles:
@@ -232,7 +261,9 @@ def pull(call: Call, block: Block, work: Workspace, state: Tensor, upstream: Row
             yield first, rows.logits
 
 
-def fused(call: Call, block: Block, work: Workspace, upstream: RowGradients) -> tuple[Sequence[Tensor], Tensor]:
+def fused(
+    call: Call, block: Block, work: Workspace, upstream: RowGradients
+) -> tuple[Sequence[Tensor], Tensor]:
     """(results, gradient of the logits) of a block, for upstream gradients known beforehand."""
     rows = work.rows(call, block, 0, call.policy.head.vocab)
     if call.group is None:

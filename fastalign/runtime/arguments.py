@@ -88,13 +88,17 @@ class Declaration:
     @property
     def schema(self) -> str:
         """The argument list of the op's schema."""
-        return ", ".join(f"Tensor(a!) {x.name}" if x.name == self.writes else f"{x.type} {x.name}" for x in self.leaves)
+        return ", ".join(
+            f"Tensor(a!) {x.name}" if x.name == self.writes else f"{x.type} {x.name}" for x in self.leaves
+        )
 
     @property
     def layout(self) -> str:
         """Its tensors as layout.parse reads them."""
         tensors = [(leaf.name, leaf.place) for leaf in self.leaves if leaf.place is not None]
-        return " ".join(f"{name}[{place.dims}]" + (f":{place.kind}" if place.kind else "") for name, place in tensors)
+        return " ".join(
+            f"{name}[{place.dims}]" + (f":{place.kind}" if place.kind else "") for name, place in tensors
+        )
 
     def flatten(self, a: Any) -> tuple[Any, ...]:
         """The arguments one by one, as the schema has them."""

@@ -55,7 +55,9 @@ def usual_order(device_type: str) -> tuple[str, ...]:
 
 def standard_kernels(op: str, function: str) -> dict[str, str]:
     """The kernels of an op by the house layout: ops/<op>/{reference,native,triton}.py, one function name."""
-    return {name: row.kernel.format(op=f"fastalign.ops.{op}", function=function) for name, row in _ROWS.items()}
+    return {
+        name: row.kernel.format(op=f"fastalign.ops.{op}", function=function) for name, row in _ROWS.items()
+    }
 
 
 def in_fp64(backend: str) -> bool:
@@ -67,7 +69,9 @@ def backends() -> dict[str, str]:
     """What each backend can do on this machine: name -> "available" or the reason why it is not."""
     status = {}
     for name, row in _ROWS.items():
-        whys = [row.absent(device) for device in (("cpu",) if row.unasked_on == ("cpu",) else ("cuda", "cpu"))]
+        whys = [
+            row.absent(device) for device in (("cpu",) if row.unasked_on == ("cpu",) else ("cuda", "cpu"))
+        ]
         status[name] = "available" if None in whys else whys[0]
     return status
 

@@ -34,7 +34,9 @@ def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; they must share a device")
+        raise ValueError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}; they must share a device"
+        )
 
 
 def check_device(name: str, tensor: Tensor) -> None:
@@ -43,7 +45,13 @@ def check_device(name: str, tensor: Tensor) -> None:
 
 
 def check_number(
-    name: str, value: Any, *, above: float = -math.inf, below: float = math.inf, low: float = -math.inf, high: float = math.inf
+    name: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    low: float = -math.inf,
+    high: float = math.inf,
 ) -> None:
     """A finite number in (above, below) and [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -55,7 +63,9 @@ def check_number(
             f"> {above:g}" * (above > -math.inf), f"< {below:g}" * (below < math.inf),
             f">= {low:g}" * (low > -math.inf), f"<= {high:g}" * (high < math.inf),
         ]  # fmt: skip
-        raise ValueError(f"{name}={shown(value)} is out of range; legal: finite {' and '.join(b for b in bounds if b)}".rstrip())
+        raise ValueError(
+            f"{name}={shown(value)} is out of range; legal: finite {' and '.join(b for b in bounds if b)}".rstrip()
+        )
 
 
 def check_integer(name: str, value: Any) -> None:
@@ -86,12 +96,16 @@ def check_choice(name: str, value: Any, legal: Any) -> None:
         raise ValueError(f"{name}={shown(value)} is unknown; legal: {', '.join(str(v) for v in legal)}")
 
 
-def check_cu_seqlens(cu_seqlens: Any, tokens: Tensor, *, name: str = "cu_seqlens", total: str = "tokens") -> Tensor:
+def check_cu_seqlens(
+    cu_seqlens: Any, tokens: Tensor, *, name: str = "cu_seqlens", total: str = "tokens"
+) -> Tensor:
     """Shape, dtype and device; returns it as contiguous int32. Values are checked by
     `check_cu_seqlens_values`, inside the ops. Offsets of other things than sequences of tokens have another
     `name` and `total`."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"{name} must be a 1-D integer tensor that starts at 0 and ends at the number of {total}")
+        raise ValueError(
+            f"{name} must be a 1-D integer tensor that starts at 0 and ends at the number of {total}"
+        )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 (or int64), got {cu_seqlens.dtype}")
     check_same_device(name, cu_seqlens, "the per-token tensor", tokens)
@@ -107,7 +121,9 @@ def as_int32(numbers: Tensor) -> Tensor:
     return numbers.to(torch.int64).clamp(limits.min, limits.max).to(torch.int32).contiguous()
 
 
-def check_cu_seqlens_values(cu_seqlens: Tensor, tokens: int, *, name: str = "cu_seqlens", total: str = "tokens") -> None:
+def check_cu_seqlens_values(
+    cu_seqlens: Tensor, tokens: int, *, name: str = "cu_seqlens", total: str = "tokens"
+) -> None:
     """Starts at 0, never decreases, ends at the number of tokens."""
     if ffi.offsets_are_valid(cu_seqlens, tokens):
         return
@@ -131,7 +147,11 @@ def check_cu_seqlens_outside_ops(cu_seqlens: Tensor, tokens: int) -> None:
 def values_are_here(tensor: Tensor) -> bool:
     """Whether a tensor's values can be looked at without a synchronisation: on the CPU, not traced, and no
     fake, which has none."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
 
 
 def check_pairs_values(pairs: Tensor, sequences: int) -> None:
@@ -139,7 +159,9 @@ def check_pairs_values(pairs: Tensor, sequences: int) -> None:
     if pairs.numel():
         low, high = (int(x) for x in pairs.aminmax())
         if low < 0 or high >= sequences:
-            raise IndexError(f"pairs holds sequence numbers from {low} to {high}; legal: 0 to {sequences - 1}")
+            raise IndexError(
+                f"pairs holds sequence numbers from {low} to {high}; legal: 0 to {sequences - 1}"
+            )
 
 
 def global_count(name: str, value: Any, like: Tensor) -> Tensor | None:
@@ -158,7 +180,9 @@ def global_count(name: str, value: Any, like: Tensor) -> Tensor | None:
 def one_element(name: str, value: Tensor, like: Tensor) -> Tensor:
     """A tensor of one element that stands for a number, as a 0-dim constant of `like`'s dtype and device."""
     if value.numel() != 1:
-        raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}"
+        )
     check_same_device(name, value, "the per-token tensor", like)
     return value.detach().reshape(()).to(like.dtype)
 

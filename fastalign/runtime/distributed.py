@@ -40,7 +40,9 @@ def global_denominator(mask: Tensor, group: dist.ProcessGroup | None = None) -> 
     return count
 
 
-def moments_over_group(count: Tensor, mean: Tensor, m2: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def moments_over_group(
+    count: Tensor, mean: Tensor, m2: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
     """(count, mean, sum of (x - mean)^2) of the values of all ranks of `group`, 0-dim fp64, the same bits on
     every rank."""
     own = torch.stack([x.double() for x in (count, mean, m2)])

@@ -26,7 +26,9 @@ except ImportError as error:
     _extension_error = f"the compiled extension fastalign._C is not there ({error}); build it with `pip install .` from the sources"
 
 MIN_TRITON = (3, 3)  # the oldest that the kernels are compiled with in the tests; pyproject.toml names it too
-triton_version = ""  # of the module that is imported, which on ROCm is no package called triton; "" without one
+triton_version = (
+    ""  # of the module that is imported, which on ROCm is no package called triton; "" without one
+)
 try:
     from triton import __version__ as triton_version
 
@@ -92,7 +94,9 @@ def _no_device() -> str | None:
         return None
     if torch.version.hip:
         return "no ROCm device is visible to torch"
-    return "no CUDA device is visible to torch" + ("" if torch.version.cuda else ", which is a build without CUDA")
+    return "no CUDA device is visible to torch" + (
+        "" if torch.version.cuda else ", which is a build without CUDA"
+    )
 
 
 def missing_backends(*, of_use: bool = False) -> list[str]:
@@ -138,7 +142,9 @@ def are_plain(args: tuple[Any, ...]) -> bool:
         if kind in _TENSORS:
             if a.is_neg() or (not a.data_ptr() and a.numel() and not a.is_meta):
                 return False
-        elif kind not in _PLAIN and (isinstance(a, torch.Tensor) or (isinstance(a, tuple) and not are_plain(a))):
+        elif kind not in _PLAIN and (
+            isinstance(a, torch.Tensor) or (isinstance(a, tuple) and not are_plain(a))
+        ):
             return False
     return True
 
@@ -162,7 +168,10 @@ def pair_ptr(tensor: torch.Tensor | None) -> tuple[int, int]:
     """(address, stride) of a value per pair; stride 0 for one value that serves all."""
     if tensor is None:
         return 0, 0
-    return tensor.data_ptr() if tensor.numel() else 0, 0 if tensor.dim() == 0 or tensor.numel() == 1 else tensor.stride(0)
+    return (
+        tensor.data_ptr() if tensor.numel() else 0,
+        0 if tensor.dim() == 0 or tensor.numel() == 1 else tensor.stride(0),
+    )
 
 
 def numbers(params: Any, floats: int) -> tuple[list[float], list[int]]:
@@ -184,7 +193,9 @@ def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
             merged.append((size, stride))
     if len(merged) > 2:
         return None
-    rows = math.prod(logits.shape[:-1])  # torch.Size.numel() makes a constant of a size that torch.export traces
+    rows = math.prod(
+        logits.shape[:-1]
+    )  # torch.Size.numel() makes a constant of a size that torch.export traces
     if not merged:
         return rows, 1, 0, 0
     if len(merged) == 1:
@@ -195,8 +206,17 @@ def row_layout(logits: torch.Tensor) -> tuple[int, int, int, int] | None:
 def offsets_are_valid(offsets: torch.Tensor, total: int) -> bool:
     """Whether `offsets` run from 0 to `total` and never decrease. False also where only torch can tell: other
     than contiguous int32 on the CPU, or without the extension."""
-    plain = offsets.device.type == "cpu" and offsets.dtype == torch.int32 and offsets.is_contiguous() and not offsets.is_neg()
-    return plain and _extension is not None and _extension.offsets_are_valid(offsets.data_ptr(), offsets.numel(), total)
+    plain = (
+        offsets.device.type == "cpu"
+        and offsets.dtype == torch.int32
+        and offsets.is_contiguous()
+        and not offsets.is_neg()
+    )
+    return (
+        plain
+        and _extension is not None
+        and _extension.offsets_are_valid(offsets.data_ptr(), offsets.numel(), total)
+    )
 
 
 def rows_view(logits: torch.Tensor | None) -> tuple[int, int, int, int, int, int]:
@@ -237,8 +257,11 @@ def triton_device(device: torch.device) -> Any:
 
 
 def triton_options(threads: int, warp_size: int, max_registers: int | None) -> dict[str, Any]:
-    """What a Triton kernel is compiled with: so many threads, and no fusion but the fma that it writes itself."""
-    return {"num_warps": threads // warp_size, "enable_fp_fusion": False} | ({"maxnreg": max_registers} if max_registers else {})
+    """What a Triton kernel is compiled with: so many threads, and no fusion but the fma that it writes
+    itself."""
+    return {"num_warps": threads // warp_size, "enable_fp_fusion": False} | (
+        {"maxnreg": max_registers} if max_registers else {}
+    )
 
 
 @lru_cache
@@ -259,4 +282,6 @@ def launch(backend: str, function: str, tensor: torch.Tensor, arguments: tuple[A
     elif _emulator is not None:
         getattr(_emulator, function)(0, 0, arguments)
     else:
-        getattr(_extension, function)(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, arguments)
+        getattr(_extension, function)(
+            tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream, arguments
+        )

@@ -1,4 +1,5 @@
-"""What travels: presets that hash, copy and pickle, and outputs whose copies hold the values without the graph."""
+"""What travels: presets that hash, copy and pickle, and outputs whose copies hold the values without the
+graph."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class FrozenDict(dict):
 
 
 def freeze(preset: Any) -> None:
-    """Give the containers in a frozen dataclass the types that hash: lists become tuples, dicts a FrozenDict."""
+    """Give the containers in a frozen dataclass the types that hash: lists become tuples, dicts a
+    FrozenDict."""
     for name, value in vars(preset).items():
         if isinstance(value, list):
             object.__setattr__(preset, name, tuple(value))

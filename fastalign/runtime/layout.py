@@ -57,14 +57,18 @@ def conform(entries: Sequence[Entry], names: Sequence[str], args: Sequence[Any])
             continue
         first = first or (e.name, tensor)
         if tensor.device != first[1].device:
-            raise ValueError(f"{e.name} is on {tensor.device} but {first[0]} is on {first[1].device}; they must share a device")
+            raise ValueError(
+                f"{e.name} is on {tensor.device} but {first[0]} is on {first[1].device}; they must share a device"
+            )
         dtype = {"same": first[1].dtype, "acc": ffi.acc_dtype(first[1].dtype)}.get(e.kind) or _DTYPES[e.kind]
         if tensor.dtype != dtype:
             raise TypeError(f"{e.name} is {tensor.dtype}; legal here: {dtype}")
         _agree(e, tensor, sizes)
         out[e.place] = tensor if e.rows and ffi.row_layout(tensor) is not None else tensor.contiguous()
         if e.written and out[e.place] is not tensor:
-            raise ValueError(f"{e.name} has strides {tensor.stride()}; legal: a contiguous last dim, and leading dims that collapse to two")
+            raise ValueError(
+                f"{e.name} has strides {tensor.stride()}; legal: a contiguous last dim, and leading dims that collapse to two"
+            )
     return out
 
 
@@ -80,9 +84,12 @@ def _agree(e: Entry, tensor: Tensor, sizes: dict[str, int]) -> None:
         want = int(base) if base.isdigit() else sizes.setdefault(base, size - bool(plus))
         fits = fits and size == want + bool(plus) and want >= 0
     if not fits:
-        legal = ", ".join(str(sizes[d]) if d in sizes else f"{sizes[d[:-2]] + 1}" if d[:-2] in sizes else d for d in e.dims)
+        legal = ", ".join(
+            str(sizes[d]) if d in sizes else f"{sizes[d[:-2]] + 1}" if d[:-2] in sizes else d for d in e.dims
+        )
         raise ValueError(
-            f"{e.name} has shape {tuple(tensor.shape)}; legal here: ({'..., ' if e.rows else ''}{legal})" + " or ()" * e.scalar
+            f"{e.name} has shape {tuple(tensor.shape)}; legal here: ({'..., ' if e.rows else ''}{legal})"
+            + " or ()" * e.scalar
         )
 
 

@@ -14,16 +14,25 @@ _PLAIN = (float, int, bool, str, type(None))
 _MOST = 1024  # results per function; options that change with every step must not fill the memory
 
 
-def by_options(resolve: Callable[[Any, Mapping[str, Any]], tuple[Any, dict]]) -> Callable[[Any, Mapping[str, Any]], tuple[Any, dict]]:
+def by_options(
+    resolve: Callable[[Any, Mapping[str, Any]], tuple[Any, dict]],
+) -> Callable[[Any, Mapping[str, Any]], tuple[Any, dict]]:
     """For functions (name, options) -> (preset, options that are tensors): kept where the name is a string
     and every option a plain value, so that there are no tensors. What raises is not kept."""
     kept: dict[tuple, Any] = {}
 
     @functools.wraps(resolve)
     def resolved(name: Any, options: Mapping[str, Any]) -> tuple[Any, dict]:
-        if torch.compiler.is_compiling() or type(name) is not str or any(type(v) not in _PLAIN for v in options.values()):
+        if (
+            torch.compiler.is_compiling()
+            or type(name) is not str
+            or any(type(v) not in _PLAIN for v in options.values())
+        ):
             return resolve(name, options)
-        key = (name, *((option, type(v), v) for option, v in options.items()))  # the type: 1, 1.0 and True are equal
+        key = (
+            name,
+            *((option, type(v), v) for option, v in options.items()),
+        )  # the type: 1, 1.0 and True are equal
         preset = kept.get(key)
         if preset is None:
             preset, _ = resolve(name, options)

@@ -145,7 +145,8 @@ KINDS = (Metric, Total, Largest, Smallest, Variance, Deviation, ExplainedVarianc
 
 
 def variance_of(x: Tensor, where: Tensor | None = None) -> Variance:
-    """Count, mean and squared deviations of the entries of x (where `where` is True), in two passes and fp64."""
+    """Count, mean and squared deviations of the entries of x (where `where` is True), in two passes and
+    fp64."""
     x = x.detach().double()
     where = torch.ones_like(x, dtype=torch.bool) if where is None else where
     count = where.sum(dtype=torch.float64)
@@ -169,7 +170,9 @@ def as_metric(value: Any) -> AnyMetric:
     return kind(first, *(torch.as_tensor(x, dtype=torch.float64, device=first.device).detach() for x in rest))
 
 
-def merge_metrics(*parts: Mapping[str, AnyMetric], group: dist.ProcessGroup | None = None) -> dict[str, AnyMetric]:
+def merge_metrics(
+    *parts: Mapping[str, AnyMetric], group: dist.ProcessGroup | None = None
+) -> dict[str, AnyMetric]:
     """What the calls of several micro-batches report (`output.metrics()` of each), as one call on all of them
     would.
 
@@ -189,7 +192,9 @@ def merge_metrics(*parts: Mapping[str, AnyMetric], group: dist.ProcessGroup | No
         for name, metric in part.items():
             metric, old = as_metric(metric), merged.get(name)
             if old is not None and type(old) is not type(metric):
-                raise TypeError(f"metric {name!r} is a {type(old).__name__} in one part and a {type(metric).__name__} in another")
+                raise TypeError(
+                    f"metric {name!r} is a {type(old).__name__} in one part and a {type(metric).__name__} in another"
+                )
             merged[name] = metric if old is None else old.merge(metric)
     return merged if group is None else _over_ranks(merged, group)
 

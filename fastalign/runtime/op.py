@@ -26,7 +26,9 @@ _debug_checks = False
 _library = torch.library.Library("fastalign", "DEF")
 OPS: dict[str, Op] = {}
 PUBLIC: dict[str, str] = {}  # public functions and the op that they call first
-PLANS: dict[str, Callable[..., str]] = {}  # public functions that choose a plan, and what tells it from their arguments
+PLANS: dict[
+    str, Callable[..., str]
+] = {}  # public functions that choose a plan, and what tells it from their arguments
 
 
 @contextmanager
@@ -45,7 +47,9 @@ def debug_checks() -> Iterator[None]:
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms = getattr(torch._C._functorch, "peek_interpreter_stack", None)
 _tracing = getattr(torch._C, "_get_tracing_state", None)
-_can_tell = None not in (_dispatch_modes, _transforms, _tracing) and hasattr(torch.autograd.profiler, "_is_profiler_enabled")
+_can_tell = None not in (_dispatch_modes, _transforms, _tracing) and hasattr(
+    torch.autograd.profiler, "_is_profiler_enabled"
+)
 
 
 def dispatcher_can_be_skipped() -> bool:
@@ -106,7 +110,11 @@ class Op:
         """Through torch's dispatcher where anything may listen to it (tracing, dispatch modes, tensor
         subclasses, transforms, the profiler); else straight to the kernel, which saves the dispatcher's
         conversion of every argument, twice (20 to 60 us)."""
-        return self._run(a) if dispatcher_can_be_skipped() and ffi.are_plain(a) else self.overload(*self.declaration.flatten(a))
+        return (
+            self._run(a)
+            if dispatcher_can_be_skipped() and ffi.are_plain(a)
+            else self.overload(*self.declaration.flatten(a))
+        )
 
     def _no_derivative(self, ctx: Any, *grads: Any) -> NoReturn:
         """The derivatives are those of the public functions; a graph that holds the bare op would lose them
@@ -142,8 +150,13 @@ class Op:
         for backend, kernel in able:
             if self.declined(backend, a) is None:
                 return kernel
-        reasons = [f"  {backend}: {self.why_not(backend, tensor, a)}" for backend in self.tried(tensor.device.type)]
-        raise BackendError(f"fastalign::{self.name} has no backend for {tensor.dtype} on {tensor.device}:\n" + "\n".join(reasons))
+        reasons = [
+            f"  {backend}: {self.why_not(backend, tensor, a)}" for backend in self.tried(tensor.device.type)
+        ]
+        raise BackendError(
+            f"fastalign::{self.name} has no backend for {tensor.dtype} on {tensor.device}:\n"
+            + "\n".join(reasons)
+        )
 
     def tried(self, device_type: str) -> tuple[str, ...]:
         """The backends that are asked for tensors of this device type, in order: the forced one alone, if one
@@ -159,7 +172,9 @@ class Op:
         """Those of them that can serve such tensors, with their kernels."""
         if tensor.device.type == "meta":  # shapes are all that such tensors have
             return [("meta", self.fake)]
-        return [(b, self._kernel(b)) for b in self.tried(tensor.device.type) if self.why_not(b, tensor) is None]
+        return [
+            (b, self._kernel(b)) for b in self.tried(tensor.device.type) if self.why_not(b, tensor) is None
+        ]
 
     def takes(self, backend: str) -> tuple[torch.dtype, ...]:
         """The storage types that a backend takes for the first tensor."""
@@ -195,8 +210,8 @@ SCALAR_DTYPES = (torch.float32, torch.float64)
 def explain(op: str, *args: Any, **options: Any) -> str:
     """Which backend would serve `op` (a name of `OPS`, or a public function's name: the op that it calls
     first) for these arguments, and why the others would not. Only the first tensor among `args` matters (its
-    device and dtype); for the op's own arguments object, all of them do, and for a function that plans its work
-    (linear_token_stats) its arguments and options as they are: the plan stands first."""
+    device and dtype); for the op's own arguments object, all of them do, and for a function that plans its
+    work (linear_token_stats) its arguments and options as they are: the plan stands first."""
     name = op if op in OPS else PUBLIC.get(op)
     if name is None:
         raise ValueError(f"op={op!r} is unknown; legal: {', '.join([*OPS, *PUBLIC])}")
@@ -218,4 +233,8 @@ def explain(op: str, *args: Any, **options: Any) -> str:
         if why is None and chosen is None:
             chosen, why = backend, "chosen"
         lines.append(f"  {backend:<10}{why or 'able, but a faster one comes first'}")
-    return plan + f"fastalign::{name} on {tensor.device}, {tensor.dtype}: {chosen or 'no backend'}\n" + "\n".join(lines)
+    return (
+        plan
+        + f"fastalign::{name} on {tensor.device}, {tensor.dtype}: {chosen or 'no backend'}\n"
+        + "\n".join(lines)
+    )

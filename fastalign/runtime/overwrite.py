@@ -34,9 +34,13 @@ def check_overwritable(tensor: Tensor, name: str) -> None:
     itself."""
     owner = tensor._base if tensor._is_view() else tensor
     if tensor.requires_grad and (tensor.is_leaf or (owner.is_leaf and owner.requires_grad)):
-        raise ValueError(f"{name}=True would overwrite a leaf tensor; pass the output of a layer, or leave it False")
+        raise ValueError(
+            f"{name}=True would overwrite a leaf tensor; pass the output of a layer, or leave it False"
+        )
     if _self_overlapping(tensor):
-        raise ValueError(f"{name}=True needs logits whose rows do not share memory (expanded or overlapping views cannot be written)")
+        raise ValueError(
+            f"{name}=True needs logits whose rows do not share memory (expanded or overlapping views cannot be written)"
+        )
 
 
 def _self_overlapping(tensor: Tensor) -> bool:
@@ -69,7 +73,9 @@ def is_ours_alone(tensor: Tensor) -> bool:
     if _use_count is None or torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     users, references = _users(tensor.untyped_storage())
-    if ffi.TRITON_INTERPRETED and references > _users_of_one[1]:  # the interpreter leaves storages in cycles of dead objects
+    if (
+        ffi.TRITON_INTERPRETED and references > _users_of_one[1]
+    ):  # the interpreter leaves storages in cycles of dead objects
         gc.collect()
         users, references = _users(tensor.untyped_storage())
     if tensor._is_view() and tensor._base.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
@@ -81,7 +87,8 @@ def is_ours_alone(tensor: Tensor) -> bool:
 
 
 def may_overwrite(tensor: Tensor, name: str) -> bool:
-    """Whether a gradient may be written over `tensor`; where not, `name` saves no memory, which is said once."""
+    """Whether a gradient may be written over `tensor`; where not, `name` saves no memory, which is said
+    once."""
     global _warned
     if is_ours_alone(tensor):
         return True
@@ -91,7 +98,10 @@ def may_overwrite(tensor: Tensor, name: str) -> bool:
         why += "saved-tensor hooks)"
         if _use_count is None:
             why = f"torch {torch.__version__} does not tell who shares the memory of the logits"
-        warnings.warn(f"fastalign: {name}=True saved no memory: {why}, so the gradient got memory of its own", stacklevel=2)
+        warnings.warn(
+            f"fastalign: {name}=True saved no memory: {why}, so the gradient got memory of its own",
+            stacklevel=2,
+        )
     return False
 
 

@@ -3,7 +3,8 @@
     from fastalign.train import TrainConfig, train
     result = train("dpo", TrainConfig(model="my-model", data="pairs.jsonl", output="out", loss="simpo", loss_options={"beta": 2.0}))
 
-Needs transformers (`pip install fastalign[train]`), which is imported when one of the names below is first used.
+Needs transformers (`pip install fastalign[train]`), which is imported when one of the names below is first
+used.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The settings of a training run: name, type, default, documentation and bounds of each in one line. The flags of the
-command line are made from them (`add_arguments`, `from_arguments`).
+"""The settings of a training run: name, type, default, documentation and bounds of each in one line. The
+flags of the command line are made from them (`add_arguments`, `from_arguments`).
 
-`RunConfig` holds what every method has, `LossConfig` what both halves have; `TrainConfig` is of the methods that learn
-from a data file, `OnlineConfig` (online_config.py) of those that learn from the policy's own samples. A method that does not have one of
-its class's settings refuses a value for it (`check_settings`)."""
+`RunConfig` holds what every method has, `LossConfig` what both halves have; `TrainConfig` is of the methods
+that learn from a data file, `OnlineConfig` (online_config.py) of those that learn from the policy's own
+samples. A method that does not have one of its class's settings refuses a value for it (`check_settings`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from fastalign.runtime.checks import shown
 from fastalign.train.errors import UserError
 
 LARGEST = 1e30  # of any number: training computes in float32, which ends at 3.4e38
-MAX_SEED = 2**32 - 1  # what every generator takes, NumPy's among them; the order of an epoch multiplies it by 10^6
+# What every generator takes, NumPy's among them; the order of an epoch multiplies it by 10^6.
+MAX_SEED = 2**32 - 1
 
 
 class Bound(NamedTuple):
@@ -52,19 +53,30 @@ def setting(default: Any, doc: str, *bounds: Bound, **how: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Settings that every trainer has. An "example" is one line of the data: a pair, a response, a list of responses, a prompt."""
+    """Settings that every trainer has. An "example" is one line of the data: a pair, a response, a list of
+    responses, a prompt."""
 
     # What is trained on what
-    model: str | None = setting(None, "required: directory of a Hugging Face causal LM: config, weights, tokenizer", metavar="DIR")
-    data: str | None = setting(
-        None, "required: training data, one JSON object per line, in TRL's formats (docs/training.md)", metavar="FILE"
+    model: str | None = setting(
+        None, "required: directory of a Hugging Face causal LM: config, weights, tokenizer", metavar="DIR"
     )
-    output: str | None = setting(None, "required: directory that receives the model, metrics and checkpoints", metavar="DIR")
+    data: str | None = setting(
+        None,
+        "required: training data, one JSON object per line, in TRL's formats (docs/training.md)",
+        metavar="FILE",
+    )
+    output: str | None = setting(
+        None, "required: directory that receives the model, metrics and checkpoints", metavar="DIR"
+    )
 
     # Data
     eval_data: str | None = setting(None, "data to evaluate on, in the same format", metavar="FILE")
-    eval_fraction: float = setting(0.0, "share of the training examples that is held out for evaluation instead", SHARE_BELOW_1)
-    max_length: int | None = setting(None, "longest sequence in tokens (prompt + completion); default: the model's positions", POSITIVE)
+    eval_fraction: float = setting(
+        0.0, "share of the training examples that is held out for evaluation instead", SHARE_BELOW_1
+    )
+    max_length: int | None = setting(
+        None, "longest sequence in tokens (prompt + completion); default: the model's positions", POSITIVE
+    )
     overlong: str = setting(
         "error",
         "what to do with an example that exceeds --max-length or --tokens-per-batch: stop, leave it out, "
@@ -90,9 +102,15 @@ class RunConfig:
     epochs: int = setting(1, "passes over the training examples", POSITIVE)
     max_steps: int | None = setting(None, "number of optimizer steps, in place of --epochs", POSITIVE)
     learning_rate: float = setting(1e-6, "peak learning rate of AdamW", POSITIVE)
-    warmup_ratio: float = setting(0.1, "share of the steps over which the learning rate rises; afterwards it falls as a cosine to 0", SHARE)
+    warmup_ratio: float = setting(
+        0.1,
+        "share of the steps over which the learning rate rises; afterwards it falls as a cosine to 0",
+        SHARE,
+    )
     weight_decay: float = setting(0.0, "weight decay of AdamW, on matrices only", NOT_NEGATIVE)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0: no clipping", NOT_NEGATIVE)
+    max_grad_norm: float = setting(
+        1.0, "gradients are scaled down to this global norm; 0: no clipping", NOT_NEGATIVE
+    )
     seed: int = setting(0, "seed of the data order and of the evaluation split", SEED)
 
     # Machine
@@ -114,7 +132,9 @@ class RunConfig:
 
     # Output
     log_every: int = setting(10, "steps between lines on the console; metrics.jsonl has every step", POSITIVE)
-    eval_every: int = setting(0, "steps between evaluations; 0: only before the first and after the last step", NOT_NEGATIVE)
+    eval_every: int = setting(
+        0, "steps between evaluations; 0: only before the first and after the last step", NOT_NEGATIVE
+    )
     save_every: int = setting(0, "steps between checkpoints; 0: none", NOT_NEGATIVE)
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept", POSITIVE)
     resume: bool = setting(False, "go on from the newest checkpoint in the output directory")
@@ -147,8 +167,8 @@ class RunConfig:
             raise UserError("--resume and --overwrite exclude each other")
 
     def _check_types(self) -> None:
-        """Refuse a value of another type than its setting's; a path object becomes its text, NumPy's numbers become Python's. The command line has
-        converted its texts before."""
+        """Refuse a value of another type than its setting's; a path object becomes its text, NumPy's numbers
+        become Python's. The command line has converted its texts before."""
         for name, hint in typing.get_type_hints(type(self)).items():
             value, kinds = getattr(self, name), typing.get_args(hint) or (hint,)
             if isinstance(value, os.PathLike) and str in kinds:
@@ -161,14 +181,22 @@ class RunConfig:
             kind = dict if typing.get_origin(hint) is dict else next(k for k in kinds if k is not type(None))
             legal, noun = _TYPES[kind]
             if not isinstance(value, legal) or isinstance(value, bool) and kind is not bool:
-                raise UserError(f"{name} must be {noun}{' or None' * (type(None) in kinds)}, got {shown(value)}")
+                raise UserError(
+                    f"{name} must be {noun}{' or None' * (type(None) in kinds)}, got {shown(value)}"
+                )
             if isinstance(value, str) and (not value or "\0" in value):
-                raise UserError(f"{flag_of(name, type(self))} is empty" if not value else f"{flag_of(name, type(self))} holds a zero byte")
+                raise UserError(
+                    f"{flag_of(name, type(self))} is empty"
+                    if not value
+                    else f"{flag_of(name, type(self))} holds a zero byte"
+                )
 
     def output_dir(self) -> Path:
         """The output directory as an absolute path, symbolic links resolved."""
         if not self.output:
-            raise UserError("--output is missing: it names the directory for the model, metrics and checkpoints")
+            raise UserError(
+                "--output is missing: it names the directory for the model, metrics and checkpoints"
+            )
         return Path(self.output).expanduser().resolve()
 
 
@@ -180,8 +208,8 @@ def _number(value: Any) -> Any:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """An option of a loss, or a variable of a template, as it can be kept in the record of a run: a number, a text, true, false, None, or a
-    sequence of such."""
+    """An option of a loss, or a variable of a template, as it can be kept in the record of a run: a number, a
+    text, true, false, None, or a sequence of such."""
     value = _number(value)
     if isinstance(value, dict) and not name.startswith("loss_options"):  # a template may take structures
         return {key: _plain(f"{name}[{key!r}]", each) for key, each in value.items()}
@@ -189,7 +217,9 @@ def _plain(name: str, value: Any) -> Any:
         return type(value)(_plain(name, each) for each in value)
     if value is not None and not isinstance(value, (bool, int, float, str)):
         raise UserError(f"{name} must be a number, a text, True, False or None, got {shown(value)}")
-    if isinstance(value, (int, float)) and LARGEST < abs(value) <= sys.float_info.max:  # what no float holds, the loss refuses itself
+    if (
+        isinstance(value, (int, float)) and LARGEST < abs(value) <= sys.float_info.max
+    ):  # what no float holds, the loss refuses itself
         raise UserError(f"{name} is {shown(value)}: its magnitude must be at most {LARGEST:g}")
     return value
 
@@ -210,10 +240,21 @@ class LossConfig(RunConfig):
         "forward pass are made; default: fused, and logits, with a line that says why, for a model whose head is not a linear layer",
         choices=("fused", "logits"),
     )
-    ref_model: str | None = setting(None, "directory of the reference model; default: the weights that training starts from", metavar="DIR")
-    loss: str | None = setting(None, "name of the loss; default: the method's own; an unknown name lists the legal ones", metavar="NAME")
+    ref_model: str | None = setting(
+        None,
+        "directory of the reference model; default: the weights that training starts from",
+        metavar="DIR",
+    )
+    loss: str | None = setting(
+        None,
+        "name of the loss; default: the method's own; an unknown name lists the legal ones",
+        metavar="NAME",
+    )
     loss_options: dict[str, Any] = setting(
-        {}, "an option of the loss, for example --set beta=0.05 (repeatable)", flag="--set", metavar="OPTION=VALUE"
+        {},
+        "an option of the loss, for example --set beta=0.05 (repeatable)",
+        flag="--set",
+        metavar="OPTION=VALUE",
     )
 
 
@@ -222,18 +263,32 @@ class TrainConfig(LossConfig):
     """Settings of the methods that learn from a fixed data file."""
 
     precompute_ref: bool = setting(
-        False, "compute the reference log-probs once, cache them in the output directory, and free the reference model"
+        False,
+        "compute the reference log-probs once, cache them in the output directory, and free the reference model",
     )
-    token_metrics: bool = setting(True, "also log entropy, mean logits and token accuracy; they come out of the same pass over the logits")
+    token_metrics: bool = setting(
+        True,
+        "also log entropy, mean logits and token accuracy; they come out of the same pass over the logits",
+    )
 
 
 # Settings that name a directory with a model: no run may write over one.
 MODEL_DIRECTORIES = ("model", "ref_model", "reward_model", "dpo_model")
 
-# Settings that may differ between a run and its continuation: none of them changes a number that training produces. What the paths among them
-# lead to is compared by its contents.
+# Settings that may differ between a run and its continuation: none of them changes a number that training
+# produces. What the paths among them lead to is compared by its contents.
 FREE_ON_RESUME = frozenset(
-    {"resume", "overwrite", "output", "log_every", "save_every", "keep_checkpoints", "tensorboard", "progress", "trust_remote_code"}
+    {
+        "resume",
+        "overwrite",
+        "output",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "tensorboard",
+        "progress",
+        "trust_remote_code",
+    }
     | {*MODEL_DIRECTORIES, "data", "eval_data", "ptx_data"}
 )
 
@@ -252,13 +307,15 @@ def common_settings() -> tuple[str, ...]:
 
 
 def check_settings(config: RunConfig, names: Collection[str], method: str) -> None:
-    """Refuse a setting that was given although the method has none of this name: it would be ignored. `names`: those it has besides the
-    common ones."""
+    """Refuse a setting that was given although the method has none of this name: it would be ignored.
+    `names`: those it has besides the common ones."""
     for field in dataclasses.fields(config):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         if field.name not in (*common_settings(), *names) and getattr(config, field.name) != default:
             own = ", ".join(flag_of(name, type(config)) for name in names) or "none"
-            raise UserError(f"{method} has no setting {flag_of(field.name, type(config))}; beside the common ones it has: {own}")
+            raise UserError(
+                f"{method} has no setting {flag_of(field.name, type(config))}; beside the common ones it has: {own}"
+            )
 
 
 def check_booleans(options: Mapping[str, Any], preset: Any) -> None:
@@ -269,17 +326,34 @@ def check_booleans(options: Mapping[str, Any], preset: Any) -> None:
 
 
 def add_arguments(
-    parser: argparse.ArgumentParser, kind: type[RunConfig], names: Collection[str], groups: Mapping[str, Collection[str]]
+    parser: argparse.ArgumentParser,
+    kind: type[RunConfig],
+    names: Collection[str],
+    groups: Mapping[str, Collection[str]],
 ) -> None:
-    """Give the parser a flag for every setting of `kind`, in `groups` (title -> settings). Those outside `names` and the common ones stay out of
+    """Give the parser a flag for every setting of `kind`, in `groups` (title -> settings). Those outside
+    `names` and the common ones stay out of
     --help; that they are refused with a reason is the work of `check_settings`."""
     types = typing.get_type_hints(kind)
-    of_group = {name: group for title, members in groups.items() for group in [parser.add_argument_group(title)] for name in members}
+    of_group = {
+        name: group
+        for title, members in groups.items()
+        for group in [parser.add_argument_group(title)]
+        for name in members
+    }
     order = list(of_group)
     for field in sorted(dataclasses.fields(kind), key=lambda field: order.index(field.name)):
-        options: dict[str, Any] = {"dest": field.name, "help": field.metadata["doc"].replace("%", "%%"), "default": argparse.SUPPRESS}
+        options: dict[str, Any] = {
+            "dest": field.name,
+            "help": field.metadata["doc"].replace("%", "%%"),
+            "default": argparse.SUPPRESS,
+        }
         hint = types[field.name]
-        hint = next((k for k in typing.get_args(hint) if k is not type(None)), hint) if type(None) in typing.get_args(hint) else hint
+        hint = (
+            next((k for k in typing.get_args(hint) if k is not type(None)), hint)
+            if type(None) in typing.get_args(hint)
+            else hint
+        )
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif field.default is dataclasses.MISSING:  # a dict: OPTION=VALUE, repeatable
@@ -296,10 +370,18 @@ def add_arguments(
 
 def from_arguments(arguments: argparse.Namespace, kind: type[RunConfig]) -> RunConfig:
     """The `kind` of configuration that a parsed command line gives."""
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind) if hasattr(arguments, field.name)}
+    values = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(kind)
+        if hasattr(arguments, field.name)
+    }
     for field in dataclasses.fields(kind):
-        if field.default is dataclasses.MISSING and field.name in values:  # options as OPTION=VALUE, collected
-            values[field.name] = dict(_parse_option(flag_of(field.name, kind), text) for text in values[field.name])
+        if (
+            field.default is dataclasses.MISSING and field.name in values
+        ):  # options as OPTION=VALUE, collected
+            values[field.name] = dict(
+                _parse_option(flag_of(field.name, kind), text) for text in values[field.name]
+            )
     return kind(**values)
 
 

@@ -22,7 +22,8 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def inside(output: Path, *parts: str) -> Path:
-    """The path of something in the output directory. Refuses one that leads out of it, through a symbolic link for example."""
+    """The path of something in the output directory. Refuses one that leads out of it, through a symbolic
+    link for example."""
     path = output.joinpath(*parts)
     if not path.resolve().is_relative_to(output):
         raise UserError(f"{path} leads out of the output directory {output}")
@@ -30,8 +31,8 @@ def inside(output: Path, *parts: str) -> Path:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file completely or not at all: `write` gets a new file beside it, which then takes the place of `path`. The new file's name
-    cannot be guessed, so that no link can lie in wait there."""
+    """Write a file completely or not at all: `write` gets a new file beside it, which then takes the place of
+    `path`. The new file's name cannot be guessed, so that no link can lie in wait there."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666))
     try:
@@ -87,7 +88,8 @@ def writing(what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in one line of bearable length; of one that followed from the system's, what the system said."""
+    """What an exception says, in one line of bearable length; of one that followed from the system's, what
+    the system said."""
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
         cause = cause.__context__
@@ -97,7 +99,8 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold off every other run from a directory. The lock goes with the process: what one that was killed has left behind holds nobody off."""
+    """Hold off every other run from a directory. The lock goes with the process: what one that was killed has
+    left behind holds nobody off."""
     handle = _acquire(output)
     try:
         yield

@@ -1,4 +1,5 @@
-"""What `fastalign train METHOD --help` says before its options: what the method is, its formula and paper, a line of its data, and a command that runs.
+"""What `fastalign train METHOD --help` says before its options: what the method is, its formula and paper, a
+line of its data, and a command that runs.
 
 Read without importing torch's or transformers' heavy parts, as the tables of methods are."""
 
@@ -50,7 +51,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """As wide as the terminal, up to what reads well; text that stands for itself is left alone."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=max(80, min(shutil.get_terminal_size((120, 24)).columns, 120)))
+        super().__init__(
+            prog, max_help_position=32, width=max(80, min(shutil.get_terminal_size((120, 24)).columns, 120))
+        )
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
@@ -66,14 +69,29 @@ def loss_options() -> frozenset[str]:
     from fastalign.losses import policy as policy_losses
 
     own = {name for p in (*losses.PRESETS.values(), *losses.LISTWISE.values()) for name in p.options}
-    fields = {name for kind in (preset.Preset, list_preset.ListPreset, policy_losses.PolicyPreset) for name in kind.PARTS}
-    unpaired = {"desirable_weight", "undesirable_weight", "momentum", "tau", "rescale", "standardise", "centering", "clamp"}
+    fields = {
+        name
+        for kind in (preset.Preset, list_preset.ListPreset, policy_losses.PolicyPreset)
+        for name in kind.PARTS
+    }
+    unpaired = {
+        "desirable_weight",
+        "undesirable_weight",
+        "momentum",
+        "tau",
+        "rescale",
+        "standardise",
+        "centering",
+        "clamp",
+    }
     return frozenset(own | fields | unpaired)
 
 
 def usage(method: str, kind: type[RunConfig]) -> str:
     """Every flag stands in its group below; the usage line names those without which nothing runs."""
-    given = " ".join(f"{flag_of(name, kind)} {kind.__dataclass_fields__[name].metadata['metavar']}" for name in REQUIRED)
+    given = " ".join(
+        f"{flag_of(name, kind)} {kind.__dataclass_fields__[name].metadata['metavar']}" for name in REQUIRED
+    )
     return f"fastalign train {method} {given} [--loss NAME] [--set OPTION=VALUE ...] [OPTION ...]"
 
 

@@ -1,4 +1,5 @@
-"""The training loop: steps, records, evaluations, checkpoints, resumption. What a step is, a `Task` says; nothing here knows of any loss."""
+"""The training loop: steps, records, evaluations, checkpoints, resumption. What a step is, a `Task` says;
+nothing here knows of any loss."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from fastalign.train.vain import Vain
 
 
 class Task(Protocol):
-    """What a run does: learning from a data file (`fastalign.train.offline`), or from the policy's own samples."""
+    """What a run does: learning from a data file (`fastalign.train.offline`), or from the policy's own
+    samples."""
 
     method: str  # its name on the command line
     data: str  # hash of the data; a run is resumed with the same only
@@ -34,7 +36,8 @@ class Task(Protocol):
         """One line about what is about to happen."""
 
     def modules(self) -> Mapping[str, torch.nn.Module]:
-        """What is trained and saved besides the model (a value head): name -> module, saved as NAME.safetensors beside the model."""
+        """What is trained and saved besides the model (a value head): name -> module, saved as
+        NAME.safetensors beside the model."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that a resumed run needs."""
@@ -50,7 +53,8 @@ class Task(Protocol):
 
 @dataclass
 class TrainResult:
-    """What a run leaves behind: the last training record and the last evaluation merged, every record, seconds per step, and the directory."""
+    """What a run leaves behind: the last training record and the last evaluation merged, every record,
+    seconds per step, and the directory."""
 
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
@@ -60,8 +64,9 @@ class TrainResult:
 
 @dataclass
 class Run:
-    """Everything that one run is made of. `callback` gets every record. `weights`: setting -> hash of the weights that the model of this setting
-    started from, needed where the run is resumed or may be (`weights_of`)."""
+    """Everything that one run is made of. `callback` gets every record. `weights`: setting -> hash of the
+    weights that the model of this setting started from, needed where the run is resumed or may be
+    (`weights_of`)."""
 
     config: RunConfig
     output: Path
@@ -75,7 +80,9 @@ class Run:
         """Train in place, log, evaluate, checkpoint, resume, and save the result in the output directory."""
         config, task = self.config, self.task
         modules = [self.lm.model, *task.modules().values()]
-        optimizer = Optimizer([p for m in modules for p in m.parameters() if p.requires_grad], config, task.steps)
+        optimizer = Optimizer(
+            [p for m in modules for p in m.parameters() if p.requires_grad], config, task.steps
+        )
         first, tokens = self._resume(optimizer) if config.resume else (0, 0)
         self._describe(first)
         log = RunLog(self.output, config, first_step=first, total_steps=task.steps)
@@ -101,7 +108,9 @@ class Run:
                 done, tokens, seconds = step + 1, tokens + seen, time.perf_counter() - started
                 report(done, metrics | {"num_tokens": tokens, "step_time": seconds})
                 vain.look(done, metrics)
-                if task.evaluates and (done == task.steps or config.eval_every and done % config.eval_every == 0):
+                if task.evaluates and (
+                    done == task.steps or config.eval_every and done % config.eval_every == 0
+                ):
                     evaluate(done)
                 if config.save_every and done % config.save_every == 0:
                     self._save_checkpoint(optimizer, done, tokens)
@@ -114,7 +123,8 @@ class Run:
         return result(log.history, self.output)
 
     def _resume(self, optimizer: Optimizer) -> tuple[int, int]:
-        """Bring model, optimizer, task and random state to the newest checkpoint; (steps done, tokens seen)."""
+        """Bring model, optimizer, task and random state to the newest checkpoint; (steps done, tokens
+        seen)."""
         path, task = checkpoint.newest(self.output), self.task
         state = checkpoint.load_state(path)
         checkpoint.check_same_run(state, self.config, task.method, task.data, self.weights, task.steps)
@@ -125,9 +135,13 @@ class Run:
             except UserError:
                 raise
             except Exception as error:  # contents that have the form of a checkpoint and are not this run's fail in many ways
-                raise UserError(f"--resume: the checkpoint {path} is damaged: its {what} cannot be read: {files.reason(error)}") from error
+                raise UserError(
+                    f"--resume: the checkpoint {path} is damaged: its {what} cannot be read: {files.reason(error)}"
+                ) from error
 
-        restore("model", lambda: self.lm.load_weights(str(path), trust_remote_code=self.config.trust_remote_code))
+        restore(
+            "model", lambda: self.lm.load_weights(str(path), trust_remote_code=self.config.trust_remote_code)
+        )
         for name, module in task.modules().items():
             file = f"{name}.safetensors"
             restore(file, lambda module=module, file=file: module.load_state_dict(load_file(path / file)))
@@ -136,7 +150,9 @@ class Run:
         restore("random state", lambda: checkpoint.restore_random_state(state["random"]))
         print(f"resumed from {path}")
         if task.steps > state["steps"]:
-            print(f"goes on to step {task.steps}, not {state['steps']}: from here on the learning rate is that of a run of this length")
+            print(
+                f"goes on to step {task.steps}, not {state['steps']}: from here on the learning rate is that of a run of this length"
+            )
         return state["step"], state["tokens"]
 
     def _check_weights(self, step: int) -> None:
@@ -150,7 +166,12 @@ class Run:
 
     def _save_checkpoint(self, optimizer: Optimizer, step: int, tokens: int) -> None:
         self._check_weights(step)
-        state = {"step": step, "tokens": tokens, "optimizer": optimizer.state_dict(), "random": checkpoint.random_state()}
+        state = {
+            "step": step,
+            "tokens": tokens,
+            "optimizer": optimizer.state_dict(),
+            "random": checkpoint.random_state(),
+        }
         state |= {
             "method": self.task.method,
             "data": self.task.data,

@@ -28,8 +28,8 @@ _CONSOLE = (
 
 
 class MetricSums:
-    """Merges metrics of all packs on the device; `means()` moves them to the host in one transfer, gives each one's value, and leaves out
-    what nothing was seen of."""
+    """Merges metrics of all packs on the device; `means()` moves them to the host in one transfer, gives each
+    one's value, and leaves out what nothing was seen of."""
 
     def __init__(self) -> None:
         self.sums: dict[str, AnyMetric] = {}
@@ -45,24 +45,38 @@ class MetricSums:
             return {}
         fields = iter(torch.stack([field for metric in self.sums.values() for field in metric]).tolist())
         here = {name: type(metric)(*(next(fields) for _ in metric)) for name, metric in self.sums.items()}
-        return {name: float(metric) for name, metric in here.items() if metric.count or isinstance(metric, Total)}
+        return {
+            name: float(metric) for name, metric in here.items() if metric.count or isinstance(metric, Total)
+        }
 
 
 class RunLog:
-    """One record per optimizer step and per evaluation, in `history`, metrics.jsonl and TensorBoard; some lines on the console."""
+    """One record per optimizer step and per evaluation, in `history`, metrics.jsonl and TensorBoard; some
+    lines on the console."""
 
     def __init__(self, output: Path, config: RunConfig, *, first_step: int, total_steps: int):
         self.path, self.log_every = inside(output, "metrics.jsonl"), config.log_every
         with writing(str(self.path)):
             self.history = self._keep_until(first_step)
             self.file = self.path.open("a", encoding="utf-8")
-            self.board = self._open_board(inside(output, "tensorboard"), first_step) if config.tensorboard else None
-        self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit=" steps", disable=None if config.progress else True)
+            self.board = (
+                self._open_board(inside(output, "tensorboard"), first_step) if config.tensorboard else None
+            )
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="training",
+            unit=" steps",
+            disable=None if config.progress else True,
+        )
 
     def write(self, record: dict[str, Any]) -> None:
         """A record of training (`record["step"]` counts from 1) or, under eval_ names, of an evaluation."""
         self.history.append(record)
-        strict = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+        strict = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         with writing(str(self.path)):
             self.file.write(json.dumps(strict) + "\n")
             self.file.flush()
@@ -97,7 +111,8 @@ class RunLog:
         self.say(f"{'eval' if prefix else 'step'} {record['step']}/{self.bar.total}: " + ", ".join(shown))
 
     def _keep_until(self, step: int) -> list[dict[str, Any]]:
-        """On resume, drop the records after the checkpoint (they will be produced again), and what follows a line that is cut off or damaged."""
+        """On resume, drop the records after the checkpoint (they will be produced again), and what follows a
+        line that is cut off or damaged."""
         history, last = [], 0
         if step and self.path.exists():
             for line in self.path.read_bytes().split(b"\n"):

@@ -42,7 +42,8 @@ def train(
         method: a name of `fastalign.train.methods.METHODS`, or a method made for this config.
         config: the settings. `output` is always needed; `model` and `data` unless they are given in memory.
         model, tokenizer: in place of `config.model`; the model is trained where it is, in float32.
-        examples, eval_examples: in place of the data files: rows in the method's data format, or `TokenExample`s.
+        examples, eval_examples: in place of the data files: rows in the method's data format, or
+            `TokenExample`s.
         callback: called with every record (training and evaluation) as it is logged.
 
     Returns:
@@ -56,7 +57,15 @@ def train(
     method = method if isinstance(method, Method) else make_method(method, config)
     config = method.config
     with Session(method, model, tokenizer) as session:
-        data = load_examples(config, method.format, session.tokenizer, session.positions, examples, eval_examples, stops=session.stops)
+        data = load_examples(
+            config,
+            method.format,
+            session.tokenizer,
+            session.positions,
+            examples,
+            eval_examples,
+            stops=session.stops,
+        )
         method.read(*data)
         method.max_length = config.max_length or session.positions
         longest = method.longest(*data)
@@ -72,11 +81,17 @@ def train(
             if reference is not None:
                 _attach_reference(method, session.output, reference, splits)
 
-        return session.fit(OfflineTask(method, lm, *splits), {"ref_model": reference}, callback, prepare=prepare)
+        return session.fit(
+            OfflineTask(method, lm, *splits), {"ref_model": reference}, callback, prepare=prepare
+        )
 
 
 def train_dpo(
-    config: TrainConfig, *, logprob_fn: LogprobFn | None = None, loss_fn: Callable[..., Any] | None = None, **data: Any
+    config: TrainConfig,
+    *,
+    logprob_fn: LogprobFn | None = None,
+    loss_fn: Callable[..., Any] | None = None,
+    **data: Any,
 ) -> TrainResult:
     """`train("dpo", config, ...)` with replaceable head functions (see `PreferenceMethod`)."""
     return train(PreferenceMethod(config, logprob_fn=logprob_fn, loss_fn=loss_fn), config, **data)
@@ -112,7 +127,9 @@ class OfflineTask:
         self.learner.load_state_dict(state)
 
     def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
-        sums, tokens = accumulate(self.lm, self.learner, self.train, self.schedule.indices(step), backward=True)
+        sums, tokens = accumulate(
+            self.lm, self.learner, self.train, self.schedule.indices(step), backward=True
+        )
         sums.add({"grad_norm": (optimizer.clip(), 1)})
         metrics = self.learner.derived(sums.means())  # the step's only transfer from the device
         return metrics | {"learning_rate": optimizer.update(step, metrics)}, tokens
@@ -125,8 +142,8 @@ class OfflineTask:
 def accumulate(
     lm: models.PackedModel, method: Method, split: Split, indices: Sequence[int], *, backward: bool = False
 ) -> tuple[MetricSums, int]:
-    """(metrics, tokens) of the chosen examples taken as one batch, whatever number of forward passes they need. `backward` adds the
-    gradient to the parameters, and lets the method update what it remembers."""
+    """(metrics, tokens) of the chosen examples taken as one batch, whatever number of forward passes they
+    need. `backward` adds the gradient to the parameters, and lets the method update what it remembers."""
     batches = method.batches(split, indices)
     known = method.constants(lm, split, indices)
     sums, tokens = MetricSums(), sum(batch.packed.input_ids.numel() for batch in batches)
@@ -147,10 +164,17 @@ def accumulate(
 
 
 def _jointly(
-    lm: models.PackedModel, method: Method, split: Split, batches: Sequence[Any], known: dict[str, Any], backward: bool, sums: MetricSums
+    lm: models.PackedModel,
+    method: Method,
+    split: Split,
+    batches: Sequence[Any],
+    known: dict[str, Any],
+    backward: bool,
+    sums: MetricSums,
 ) -> torch.Tensor:
-    """A loss that must see every example of the step at once, over several packs. It is made of a few numbers per token, which a first
-    pass without gradient gathers; the slopes of the loss in them then meet a second pass, pack by pack."""
+    """A loss that must see every example of the step at once, over several packs. It is made of a few numbers
+    per token, which a first pass without gradient gathers; the slopes of the loss in them then meet a second
+    pass, pack by pack."""
     sizes, scored, router = [batch.packed.input_ids.numel() for batch in batches], [], 0.0
     with torch.no_grad():
         for batch, size in zip(batches, sizes):
@@ -180,8 +204,11 @@ def _reference(method: Method, session: Session, examples: Sequence[TokenExample
     return session.lm if method.config.precompute_ref else session.lm.frozen_copy()
 
 
-def _attach_reference(method: Method, output: Path, reference: PackedCausalLM, splits: Sequence[Split]) -> None:
-    """Give the splits their reference log-probs: from a model that stays in memory, or computed once now, before any weight has changed."""
+def _attach_reference(
+    method: Method, output: Path, reference: PackedCausalLM, splits: Sequence[Split]
+) -> None:
+    """Give the splits their reference log-probs: from a model that stays in memory, or computed once now,
+    before any weight has changed."""
     config = method.config
     live = LiveReference(reference, method.token_stats)
     if not config.precompute_ref:
@@ -193,4 +220,6 @@ def _attach_reference(method: Method, output: Path, reference: PackedCausalLM, s
         if split.examples:
             path = inside(output, name)
             budget, progress = config.tokens_per_batch, config.progress
-            split.reference = precompute(live, split.examples, path, weights=weights, budget=budget, progress=progress)
+            split.reference = precompute(
+                live, split.examples, path, weights=weights, budget=budget, progress=progress
+            )

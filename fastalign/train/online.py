@@ -37,9 +37,11 @@ def train_online(
 
     Args:
         method: a name of `fastalign.train.methods.METHODS` with an `OnlineConfig`: ppo, grpo, rloo, ...
-        config: the settings. `output` is always needed; `model`, `data` and a reward unless they are given in memory.
+        config: the settings. `output` is always needed; `model`, `data` and a reward unless they are given in
+            memory.
         model, tokenizer: in place of `config.model`; the model is trained where it is, in float32.
-        reward: in place of `config.reward`, called in the same way (see `fastalign.train.sampling.rewards.FunctionReward`).
+        reward: in place of `config.reward`, called in the same way (see
+            `fastalign.train.sampling.rewards.FunctionReward`).
         prompts, eval_prompts: in place of the data files: rows with a "prompt" and any other columns.
         texts: in place of `config.ptx_data`.
         callback: called with every record (training and evaluation) as it is logged.
@@ -49,7 +51,8 @@ def train_online(
 
     Raises:
         UserError: anything wrong with settings, paths or data; before the first step.
-        TrainingError: a gradient that is not finite; a reward function that fails, or returns what is no score.
+        TrainingError: a gradient that is not finite; a reward function that fails, or returns what is no
+            score.
     """
     check_kind(method, config, OnlineConfig)
     learner = make_method(method, config, texts_in_memory=texts is not None)
@@ -57,7 +60,9 @@ def train_online(
     with Session(learner, model, tokenizer) as session:
         tokenizer, positions = session.tokenizer, session.positions
         splits = load_prompts(config, tokenizer, positions, prompts, eval_prompts)
-        mixed_in = load_texts(config, tokenizer, positions, texts, stops=session.stops) if config.ptx_coef else []
+        mixed_in = (
+            load_texts(config, tokenizer, positions, texts, stops=session.stops) if config.ptx_coef else []
+        )
         limit = sequence_limit(config, positions)
         session.check_beside(limit)
         everything = [*splits[0], *splits[1], *mixed_in]
@@ -74,17 +79,23 @@ def train_online(
         actor.dpo = session.beside("dpo_model", known) if config.dpo_model is not None else None
         actor.reference = _reference(learner, session, known)
         lm.check_generation(responses)
-        frozen = {"ref_model": actor.reference, "dpo_model": actor.dpo, "reward_model": getattr(score, "scorer", None)}
+        frozen = {
+            "ref_model": actor.reference,
+            "dpo_model": actor.dpo,
+            "reward_model": getattr(score, "scorer", None),
+        }
         vocabulary = min((other.vocabulary() for other in frozen.values() if other is not None), default=None)
         sampler = Sampler(lm, tokenizer, config, vocabulary)
         learner.begin(actor, sampler, score, *splits, mixed_in)
         return session.fit(learner, frozen, callback)
 
 
-def _reference(method: OnlineMethod, session: Session, known: Sequence[torch.Tensor]) -> PackedCausalLM | None:
-    """The model that the policy is held to: --ref-model, or a copy of the policy as it is now, where anything asks for one.
-    It knows every token that the tokenizer gives, which are those that are sampled; rows of the vocabulary beyond them
-    may differ in number, if a tokenizer of its own says that they are beyond."""
+def _reference(
+    method: OnlineMethod, session: Session, known: Sequence[torch.Tensor]
+) -> PackedCausalLM | None:
+    """The model that the policy is held to: --ref-model, or a copy of the policy as it is now, where anything
+    asks for one. It knows every token that the tokenizer gives, which are those that are sampled; rows of the
+    vocabulary beyond them may differ in number, if a tokenizer of its own says that they are beyond."""
     lm, config = session.lm, method.config
     if config.ref_model is None:
         return lm.frozen_copy() if method.needs_reference else None

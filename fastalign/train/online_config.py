@@ -24,11 +24,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
 
 @dataclasses.dataclass(frozen=True)
 class OnlineConfig(LossConfig):
-    """Settings of the methods that learn from the policy's own samples. None: the method's own default (`OnlineMethod` fills it in)."""
+    """Settings of the methods that learn from the policy's own samples. None: the method's own default
+    (`OnlineMethod` fills it in)."""
 
     # Common settings that mean something of their own here
-    data: str | None = setting(None, "required: prompts, one JSON object per line (docs/training_online.md)", metavar="FILE")
-    batch_size: int = setting(32, "prompts per step; a step samples responses to them, scores these and learns from them", POSITIVE)
+    data: str | None = setting(
+        None, "required: prompts, one JSON object per line (docs/training_online.md)", metavar="FILE"
+    )
+    batch_size: int = setting(
+        32, "prompts per step; a step samples responses to them, scores these and learns from them", POSITIVE
+    )
     overlong: str = setting(
         "error",
         "what to do with a prompt that leaves no room for --max-new-tokens in --max-length or --tokens-per-batch: stop, leave it out, or "
@@ -36,12 +41,17 @@ class OnlineConfig(LossConfig):
         choices=("error", "drop", "truncate_prompt"),
     )
     loss_options: dict[str, Any] = setting(
-        {}, "an option of the loss, for example --set clip_high=0.28 (repeatable)", flag="--set", metavar="OPTION=VALUE"
+        {},
+        "an option of the loss, for example --set clip_high=0.28 (repeatable)",
+        flag="--set",
+        metavar="OPTION=VALUE",
     )
 
     # Reward
     reward_model: str | None = setting(
-        None, "this or --reward is required: directory of a reward model (sequence classifier with one label)", metavar="DIR"
+        None,
+        "this or --reward is required: directory of a reward model (sequence classifier with one label)",
+        metavar="DIR",
     )
     reward: str | None = setting(
         None,
@@ -49,43 +59,72 @@ class OnlineConfig(LossConfig):
         "number per completion",
         metavar="MODULE:FUNCTION",
     )
-    reward_clip: float | None = setting(None, "rewards are clipped to at most this magnitude; default: not at all", POSITIVE)
-    missing_eos_penalty: float | None = setting(None, "subtracted from the reward of a response that did not end by itself", NOT_BELOW_0)
-    ref_update_every: int = setting(
-        0, "steps after which the reference takes over the policy's weights (iterative training); 0: never", NOT_BELOW_0
+    reward_clip: float | None = setting(
+        None, "rewards are clipped to at most this magnitude; default: not at all", POSITIVE
     )
-    ref_mix: float = setting(1.0, "share of the policy in the updated reference, the rest stays (TR-DPO: 0.6)", SHARE)
+    missing_eos_penalty: float | None = setting(
+        None, "subtracted from the reward of a response that did not end by itself", NOT_BELOW_0
+    )
+    ref_update_every: int = setting(
+        0,
+        "steps after which the reference takes over the policy's weights (iterative training); 0: never",
+        NOT_BELOW_0,
+    )
+    ref_mix: float = setting(
+        1.0, "share of the policy in the updated reference, the rest stays (TR-DPO: 0.6)", SHARE
+    )
 
     # Sampling
     samples_per_prompt: int | None = setting(
-        None, "responses sampled for each prompt; default: ppo, reinforce_pp 1, online_dpo 2, rloo 4, grpo 8", POSITIVE
+        None,
+        "responses sampled for each prompt; default: ppo, reinforce_pp 1, online_dpo 2, rloo 4, grpo 8",
+        POSITIVE,
     )
     max_new_tokens: int = setting(128, "longest response in tokens", POSITIVE)
     temperature: float = setting(1.0, "the policy samples, and is scored, at this temperature", POSITIVE)
     top_p: float = setting(
-        1.0, "nucleus sampling; below 1 the samples are no longer the policy's own distribution, which scoring assumes", POSITIVE, SHARE
+        1.0,
+        "nucleus sampling; below 1 the samples are no longer the policy's own distribution, which scoring assumes",
+        POSITIVE,
+        SHARE,
     )
     top_k: int = setting(0, "sample among the most likely tokens only; 0: all of them", NOT_BELOW_0)
     sample_batch: int = setting(64, "responses that are generated at once", POSITIVE)
 
     # Updates
-    preset: str | None = setting(None, f"settings of a published pipeline: {', '.join(PRESETS)}", choices=tuple(PRESETS))
-    minibatches: int | None = setting(None, "optimizer updates per pass over a step's samples; default: ppo 4, else 1", POSITIVE)
-    rollout_epochs: int | None = setting(None, "passes over a step's samples; default: ppo 4, else 1", POSITIVE)
-    target_kl: float | None = setting(None, "skip the rest of a step's updates once policy/approxkl exceeds 1.5 times this", POSITIVE)
+    preset: str | None = setting(
+        None, f"settings of a published pipeline: {', '.join(PRESETS)}", choices=tuple(PRESETS)
+    )
+    minibatches: int | None = setting(
+        None, "optimizer updates per pass over a step's samples; default: ppo 4, else 1", POSITIVE
+    )
+    rollout_epochs: int | None = setting(
+        None, "passes over a step's samples; default: ppo 4, else 1", POSITIVE
+    )
+    target_kl: float | None = setting(
+        None, "skip the rest of a step's updates once policy/approxkl exceeds 1.5 times this", POSITIVE
+    )
     entropy_coef: float | None = setting(None, "weight of the entropy bonus; default: 0", NOT_BELOW_0)
-    ptx_data: str | None = setting(None, 'texts to mix in by PPO-ptx, one {"text": ...} per line', metavar="FILE")
+    ptx_data: str | None = setting(
+        None, 'texts to mix in by PPO-ptx, one {"text": ...} per line', metavar="FILE"
+    )
     ptx_coef: float | None = setting(
-        None, "weight of the mean token loss on --ptx-data; default: 0, of --preset instructgpt 27.8", NOT_BELOW_0
+        None,
+        "weight of the mean token loss on --ptx-data; default: 0, of --preset instructgpt 27.8",
+        NOT_BELOW_0,
     )
     ptx_batch: int = setting(8, "texts of --ptx-data per update", POSITIVE)
 
     # KL to the reference
     kl_coef: float | None = setting(
-        None, "weight of the KL to the reference; default: ppo, rloo 0.05, reinforce_pp 0.01, grpo 0", NOT_BELOW_0
+        None,
+        "weight of the KL to the reference; default: ppo, rloo 0.05, reinforce_pp 0.01, grpo 0",
+        NOT_BELOW_0,
     )
     kl_in: str | None = setting(
-        None, "whether the KL is taken off the reward or added to the loss; default: grpo loss, else reward", choices=("reward", "loss")
+        None,
+        "whether the KL is taken off the reward or added to the loss; default: grpo loss, else reward",
+        choices=("reward", "loss"),
     )
     kl_kind: str | None = setting(
         None,
@@ -93,7 +132,9 @@ class OnlineConfig(LossConfig):
         choices=("k1", "k2", "k3", "abs", "k3+"),
     )
     kl_target: float | None = setting(
-        None, "adapt --kl-coef so that the KL per response (in nats) comes to this; default: --kl-coef is fixed", POSITIVE
+        None,
+        "adapt --kl-coef so that the KL per response (in nats) comes to this; default: --kl-coef is fixed",
+        POSITIVE,
     )
     kl_horizon: float = setting(10_000.0, "responses over which the adaptation takes place", POSITIVE)
 
@@ -101,30 +142,47 @@ class OnlineConfig(LossConfig):
     gamma: float | None = setting(None, "discount per token; default: 1", SHARE)
     lam: float | None = setting(None, "decay of generalised advantage estimation; default: 0.95", SHARE)
     vf_coef: float | None = setting(None, "weight of the value loss; default: 0.1", NOT_BELOW_0)
-    value_clip: float | None = setting(None, "a value may move this far in the value loss; 0: any distance; default: 0.2", NOT_BELOW_0)
+    value_clip: float | None = setting(
+        None, "a value may move this far in the value loss; 0: any distance; default: 0.2", NOT_BELOW_0
+    )
     bootstrap_truncated: bool = setting(
         False, "a response that was cut off is worth what the value head expects after its last token, not 0"
     )
-    whiten_rewards: bool = setting(False, "divide the rewards per token by their standard deviation over the step (their mean stays)")
+    whiten_rewards: bool = setting(
+        False, "divide the rewards per token by their standard deviation over the step (their mean stays)"
+    )
     dpo_model: str | None = setting(
-        None, "directory of a DPO-trained model whose log-ratio to the reference is a reward per token (RTO)", metavar="DIR"
+        None,
+        "directory of a DPO-trained model whose log-ratio to the reference is a reward per token (RTO)",
+        metavar="DIR",
     )
     dpo_coef: float | None = setting(None, "weight of that reward; default: 0.05", POSITIVE)
-    dpo_clip: float | None = setting(None, "largest magnitude of that reward per token, after weighting; default: 0.05", POSITIVE)
+    dpo_clip: float | None = setting(
+        None, "largest magnitude of that reward per token, after weighting; default: 0.05", POSITIVE
+    )
 
     # Groups of samples for one prompt
-    scale_rewards: bool = setting(True, "divide by the standard deviation of the group's rewards (--loss dr_grpo: never)")
+    scale_rewards: bool = setting(
+        True, "divide by the standard deviation of the group's rewards (--loss dr_grpo: never)"
+    )
     overlong_buffer: int = setting(
-        0, "the last tokens of --max-new-tokens over which the reward falls linearly by 1 (DAPO); 0: none", NOT_BELOW_0
+        0,
+        "the last tokens of --max-new-tokens over which the reward falls linearly by 1 (DAPO); 0: none",
+        NOT_BELOW_0,
     )
     drop_equal_groups: bool = setting(
-        False, "leave groups whose scores are all equal, before any penalty, out of the loss and its denominators (DAPO)"
+        False,
+        "leave groups whose scores are all equal, before any penalty, out of the loss and its denominators (DAPO)",
     )
-    mask_truncated: bool = setting(False, "leave responses that were cut off out of the loss and its denominators (DAPO)")
+    mask_truncated: bool = setting(
+        False, "leave responses that were cut off out of the loss and its denominators (DAPO)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.temperature < 1e-6:  # logits divided by it must stay within float32
             raise UserError(f"--temperature is {self.temperature}: it must be at least 1e-6")
         if self.overlong_buffer > self.max_new_tokens:
-            raise UserError(f"--overlong-buffer {self.overlong_buffer} exceeds --max-new-tokens {self.max_new_tokens}")
+            raise UserError(
+                f"--overlong-buffer {self.overlong_buffer} exceeds --max-new-tokens {self.max_new_tokens}"
+            )

@@ -1,4 +1,5 @@
-"""A run that learns nothing says so: at the first step that taught nothing, with the reason as far as the step's own numbers show it, and at the end."""
+"""A run that learns nothing says so: at the first step that taught nothing, with the reason as far as the
+step's own numbers show it, and at the end."""
 
 from __future__ import annotations
 
@@ -7,8 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 # A step's metrics -> whether nothing could be learnt from it; the first that applies is the reason.
 _REASONS: tuple[tuple[Callable[[Mapping[str, float]], bool], str], ...] = (
     (lambda m: "num_unscored" in m and "objective/scores" not in m, "no response could be scored"),
-    (lambda m: m.get("objective/scores_std") == 0.0, "all responses have the same reward, so none is better than another"),
-    (lambda m: m.get("num_pairs") == 0, "no prompt has two responses of different reward, so there is no pair"),
+    (
+        lambda m: m.get("objective/scores_std") == 0.0,
+        "all responses have the same reward, so none is better than another",
+    ),
+    (
+        lambda m: m.get("num_pairs") == 0,
+        "no prompt has two responses of different reward, so there is no pair",
+    ),
     (lambda m: m.get("frac_zero_std") == 1.0, "in every group all responses have the same reward"),
     (
         lambda m: m.get("grad_norm") == 0.0,

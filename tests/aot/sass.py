@@ -1,6 +1,8 @@
-"""Compiles the CUDA sources ahead of time and reads the machine code: registers, stack and shared memory per kernel, instructions, loops.
+"""Compiles the CUDA sources ahead of time and reads the machine code: registers, stack and shared memory per
+kernel, instructions, loops.
 
-Needs nvcc and, from Triton's package, cuobjdump and nvdisasm; no GPU. Objects are kept under build/cuda_aot by the hash of their inputs."""
+Needs nvcc and, from Triton's package, cuobjdump and nvdisasm; no GPU. Objects are kept under build/cuda_aot
+by the hash of their inputs."""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ class Kernel:
 
     @staticmethod
     def interior(body):
-        """One turn of a loop away from the ends of a row: branches ahead are taken, but those over an exp2, which every turn needs."""
+        """One turn of a loop away from the ends of a row: branches ahead are taken, but those over an exp2,
+        which every turn needs."""
         turn, resume = [], 0
         for address, text in body:
             if address < resume:
@@ -62,8 +65,12 @@ class Kernel:
 
 
 def nvcc() -> str:
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
-    assert found, "nvcc (CUDA 12.8 or later) is neither on PATH nor in $CUDA_HOME/bin: the kernels cannot be compiled"
+    found = shutil.which("nvcc") or shutil.which(
+        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    )
+    assert found, (
+        "nvcc (CUDA 12.8 or later) is neither on PATH nor in $CUDA_HOME/bin: the kernels cannot be compiled"
+    )
     return found
 
 
@@ -79,15 +86,18 @@ def disassembler() -> str:
 
 
 def objects() -> list[Path]:
-    """What holds the machine code: the installed extension where it is newer than the sources and built for ARCHS, as in a fresh checkout, so that
-    what is tested is what is shipped and nothing is compiled twice; else objects compiled here."""
+    """What holds the machine code: the installed extension where it is newer than the sources and built for
+    ARCHS, as in a fresh checkout, so that what is tested is what is shipped and nothing is compiled twice;
+    else objects compiled here."""
     try:
         from fastalign import _C
     except ImportError:
         return compile_all()
     extension = Path(_C.__file__)
     sources = [ROOT / "setup.py", *(p for p in CSRC.rglob("*") if p.is_file())]
-    fresh = extension.is_relative_to(ROOT) and extension.stat().st_mtime > max(p.stat().st_mtime for p in sources)
+    fresh = extension.is_relative_to(ROOT) and extension.stat().st_mtime > max(
+        p.stat().st_mtime for p in sources
+    )
     built_for = tuple(_C.build_info().get("cuda_archs", "").split(";"))
     return [extension] if fresh and built_for == ARCHS else compile_all()
 
@@ -105,7 +115,16 @@ def compile_all() -> list[Path]:
         key = repr((flags, targets, version, headers, source.read_text()))
         output = OUT / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.o"
         if not output.exists():
-            command = [compiler, *flags, *targets, f"-I{CSRC}", "-c", str(source), "-o", str(output.with_suffix(".part"))]
+            command = [
+                compiler,
+                *flags,
+                *targets,
+                f"-I{CSRC}",
+                "-c",
+                str(source),
+                "-o",
+                str(output.with_suffix(".part")),
+            ]
             result = subprocess.run(command, capture_output=True, text=True)
             assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
             output.with_suffix(".part").rename(output)
@@ -116,22 +135,29 @@ def compile_all() -> list[Path]:
 
 
 def kernels(objects: list[Path], with_code: bool = True) -> list[Kernel]:
-    """All kernels of the objects. Without their code, which takes a hundred times as long to read: registers, stack and shared memory alone."""
+    """All kernels of the objects. Without their code, which takes a hundred times as long to read: registers,
+    stack and shared memory alone."""
     found: dict[tuple[str, str], Kernel] = {}
     for path in objects:
         _read_resources(path, found)
         if with_code:
             _read_code(path, found)
     names = [name for _, name in found]
-    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    plain = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     for (key, kernel), demangled in zip(found.items(), plain):
-        kernel.name = re.sub(r"^void |fastalign::|cuda::|\(anonymous namespace\)::", "", demangled).split("(")[0]
+        kernel.name = re.sub(r"^void |fastalign::|cuda::|\(anonymous namespace\)::", "", demangled).split(
+            "("
+        )[0]
         assert kernel.code or not with_code, f"no machine code found for {key}"
     return list(found.values())
 
 
 def _dump(option: str, path: Path) -> list[str]:
-    return subprocess.run([disassembler(), option, str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+    return subprocess.run(
+        [disassembler(), option, str(path)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
 
 
 def _read_resources(path: Path, found) -> None:

@@ -1,5 +1,5 @@
-"""The CUDA kernels compile for every architecture we ship, and the machine code is what we meant: no spills, 16-byte loads, few
-instructions. A missing compiler or disassembler fails; nothing is skipped."""
+"""The CUDA kernels compile for every architecture we ship, and the machine code is what we meant: no spills,
+16-byte loads, few instructions. A missing compiler or disassembler fails; nothing is skipped."""
 
 from __future__ import annotations
 
@@ -27,24 +27,37 @@ def test_every_kernel_is_there(arch):
         "policy_fwd_kernel", "value_fwd_kernel", "policy_bwd_kernel",
         "token_stats_fused_kernel", "scale_rows_kernel", "row_states_merge_kernel", "row_states_finish_kernel",
     }  # fmt: skip
-    assert sum("token_stats_fwd" in k.name for k in arch) == 3 * 5 * 2  # storage types x sets of sums x softcap
-    assert sum("token_stats_bwd" in k.name for k in arch) == 3 * 2 * 2 * 2  # storage types x softcap x several labels x reference rows
+    assert (
+        sum("token_stats_fwd" in k.name for k in arch) == 3 * 5 * 2
+    )  # storage types x sets of sums x softcap
+    assert (
+        sum("token_stats_bwd" in k.name for k in arch) == 3 * 2 * 2 * 2
+    )  # storage types x softcap x several labels x reference rows
     assert sum("token_stats_fused" in k.name for k in arch) == 3 * 4  # storage types x sets of sums
 
 
 def test_nothing_spills(arch):
-    bad = [f"{k.name}: {k.stack} B stack, {k.local} B local" for k in arch if k.stack or k.local or k.count(r"LDL|STL")]
+    bad = [
+        f"{k.name}: {k.stack} B stack, {k.local} B local"
+        for k in arch
+        if k.stack or k.local or k.count(r"LDL|STL")
+    ]
     assert not bad, bad
 
 
 def test_registers_and_shared_memory(arch):
     for k in arch:
-        # From sm_90 on the hardware keeps 1 KiB per block for itself. Anything else would be shared memory that the emulator cannot poison.
+        # From sm_90 on the hardware keeps 1 KiB per block for itself. Anything else would be shared memory
+        # that the emulator cannot poison.
         assert k.shared <= (0 if k.arch == "80" else 1024), f"{k.name} has static shared memory"
-        # Four blocks of 256 threads per SM; three where the work is not per element, for every sum of a row, and for two rows; two for every
-        # sum of two rows and for several labels there.
-        one_row = re.match(r"token_stats_fwd_kernel<\w+, [01],|token_stats_bwd_kernel<.*false>|scale_rows", k.name)
-        rare = re.match(r"token_stats_(fwd_kernel<\w+, 127,|fused_kernel<\w+, 113>|bwd_kernel<.*true, true>)", k.name)
+        # Four blocks of 256 threads per SM; three where the work is not per element, for every sum of a row,
+        # and for two rows; two for every sum of two rows and for several labels there.
+        one_row = re.match(
+            r"token_stats_fwd_kernel<\w+, [01],|token_stats_bwd_kernel<.*false>|scale_rows", k.name
+        )
+        rare = re.match(
+            r"token_stats_(fwd_kernel<\w+, 127,|fused_kernel<\w+, 113>|bwd_kernel<.*true, true>)", k.name
+        )
         bound = 64 if one_row else 128 if rare else 80
         assert k.registers <= bound, f"{k.name} takes {k.registers} registers"
 
@@ -57,8 +70,12 @@ def test_streaming_kernels_move_16_bytes_at_a_time(arch):
             assert wide >= 4, f"{k.name}: {wide} 16-byte loads"
         if fused and k.arch != "80":  # both rows come by bulk copies, and are read from shared memory twice
             counts = [k.count(op) for op in ("UBLKCP", r"LDG\.E\.128", r"LDS\.128")]
-            assert counts[0] >= 1 and counts[1] == 0 and counts[2] >= 8, f"{k.name}: {counts} bulk copies, 16-byte loads, of shared memory"
-        if re.match("token_stats_bwd|token_stats_fused|scale_rows", k.name) and not (fused and k.arch == "80"):
+            assert counts[0] >= 1 and counts[1] == 0 and counts[2] >= 8, (
+                f"{k.name}: {counts} bulk copies, 16-byte loads, of shared memory"
+            )
+        if re.match("token_stats_bwd|token_stats_fused|scale_rows", k.name) and not (
+            fused and k.arch == "80"
+        ):
             assert k.count(r"STG\.E\.128") >= 2, f"{k.name}: {k.count(r'STG.E.128')} 16-byte stores"
 
 
@@ -69,8 +86,9 @@ def test_one_read_is_nothing_without_clusters(arch):
 
 
 def test_streaming_loop_is_short(arch):
-    """At H200 bandwidth an SM has about 15 instructions per bf16 element of a row that is read once, and about 23 for both sweeps over a pair of
-    rows that is read once and written over once. One of them per sweep may be an exp2."""
+    """At H200 bandwidth an SM has about 15 instructions per bf16 element of a row that is read once, and
+    about 23 for both sweeps over a pair of rows that is read once and written over once. One of them per
+    sweep may be an exp2."""
     bounds = {
         "token_stats_fwd_kernel<bf16, 0, false>": (8,), "token_stats_fwd_kernel<bf16, 1, false>": (10,),
         "token_stats_fwd_kernel<bf16, 113, false>": (15,), "token_stats_bwd_kernel<bf16, false, false, true>": (15, 15),
@@ -84,8 +102,12 @@ def test_streaming_loop_is_short(arch):
         for bound, body in zip(bounds[k.name], bodies):
             turn = k.opcodes(k.interior(body))
             elements = 4 * 8
-            assert len(turn) <= bound * elements, f"{k.name}: {len(turn) / elements:.1f} instructions per element"
-            assert sum(o.startswith("MUFU.EX2") for o in turn) <= elements + 2, f"{k.name}: more than one exp2 per element"
+            assert len(turn) <= bound * elements, (
+                f"{k.name}: {len(turn) / elements:.1f} instructions per element"
+            )
+            assert sum(o.startswith("MUFU.EX2") for o in turn) <= elements + 2, (
+                f"{k.name}: more than one exp2 per element"
+            )
 
 
 def test_clusters_only_where_they_exist(arch):

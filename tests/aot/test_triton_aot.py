@@ -1,5 +1,6 @@
-"""The Triton kernels compile for every architecture we ship, with what the launchers really pass, and the machine code is what we meant: no spills,
-16-byte loads, no specialisation on sizes. A missing compiler or disassembler fails; nothing is skipped."""
+"""The Triton kernels compile for every architecture we ship, with what the launchers really pass, and the
+machine code is what we meant: no spills, 16-byte loads, no specialisation on sizes. A missing compiler or
+disassembler fails; nothing is skipped."""
 
 from __future__ import annotations
 
@@ -39,8 +40,13 @@ from fastalign.ops.token_stats.contract import (
 )
 
 FOLDER = Path(fastalign.__file__).parent / "ops"
-MODULES = {p.parent.name: importlib.import_module(f"fastalign.ops.{p.parent.name}.triton") for p in sorted(FOLDER.glob("*/triton.py"))}
-rows, sums, estimate, pair = (MODULES[op] for op in ("token_stats", "sequence_sum", "kl_estimate", "preference"))
+MODULES = {
+    p.parent.name: importlib.import_module(f"fastalign.ops.{p.parent.name}.triton")
+    for p in sorted(FOLDER.glob("*/triton.py"))
+}
+rows, sums, estimate, pair = (
+    MODULES[op] for op in ("token_stats", "sequence_sum", "kl_estimate", "preference")
+)
 gae, ranked, policy = (MODULES[op] for op in ("gae", "listwise", "policy"))
 ALL_BITS = 63  # all that need no reference
 VOCAB = 1001  # odd: no row but the first is aligned, and nothing about sizes is known to the compiler
@@ -74,25 +80,40 @@ def pair_forward(dtype, outputs, capped=False, together=True):
     return rows.token_stats_fwd(TokenStatsFwd(pair_rows(dtype, capped, together), outputs, None, None))
 
 
-def pair_backward(dtype, entropy=False, capped=False, in_place=False, together=True, reverse=True, forward=True):
+def pair_backward(
+    dtype, entropy=False, capped=False, in_place=False, together=True, reverse=True, forward=True
+):
     n = torch.zeros(3)
     run = rows.token_stats_bwd_ if in_place else rows.token_stats_bwd
-    upstream = RowGradients(torch.zeros(3, 1), n if entropy else None, None, n if reverse else None, n if forward else None)
+    upstream = RowGradients(
+        torch.zeros(3, 1), n if entropy else None, None, n if reverse else None, n if forward else None
+    )
     run(TokenStatsBwd(pair_rows(dtype, capped, together), torch.zeros(3, STATE_WIDTH), upstream))
 
 
 def row_states(outputs=1, ref=False, labels=1, temperature=None, mask=None, parts=2):
     """States merged and finished; labels: of each row, 0 for none."""
     n = 6 if ref else 3
-    y, state = torch.zeros(3, labels, dtype=torch.long) if labels else None, torch.zeros(parts, 3, STATE_WIDTH)
+    y, state = (
+        torch.zeros(3, labels, dtype=torch.long) if labels else None,
+        torch.zeros(parts, 3, STATE_WIDTH),
+    )
     rows.row_states_merge(RowStatesMerge(state, torch.zeros(parts, n, labels) if labels else None))
     target = torch.zeros(n, labels) if labels else None
-    rows.row_states_finish(RowStatesFinish(state[0], target, y, mask, temperature, 1.44, 1.0, -100, VOCAB, outputs))
+    rows.row_states_finish(
+        RowStatesFinish(state[0], target, y, mask, temperature, 1.44, 1.0, -100, VOCAB, outputs)
+    )
 
 
-def preference(loss, stages="both", kl=None, weights=None, pairs=None, given=None, reduction="mean", **options):
+def preference(
+    loss, stages="both", kl=None, weights=None, pairs=None, given=None, reduction="mean", **options
+):
     preset = losses.get(loss) if isinstance(loss, str) else loss
-    p, cu, x = preset.replace(**options).params(reduction), torch.tensor([0, 5, 9], dtype=torch.int32), torch.zeros(9)
+    p, cu, x = (
+        preset.replace(**options).params(reduction),
+        torch.tensor([0, 5, 9], dtype=torch.int32),
+        torch.zeros(9),
+    )
     tokens = PairTokens(x, x, kl, cu, pairs, x > 0, weights)
     sums = torch.zeros(1, 2, 6)
     if stages == "table":
@@ -100,13 +121,19 @@ def preference(loss, stages="both", kl=None, weights=None, pairs=None, given=Non
     else:
         pair.preference_fwd(PreferenceFwd(tokens, None, given or PairTensors(), p, 1, stages == "both"))
     if stages == "both":
-        pair.preference_bwd(PreferenceBwd(torch.zeros(()), tokens._replace(kl=None), sums, torch.zeros(1, 11), p, kl is not None))
+        pair.preference_bwd(
+            PreferenceBwd(
+                torch.zeros(()), tokens._replace(kl=None), sums, torch.zeros(1, 11), p, kl is not None
+            )
+        )
 
 
 def listwise(loss, beta=None, counts=None, reduction="mean", **options):
     p = (losses.get_listwise(loss) if isinstance(loss, str) else loss).replace(**options).params(reduction)
     offsets = torch.tensor([0, 3], dtype=torch.int32)
-    ranked.listwise_fwd(ListwiseFwd(torch.zeros(3, 6), offsets, torch.zeros(3), ListTensors(beta, counts, counts), p))
+    ranked.listwise_fwd(
+        ListwiseFwd(torch.zeros(3, 6), offsets, torch.zeros(3), ListTensors(beta, counts, counts), p)
+    )
 
 
 def policy_step(loss="ppo", sequences=False, full=False, backward=True, **options):
@@ -123,7 +150,8 @@ def policy_step(loss="ppo", sequences=False, full=False, backward=True, **option
 
 
 def launch_all():
-    """The kernels of the usual calls: (storage types x sets of sums x softcap) thinned out, and every other op."""
+    """The kernels of the usual calls: (storage types x sets of sums x softcap) thinned out, and every other
+    op."""
     for dtype, outputs, capped in (
         (torch.bfloat16, 1, False), (torch.bfloat16, 3, False), (torch.bfloat16, ALL_BITS, False), (torch.bfloat16, 3, True),
         (torch.float16, 1, False), (torch.float32, 1, False), (torch.float32, ALL_BITS, False), (torch.float32, 3, True),
@@ -184,12 +212,15 @@ _machine_code = {}  # by the kernel's hash, which covers the target
 
 
 def machine_code(kernel):
-    """To disassemble a kernel takes as long as to compile it: those over rows alone, the others' loads are of no interest."""
+    """To disassemble a kernel takes as long as to compile it: those over rows alone, the others' loads are of
+    no interest."""
     if kernel.hash not in _machine_code:
         OUT.mkdir(parents=True, exist_ok=True)
         path = OUT / f"{kernel.metadata.name}-{kernel.hash[:16]}.cubin"
         path.write_bytes(kernel.asm["cubin"])
-        (_machine_code[kernel.hash],) = sass.kernels([path], with_code=re.match("token_stats|scale_rows", kernel.metadata.name) is not None)
+        (_machine_code[kernel.hash],) = sass.kernels(
+            [path], with_code=re.match("token_stats|scale_rows", kernel.metadata.name) is not None
+        )
     return _machine_code[kernel.hash]
 
 
@@ -210,8 +241,8 @@ def streaming_loop(kernel):
 
 
 def narrow_loads(kernel):
-    """What the streaming loop loads of the logits in less than 16 bytes. Backward reads labels and their gradients in it as well, 4 and 8 bytes
-    each; its logits would come in 2 bytes."""
+    """What the streaming loop loads of the logits in less than 16 bytes. Backward reads labels and their
+    gradients in it as well, 4 and 8 bytes each; its logits would come in 2 bytes."""
     narrow = r"LDG\.E(\.\w+)*\.U16" if "_bwd_" in kernel.metadata.name else r"LDG(?!\.E(\.\w+)*\.128)"
     return [o for o in streaming_loop(kernel) if re.match(narrow, o)]
 
@@ -220,14 +251,25 @@ def read_amdgcn(kernel):
     text = kernel.asm["amdgcn"]
     number = {name: int(n) for name, n in re.findall(r"^\s*\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
     # SGPRs that do not fit are kept in lanes of a VGPR; only scratch memory is a spill that costs bandwidth.
-    spilled = number["vgpr_spill_count"] + number["private_segment_fixed_size"] + len(re.findall(r"\bscratch_(load|store)", text))
-    loads, stores = (len(re.findall(rf"\b(?:global|buffer)_{what}_dwordx4\b", text)) for what in ("load", "store"))
+    spilled = (
+        number["vgpr_spill_count"]
+        + number["private_segment_fixed_size"]
+        + len(re.findall(r"\bscratch_(load|store)", text))
+    )
+    loads, stores = (
+        len(re.findall(rf"\b(?:global|buffer)_{what}_dwordx4\b", text)) for what in ("load", "store")
+    )
     return number["vgpr_count"], spilled, loads, stores
 
 
 def test_every_kernel_is_there(compiled):
-    modules = [importlib.import_module(f"fastalign.ops.{p.parent.name}.{p.stem}") for p in FOLDER.glob("*/triton*.py")]
-    assert {k.metadata.name for k in compiled[1]} == {n for module in modules for n in vars(module) if n.endswith("_kernel")}
+    modules = [
+        importlib.import_module(f"fastalign.ops.{p.parent.name}.{p.stem}")
+        for p in FOLDER.glob("*/triton*.py")
+    ]
+    assert {k.metadata.name for k in compiled[1]} == {
+        n for module in modules for n in vars(module) if n.endswith("_kernel")
+    }
 
 
 def test_nothing_spills(resources):
@@ -238,7 +280,9 @@ def test_nothing_spills(resources):
 def test_registers_threads_and_shared_memory(resources, compiled):
     print(f"\n{compiled[0]}")
     for k, registers, _, loads, stores in resources:
-        print(f"  {k.metadata.name:<26}{registers:>4} registers {k.metadata.shared:>6} B shared, 16-byte loads {loads}, stores {stores}")
+        print(
+            f"  {k.metadata.name:<26}{registers:>4} registers {k.metadata.shared:>6} B shared, 16-byte loads {loads}, stores {stores}"
+        )
         assert k.metadata.shared <= 48 << 10
         assert k.metadata.num_warps * TARGETS[compiled[0]].warp_size <= 256
         assert registers <= 255
@@ -249,7 +293,9 @@ def test_streaming_kernels_move_16_bytes_at_a_time(resources, compiled):
     assert len(streaming) == 22
     for k, _, _, loads, stores in streaming:
         forward = k.metadata.name.endswith("_fwd_kernel")
-        assert loads >= (4 if forward else 2) and stores >= (0 if forward else 2), f"{k.metadata.name}: {loads} loads, {stores} stores"
+        assert loads >= (4 if forward else 2) and stores >= (0 if forward else 2), (
+            f"{k.metadata.name}: {loads} loads, {stores} stores"
+        )
         if compiled[0].startswith("sm_"):
             assert streaming_loop(k), f"{k.metadata.name}: no loop loads 16 bytes"
             assert not narrow_loads(k), f"{k.metadata.name}: {narrow_loads(k)} in the loop"
@@ -257,7 +303,8 @@ def test_streaming_kernels_move_16_bytes_at_a_time(resources, compiled):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_streaming_loop_is_short(target):
-    """At H200 bandwidth an SM has about 15 instructions per bf16 element. Counted with what rows that end or are misaligned do besides."""
+    """At H200 bandwidth an SM has about 15 instructions per bf16 element. Counted with what rows that end or
+    are misaligned do besides."""
     with compiling_for(target) as kernels:
         forward(torch.bfloat16, 1)
         forward(torch.bfloat16, 3)
@@ -269,7 +316,8 @@ def test_streaming_loop_is_short(target):
 
 
 def test_sizes_alignments_and_numbers_compile_nothing_anew():
-    """H2: one kernel for any number of rows, vocabulary, stride and address, and for any temperature or margin."""
+    """H2: one kernel for any number of rows, vocabulary, stride and address, and for any temperature or
+    margin."""
     with compiling_for("sm_90") as kernels:
         for n, vocab, skip in ((1, 1, 0), (2, 16, 0), (16, 128256, 0), (5, 50257, 3), (3, 1000, 8)):
             logits = torch.zeros(n * vocab + skip, dtype=torch.bfloat16)[skip:].view(n, vocab)
@@ -305,11 +353,20 @@ def test_sizes_alignments_and_numbers_compile_nothing_anew():
 
 
 def test_every_option_compiles():
-    """The interpreter accepts what the compiler refuses (types that change in a branch, say): optional tensors, links, transforms, labels."""
+    """The interpreter accepts what the compiler refuses (types that change in a branch, say): optional
+    tensors, links, transforms, labels."""
     x, y, state = torch.zeros(3, VOCAB), torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, STATE_WIDTH)
-    options, row, token, one = RowOptions(1.44, 0.0, 1.0, -100), torch.zeros(3), torch.zeros(9), torch.zeros(1)
+    options, row, token, one = (
+        RowOptions(1.44, 0.0, 1.0, -100),
+        torch.zeros(3),
+        torch.zeros(9),
+        torch.zeros(1),
+    )
     with compiling_for("sm_90") as kernels:
-        bare, full = rows_of(x, options=options), rows_of(x, y, mask=row > 0, temperature=one[0], options=options)
+        bare, full = (
+            rows_of(x, options=options),
+            rows_of(x, y, mask=row > 0, temperature=one[0], options=options),
+        )
         rows.token_stats_fwd(TokenStatsFwd(bare, 2, None, None))
         rows.token_stats_fwd(TokenStatsFwd(full, 31, state, torch.zeros(3, 2)))
         rows.token_stats_bwd(TokenStatsBwd(bare, state, RowGradients(g_entropy=row)))
@@ -329,23 +386,53 @@ def test_every_option_compiles():
         for kind in policy_losses.KL_KINDS:
             options = {"kl_kind": kind, "kl_bias_correction": kind == "k3", "is_mode": "mask", "is_max": 2.0}
             policy_step(sequences=True, full=True, backward=False, **options)
-        policy_step("rloo", sequences=True, aggregation="seq_mean_token_sum_norm", norm_length=3.0, backward=False)
+        policy_step(
+            "rloo", sequences=True, aggregation="seq_mean_token_sum_norm", norm_length=3.0, backward=False
+        )
         zeros = PolicyParams(*[0.0] * policy_params.SCALAR_COUNT, *[0] * 8)
         policy.policy_fwd(PolicyFwd(token, None, token, None, None, *(None,) * 6, zeros, False))
         policy.value_fwd(ValueFwd(token, None, token, offsets, token > 0, one[0], 0.0, 1, 1.0))
         pairs = torch.zeros(1, 2, dtype=torch.int32)
-        preference("dpo", kl=token, weights=token, pairs=pairs, given=PairTensors(*(one,) * 6, one > 0, one[0], one[0]), kl_chosen=0.5)
-        preference("dpo", reduction="none", sft_weight=0.5, sft_norm="seq_mean", sft_include_prompt=True, nonfinite="drop")
+        preference(
+            "dpo",
+            kl=token,
+            weights=token,
+            pairs=pairs,
+            given=PairTensors(*(one,) * 6, one > 0, one[0], one[0]),
+            kl_chosen=0.5,
+        )
+        preference(
+            "dpo",
+            reduction="none",
+            sft_weight=0.5,
+            sft_norm="seq_mean",
+            sft_include_prompt=True,
+            nonfinite="drop",
+        )
         for kind in LINKS:
             smoothing = 0.01 if kind == "exo" else 0.0
             points = {} if kind == "exo" else {"point_link": kind, "point_chosen": (1.0, 0.5)}
             preference(Preset(link=kind, label_smoothing=smoothing, **points), "table")
         for kind in TRANSFORMS:
-            preference(Preset(transform=kind, **({"reference": False, "length_norm": 1.0} if kind == "logodds" else {})), "table")
+            preference(
+                Preset(
+                    transform=kind, **({"reference": False, "length_norm": 1.0} if kind == "logodds" else {})
+                ),
+                "table",
+            )
         for kind in ("smooth", "robust", "soft"):
-            preference(Preset(labels=kind, label_smoothing=0.0 if kind == "soft" else 0.1, label_entropy=kind == "smooth"), "table")
+            preference(
+                Preset(
+                    labels=kind,
+                    label_smoothing=0.0 if kind == "soft" else 0.1,
+                    label_entropy=kind == "smooth",
+                ),
+                "table",
+            )
         one_list = torch.zeros(1)
-        listwise(ListPreset(link="hinge", pair_mean=True, nonfinite="drop"), beta=one_list, counts=one_list[0])
+        listwise(
+            ListPreset(link="hinge", pair_mean=True, nonfinite="drop"), beta=one_list, counts=one_list[0]
+        )
         listwise("rrhf", reduction="none", sft_norm="token_mean_global")
         for kind in ("plackett_luce", "infonca", "nca", "exo_list"):
             listwise(kind)

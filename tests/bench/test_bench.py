@@ -1,4 +1,5 @@
-"""The benchmark itself: it refuses wrong results, restores what it overwrites, sees memory, and writes what it prints. No timed claims here."""
+"""The benchmark itself: it refuses wrong results, restores what it overwrites, sees memory, and writes what
+it prints. No timed claims here."""
 
 from __future__ import annotations
 
@@ -30,13 +31,16 @@ def test_every_suite_has_every_op():
     for suite, shapes in SHAPES.items():
         assert set(shapes) == set(OPS) and all(shapes.values()), suite
         assert suite in command.EFFORT
-    assert SHAPES["cpu"]["token_logprobs"][0] == Rows(2048, 128256, "bfloat16")  # the shape that quoted numbers are for
+    assert SHAPES["cpu"]["token_logprobs"][0] == Rows(
+        2048, 128256, "bfloat16"
+    )  # the shape that quoted numbers are for
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("own", ["reference", "cpu"])
 def test_every_contestant_is_right(op, own):
-    """What is measured computes the same thing: every line passes the gate, and our own error is within the house rule."""
+    """What is measured computes the same thing: every line passes the gate, and our own error is within the
+    house rule."""
     case = tiny(op, backends=(own,))
     assert case.contestants[0].name == f"fastalign {own}"
     for result in measure.measure(case, CPU, seconds=0, least=2, most=2, memory=False):
@@ -53,7 +57,11 @@ def test_compiled_contestants(op):
     compiled = [c for c in case.contestants if c.kind == "compiled"]
     assert compiled
     case.contestants = compiled[:1]
-    (result,) = [r for r in measure.measure(case, CPU, seconds=0, least=2, most=2, memory=False) if r.kind == "compiled"]
+    (result,) = [
+        r
+        for r in measure.measure(case, CPU, seconds=0, least=2, most=2, memory=False)
+        if r.kind == "compiled"
+    ]
     assert result.status == "ok", result.message
 
 
@@ -129,16 +137,31 @@ def test_command_writes_json_and_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(command.EFFORT, "cpu-quick", command.EFFORT["tiny"])
     monkeypatch.setattr(command, "ceiling_bytes", lambda device: 1 << 20)
     files = tmp_path / "bench.json", tmp_path / "bench.png"
-    arguments = ["--quick", "--no-compile", "--device", "cpu", "--op", "sequence_sum", "--json", str(files[0]), "--plot", str(files[1])]
+    arguments = [
+        "--quick",
+        "--no-compile",
+        "--device",
+        "cpu",
+        "--op",
+        "sequence_sum",
+        "--json",
+        str(files[0]),
+        "--plot",
+        str(files[1]),
+    ]
     assert command.main(arguments) == 0
     report = json.loads(files[0].read_text())
     (case,) = report["cases"]
-    assert case["op"] == "sequence_sum" and report["machine"]["torch"] == torch.__version__ and report["failures"] == []
+    assert (
+        case["op"] == "sequence_sum"
+        and report["machine"]["torch"] == torch.__version__
+        and report["failures"] == []
+    )
     assert not [r for r in case["results"] if r["kind"] == "compiled"]
     (ours,) = [r for r in case["results"] if r["kind"] == "ours"]
-    assert ours["gbs"] == pytest.approx(case["traffic_bytes"] / ours["ms"] / 1e6) and ours["share"] == pytest.approx(
-        ours["gbs"] / case["read_gbs"]
-    )
+    assert ours["gbs"] == pytest.approx(case["traffic_bytes"] / ours["ms"] / 1e6) and ours[
+        "share"
+    ] == pytest.approx(ours["gbs"] / case["read_gbs"])
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert "fastalign cpu" in capsys.readouterr().out
 
@@ -163,7 +186,10 @@ def test_wrong_options_are_one_line_and_code_2(arguments, words, capsys):
 @pytest.mark.parametrize("op,inputs", [("token_logprobs", 1), ("token_kl", 2), ("token_kl_loss", 2)])
 def test_the_plain_read_counts_all_that_it_reads(op, inputs):
     case = make_case(op, SHAPES["tiny"][op][0], torch.device("cpu"), compile=False)
-    ours, reader = measure.Result("fastalign cpu", "ours", ms=2.0), measure.Result("read only", "read", ms=1.0)
+    ours, reader = (
+        measure.Result("fastalign cpu", "ours", ms=2.0),
+        measure.Result("read only", "read", ms=1.0),
+    )
     gbs = measure.add_bandwidth(case, [ours, reader], machine_gbs=1e9)
     assert gbs == reader.gbs == pytest.approx(inputs * case.inputs[0][0].nbytes / 1e6)
     assert ours.share == pytest.approx(case.traffic / 2e6 / gbs)
@@ -171,7 +197,10 @@ def test_the_plain_read_counts_all_that_it_reads(op, inputs):
 
 def test_pytest_benchmarks_cover_every_op():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "--suite", "tiny"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "--suite", "tiny"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for op in OPS:
@@ -198,17 +227,24 @@ def test_json_is_there_after_every_case(tmp_path, monkeypatch):
 def test_gae_by_doubling_is_the_loop():
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(3, 77, generator=generator, dtype=torch.float64) for _ in range(2))
-    for a, b in zip(eager.gae_doubling(rewards, values, 0.9, 0.97), eager.gae_loop(rewards, values, 0.9, 0.97)):
+    for a, b in zip(
+        eager.gae_doubling(rewards, values, 0.9, 0.97), eager.gae_loop(rewards, values, 0.9, 0.97)
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_long_sequences_have_no_loop_over_time(monkeypatch):
     monkeypatch.setattr(eager, "gae_loop", lambda *arguments: pytest.fail("a loop over time"))
-    case = make_case("gae", Sequences(2, packed_cases.MOST_STEPS + 1), CPU, compile=False, backends=("reference",))
-    assert {"loop over time steps", "loop over time steps, masked"} <= set(case.missing) and "scan by doubling" in [
-        c.name for c in case.contestants
-    ]
+    case = make_case(
+        "gae", Sequences(2, packed_cases.MOST_STEPS + 1), CPU, compile=False, backends=("reference",)
+    )
+    assert {"loop over time steps", "loop over time steps, masked"} <= set(
+        case.missing
+    ) and "scan by doubling" in [c.name for c in case.contestants]
     # The reference is the loop itself: here only the truth counts, against the rival that scans.
     case.contestants = [c for c in case.contestants if c.name == "scan by doubling"]
     results = measure.measure(case, CPU, seconds=0, least=2, most=2, memory=False)
-    assert {r.name: r.status for r in results} == {"scan by doubling": "ok", **dict.fromkeys(case.missing, "n/a")}
+    assert {r.name: r.status for r in results} == {
+        "scan by doubling": "ok",
+        **dict.fromkeys(case.missing, "n/a"),
+    }

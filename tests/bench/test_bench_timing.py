@@ -1,4 +1,5 @@
-"""What counts as a sample of `fastalign bench`: the op's time, not the host's on a GPU and not the memory management's on a CPU."""
+"""What counts as a sample of `fastalign bench`: the op's time, not the host's on a GPU and not the memory
+management's on a CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def test_faults_and_system_time_are_seen():
     timer = timing.Timer(CPU)
     fresh = timer.sample([lambda: torch.empty(64 << 20, dtype=torch.uint8).fill_(1)])
     nothing = timer.sample([lambda: None])
-    assert fresh.faults > 16 and nothing.faults < fresh.faults and fresh.system >= 0.0 and nothing.host is None
+    assert (
+        fresh.faults > 16 and nothing.faults < fresh.faults and fresh.system >= 0.0 and nothing.host is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,9 @@ def test_a_call_that_allocates_has_faults_of_its_own():
 def scripted(monkeypatch, samples):
     """Timer.sample gives these, one after the other; the last for ever."""
     samples = list(samples)
-    monkeypatch.setattr(timing.Timer, "sample", lambda self, calls: samples.pop(0) if len(samples) > 1 else samples[0])
+    monkeypatch.setattr(
+        timing.Timer, "sample", lambda self, calls: samples.pop(0) if len(samples) > 1 else samples[0]
+    )
 
 
 def ours(case):
@@ -56,7 +61,11 @@ def ours(case):
 
 
 def measured(monkeypatch, samples, least=5, most=5):
-    case = ours(make_case("kl_estimate", SHAPES["tiny"]["kl_estimate"][0], CPU, compile=False, backends=("reference",)))
+    case = ours(
+        make_case(
+            "kl_estimate", SHAPES["tiny"]["kl_estimate"][0], CPU, compile=False, backends=("reference",)
+        )
+    )
     monkeypatch.setattr(measure, "peak_extra_bytes", lambda call, device: 0)
     scripted(monkeypatch, samples)
     return next(r for r in measure.measure(case, CPU, seconds=0, least=least, most=most) if r.kind == "ours")
@@ -65,8 +74,17 @@ def measured(monkeypatch, samples, least=5, most=5):
 def test_disturbed_samples_are_set_aside_and_counted(monkeypatch):
     once = Sample(0.010)
     result = measured(monkeypatch, [once, CLEAN, FAULTING, CLEAN, CLEAN, FAULTING])
-    assert result.ms == pytest.approx(10.0) and result.samples == 3 and result.set_aside == 2 and result.attempts == 1
-    assert [line[3] for line in result.each] == [0, 1, 0, 0, 1] and result.each[1][:3] == [40.0, 30.0, 128_000]
+    assert (
+        result.ms == pytest.approx(10.0)
+        and result.samples == 3
+        and result.set_aside == 2
+        and result.attempts == 1
+    )
+    assert [line[3] for line in result.each] == [0, 1, 0, 0, 1] and result.each[1][:3] == [
+        40.0,
+        30.0,
+        128_000,
+    ]
     result.gbs = result.share = 1.0
     assert "2 of 5 of fastalign reference" in command.render([result])
     assert json.loads(json.dumps(result.as_dict()))["set_aside"] == 2
@@ -74,14 +92,24 @@ def test_disturbed_samples_are_set_aside_and_counted(monkeypatch):
 
 def test_timing_starts_again_where_most_are_disturbed(monkeypatch):
     result = measured(monkeypatch, [Sample(0.010), *[FAULTING] * 4, CLEAN, *[CLEAN] * 5])
-    assert result.attempts == 2 and result.samples == 5 and result.set_aside == 0 and result.ms == pytest.approx(10.0)
+    assert (
+        result.attempts == 2
+        and result.samples == 5
+        and result.set_aside == 0
+        and result.ms == pytest.approx(10.0)
+    )
     result.gbs = result.share = 1.0
     assert "begun 2 times" in command.render([result])
 
 
 def test_a_line_without_samples_of_its_own_gets_no_time(monkeypatch):
     result = measured(monkeypatch, [Sample(0.010), FAULTING])
-    assert result.status == "disturbed" and result.ms is None and result.attempts == measure.ATTEMPTS and "page faults" in result.message
+    assert (
+        result.status == "disturbed"
+        and result.ms is None
+        and result.attempts == measure.ATTEMPTS
+        and "page faults" in result.message
+    )
     assert "disturbed" in command.render([result])
 
 
@@ -93,7 +121,8 @@ def test_bandwidths_leave_disturbed_samples_out(monkeypatch):
 
 
 class FakeDevice:
-    """torch.cuda as far as Timer uses it: what was issued, in order; sleeping lasts a second per 1e9 cycles."""
+    """torch.cuda as far as Timer uses it: what was issued, in order; sleeping lasts a second per 1e9
+    cycles."""
 
     def __init__(self, monkeypatch):
         self.issued, self.slept = [], 0.0
@@ -126,14 +155,20 @@ def test_a_gpu_sleeps_while_the_host_issues(monkeypatch):
     device = FakeDevice(monkeypatch)
     sample = timing.Timer(torch.device("cuda")).sample([lambda: device.issued.append("call")] * 2)
     asleep, sleep, start, *calls, end = device.issued
-    assert sleep == ("sleep", 2 * timing.SLEEP_CYCLES) and calls == ["call", "call"] and asleep.at < start.at == end.at
+    assert (
+        sleep == ("sleep", 2 * timing.SLEEP_CYCLES)
+        and calls == ["call", "call"]
+        and asleep.at < start.at == end.at
+    )
     assert sample.seconds == 0.0 and sample.host > 0.0
 
 
 def test_the_sleep_grows_to_what_the_host_needs(monkeypatch):
     device = FakeDevice(monkeypatch)
     clock = iter(range(100))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))  # issuing takes the host a second
+    monkeypatch.setattr(
+        timing.time, "perf_counter", lambda: float(next(clock))
+    )  # issuing takes the host a second
     timer = timing.Timer(torch.device("cuda"))
     for _ in range(20):
         timer.sample([lambda: None])

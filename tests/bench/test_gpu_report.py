@@ -1,4 +1,5 @@
-"""Scripts beside the GPU gate: the table goes on after a lost context, the report reads what tools write, what is carried is built for that machine."""
+"""Scripts beside the GPU gate: the table goes on after a lost context, the report reads what tools write,
+what is carried is built for that machine."""
 
 from __future__ import annotations
 
@@ -97,7 +98,11 @@ def test_report_names_failures_and_what_did_not_run():
              {"step": "contract", "test": names[2], "backend": "cuda", "outcome": "failed", "text": "def test():\nE  assert 1 == 2\nt.py:3"}]  # fmt: skip
     text = gpu_report.tests(lines)
     assert "| contract, cuda | 1 | 1 | 1 | 0 | 1 |" in text
-    assert "test_c[cuda]: E  assert 1 == 2" in text and "not run:\n\n- contract: t.py::test_d[cuda]" in text and "kernels 1 of 3" in text
+    assert (
+        "test_c[cuda]: E  assert 1 == 2" in text
+        and "not run:\n\n- contract: t.py::test_d[cuda]" in text
+        and "kernels 1 of 3" in text
+    )
 
 
 NCU = """==PROF== Connected to process 1
@@ -115,7 +120,10 @@ def test_report_reads_the_counters(tmp_path):
 
     (tmp_path / "ncu.csv").write_text(NCU)
     text = gpu_report.counters(tmp_path / "ncu.csv")
-    assert "| token_stats_fwd | 1412 | 91.20 |" in text and "64 | a scoreboard dependency on an L1TEX operation (12.3 cycles) |" in text
+    assert (
+        "| token_stats_fwd | 1412 | 91.20 |" in text
+        and "64 | a scoreboard dependency on an L1TEX operation (12.3 cycles) |" in text
+    )
     assert "| token_stats_bwd | 2500 |" in text
 
 
@@ -125,11 +133,17 @@ def test_report_puts_variants_beside_their_baseline():
     lines = [{"op": "ceilings", "label": "as it is"}, {"op": "kl", "shape": "1 x 2", "backend": "cuda", "label": "as it is", "gbs": 2900.0},
              {"op": "kl", "shape": "1 x 2", "backend": "cuda", "label": "unroll8", "error": "RuntimeError: too many resources"}]  # fmt: skip
     text = gpu_report.settings("Variants", lines, "label")
-    assert "| cuda, as it is | 2900 |" in text and "| cuda, unroll8 | error |" in text and "too many resources" in text
+    assert (
+        "| cuda, as it is | 2900 |" in text
+        and "| cuda, unroll8 | error |" in text
+        and "too many resources" in text
+    )
 
 
 def test_report_refuses_other_folders(tmp_path):
-    done = subprocess.run([sys.executable, BENCHMARKS / "gpu_report.py", tmp_path], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu_report.py", tmp_path], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "holds no stage1.json" in done.stderr
 
 
@@ -159,7 +173,10 @@ def test_variants_change_what_the_sources_leave_open():
         name = flags.removeprefix("-D").split("=")[0]
         assert f"#ifndef {name}\n" in text
     done = subprocess.run(
-        [BENCHMARKS / "gpu_prepare.sh", "--help"], env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}, capture_output=True, text=True
+        [BENCHMARKS / "gpu_prepare.sh", "--help"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and "--archs" in done.stdout
 

@@ -1,5 +1,5 @@
-"""One closure per public op: forward and backward on inputs that stay where they are. What the tests on a device and the sanitizer run, and
-what has to be among it: every op (tests/bench/test_gpu_report.py)."""
+"""One closure per public op: forward and backward on inputs that stay where they are. What the tests on a
+device and the sanitizer run, and what has to be among it: every op (tests/bench/test_gpu_report.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Call = Callable[[], tuple[Tensor, ...]]
 def public_calls(
     device: str, *, rows: int = 33, vocab: int = 1031, dtype: torch.dtype = torch.bfloat16, pairs: int = 5
 ) -> dict[str, tuple[Tensor, Call]]:
-    """name -> (a floating input that may be changed between calls, the call). A call returns the op's results and the gradient."""
+    """name -> (a floating input that may be changed between calls, the call). A call returns the op's results
+    and the gradient."""
     logits = make_logits(rows, vocab, dtype=dtype, device=device).requires_grad_()
     labels = make_labels(rows, vocab, ignored=0.2, device=device)
     ref_logits = make_logits(rows, vocab, dtype=dtype, device=device, seed=1)
@@ -32,9 +33,16 @@ def public_calls(
     lists = torch.tensor([0, 3, 2 * pairs], device=device), torch.arange(2 * pairs, device=device)
 
     def token_stats() -> tuple[Tensor, ...]:
-        stats = fa.token_stats(logits, labels, outputs=("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1"))
+        stats = fa.token_stats(
+            logits,
+            labels,
+            outputs=("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1"),
+        )
         values = [x for x in stats if x is not None]
-        return (*(x.detach() for x in values), *torch.autograd.grad((stats.logprob, stats.entropy), logits, (ones, ones)))
+        return (
+            *(x.detach() for x in values),
+            *torch.autograd.grad((stats.logprob, stats.entropy), logits, (ones, ones)),
+        )
 
     def inplace() -> tuple[Tensor, ...]:
         scratch = logits * 1
@@ -42,7 +50,12 @@ def public_calls(
         return value.detach(), *torch.autograd.grad(value, scratch, ones)
 
     def reference_stats() -> tuple[Tensor, ...]:
-        stats = fa.token_stats(logits, labels, ref_logits=ref_logits, outputs=("logprob", "ref_logprob", "kl_policy_ref", "kl_ref_policy"))
+        stats = fa.token_stats(
+            logits,
+            labels,
+            ref_logits=ref_logits,
+            outputs=("logprob", "ref_logprob", "kl_policy_ref", "kl_ref_policy"),
+        )
         values = [x for x in stats if x is not None]
         wanted = (stats.logprob, stats.kl_policy_ref, stats.kl_ref_policy)
         return (*(x.detach() for x in values), *torch.autograd.grad(wanted, logits, (ones, ones, ones)))
@@ -60,15 +73,21 @@ def public_calls(
         return value.detach(), *torch.autograd.grad(value, logprobs, torch.ones_like(value))
 
     def preference_loss() -> tuple[Tensor, ...]:
-        out = fa.preference_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss="dpo")
+        out = fa.preference_loss(
+            logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss="dpo"
+        )
         return out.loss.detach(), out.margins, *torch.autograd.grad(out.loss, logprobs, one)
 
     def listwise_loss() -> tuple[Tensor, ...]:
-        out = fa.listwise_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, *lists, mask=batch.packed.mask, loss="rrhf")
+        out = fa.listwise_loss(
+            logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, *lists, mask=batch.packed.mask, loss="rrhf"
+        )
         return out.loss.detach(), out.rewards, *torch.autograd.grad(out.loss, logprobs, one)
 
     def gae() -> tuple[Tensor, ...]:
-        return fa.gae(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, gamma=0.99)
+        return fa.gae(
+            logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, gamma=0.99
+        )
 
     def policy_loss() -> tuple[Tensor, ...]:
         out = fa.policy_loss(
@@ -104,7 +123,16 @@ def public_calls(
         return *finish(spec, states).values(), *grads
 
     on_logits = (token_stats, inplace, reference_stats, token_kl_loss, scaled_kl_loss, row_states)
-    calls = (*on_logits, sequence_sum, kl_estimate, preference_loss, listwise_loss, gae, policy_loss, value_loss)
+    calls = (
+        *on_logits,
+        sequence_sum,
+        kl_estimate,
+        preference_loss,
+        listwise_loss,
+        gae,
+        policy_loss,
+        value_loss,
+    )
     return {call.__name__: (logits if call in on_logits else logprobs, call) for call in calls}
 
 
@@ -115,7 +143,8 @@ NAMES = (
 
 
 def calls_with_a_last_block(device: str) -> dict[str, Call]:
-    """One forward and backward of every op that has a last block, on inputs that stay; each returns its results."""
+    """One forward and backward of every op that has a last block, on inputs that stay; each returns its
+    results."""
     batch = make_batch(3, device=device)
     lp, ref = batch.logprobs.clone().requires_grad_(), batch.ref_logprobs
     cu, mask = batch.packed.cu_seqlens, batch.packed.mask

@@ -31,8 +31,8 @@ def same(got, want):
 
 
 def assert_results_close(got, want, *, what, scales=None):
-    """Every result is as exact as 40 ulp of its own largest finite entry, and at least of 1: sums of a dozen tokens,
-    one exponential, a division. `scales`: another size for the results that it names."""
+    """Every result is as exact as 40 ulp of its own largest finite entry, and at least of 1: sums of a dozen
+    tokens, one exponential, a division. `scales`: another size for the results that it names."""
     assert got.keys() == want.keys()
     for name, truth in want.items():
         size = max(float(truth.abs().nan_to_num(posinf=0.0).max()), 1.0) if truth.numel() else 1.0

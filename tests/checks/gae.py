@@ -1,4 +1,5 @@
-"""Checks of generalised advantage estimation. Truth: the loop over tokens in Python floats, which are fp64."""
+"""Checks of generalised advantage estimation. Truth: the loop over tokens in Python floats, which are
+fp64."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ import fastalign as fa
 from fastalign.testing import assert_close
 
 DISCOUNTS = [(1.0, 1.0), (1.0, 0.95), (0.99, 0.95), (0.9, 0.0), (0.0, 0.7), (1.0, 0.0), (0.97, 1.0)]
-PACKS = [[0, 5], [0, 0, 1, 1, 4, 40, 40, 169], [0], [0, 0, 0], [0, 1024, 1025, 3072, 5200]]  # tiles of the kernels: 1024
+PACKS = [
+    [0, 5],
+    [0, 0, 1, 1, 4, 40, 40, 169],
+    [0],
+    [0, 0, 0],
+    [0, 1024, 1025, 3072, 5200],
+]  # tiles of the kernels: 1024
 
 
 def gae_loop(rewards, values, cu_seqlens, mask=None, bootstrap=None, gamma=1.0, lam=0.95):
@@ -30,7 +37,8 @@ def gae_loop(rewards, values, cu_seqlens, mask=None, bootstrap=None, gamma=1.0, 
 
 
 def make_gae_batch(cu, device="cpu", seed=0):
-    """rewards, values, cu_seqlens, mask with holes, bootstrap. Runs of the mask are long and short, and some sequences end unscored."""
+    """rewards, values, cu_seqlens, mask with holes, bootstrap. Runs of the mask are long and short, and some
+    sequences end unscored."""
     generator = torch.Generator().manual_seed(seed)
     tokens = cu[-1]
     runs = torch.rand(tokens // 9 + 1, generator=generator).repeat_interleave(9)[:tokens]
@@ -45,7 +53,8 @@ def check_gae(rewards, values, cu_seqlens, **options):
     truth = gae_loop(rewards, values, cu_seqlens, **options)
     with fa.use_backend("reference"):  # plain PyTorch in the same type
         plain = fa.gae(rewards, values, cu_seqlens, **options)
-    # Sums over a horizon of returns and values, each rounded: the scale is the largest, and fp64 to 1e-5 is what users were promised.
+    # Sums over a horizon of returns and values, each rounded: the scale is the largest, and fp64 to 1e-5 is
+    # what users were promised.
     size = max([1.0, *(float(t.abs().max()) for t in truth if t.numel())])
     for got, want, baseline, what in zip(out, truth, plain, ("advantages", "returns")):
         assert_close(got, want, baseline, what=what, scale=2.0 * size)
@@ -72,7 +81,15 @@ def check_moments(out, mask=None):
 def check_equals_the_loop(device, cu):
     rewards, values, cu_seqlens, mask, bootstrap = make_gae_batch(cu, device)
     for gamma, lam in DISCOUNTS if cu[-1] < 1000 else DISCOUNTS[:3]:
-        check_gae(torch.where(mask, rewards, math.nan), values, cu_seqlens, mask=mask, bootstrap=bootstrap, gamma=gamma, lam=lam)
+        check_gae(
+            torch.where(mask, rewards, math.nan),
+            values,
+            cu_seqlens,
+            mask=mask,
+            bootstrap=bootstrap,
+            gamma=gamma,
+            lam=lam,
+        )
     check_gae(rewards, values, cu_seqlens)
     check_gae(rewards, values, cu_seqlens, mask=torch.zeros_like(mask), bootstrap=bootstrap)
 
@@ -86,11 +103,14 @@ def check_by_hand(device):
         last = 2.0 + 0.5 * end[1] + 1.0
         first = 1.0 + 0.5 * -1.0 - 0.25
         want = [3.0 + 0.5 * end[0] - 0.5, first + 0.125 * last, last]
-        assert out.advantages.tolist() == want and out.returns.tolist() == [a + x for a, x in zip(want, v.tolist())]
+        assert out.advantages.tolist() == want and out.returns.tolist() == [
+            a + x for a, x in zip(want, v.tolist())
+        ]
 
 
 def check_holes_are_no_steps(device):
-    """K1: with and without its unscored tokens a sequence is the same; a reward at the end is not decayed by the tokens that follow it."""
+    """K1: with and without its unscored tokens a sequence is the same; a reward at the end is not decayed by
+    the tokens that follow it."""
     rewards, values, cu_seqlens, mask, bootstrap = make_gae_batch([0, 60, 200], device)
     dense = torch.tensor([0, int(mask[:60].sum()), int(mask.sum())], dtype=torch.int32, device=device)
     for gamma, lam in ((0.9, 0.8), (0.0, 0.0)):
@@ -100,12 +120,19 @@ def check_holes_are_no_steps(device):
             assert_close(got[mask], expected.double(), scale=8.0)
             assert bool((got[~mask] == 0).all())
     r = torch.tensor([0.0, 7.0, 9.0, 9.0], device=device)  # rewards of unscored tokens are dropped
-    out = fa.gae(r, torch.zeros_like(r), torch.tensor([0, 4], dtype=torch.int32, device=device), mask=r == 7.0, gamma=0.0)
+    out = fa.gae(
+        r,
+        torch.zeros_like(r),
+        torch.tensor([0, 4], dtype=torch.int32, device=device),
+        mask=r == 7.0,
+        gamma=0.0,
+    )
     assert out.returns.tolist() == [0.0, 7.0, 0.0, 0.0]
 
 
 def check_nothing_leaks(device):
-    """The bits of a sequence depend on its scored tokens alone: not on its neighbours, its place, or what unscored tokens hold."""
+    """The bits of a sequence depend on its scored tokens alone: not on its neighbours, its place, or what
+    unscored tokens hold."""
     cu = [0, 3, 1300, 1300, 2400]
     rewards, values, cu_seqlens, mask, bootstrap = make_gae_batch(cu, device)
     out = fa.gae(rewards, values, cu_seqlens, mask=mask, bootstrap=bootstrap)
@@ -131,10 +158,13 @@ def check_two_runs_are_equal(device):
 
 
 def check_moments_of_awkward_values(device):
-    """Means far from 0, equal values, one value, and many short sequences (more than one block of the merge)."""
+    """Means far from 0, equal values, one value, and many short sequences (more than one block of the
+    merge)."""
     for cu in ([0, 800, 2000], list(range(0, 1200, 2)), [0, 1]):
         rewards, values, cu_seqlens, *_ = make_gae_batch(cu, device, seed=3)
         check_moments(fa.gae(rewards + 100.0, values, cu_seqlens, gamma=0.9))
     ones = torch.full((1500,), 1.3, device=device)
-    equal = fa.gae(ones, torch.zeros_like(ones), torch.tensor([0, 7, 1500], dtype=torch.int32, device=device), gamma=0.0)
+    equal = fa.gae(
+        ones, torch.zeros_like(ones), torch.tensor([0, 7, 1500], dtype=torch.int32, device=device), gamma=0.0
+    )
     assert float(equal.count) == 1500 and abs(float(equal.mean) - 1.3) < 1e-6 and float(equal.m2) < 1e-8

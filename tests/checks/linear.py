@@ -45,7 +45,9 @@ class Case(NamedTuple):
         return self.ref_hidden.to(dtype) @ self.ref_weight.to(dtype).t()
 
 
-def make_case(dtype: torch.dtype = torch.float32, device: str = "cpu", garbage: float = float("nan"), seed: int = 0) -> Case:
+def make_case(
+    dtype: torch.dtype = torch.float32, device: str = "cpu", garbage: float = float("nan"), seed: int = 0
+) -> Case:
     """Every fifth row is ignored and holds `garbage`."""
     g = torch.Generator().manual_seed(seed)
     draw = [torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -56,7 +58,9 @@ def make_case(dtype: torch.dtype = torch.float32, device: str = "cpu", garbage: 
     return Case(*(x.to(device, dtype) for x in draw), labels.to(device))
 
 
-def leaves(case: Case, hidden: bool = True, weight: bool = True, bias: bool = True) -> tuple[Case, list[Tensor]]:
+def leaves(
+    case: Case, hidden: bool = True, weight: bool = True, bias: bool = True
+) -> tuple[Case, list[Tensor]]:
     """The same case whose tensors of these names take gradients, and those."""
     asked = {"hidden": hidden, "weight": weight, "bias": bias}
     new = {name: getattr(case, name).detach().clone().requires_grad_(on) for name, on in asked.items()}
@@ -76,16 +80,29 @@ KLS = ("logprob", "ref_logprob", "kl_policy_ref", "kl_ref_policy")
 
 def doubled(case: Case, needs: tuple[bool, ...]) -> tuple[Case, list[Tensor]]:
     """The case in fp64 with the same leaves."""
-    return leaves(case._replace(**{name: getattr(case, name).double() for name in ("hidden", "weight", "bias")}), *needs)
+    return leaves(
+        case._replace(**{name: getattr(case, name).double() for name in ("hidden", "weight", "bias")}), *needs
+    )
 
 
 def compare(
-    case: Case, outputs: tuple[str, ...], names: tuple[str, ...], got: Any, want: Any, asked: Any, wanted: Any, upstream: Any = None
+    case: Case,
+    outputs: tuple[str, ...],
+    names: tuple[str, ...],
+    got: Any,
+    want: Any,
+    asked: Any,
+    wanted: Any,
+    upstream: Any = None,
 ) -> None:
     """Values and gradients; terms are of the logits' magnitude, some units."""
     for name in outputs:
         assert_close(getattr(got, name), getattr(want, name), scale=8.0, what=name)
-    upstream = torch.linspace(-1, 1, ROWS, dtype=torch.float64, device=case.hidden.device) if upstream is None else upstream
+    upstream = (
+        torch.linspace(-1, 1, ROWS, dtype=torch.float64, device=case.hidden.device)
+        if upstream is None
+        else upstream
+    )
     total = sum((getattr(want, name) * upstream).sum() for name in names)
     found = sum((getattr(got, name) * upstream.to(getattr(got, name).dtype)).sum() for name in names)
     for a, b in zip(torch.autograd.grad(found, asked), torch.autograd.grad(total, wanted)):
@@ -97,7 +114,9 @@ def check_outputs(device: str, budget: str, needs: tuple[bool, ...] = (True, Tru
     case = make_case(device=device)
     own, asked = leaves(case, *needs)
     truth, wanted = doubled(case, needs)
-    got = fa.linear_token_stats(own.hidden, own.weight, own.labels, bias=own.bias, outputs=OUTPUTS, workspace_bytes=BUDGETS[budget])
+    got = fa.linear_token_stats(
+        own.hidden, own.weight, own.labels, bias=own.bias, outputs=OUTPUTS, workspace_bytes=BUDGETS[budget]
+    )
     compare(case, OUTPUTS, ("logprob", "entropy", "logsumexp"), got, composed(truth, OUTPUTS), asked, wanted)
 
 
@@ -108,9 +127,19 @@ def check_two_towers(device: str, budget: str, frozen: bool = False) -> None:
     own, asked = leaves(case, *needs)
     truth, wanted = doubled(case, needs)
     options = {"softcap": 6.0, "logit_scale": 1.25, "temperature": 0.8, "workspace_bytes": BUDGETS[budget]}
-    got = fa.linear_token_stats(own.hidden, own.weight, own.labels, bias=own.bias, **own.ref, outputs=KLS, **options)
+    got = fa.linear_token_stats(
+        own.hidden, own.weight, own.labels, bias=own.bias, **own.ref, outputs=KLS, **options
+    )
     options.pop("workspace_bytes")
-    compare(case, KLS, ("logprob", "kl_policy_ref", "kl_ref_policy"), got, composed(truth, KLS, **options), asked, wanted)
+    compare(
+        case,
+        KLS,
+        ("logprob", "kl_policy_ref", "kl_ref_policy"),
+        got,
+        composed(truth, KLS, **options),
+        asked,
+        wanted,
+    )
 
 
 def check_frozen(device: str, output: str, budget: str) -> None:
@@ -120,7 +149,9 @@ def check_frozen(device: str, output: str, budget: str) -> None:
     truth, wanted = doubled(case, (True, False, False))
     ref = own.ref if "kl" in output else {}
     room = None if BUDGETS[budget] is None else BUDGETS[budget] * (1 + len(ref) // 2)
-    got = fa.linear_token_stats(own.hidden, own.weight, own.labels, bias=own.bias, outputs=(output,), workspace_bytes=room, **ref)
+    got = fa.linear_token_stats(
+        own.hidden, own.weight, own.labels, bias=own.bias, outputs=(output,), workspace_bytes=room, **ref
+    )
     upstream = torch.linspace(-1, 1, ROWS, dtype=torch.float64, device=device)
     upstream[7] = 0.0
     with pytest.MonkeyPatch.context() as patch:
@@ -132,7 +163,9 @@ def check_frozen(device: str, output: str, budget: str) -> None:
 def check_invariant(device: str) -> None:
     """Products of one shape, states of shards merged as a tree."""
     case = make_case(device=device)
-    whole = fa.linear_token_stats(*case[:2], case.labels, bias=case.bias, **case.ref, outputs=KLS, batch_invariant=True)
+    whole = fa.linear_token_stats(
+        *case[:2], case.labels, bias=case.bias, **case.ref, outputs=KLS, batch_invariant=True
+    )
     rows = torch.tensor([3, 8, 6, 2], device=device)
     part = fa.linear_token_stats(case.hidden[rows], case.weight, case.labels[rows], bias=case.bias, ref_hidden=case.ref_hidden[rows],
                                  ref_weight=case.ref_weight, outputs=KLS, batch_invariant=True)  # fmt: skip

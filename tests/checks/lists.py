@@ -1,4 +1,5 @@
-"""Checks of the losses over ranked lists: the papers' formulas as loops in fp64, and everything one call returns against the reference in fp64."""
+"""Checks of the losses over ranked lists: the papers' formulas as loops in fp64, and everything one call
+returns against the reference in fp64."""
 
 from __future__ import annotations
 
@@ -34,7 +35,10 @@ def plackett_luce(a, total, length, r, beta=0.1):
 
 def rrhf(a, total, length, r, sft_weight=1.0):
     p, b = total / length, best_of(r)
-    return sum((torch.clamp(p[j] - p[i], min=0) for i, j in pairs_of(r)), 0 * p.sum()) - sft_weight * total[b] / length[b]
+    return (
+        sum((torch.clamp(p[j] - p[i], min=0) for i, j in pairs_of(r)), 0 * p.sum())
+        - sft_weight * total[b] / length[b]
+    )
 
 
 def pro(a, total, length, r, sft_weight=0.05):
@@ -55,7 +59,9 @@ def lipo(a, total, length, r, beta=0.05):
     rank = {i: 1 + n for n, i in enumerate(by_s)}
     for i, j in pairs_of(r):
         gain = abs(2 ** float(r[i]) - 2 ** float(r[j]))
-        out = out - gain * abs(1 / math.log(1 + rank[i]) - 1 / math.log(1 + rank[j])) * logsigmoid(s[i] - s[j])
+        out = out - gain * abs(1 / math.log(1 + rank[i]) - 1 / math.log(1 + rank[j])) * logsigmoid(
+            s[i] - s[j]
+        )
     return out
 
 
@@ -88,18 +94,31 @@ def make_lists(sizes=SIZES, *, ties=False, noise=0.3, dtype=torch.float32, devic
     cu = batch.packed.cu_seqlens[: count + 1]
     tokens = int(cu[-1])
     packed = batch.packed._replace(cu_seqlens=cu, mask=batch.packed.mask[:tokens])
-    batch = batch._replace(packed=packed, logprobs=batch.logprobs[:tokens], ref_logprobs=batch.ref_logprobs[:tokens])
+    batch = batch._replace(
+        packed=packed, logprobs=batch.logprobs[:tokens], ref_logprobs=batch.ref_logprobs[:tokens]
+    )
     scores = torch.rand(count, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64) * 3.0
     scores = scores.round() if ties else scores
-    return batch, torch.tensor([0, *itertools.accumulate(sizes)], device=device), scores.to(device=device, dtype=dtype)
+    return (
+        batch,
+        torch.tensor([0, *itertools.accumulate(sizes)], device=device),
+        scores.to(device=device, dtype=dtype),
+    )
 
 
 def list_truth(name, lists, **options):
     """[L] losses of the lists, and the logprobs leaf that they depend on, in fp64."""
     batch, offsets, scores = lists
-    lp, mask, cu = batch.logprobs.detach().double().cpu().requires_grad_(), batch.packed.mask.cpu(), batch.packed.cu_seqlens.tolist()
+    lp, mask, cu = (
+        batch.logprobs.detach().double().cpu().requires_grad_(),
+        batch.packed.mask.cpu(),
+        batch.packed.cu_seqlens.tolist(),
+    )
     d = lp - batch.ref_logprobs.double().cpu()
-    a, total = (torch.stack([torch.where(mask, x, 0.0)[i:j].sum() for i, j in itertools.pairwise(cu)]) for x in (d, lp))
+    a, total = (
+        torch.stack([torch.where(mask, x, 0.0)[i:j].sum() for i, j in itertools.pairwise(cu)])
+        for x in (d, lp)
+    )
     length = torch.stack([mask[i:j].sum() for i, j in itertools.pairwise(cu)]).clamp(min=1).double()
     out = []
     for i, j in itertools.pairwise(offsets.tolist()):
@@ -111,7 +130,9 @@ def list_truth(name, lists, **options):
 def list_loss(lists, lp=None, **options):
     batch, offsets, scores = lists
     lp = batch.logprobs if lp is None else lp
-    return fa.listwise_loss(lp, batch.ref_logprobs, batch.packed.cu_seqlens, offsets, scores, mask=batch.packed.mask, **options)
+    return fa.listwise_loss(
+        lp, batch.ref_logprobs, batch.packed.cu_seqlens, offsets, scores, mask=batch.packed.mask, **options
+    )
 
 
 def check_list_loss(name, lists, **options):
@@ -124,18 +145,24 @@ def check_list_loss(name, lists, **options):
     # 40 ulp of the largest list's loss, and of the largest gradient: exponentials of sums of a dozen tokens
     assert_close(got.loss.cpu(), want, scale=10.0 * max(1.0, float(each.detach().abs().max())), what=name)
     g, want_g = gradient(got.loss, lp), gradient(want, leaf)
-    assert_close(g.cpu(), want_g, scale=10.0 * max(1.0, float(want_g.abs().max())), what=f"gradient of {name}")
+    assert_close(
+        g.cpu(), want_g, scale=10.0 * max(1.0, float(want_g.abs().max())), what=f"gradient of {name}"
+    )
     return got
 
 
 def check_the_longest_list(device, name):
     generator = torch.Generator().manual_seed(0)
     sizes, count = (MAX_LIST, 1, MAX_LIST - 1), 2 * MAX_LIST
-    totals, ref, scores = (torch.randn(count, generator=generator, dtype=torch.float64).float() for _ in range(3))
+    totals, ref, scores = (
+        torch.randn(count, generator=generator, dtype=torch.float64).float() for _ in range(3)
+    )
     scores, lengths = (2 * scores).round() / 2, torch.arange(count) % 7 + 1.0
     leaf, plain = totals.to(device).requires_grad_(), totals.double().requires_grad_()
     offsets = torch.tensor([0, *itertools.accumulate(sizes)])
-    got = fa.listwise_loss_from_sums(leaf, ref.to(device), offsets.to(device), scores.to(device), loss=name, lengths=lengths.to(device))
+    got = fa.listwise_loss_from_sums(
+        leaf, ref.to(device), offsets.to(device), scores.to(device), loss=name, lengths=lengths.to(device)
+    )
     parts = [x.split(sizes) for x in (plain - ref.double(), plain, lengths.double(), scores.double())]
     want = torch.stack([PAPERS[name](*part) for part in zip(*parts)]).mean()
     assert_close(got.loss.cpu(), want, scale=10.0 * max(1.0, float(want.detach().abs())))
@@ -152,7 +179,9 @@ def run_lists(lists, truth=False, **options):
     lp = batch.logprobs.detach().clone().requires_grad_()
     with on_reference(truth):
         out = list_loss((batch, offsets, scores.to(lp.dtype)), lp, **options)
-        upstream = torch.linspace(-1.0, 2.0, out.loss.numel(), device=lp.device, dtype=lp.dtype).view(out.loss.shape)
+        upstream = torch.linspace(-1.0, 2.0, out.loss.numel(), device=lp.device, dtype=lp.dtype).view(
+            out.loss.shape
+        )
         g = gradient(out.loss, lp, upstream if out.loss.dim() else None)
     return {"loss": out.loss.detach(), "d logprobs": g, "rewards": out.rewards, "table": out.table}
 

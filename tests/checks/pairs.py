@@ -1,4 +1,5 @@
-"""Checks of the pair kernel: everything one call returns, against the reference in fp64, and the options that reach every part of it."""
+"""Checks of the pair kernel: everything one call returns, against the reference in fp64, and the options that
+reach every part of it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from fastalign.ops.columns import LINKS, SFT_NORMS, TRANSFORMS
 
 
 def run_pairs(batch, truth=False, **options):
-    """Loss, gradients in log-probs and KL, rewards and logits of one call; the truth in fp64 on the reference."""
+    """Loss, gradients in log-probs and KL, rewards and logits of one call; the truth in fp64 on the
+    reference."""
     lp, rp, kl = (t.detach().clone() for t in (batch.logprobs, batch.ref_logprobs, batch.kl_ref_policy))
     if truth:
         lp, rp, kl, options = lp.double(), rp.double(), kl.double(), in_fp64(options)
@@ -22,7 +24,9 @@ def run_pairs(batch, truth=False, **options):
     packed = batch.packed
     with on_reference(truth):
         out = fa.preference_loss(lp, rp, packed.cu_seqlens, mask=packed.mask, kl_ref_policy=kl, **options)
-        upstream = torch.linspace(-1.0, 2.0, out.loss.numel(), device=lp.device, dtype=lp.dtype).view(out.loss.shape)
+        upstream = torch.linspace(-1.0, 2.0, out.loss.numel(), device=lp.device, dtype=lp.dtype).view(
+            out.loss.shape
+        )
         g = torch.autograd.grad(out.loss, (lp, kl), upstream if out.loss.dim() else None, allow_unused=True)
     g = tuple(torch.zeros_like(lp) if x is None else x for x in g)
     return {
@@ -45,14 +49,27 @@ def preset_of(**fields):
     return dataclasses.replace(Preset(), **fields)
 
 
-# Presets that need no more than log-probs; the others' parts are in the variants below and in test_pair_tensors.
-PLAIN_PRESETS = [p.name for p in losses.PRESETS.values() if not (p.needs_soft_labels or p.needs_kl or p.requires or p.rule)]
-# One preset of every kind, where each costs seconds: of those that differ in no more than a link or a number, the first.
+# Presets that need no more than log-probs; the others' parts are in the variants below and in
+# test_pair_tensors.
+PLAIN_PRESETS = [
+    p.name for p in losses.PRESETS.values() if not (p.needs_soft_labels or p.needs_kl or p.requires or p.rule)
+]
+# One preset of every kind, where each costs seconds: of those that differ in no more than a link or a number,
+# the first.
 KINDS_OF_PRESETS = {}
 for _name in PLAIN_PRESETS:
     _p = losses.PRESETS[_name]
     _sft, _points = _p.sft_weight and _p.sft_norm, _p.point_link is not None
-    _kind = (_p.transform, _p.length_norm != 0, _p.reference, _sft, _points, _p.ld_alpha != 1, _p.pair_weight != 0, _p.order)
+    _kind = (
+        _p.transform,
+        _p.length_norm != 0,
+        _p.reference,
+        _sft,
+        _points,
+        _p.ld_alpha != 1,
+        _p.pair_weight != 0,
+        _p.order,
+    )
     KINDS_OF_PRESETS.setdefault(_kind, _name)
 
 

@@ -27,8 +27,16 @@ def make_policy_batch(device, lengths=LENGTHS, spread=0.3, seed=0, dtype=torch.f
     }  # fmt: skip
     batch = {k: torch.where(mask, v, math.nan).to(dtype).to(device) for k, v in batch.items()}
     per_sequence = torch.randn(2, len(lengths), generator=g, dtype=torch.float64).to(dtype).to(device)
-    cu = torch.tensor([0, *itertools.accumulate(n + prompt for n in lengths)], dtype=torch.int32, device=device)
-    return {**batch, "cu_seqlens": cu, "mask": mask.to(device), "per_sequence": per_sequence[0], "is_per_sequence": per_sequence[1].exp()}
+    cu = torch.tensor(
+        [0, *itertools.accumulate(n + prompt for n in lengths)], dtype=torch.int32, device=device
+    )
+    return {
+        **batch,
+        "cu_seqlens": cu,
+        "mask": mask.to(device),
+        "per_sequence": per_sequence[0],
+        "is_per_sequence": per_sequence[1].exp(),
+    }
 
 
 def run_policy(batch, truth=False, needs=(), advantages="auto", **options):
@@ -46,17 +54,31 @@ def run_policy(batch, truth=False, needs=(), advantages="auto", **options):
     with on_reference(truth):
         out = fa.policy_loss(lp, b["old_logprobs"], b[advantages], **where, **given, **options)
         g = torch.autograd.grad(out.loss, (lp, h), torch.full_like(out.loss, -1.7), allow_unused=True)
-    return {"loss": out.loss, "d logprobs": g[0], "d entropy": torch.zeros_like(lp) if g[1] is None else g[1], "stats": out.stats}
+    return {
+        "loss": out.loss,
+        "d logprobs": g[0],
+        "d entropy": torch.zeros_like(lp) if g[1] is None else g[1],
+        "stats": out.stats,
+    }
 
 
 def compare_policy(batch, **options):
     got, want = run_policy(batch, **options), run_policy(batch, truth=True, **options)
     assert {x.dtype for x in got.values()} == {torch.float32}
-    # The statistics are sums over tokens of terms of order 1, behind an exponential, and each has its own size.
+    # The statistics are sums over tokens of terms of order 1, behind an exponential, and each has its own
+    # size.
     stats, tokens = want["stats"], float(want["stats"][STATS.index("tokens")])
-    assert_results_close(got, want, what=options, scales={"stats": 10.0 * stats.abs().clamp(min=max(1.0, tokens**0.5))})
+    assert_results_close(
+        got, want, what=options, scales={"stats": 10.0 * stats.abs().clamp(min=max(1.0, tokens**0.5))}
+    )
     return got
 
 
 NORM = {"dr_grpo": {"norm_length": 20.0}}
-FULL = {"needs": ("ref_logprobs", "entropy", "is_weight"), "kl_coef": 0.2, "entropy_coef": 0.05, "is_mode": "truncate", "is_max": 1.2}
+FULL = {
+    "needs": ("ref_logprobs", "entropy", "is_weight"),
+    "kl_coef": 0.2,
+    "entropy_coef": 0.05,
+    "is_mode": "truncate",
+    "is_max": 1.2,
+}

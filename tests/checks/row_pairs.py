@@ -1,4 +1,5 @@
-"""Checks of the row ops with reference logits: both log-probs, the exact KLs and their gradients against fp64."""
+"""Checks of the row ops with reference logits: both log-probs, the exact KLs and their gradients against
+fp64."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ NAMES = ("ref_logprob", *KLS)
 def log_softmaxes(logits, ref_logits, dtype, temperature=1.0, logit_scale=1.0, softcap=None):
     for x in (logits, ref_logits):
         x = x.to(dtype) * logit_scale
-        yield torch.log_softmax((x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature, -1)
+        yield torch.log_softmax(
+            (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature, -1
+        )
 
 
 def kl_truth(logits, ref_logits, labels, dtype=torch.float64, mask=None, ignore_index=-100, **options):
@@ -40,15 +43,25 @@ def kl_truth(logits, ref_logits, labels, dtype=torch.float64, mask=None, ignore_
 
 
 def kl_magnitude(logits, ref_logits, **options):
-    """Of the terms whose rounding shows in a KL and its gradient: the largest |log p| and |log q| of each row."""
-    return 1.0 + sum(torch.nan_to_num(x, neginf=0.0).abs().amax(-1) for x in log_softmaxes(logits, ref_logits, torch.float64, **options))
+    """Of the terms whose rounding shows in a KL and its gradient: the largest |log p| and |log q| of each
+    row."""
+    return 1.0 + sum(
+        torch.nan_to_num(x, neginf=0.0).abs().amax(-1)
+        for x in log_softmaxes(logits, ref_logits, torch.float64, **options)
+    )
 
 
 def kl_gradient_size(logits, ref_logits, labels, temperature=1.0, logit_scale=1.0, softcap=None, **_):
-    """Magnitude of the terms whose rounding shows in the gradients, entry by entry, for upstream gradients of 1: those of `testing.gradient_scale`
-    for the KLs, p (1 + |log p|) (2 + |log p| + |log q| + KL) + q (1 + |log q|), and 1 at the label."""
+    """Magnitude of the terms whose rounding shows in the gradients, entry by entry, for upstream gradients of
+    1: those of `testing.gradient_scale` for the KLs, p (1 + |log p|) (2 + |log p| + |log q| + KL) + q (1 +
+    |log q|), and 1 at the label."""
     log_p, log_q = log_softmaxes(logits, ref_logits, torch.float64, temperature, logit_scale, softcap)
-    p, q, a, b = log_p.exp(), log_q.exp(), 1.0 - torch.nan_to_num(log_p, neginf=0.0), 1.0 - torch.nan_to_num(log_q, neginf=0.0)
+    p, q, a, b = (
+        log_p.exp(),
+        log_q.exp(),
+        1.0 - torch.nan_to_num(log_p, neginf=0.0),
+        1.0 - torch.nan_to_num(log_q, neginf=0.0),
+    )
     size = p * a * (a + b + (p * (b - a)).sum(-1, keepdim=True).abs()) + q * b
     size = size.scatter_add(-1, labels.clamp(min=0).unsqueeze(-1), torch.ones_like(size[..., :1]))
     return size * (logit_scale / float(temperature))
@@ -66,8 +79,8 @@ def total_of(stats, weights):
 
 
 def check_row_pairs(logits, ref_logits, labels, names=(*NAMES, "logprob", "entropy"), **options):
-    """Every output against fp64, with plain PyTorch in fp32 as the yardstick; then the gradient of each KL, and of a mix of all that is
-    differentiable."""
+    """Every output against fp64, with plain PyTorch in fp32 as the yardstick; then the gradient of each KL,
+    and of a mix of all that is differentiable."""
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     mine, true, yard = (logits.detach().clone().requires_grad_() for _ in range(3))
     stats = fa.token_stats(mine, labels, ref_logits=ref_logits, outputs=names, **options)
@@ -95,7 +108,9 @@ def check_row_pairs(logits, ref_logits, labels, names=(*NAMES, "logprob", "entro
 
 
 def check_kl_accuracy_fp32(device, vocab, kind):
-    stats = check_row_pairs(*make_row_pair(4, vocab, device=device, kind=kind), make_labels(4, vocab, ignored=0.2, device=device))
+    stats = check_row_pairs(
+        *make_row_pair(4, vocab, device=device, kind=kind), make_labels(4, vocab, ignored=0.2, device=device)
+    )
     assert all(bool((getattr(stats, n) >= 0).all()) for n in KLS) and bool((stats.ref_logprob <= 0).all())
 
 
@@ -111,7 +126,9 @@ def check_identical_rows_are_zero(device, vocab, dtype):
         stats = fa.token_stats(leaf, ref_logits=ref, outputs=KLS)
         for name in KLS:
             assert bool((getattr(stats, name) == 0).all()), name
-            assert bool((torch.autograd.grad(getattr(stats, name).sum(), leaf, retain_graph=True)[0] == 0).all()), name
+            assert bool(
+                (torch.autograd.grad(getattr(stats, name).sum(), leaf, retain_graph=True)[0] == 0).all()
+            ), name
 
 
 def check_masked_row_pairs_are_zeros(device):
@@ -125,8 +142,12 @@ def check_masked_row_pairs_are_zeros(device):
         for logits, reference in ((x, ref), (dirty, dirty_ref)):
             leaf = logits.clone().requires_grad_()
             stats = fa.token_stats(leaf, ref_logits=reference, outputs=("logprob", *NAMES), **options)
-            g = gradient(total_of(stats._asdict(), {"logprob": 1.0, "kl_policy_ref": 1.0, "kl_ref_policy": 0.5}), leaf)
-            assert all(bool((getattr(stats, n)[~keep] == 0).all()) for n in NAMES) and bool((g[~keep] == 0).all())
+            g = gradient(
+                total_of(stats._asdict(), {"logprob": 1.0, "kl_policy_ref": 1.0, "kl_ref_policy": 0.5}), leaf
+            )
+            assert all(bool((getattr(stats, n)[~keep] == 0).all()) for n in NAMES) and bool(
+                (g[~keep] == 0).all()
+            )
             results.append([getattr(stats, n)[keep].detach() for n in NAMES] + [g[keep]])
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -154,7 +175,8 @@ def check_minus_inf_in_both(device, vocab):
 
 
 def check_mass_on_a_token_without_mass(device):
-    """+inf where the first distribution has mass and the second none; a token that only the second one has is no trouble. Other rows are not touched."""
+    """+inf where the first distribution has mass and the second none; a token that only the second one has is
+    no trouble. Other rows are not touched."""
     x, ref = make_row_pair(4, 300, device=device)
     clean = fa.token_stats(x, ref_logits=ref, outputs=KLS)
     x[1, 5], ref[2, 7] = -math.inf, -math.inf
@@ -193,11 +215,16 @@ def check_bad_rows_of_either_model_stay_alone(device, bad, where):
         assert torch.equal(getattr(stats, name)[[0, 2]], getattr(clean, name)[[0, 2]]), name
         own = name in KLS or (name == "ref_logprob") == (where == "reference")
         assert math.isnan(float(getattr(stats, name)[1])) == own, name
-    g = torch.autograd.grad(total_of(stats._asdict(), {"logprob": 1.0, "kl_policy_ref": 1.0}), leaf, retain_graph=True)[0]
+    g = torch.autograd.grad(
+        total_of(stats._asdict(), {"logprob": 1.0, "kl_policy_ref": 1.0}), leaf, retain_graph=True
+    )[0]
     assert bool(torch.isnan(g[1]).all()) and bool(torch.isfinite(g[[0, 2]]).all())
     if where == "reference":  # no upstream gradient of a KL in that row: its reference does not matter
         weight = torch.tensor([1.0, 0.0, 1.0], device=device)
-        g = torch.autograd.grad(total_of(stats._asdict(), {"logprob": 1.0, "kl_ref_policy": weight, "kl_policy_ref": weight}), leaf)[0]
+        g = torch.autograd.grad(
+            total_of(stats._asdict(), {"logprob": 1.0, "kl_ref_policy": weight, "kl_policy_ref": weight}),
+            leaf,
+        )[0]
         alone = x[1:2].clone().requires_grad_()
         want = gradient(fa.token_logprobs(alone, labels[1:2]).sum(), alone)
         assert_close(g[1:2], want.double(), scale=1.0)
@@ -207,7 +234,9 @@ def check_large_finite_mask_values(device):
     """-1e30 and the dtype's minimum in place of -inf, in both models: no mass, no trouble."""
     hidden = 2100  # more than a tile
     x, ref = make_row_pair(2, hidden + 200, device=device)
-    want = fa.token_stats(x[:, hidden:].contiguous(), ref_logits=ref[:, hidden:].contiguous(), outputs=("logsumexp", *KLS))
+    want = fa.token_stats(
+        x[:, hidden:].contiguous(), ref_logits=ref[:, hidden:].contiguous(), outputs=("logsumexp", *KLS)
+    )
     for value in (-1e30, torch.finfo(torch.float32).min):
         x[:, :hidden] = ref[:, :hidden] = value
         assert_close(fa.token_stats(x, outputs=("logsumexp",)).logsumexp, want.logsumexp.double(), scale=8.0)
@@ -232,7 +261,8 @@ def check_shards_of_both_rows_merge(device, cuts, masked):
     state = target = None
     edges = [0, *cuts, vocab]
     parts = [
-        rows_of(x[:, lo:hi].contiguous(), labels, ref=ref[:, lo:hi].contiguous(), start=lo, total=vocab) for lo, hi in zip(edges, edges[1:])
+        rows_of(x[:, lo:hi].contiguous(), labels, ref=ref[:, lo:hi].contiguous(), start=lo, total=vocab)
+        for lo, hi in zip(edges, edges[1:])
     ]
     for part in parts:
         *outputs, state, target = token_stats_fwd(TokenStatsFwd(part, bits, state, target))
@@ -246,7 +276,8 @@ def check_shards_of_both_rows_merge(device, cuts, masked):
 
 
 def check_kl_loss(device, vocab, dtype, direction):
-    """The bits of token_kl and of its backward, out of place and in place; masked rows 0 whatever their coefficient."""
+    """The bits of token_kl and of its backward, out of place and in place; masked rows 0 whatever their
+    coefficient."""
     x, ref = make_row_pair(4, vocab, dtype=dtype, device=device)
     mask = torch.tensor([True, True, False, True], device=device)
     x[2], coef = math.nan, torch.tensor([0.5, -1.0, math.nan, 0.0], device=device)

@@ -1,4 +1,5 @@
-"""Checks of the row ops: every output and gradient against fp64, and what holds of single rows. The backend is the one in force."""
+"""Checks of the row ops: every output and gradient against fp64, and what holds of single rows. The backend
+is the one in force."""
 
 from __future__ import annotations
 
@@ -11,20 +12,32 @@ from row_calls import rows_of
 import fastalign as fa
 from fastalign.ops.token_stats.contract import OUTPUT_BITS, TokenStatsFwd
 from fastalign.ops.token_stats.op import token_stats_fwd
-from fastalign.testing import assert_close, gradient, gradient_scale, make_labels, make_logits, token_stats_truth
+from fastalign.testing import (
+    assert_close,
+    gradient,
+    gradient_scale,
+    make_labels,
+    make_logits,
+    token_stats_truth,
+)
 
 ALL = ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logit", "is_top1")
 DIFFERENTIABLE = ("logprob", "entropy", "logsumexp")
 
 
 def check_rows(logits, labels, names=ALL, **options):
-    """Forward and backward of each output against fp64 truth, with plain PyTorch in fp32 as the yardstick. Of fp64 the truth is no better than
-    what is tested; there the yardstick is the truth itself with the vocabulary in reverse, whose sums round otherwise."""
+    """Forward and backward of each output against fp64 truth, with plain PyTorch in fp32 as the yardstick. Of
+    fp64 the truth is no better than what is tested; there the yardstick is the truth itself with the
+    vocabulary in reverse, whose sums round otherwise."""
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     mine, true, plain = (logits.detach().clone().requires_grad_() for _ in range(3))
     stats = fa.token_stats(mine, labels, outputs=names, **options)
     truth = token_stats_truth(true, labels, **options)
-    turned, places = (plain.flip(-1), labels.new_tensor(plain.shape[-1] - 1) - labels) if acc == torch.float64 else (plain, labels)
+    turned, places = (
+        (plain.flip(-1), labels.new_tensor(plain.shape[-1] - 1) - labels)
+        if acc == torch.float64
+        else (plain, labels)
+    )
     base = token_stats_truth(turned, places.where(labels >= 0, labels), dtype=acc, **options)
     for name in names:
         got = getattr(stats, name)
@@ -36,7 +49,9 @@ def check_rows(logits, labels, names=ALL, **options):
         assert got.dtype == logits.dtype and got.shape == logits.shape
         want = torch.autograd.grad(truth[name], true, weights.double(), retain_graph=True)[0]
         yard = torch.autograd.grad(base[name], plain, weights.to(acc), retain_graph=True)[0]
-        scale = weights.abs().double().unsqueeze(-1) * gradient_scale(logits.detach(), labels, name, **options)
+        scale = weights.abs().double().unsqueeze(-1) * gradient_scale(
+            logits.detach(), labels, name, **options
+        )
         assert_close(got, want, yard, what=f"gradient of {name}", scale=scale)
     return stats
 
@@ -50,11 +65,15 @@ def check_accuracy_fp32(device, vocab, kind):
 
 def check_scale_softcap_temperature(device, scale, cap, temperature):
     x, labels = make_logits(4, 300, device=device) * 4, make_labels(4, 300, device=device)
-    names = tuple(n for n in ALL if n != "is_top1")  # capping may create ties, and argmax then depends on rounding
+    names = tuple(
+        n for n in ALL if n != "is_top1"
+    )  # capping may create ties, and argmax then depends on rounding
     check_rows(x, labels, names, logit_scale=scale, softcap=cap, temperature=temperature)
     tensor = torch.tensor(temperature, device=device)
     by_tensor = fa.token_logprobs(x, labels, logit_scale=scale, softcap=cap, temperature=tensor)
-    assert torch.equal(by_tensor, fa.token_logprobs(x, labels, logit_scale=scale, softcap=cap, temperature=temperature))
+    assert torch.equal(
+        by_tensor, fa.token_logprobs(x, labels, logit_scale=scale, softcap=cap, temperature=temperature)
+    )
 
 
 def check_masked_rows_are_zeros(device, how):
@@ -111,7 +130,9 @@ def check_bad_rows_stay_alone(device, vocab, bad):
 
 
 def check_top1_is_argmax(device):
-    x = torch.randint(-3, 4, (40, 61), generator=torch.Generator().manual_seed(3)).to(device, torch.bfloat16)  # full of ties
+    x = torch.randint(-3, 4, (40, 61), generator=torch.Generator().manual_seed(3)).to(
+        device, torch.bfloat16
+    )  # full of ties
     for labels in (x.float().argmax(-1), make_labels(40, 61, device=device)):
         got = fa.token_stats(x, labels, outputs=("is_top1",)).is_top1
         # argmax on the CPU returns the first maximum

@@ -46,7 +46,9 @@ def make_case(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int
     """The top KEPT tokens of each row, fewer in some; a label outside its support, a masked row of NaN whose
     support is none, rows of one token and of no token, a token listed twice."""
     g = torch.Generator().manual_seed(seed)
-    hidden, weight, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((ROWS, WIDTH), (VOCAB, WIDTH), (VOCAB,)))
+    hidden, weight, bias = (
+        torch.randn(*s, generator=g).to(dtype) for s in ((ROWS, WIDTH), (VOCAB, WIDTH), (VOCAB,))
+    )
     logits = hidden.double() @ weight.double().t() + bias.double()
     ordered = logits.argsort(-1, descending=True)
     indices = ordered[:, :KEPT].clone()
@@ -83,7 +85,9 @@ def masked_logits(logits: Tensor, case: Case) -> tuple[Tensor, Tensor]:
     return logits.masked_fill(~member & rows.unsqueeze(-1), float("-inf")), rows
 
 
-def truth_of(case: Case, temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None) -> Truth:
+def truth_of(
+    case: Case, temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None
+) -> Truth:
     """case: in fp64."""
     x = case.logits() * logit_scale
     z = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
@@ -95,7 +99,9 @@ def truth_of(case: Case, temperature: float = 1.0, logit_scale: float = 1.0, sof
     return Truth(logprobs, label, torch.where(rows, over.logsumexp(-1) - z.logsumexp(-1), 0.0))
 
 
-def check_logprobs_at(device: str, dtype: torch.dtype = torch.float32, counts: bool | None = None, **options: object) -> None:
+def check_logprobs_at(
+    device: str, dtype: torch.dtype = torch.float32, counts: bool | None = None, **options: object
+) -> None:
     """Every result and the gradients of hidden, weight and bias, from [T, K] and from CSR."""
     case = make_case(dtype, device)
     plain, wanted = case.doubled()
@@ -144,7 +150,9 @@ def check_token_stats(device: str, dtype: torch.dtype = torch.float32, **options
     for name in ("logprob", "entropy", "logsumexp"):
         finite = want[name].isfinite()
         (a,) = torch.autograd.grad(getattr(got, name)[finite].sum(), own, retain_graph=True)
-        (b,) = torch.autograd.grad(plain_output(over, rows, case, name, rest)[finite].sum(), plain, retain_graph=True)
+        (b,) = torch.autograd.grad(
+            plain_output(over, rows, case, name, rest)[finite].sum(), plain, retain_graph=True
+        )
         assert_close(a, b, scale=8.0, what=f"gradient of {name}")
         assert not bool(a[~rows].any())
 

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def fastalign(*words, **env):
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "FASTALIGN_BACKEND")} | env
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "FASTALIGN_BACKEND")
+    } | env
     command = [sys.executable, "-W", "ignore", "-m", "fastalign", *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
@@ -34,7 +36,12 @@ def test_a_backend_that_cannot_serve(words, forced, said):
     if fa.backends().get(forced) == "available":
         pytest.fail(f"this test is about a machine without a GPU, and {forced} is available")
     done = fastalign(*words, FASTALIGN_BACKEND=forced, TRITON_INTERPRET="0")
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+    assert (
+        done.returncode == 2
+        and said in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+        and not done.stdout
+    )
 
 
 def test_a_backend_error_on_the_way_is_one_line(monkeypatch, capsys):
@@ -58,7 +65,12 @@ def test_interruption_is_one_line(monkeypatch, capsys):
 def test_a_closed_pipe_is_silent():
     """As in `fastalign losses | head -1`."""
     command = f"{sys.executable} -W ignore -m fastalign losses"
-    done = subprocess.run(["bash", "-c", f"{command} | head -c 1; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -c 1; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.stderr == "" and done.stdout == "l" and done.returncode in (0, 141)
 
 
@@ -75,11 +87,18 @@ def how_threads_wait(argv, **env):
     code = f"import os, sys; sys.orig_argv, sys.argv = ['python', *{argv}], {first}; import fastalign; print(*map(os.environ.get, {names}))"
     environment = {k: v for k, v in os.environ.items() if k not in names} | env
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout.split()
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True
+    ).stdout.split()
 
 
 @pytest.mark.parametrize(
-    "argv,spin", [(["-m", "fastalign", "info"], "20000"), (["-m", "fastalign", "bench", "--help"], "None"), (["-c", ""], "None")]
+    "argv,spin",
+    [
+        (["-m", "fastalign", "info"], "20000"),
+        (["-m", "fastalign", "bench", "--help"], "None"),
+        (["-c", ""], "None"),
+    ],
 )
 def test_only_commands_choose_how_threads_wait(argv, spin):
     assert how_threads_wait(argv) == ["None", spin]

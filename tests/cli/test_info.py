@@ -34,7 +34,9 @@ def test_availability_says_what_the_machine_lacks(monkeypatch):
     monkeypatch.setattr(ffi, "_triton_error", "")
     monkeypatch.setattr(ffi, "TRITON_INTERPRETED", False)
     notes = [line for line in info.availability().splitlines() if line.startswith("[")]
-    assert any("no CUDA device is visible to torch" in note for note in notes) and not any("TRITON_INTERPRET" in note for note in notes)
+    assert any("no CUDA device is visible to torch" in note for note in notes) and not any(
+        "TRITON_INTERPRET" in note for note in notes
+    )
 
 
 def test_versions_are_those_of_the_modules(monkeypatch):

@@ -1,5 +1,6 @@
-"""The contract of the row ops, on every backend: accuracy against fp64 within the plain computation's own error, and the edge cases
-(row numbers in comments refer to the table of numeric edge cases that every kernel must survive)."""
+"""The contract of the row ops, on every backend: accuracy against fp64 within the plain computation's own
+error, and the edge cases (row numbers in comments refer to the table of numeric edge cases that every kernel
+must survive)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,14 @@ from checks.rows import (
 
 import fastalign as fa
 from fastalign.runtime.backends import BackendError
-from fastalign.testing import assert_close, gradient, gradient_scale, make_labels, make_logits, token_stats_truth
+from fastalign.testing import (
+    assert_close,
+    gradient,
+    gradient_scale,
+    make_labels,
+    make_logits,
+    token_stats_truth,
+)
 
 VOCABS = (1, 2, 3, 127, 128, 129, 1000, 5003)
 LARGE_VOCABS = (32000, 50257, 129920, 151936, 262144, 262145)
@@ -54,7 +62,9 @@ def test_accuracy_large_vocabularies(backend, device, slow_backend, vocab):  # r
     if slow_backend:
         vocab = vocab // 32 + vocab % 2
     for dtype, kind in ((torch.bfloat16, "normal"), (torch.float32, "peaked")):
-        check_rows(make_logits(2, vocab, dtype=dtype, device=device, kind=kind), make_labels(2, vocab, device=device))
+        check_rows(
+            make_logits(2, vocab, dtype=dtype, device=device, kind=kind), make_labels(2, vocab, device=device)
+        )
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e2, -1e4, 1e4, 1e6, -1e6])
@@ -73,7 +83,8 @@ def test_common_offset_cancels(backend, device, offset):  # row 9, E6
 
 
 @pytest.mark.parametrize(
-    "scale,cap,temperature", [(1.0, 30.0, 1.0), (0.5, 5.0, 0.6), (3.0, None, 2.0), (0.0625, 2.0, 1e-2), (1.0, None, 1e-2)]
+    "scale,cap,temperature",
+    [(1.0, 30.0, 1.0), (0.5, 5.0, 0.6), (3.0, None, 2.0), (0.0625, 2.0, 1e-2), (1.0, None, 1e-2)],
 )
 def test_scale_softcap_temperature(backend, device, scale, cap, temperature):  # rows 15, 16; E17, E18
     check_scale_softcap_temperature(device, scale, cap, temperature)
@@ -84,7 +95,11 @@ def test_softcap_of_huge_logits(backend, device):  # row 15
     labels = make_labels(3, 257, device=device)
     stats = fa.token_stats(x, labels, outputs=("logprob", "logsumexp"), softcap=30.0)
     truth = token_stats_truth(x.detach(), labels, softcap=30.0)
-    assert_close(stats.logprob, truth["logprob"], token_stats_truth(x.detach(), labels, softcap=30.0, dtype=torch.float32)["logprob"])
+    assert_close(
+        stats.logprob,
+        truth["logprob"],
+        token_stats_truth(x.detach(), labels, softcap=30.0, dtype=torch.float32)["logprob"],
+    )
     assert float(stats.logsumexp.max()) <= 30.0 + math.log(257)
     assert bool(torch.isfinite(gradient(stats.logprob.sum(), x)).all())
 
@@ -96,7 +111,12 @@ def test_softcap_of_huge_logits(backend, device):  # row 15
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7, "logit_scale": 1.3}])
 def test_gradcheck(backend, device, row_dtypes, names, options):  # row 40, E19
     if torch.float64 not in row_dtypes:
-        check_rows(make_logits(4, 37, device=device), make_labels(4, 37, ignored=0.3, device=device), names, **options)
+        check_rows(
+            make_logits(4, 37, device=device),
+            make_labels(4, 37, ignored=0.3, device=device),
+            names,
+            **options,
+        )
         return
     x = make_logits(4, 37, dtype=torch.float64, device=device).requires_grad_()
     labels = make_labels(4, 37, ignored=0.3, device=device)
@@ -113,7 +133,10 @@ def test_gradient_is_linear_in_upstream(backend, device, upstream):  # row 18
     x = make_logits(3, 500, dtype=torch.float16, device=device).requires_grad_()
     labels = make_labels(3, 500, device=device)
     half = upstream / 2  # 65536 (1 - p) itself is beyond fp16
-    truth = gradient(token_stats_truth(t := x.detach().double().requires_grad_(), labels)["logprob"].sum(), t) * half
+    truth = (
+        gradient(token_stats_truth(t := x.detach().double().requires_grad_(), labels)["logprob"].sum(), t)
+        * half
+    )
     got = gradient((fa.token_logprobs(x, labels) * half).sum(), x)
     assert_close(got, truth, scale=gradient_scale(x.detach(), labels) * abs(half))
 
@@ -214,12 +237,14 @@ def test_extreme_peak(backend, device):  # row 7
     x.requires_grad_()
     labels = torch.tensor([3, 7], device=device)
     stats = fa.token_stats(x, labels, outputs=("logprob", "entropy"))
-    assert stats.logprob.tolist() == pytest.approx([0.0, -1e4], rel=3e-7, abs=2e-7) and stats.entropy.tolist() == pytest.approx(
-        [0, 0], abs=2e-7
-    )
+    assert stats.logprob.tolist() == pytest.approx(
+        [0.0, -1e4], rel=3e-7, abs=2e-7
+    ) and stats.entropy.tolist() == pytest.approx([0, 0], abs=2e-7)
     g = gradient(stats.logprob.sum() + stats.entropy.sum(), x)
     assert (
-        bool(torch.isfinite(g).all()) and float(g[0].abs().max()) <= 2e-7 and g[1, [3, 7]].tolist() == pytest.approx([-1.0, 1.0], abs=2e-7)
+        bool(torch.isfinite(g).all())
+        and float(g[0].abs().max()) <= 2e-7
+        and g[1, [3, 7]].tolist() == pytest.approx([-1.0, 1.0], abs=2e-7)
     )
 
 
@@ -228,7 +253,9 @@ def test_one_word_vocabulary(backend, device):  # row 6
     stats = fa.token_stats(x, torch.zeros(3, dtype=torch.long, device=device), outputs=ALL)
     for name, want in (("logprob", 0.0), ("entropy", 0.0), ("log_sum_sq_probs", 0.0), ("is_top1", 1.0)):
         assert getattr(stats, name).tolist() == pytest.approx([want] * 3, abs=2e-7), name
-    assert gradient(stats.logprob.sum() + stats.entropy.sum(), x).flatten().tolist() == pytest.approx([0.0] * 3, abs=2e-7)
+    assert gradient(stats.logprob.sum() + stats.entropy.sum(), x).flatten().tolist() == pytest.approx(
+        [0.0] * 3, abs=2e-7
+    )
 
 
 def test_no_rows(backend, device):  # row 1, G8
@@ -270,7 +297,10 @@ def _layouts(device):
     yield "batch slice", base[1:, 1:4]
     yield "transposed batch", base.transpose(0, 1)
     yield "strided vocabulary", base[..., ::2]
-    yield "unaligned", torch.randn(1 + 3 * 45, generator=torch.Generator().manual_seed(6)).to(device)[1:].view(3, 45)
+    yield (
+        "unaligned",
+        torch.randn(1 + 3 * 45, generator=torch.Generator().manual_seed(6)).to(device)[1:].view(3, 45),
+    )
     yield "expanded", base[:1].expand(4, 6, 45)
     yield "three strided dims", torch.randn(2, 3, 4, 9).to(device)[:, ::2, ::3]
     yield "one row", base[0, 0]
@@ -281,13 +311,20 @@ def _layouts(device):
 def test_strides(backend, device, which, dtype):  # row 23, F4
     name, x = list(_layouts(device))[which]
     if dtype != torch.float32:
-        x = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x) if name != "expanded" else x.to(dtype)
+        x = (
+            torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
+            if name != "expanded"
+            else x.to(dtype)
+        )
     labels = make_labels(math.prod(x.shape[:-1]), x.shape[-1], device=device).view(x.shape[:-1])
     a, b = x.detach().requires_grad_(), x.detach().contiguous().clone().requires_grad_()
     got, want = (fa.token_stats(t, labels, outputs=("logprob", "entropy")) for t in (a, b))
     assert got.logprob.shape == labels.shape
     assert torch.equal(got.logprob, want.logprob) and torch.equal(got.entropy, want.entropy), name
-    assert torch.equal(gradient(got.logprob.sum() + got.entropy.sum(), a), gradient(want.logprob.sum() + want.entropy.sum(), b)), name
+    assert torch.equal(
+        gradient(got.logprob.sum() + got.entropy.sum(), a),
+        gradient(want.logprob.sum() + want.entropy.sum(), b),
+    ), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -321,13 +358,24 @@ def test_topk_index(backend, device):  # A9
 
 
 def test_one_label_given_as_a_list_of_one_keeps_its_dim(backend, device):
-    x, ref = make_logits(6, 30, device=device).view(2, 3, 30), make_logits(6, 30, device=device, seed=1).view(2, 3, 30)
+    x, ref = (
+        make_logits(6, 30, device=device).view(2, 3, 30),
+        make_logits(6, 30, device=device, seed=1).view(2, 3, 30),
+    )
     labels = make_labels(6, 30, device=device).view(2, 3, 1)
-    stats = fa.token_stats(x, labels, ref_logits=ref, outputs=("logprob", "ref_logprob", "entropy", "is_top1"))
-    assert stats.logprob.shape == stats.ref_logprob.shape == (2, 3, 1) and stats.entropy.shape == stats.is_top1.shape == (2, 3)
+    stats = fa.token_stats(
+        x, labels, ref_logits=ref, outputs=("logprob", "ref_logprob", "entropy", "is_top1")
+    )
+    assert stats.logprob.shape == stats.ref_logprob.shape == (
+        2,
+        3,
+        1,
+    ) and stats.entropy.shape == stats.is_top1.shape == (2, 3)
     flat = fa.token_stats(x, labels[..., 0], ref_logits=ref, outputs=("logprob", "ref_logprob"))
     assert flat.logprob.shape == (2, 3)
-    assert torch.equal(stats.logprob[..., 0], flat.logprob) and torch.equal(stats.ref_logprob[..., 0], flat.ref_logprob)
+    assert torch.equal(stats.logprob[..., 0], flat.logprob) and torch.equal(
+        stats.ref_logprob[..., 0], flat.ref_logprob
+    )
     one, row = x[0, 0], labels[0, 0]
     for index in (row, row[0]):
         got = fa.selective_log_softmax(one, index)
@@ -339,7 +387,12 @@ def test_topk_with_ignored_entries(backend, device):
     labels = torch.tensor([[1, -100], [2, 3], [-100, -100]], device=device)
     stats = fa.token_stats(x, labels, outputs=("logprob", "entropy"))
     assert stats.logprob.shape == (3, 2)
-    assert stats.logprob[0, 1] == 0 and (stats.logprob[2] == 0).all() and stats.entropy[2] == 0 and stats.entropy[0] > 0
+    assert (
+        stats.logprob[0, 1] == 0
+        and (stats.logprob[2] == 0).all()
+        and stats.entropy[2] == 0
+        and stats.entropy[0] > 0
+    )
     plain = torch.log_softmax(x.double(), -1)
     want = plain[0, 1] + plain[1, 2] + plain[1, 3]
     assert_close(gradient(stats.logprob.sum(), x), gradient(want, x), scale=2.0)
@@ -362,7 +415,9 @@ def test_vocabulary_shards_merge(backend, device, cuts):  # row 43 for one rank:
     check_shards_merge(device, cuts)
 
 
-def test_no_vocabulary_sized_temporary(backend, device):  # A1: only kernels; the reference is the plain computation
+def test_no_vocabulary_sized_temporary(
+    backend, device
+):  # A1: only kernels; the reference is the plain computation
     if backend == "reference":
         return
     from fastalign.runtime import ffi
@@ -388,10 +443,26 @@ def test_errors_name_the_argument(backend, device):
         (ValueError, "labels has shape", lambda: fa.token_logprobs(x, labels[:2])),
         (TypeError, "labels must be integers", lambda: fa.token_logprobs(x, labels.float())),
         (TypeError, "labels must be a tensor of integers, got list", lambda: fa.token_stats(x, [1, 2, 3])),
-        (ValueError, r"labels has shape \(3, 0\).*K >= 1", lambda: fa.token_stats(x, labels.new_empty(3, 0), outputs=("entropy",))),
-        (TypeError, "ignore_index must be an integer, got None", lambda: fa.token_stats(x, labels, ignore_index=None)),
-        (TypeError, "ignore_index must be an integer, got 1.0", lambda: fa.token_logprobs(x, labels, ignore_index=1.0)),
-        (ValueError, "ignore_index=.* is out of range", lambda: fa.token_logprobs(x, labels, ignore_index=1 << 64)),
+        (
+            ValueError,
+            r"labels has shape \(3, 0\).*K >= 1",
+            lambda: fa.token_stats(x, labels.new_empty(3, 0), outputs=("entropy",)),
+        ),
+        (
+            TypeError,
+            "ignore_index must be an integer, got None",
+            lambda: fa.token_stats(x, labels, ignore_index=None),
+        ),
+        (
+            TypeError,
+            "ignore_index must be an integer, got 1.0",
+            lambda: fa.token_logprobs(x, labels, ignore_index=1.0),
+        ),
+        (
+            ValueError,
+            "ignore_index=.* is out of range",
+            lambda: fa.token_logprobs(x, labels, ignore_index=1 << 64),
+        ),
         (TypeError, "logits must be floating", lambda: fa.token_logprobs(x.long(), labels)),
         (ValueError, "mask has shape", lambda: fa.token_stats(x, labels, mask=labels[:2] > 0)),
         (ValueError, "temperature", lambda: fa.token_logprobs(x, labels, temperature=0.0)),
@@ -402,7 +473,9 @@ def test_errors_name_the_argument(backend, device):
         (TypeError, "unexpected keyword", lambda: fa.token_logprobs(x, labels, temprature=1.0)),
     ]
     if device == "cpu":
-        cases.append((ValueError, "temperature", lambda: fa.token_logprobs(x, labels, temperature=torch.tensor(-1.0))))
+        cases.append(
+            (ValueError, "temperature", lambda: fa.token_logprobs(x, labels, temperature=torch.tensor(-1.0)))
+        )
     for error, words, call in cases:
         with pytest.raises(error, match=words):
             call()

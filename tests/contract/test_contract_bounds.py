@@ -1,5 +1,6 @@
-"""What was checked in forward may have changed until backward (a buffer shared with NumPy, `.data`): backward writes every entry of its gradient and
-nothing outside of it, on every backend. Numbers that a narrower type cannot hold are refused, not cut off."""
+"""What was checked in forward may have changed until backward (a buffer shared with NumPy, `.data`): backward
+writes every entry of its gradient and nothing outside of it, on every backend. Numbers that a narrower type
+cannot hold are refused, not cut off."""
 
 from __future__ import annotations
 
@@ -15,14 +16,20 @@ CU = {
     "before the start": [-40, 2, 4, 6, 9, 11, 20], "backwards": [20, 16, 12, 8, 4, 2, 0], "not from 0": [7, 8, 9, 10, 11, 12, 13],
     "not to the end": [0, 1, 2, 3, 4, 5, 6], "up and down": [0, 15, 3, 18, 2, 16, 1], "int32's ends": [0, -(2**31), 2**31 - 1, 5, 5, 6, 7],
 }  # fmt: skip
-PAIRS = ([[0, 6], [1, 2], [3, 4]], [[-1, 0], [1, 2], [3, 4]], [[4_000_000, -4_000_000], [0, 0], [2**31 - 1, -(2**31)]])
+PAIRS = (
+    [[0, 6], [1, 2], [3, 4]],
+    [[-1, 0], [1, 2], [3, 4]],
+    [[4_000_000, -4_000_000], [0, 0], [2**31 - 1, -(2**31)]],
+)
 OFFSETS = ([0, 7, 40], [-5, 2, 6], [5, 2, 0], [4_000_000, -1, 8_000_000], [3, 4, 5])
 
 
 def given(device):
     batch = make_batch(3, min_len=1, max_len=4, device=device)
     cu = torch.tensor([0, 3, 6, 9, 12, 15, 18], dtype=torch.int32, device=device)
-    lp, ref, kl = (torch.cat([x, x, x])[:18].clone() for x in (batch.logprobs, batch.ref_logprobs, batch.kl_ref_policy))
+    lp, ref, kl = (
+        torch.cat([x, x, x])[:18].clone() for x in (batch.logprobs, batch.ref_logprobs, batch.kl_ref_policy)
+    )
     mask = torch.arange(18, device=device) % 5 != 0
     return lp.requires_grad_(), ref, kl, cu, mask
 
@@ -61,10 +68,14 @@ def test_boundaries_that_change_before_backward(backend, device, memory, name):
         loss = LOSSES[name](lp, ref, kl, cu, mask)
         cu.data.copy_(torch.tensor(values, dtype=torch.int32))
         grad = backward(loss, lp, memory)
-        if how in ("not to the end", "not from 0") and name.startswith(("preference", "sequence_sum", "listwise")):
+        if how in ("not to the end", "not from 0") and name.startswith(
+            ("preference", "sequence_sum", "listwise")
+        ):
             held = torch.zeros(18, dtype=torch.bool, device=device)
             held[values[0] : values[-1]] = True
-            assert torch.equal(grad.isfinite(), held), "a token that is in no sequence has no gradient, and every other has"
+            assert torch.equal(grad.isfinite(), held), (
+                "a token that is in no sequence has no gradient, and every other has"
+            )
 
 
 @pytest.mark.parametrize("name", ["preference", "preference, token by token"])
@@ -82,7 +93,10 @@ def test_pairs_that_change_before_backward(backend, device, memory, name):
 def test_list_offsets_that_change_before_backward(backend, device, memory, reduction):
     for values in OFFSETS:
         lp, ref, _, cu, mask = given(device)
-        offsets, scores = torch.tensor([0, 2, 6], dtype=torch.int32, device=device), torch.arange(6.0, device=device)
+        offsets, scores = (
+            torch.tensor([0, 2, 6], dtype=torch.int32, device=device),
+            torch.arange(6.0, device=device),
+        )
         loss = fa.listwise_loss(lp, ref, cu, offsets, scores, mask=mask, reduction=reduction).loss
         offsets.data.copy_(torch.tensor(values, dtype=torch.int32))
         backward(loss, lp, memory)
@@ -126,7 +140,9 @@ def test_numbers_are_compared_before_they_are_narrowed(backend, device, dtype):
         "pairs ": lambda: fa.wpo_weights(lp, ref, cu, mask=mask, pairs=pairs),
     }
     if dtype != torch.int64:  # of 32 bits without a sign: 2^32 - 1 is not -1
-        calls = {"pairs": lambda: fa.preference_loss(lp, ref, cu, pairs=torch.tensor([[0, 2**32 - 1]]).to(dtype))}
+        calls = {
+            "pairs": lambda: fa.preference_loss(lp, ref, cu, pairs=torch.tensor([[0, 2**32 - 1]]).to(dtype))
+        }
     for name, call in calls.items():
         with pytest.raises((ValueError, IndexError), match=name.strip()):
             call()
@@ -141,7 +157,13 @@ def test_wide_numbers_reach_the_kernels_as_themselves(backend, device):
         torch.arange(6.0, device=device),
     )
     for a, b in (
-        (fa.preference_loss(lp, ref, cu, pairs=pairs).loss, fa.preference_loss(lp, ref, cu.long(), pairs=pairs.int()).loss),
-        (fa.listwise_loss(lp, ref, cu, offsets, scores).loss, fa.listwise_loss(lp, ref, cu.long(), offsets.int(), scores).loss),
+        (
+            fa.preference_loss(lp, ref, cu, pairs=pairs).loss,
+            fa.preference_loss(lp, ref, cu.long(), pairs=pairs.int()).loss,
+        ),
+        (
+            fa.listwise_loss(lp, ref, cu, offsets, scores).loss,
+            fa.listwise_loss(lp, ref, cu.long(), offsets.int(), scores).loss,
+        ),
     ):
         assert torch.equal(a, b)

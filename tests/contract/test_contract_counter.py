@@ -1,5 +1,6 @@
-"""The word by which a launch knows its last block belongs to that launch alone. CUDA graphs, several streams and recorders of memory pools depend on
-it (tests/gpu holds them on a device); what shows it on any machine is here, for every backend."""
+"""The word by which a launch knows its last block belongs to that launch alone. CUDA graphs, several streams
+and recorders of memory pools depend on it (tests/gpu holds them on a device); what shows it on any machine is
+here, for every backend."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def watch(monkeypatch):
 
 @pytest.mark.parametrize("name", WITH_A_LAST_BLOCK)
 def test_what_stopped_in_the_middle_leaves_nothing_behind(backend, device, name, monkeypatch):
-    """A launch that does not come to its end (a capture that is never replayed, a graph on another stream at the same time) leaves its word at any
-    value. The next call must not find it there."""
+    """A launch that does not come to its end (a capture that is never replayed, a graph on another stream at
+    the same time) leaves its word at any value. The next call must not find it there."""
     call = calls_with_a_last_block(device)[name]
     words = watch(monkeypatch)
     wanted = call()
@@ -44,7 +45,8 @@ def test_what_stopped_in_the_middle_leaves_nothing_behind(backend, device, name,
 
 @pytest.mark.parametrize("name", WITH_A_LAST_BLOCK)
 def test_two_calls_at_once(backend, device, name, monkeypatch):
-    """A call begins after another one has taken its word and before it is launched, as two streams or two captures do."""
+    """A call begins after another one has taken its word and before it is launched, as two streams or two
+    captures do."""
     outer, inner = (calls_with_a_last_block(device)[name] for _ in range(2))
     wanted, nested, counter = outer(), [], ffi.counter
 
@@ -63,10 +65,13 @@ def test_two_calls_at_once(backend, device, name, monkeypatch):
 
 @pytest.mark.parametrize("name", WITH_A_LAST_BLOCK)
 def test_no_tensor_of_ours_outlives_a_call(backend, device, name, monkeypatch):
-    """Recorders of memory pools (CUDA graph trees under torch.compile's reduce-overhead) refuse tensors that stay alive in their pool."""
+    """Recorders of memory pools (CUDA graph trees under torch.compile's reduce-overhead) refuse tensors that
+    stay alive in their pool."""
     call = calls_with_a_last_block(device)[name]
     # The tests' own allocator remembers what it gave out.
-    monkeypatch.setattr(ffi, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device))
+    monkeypatch.setattr(
+        ffi, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
+    )
 
     def alive():
         gc.collect()

@@ -1,4 +1,5 @@
-"""The contract of generalised advantage estimation, on every backend. Truth: the loop over tokens in Python floats, which are fp64."""
+"""The contract of generalised advantage estimation, on every backend. Truth: the loop over tokens in Python
+floats, which are fp64."""
 
 from __future__ import annotations
 
@@ -60,10 +61,17 @@ def test_moments(backend, device):
 def test_input_types_and_layouts(backend, device, row_dtypes):  # rows 17, 23
     rewards, values, cu_seqlens, mask, bootstrap = make_gae_batch([0, 30, 77], device)
     for dtype in row_dtypes:
-        out = fa.gae(rewards.to(dtype), values.to(dtype), cu_seqlens, mask=mask, bootstrap=bootstrap.to(dtype))
+        out = fa.gae(
+            rewards.to(dtype), values.to(dtype), cu_seqlens, mask=mask, bootstrap=bootstrap.to(dtype)
+        )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         assert {x.dtype for x in out} == {wide}
-        want = fa.gae(*(x.to(dtype).to(wide) for x in (rewards, values)), cu_seqlens, mask=mask, bootstrap=bootstrap.to(dtype).to(wide))
+        want = fa.gae(
+            *(x.to(dtype).to(wide) for x in (rewards, values)),
+            cu_seqlens,
+            mask=mask,
+            bootstrap=bootstrap.to(dtype).to(wide),
+        )
         assert torch.equal(out.advantages, want.advantages) and torch.equal(out.returns, want.returns)
         if dtype == torch.float64:
             truth = gae_loop(rewards.double(), values.double(), cu_seqlens, mask, bootstrap)
@@ -75,7 +83,8 @@ def test_input_types_and_layouts(backend, device, row_dtypes):  # rows 17, 23
     for r, v, m in (strided, shifted):
         assert torch.equal(fa.gae(r, v, cu_seqlens.long(), mask=m).advantages, want.advantages)
     assert torch.equal(
-        fa.gae(rewards[:1].expand(77), values, cu_seqlens).returns, fa.gae(rewards[:1].repeat(77), values, cu_seqlens).returns
+        fa.gae(rewards[:1].expand(77), values, cu_seqlens).returns,
+        fa.gae(rewards[:1].repeat(77), values, cu_seqlens).returns,
     )
 
 
@@ -111,7 +120,11 @@ def test_a_long_sequence(backend, device, slow_backend):  # row 38
         ({"mask": torch.ones(6, dtype=torch.bool)}, ValueError, r"mask has shape \(6,\)"),
         ({"bootstrap": torch.ones(1)}, ValueError, r"bootstrap has shape \(1,\); legal here: \(2,\)"),
         ({"bootstrap": 0.0}, TypeError, "bootstrap must be a tensor"),
-        ({"cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32)}, ValueError, "end at the number of tokens"),
+        (
+            {"cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32)},
+            ValueError,
+            "end at the number of tokens",
+        ),
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens must be int32"),
     ],
     ids=str,
@@ -119,12 +132,18 @@ def test_a_long_sequence(backend, device, slow_backend):  # row 38
 def test_errors(backend, device, change, error, words):
     if device != "cpu":
         return
-    arguments = {"rewards": torch.ones(5), "values": torch.ones(5), "cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32)}
+    arguments = {
+        "rewards": torch.ones(5),
+        "values": torch.ones(5),
+        "cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32),
+    }
     with pytest.raises(error, match=words):
         fa.gae(**{**arguments, **change})
 
 
-def test_prefix_sums_stay_in_their_sequence(backend, device):  # of token_rewards: a return to go, read backwards
+def test_prefix_sums_stay_in_their_sequence(
+    backend, device
+):  # of token_rewards: a return to go, read backwards
     lp = torch.tensor([-1.0, -math.inf, -1.0, -2.0, math.nan, 0.0, -1.0, -1.0], device=device)
     ref = torch.tensor([-2.0, -1.0, -3.0, -2.5, -1.0, -1.0, -1.0, -1.5], device=device)
     cu = torch.tensor([0, 2, 4, 4, 6, 8], dtype=torch.int32, device=device)

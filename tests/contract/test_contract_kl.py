@@ -1,5 +1,6 @@
-"""The contract of the row ops with reference logits, on every backend: both log-probs, the exact KLs and their gradients (row numbers in comments
-refer to the table of numeric edge cases that every kernel must survive). Losses made of them: test_contract_kl_loss.py."""
+"""The contract of the row ops with reference logits, on every backend: both log-probs, the exact KLs and
+their gradients (row numbers in comments refer to the table of numeric edge cases that every kernel must
+survive). Losses made of them: test_contract_kl_loss.py."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ from fastalign.testing import assert_close, gradient, make_labels, make_logits
 # --- the definition -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [("kl_policy_ref",), ("kl_ref_policy",), ("logprob", "entropy", "logsumexp", *NAMES)])
+@pytest.mark.parametrize(
+    "names", [("kl_policy_ref",), ("kl_ref_policy",), ("logprob", "entropy", "logsumexp", *NAMES)]
+)
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7, "logit_scale": 1.3}])
 def test_gradcheck_of_the_definition(names, options):
     x, ref = make_row_pair(4, 37, dtype=torch.float64)
@@ -51,7 +54,9 @@ def test_gradcheck_of_the_definition(names, options):
             if name in truth:
                 assert_close(got, truth[name], what=name, scale=scale)
                 if name != "ref_logprob":
-                    g, want = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (got, truth[name]))
+                    g, want = (
+                        torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (got, truth[name])
+                    )
                     assert_close(g, want, what=name, scale=scale.unsqueeze(-1))
 
 
@@ -68,11 +73,20 @@ def test_kl_accuracy_fp32(backend, device, slow_backend, vocab, kind):
 @pytest.mark.parametrize("vocab", (3, 129, 1000))
 def test_kl_accuracy_other_dtypes(backend, device, row_dtypes, vocab, dtype):  # row 17
     if dtype in row_dtypes:
-        check_row_pairs(*make_row_pair(3, vocab, dtype=dtype, device=device), make_labels(3, vocab, device=device))
+        check_row_pairs(
+            *make_row_pair(3, vocab, dtype=dtype, device=device), make_labels(3, vocab, device=device)
+        )
 
 
 @pytest.mark.parametrize(
-    "names", [("kl_policy_ref",), ("kl_ref_policy",), ("ref_logprob",), ("logprob", "ref_logprob", "kl_ref_policy"), NAMES]
+    "names",
+    [
+        ("kl_policy_ref",),
+        ("kl_ref_policy",),
+        ("ref_logprob",),
+        ("logprob", "ref_logprob", "kl_ref_policy"),
+        NAMES,
+    ],
 )
 def test_each_output_alone_and_together(backend, device, names):
     check_row_pairs(*make_row_pair(3, 700, device=device), make_labels(3, 700, device=device), names)
@@ -81,13 +95,26 @@ def test_each_output_alone_and_together(backend, device, names):
 @pytest.mark.parametrize("vocab", (32000, 50257, 129920, 262145))
 def test_kl_accuracy_large_vocabularies(backend, device, slow_backend, vocab):
     vocab = vocab // 64 + vocab % 2 if slow_backend else vocab
-    check_row_pairs(*make_row_pair(2, vocab, dtype=torch.bfloat16, device=device), make_labels(2, vocab, device=device))
+    check_row_pairs(
+        *make_row_pair(2, vocab, dtype=torch.bfloat16, device=device), make_labels(2, vocab, device=device)
+    )
 
 
-@pytest.mark.parametrize("scale,cap,temperature", [(1.0, 30.0, 1.0), (0.5, 5.0, 0.6), (3.0, None, 2.0), (1.0, None, 1e-2)])
-def test_scale_softcap_temperature_of_both_rows(backend, device, scale, cap, temperature):  # rows 15, 16: both rows alike
+@pytest.mark.parametrize(
+    "scale,cap,temperature", [(1.0, 30.0, 1.0), (0.5, 5.0, 0.6), (3.0, None, 2.0), (1.0, None, 1e-2)]
+)
+def test_scale_softcap_temperature_of_both_rows(
+    backend, device, scale, cap, temperature
+):  # rows 15, 16: both rows alike
     x, ref = make_row_pair(3, 300, device=device)
-    check_row_pairs(x * 3, ref * 3, make_labels(3, 300, device=device), logit_scale=scale, softcap=cap, temperature=temperature)
+    check_row_pairs(
+        x * 3,
+        ref * 3,
+        make_labels(3, 300, device=device),
+        logit_scale=scale,
+        softcap=cap,
+        temperature=temperature,
+    )
 
 
 @pytest.mark.parametrize("offset,ref_offset", [(1e2, 0.0), (0.0, -1e4), (1e6, 1e6), (-1e6, 1e4)])
@@ -132,7 +159,10 @@ def test_nearly_equal_rows(backend, device, dtype, distance):  # row 26; E8
         assert float(value.detach().min()) >= -1e-7
         assert float((value.double() - truth[name]).detach().abs().max()) <= 3e-7
         if distance == 2e-2:
-            got, want = gradient(value.sum(), leaf).double(), torch.autograd.grad(truth[name].sum(), true, retain_graph=True)[0]
+            got, want = (
+                gradient(value.sum(), leaf).double(),
+                torch.autograd.grad(truth[name].sum(), true, retain_graph=True)[0],
+            )
             assert float((got - want).norm() / want.norm()) <= 3e-3, name
 
 
@@ -196,7 +226,12 @@ def test_strides_of_both_rows(backend, device, dtype):  # row 23
         results = []
         for leaf, reference in zip(leaves, (ref, ref.contiguous())):
             stats = fa.token_stats(leaf, ref_logits=reference, outputs=KLS)
-            results.append([*(getattr(stats, n) for n in KLS), gradient(stats.kl_policy_ref.sum() - stats.kl_ref_policy.sum(), leaf)])
+            results.append(
+                [
+                    *(getattr(stats, n) for n in KLS),
+                    gradient(stats.kl_policy_ref.sum() - stats.kl_ref_policy.sum(), leaf),
+                ]
+            )
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -211,7 +246,9 @@ def test_kl_batch_invariance_and_alignment(backend, device, vocab, dtype):  # ro
     def run(logits, ref_logits):
         leaf = logits.detach().requires_grad_()
         stats = fa.token_stats(leaf, ref_logits=ref_logits, outputs=KLS)
-        return *(getattr(stats, n)[-1] for n in KLS), gradient(stats.kl_policy_ref.sum() + stats.kl_ref_policy.sum(), leaf)[-1]
+        return *(getattr(stats, n)[-1] for n in KLS), gradient(
+            stats.kl_policy_ref.sum() + stats.kl_ref_policy.sum(), leaf
+        )[-1]
 
     want = run(row, ref_row)
     for skip, ref_skip, rows in ((0, 0, 3), (1, 0, 1), (0, 3, 1), (5, 2, 3), (8, 7, 2)):
@@ -232,7 +269,9 @@ def test_kl_inplace_backward_equals_out_of_place(backend, device, vocab, dtype):
         x, ref = make_row_pair(4, vocab, dtype=dtype, device=device)
         leaf = x.requires_grad_()
         logits = leaf * 1.0
-        stats = fa.token_stats(logits, labels, ref_logits=ref, outputs=("logprob", *KLS), inplace_backward=inplace)
+        stats = fa.token_stats(
+            logits, labels, ref_logits=ref, outputs=("logprob", *KLS), inplace_backward=inplace
+        )
         total_of(stats._asdict(), {"logprob": 1.0, "kl_policy_ref": 0.3, "kl_ref_policy": -0.2}).backward()
         assert logits.shape == ((4, 0) if inplace else (4, vocab))
         grads.append(leaf.grad)
@@ -241,7 +280,9 @@ def test_kl_inplace_backward_equals_out_of_place(backend, device, vocab, dtype):
 
 @pytest.mark.parametrize("cuts", [(30,), (1, 2, 3), (16, 64, 80)])
 @pytest.mark.parametrize("masked", [(), ("policy",), ("policy", "reference")])
-def test_vocabulary_shards_of_both_rows_merge(backend, device, cuts, masked):  # row 43 for one rank, both rows
+def test_vocabulary_shards_of_both_rows_merge(
+    backend, device, cuts, masked
+):  # row 43 for one rank, both rows
     check_shards_of_both_rows_merge(device, cuts, masked)
 
 
@@ -251,7 +292,9 @@ def test_ref_logprobs_of_several_labels(backend, device):  # A9
     index[1, 2] = -100
     stats = fa.token_stats(x.requires_grad_(), index, ref_logits=ref, outputs=("logprob", *NAMES))
     want = torch.log_softmax(ref.double(), -1).gather(-1, index.clamp(min=0)).masked_fill(index == -100, 0.0)
-    assert_close(stats.ref_logprob, want, torch.log_softmax(ref, -1).gather(-1, index.clamp(min=0)), scale=8.0)
+    assert_close(
+        stats.ref_logprob, want, torch.log_softmax(ref, -1).gather(-1, index.clamp(min=0)), scale=8.0
+    )
     true = x.detach().double().requires_grad_()
     log_p = torch.log_softmax(true, -1).gather(-1, index.clamp(min=0)).masked_fill(index == -100, 0.0)
     truth = (log_p.sum() + kl_truth(true, ref.double(), None)["kl_policy_ref"].sum(), true)
@@ -284,7 +327,11 @@ def test_kl_makes_no_vocabulary_sized_temporary(backend, device):  # A1
     taken, empty = [], ffi.empty
     try:
         ffi.empty = lambda shape, dtype, device: taken.append(math.prod(shape)) or empty(shape, dtype, device)
-        fa.token_stats(*make_row_pair(4, 3000, device=device)[:1], ref_logits=make_logits(4, 3000, device=device), outputs=KLS)
+        fa.token_stats(
+            *make_row_pair(4, 3000, device=device)[:1],
+            ref_logits=make_logits(4, 3000, device=device),
+            outputs=KLS,
+        )
     finally:
         ffi.empty = empty
     assert taken and sum(taken) < 4 * 40
@@ -297,12 +344,28 @@ def test_kl_errors_name_the_argument(backend, device):
     x, ref = make_row_pair(3, 10, device=device)
     one = torch.ones((), device=device)
     for error, words, call in (
-        (ValueError, "ref_logits is required for outputs kl_policy_ref", lambda: fa.token_stats(x, outputs=("kl_policy_ref",))),
-        (ValueError, "labels is required for outputs ref_logprob", lambda: fa.token_stats(x, ref_logits=ref, outputs=("ref_logprob",))),
+        (
+            ValueError,
+            "ref_logits is required for outputs kl_policy_ref",
+            lambda: fa.token_stats(x, outputs=("kl_policy_ref",)),
+        ),
+        (
+            ValueError,
+            "labels is required for outputs ref_logprob",
+            lambda: fa.token_stats(x, ref_logits=ref, outputs=("ref_logprob",)),
+        ),
         (ValueError, "ref_logits has shape", lambda: fa.token_kl(x, ref[:2])),
-        (TypeError, "ref_logits is torch.bfloat16 but logits is torch.float32", lambda: fa.token_kl(x, ref.bfloat16())),
+        (
+            TypeError,
+            "ref_logits is torch.bfloat16 but logits is torch.float32",
+            lambda: fa.token_kl(x, ref.bfloat16()),
+        ),
         (TypeError, "ref_logits must be a tensor", lambda: fa.token_kl_loss(x, None, one)),
-        (ValueError, "direction='forward' is unknown; legal: policy_ref, ref_policy", lambda: fa.token_kl(x, ref, direction="forward")),
+        (
+            ValueError,
+            "direction='forward' is unknown; legal: policy_ref, ref_policy",
+            lambda: fa.token_kl(x, ref, direction="forward"),
+        ),
         (ValueError, "coef has shape", lambda: fa.token_kl_loss(x, ref, one.expand(2))),
         (TypeError, "coef must be a tensor", lambda: fa.token_kl_loss(x, ref, 0.1)),
         (ValueError, "temperature", lambda: fa.token_kl(x, ref, temperature=0.0)),

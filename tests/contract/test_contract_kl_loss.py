@@ -1,4 +1,5 @@
-"""The contract of the losses over exact KLs, on every backend: the one whose gradient is made in the forward pass, and token-level DPO."""
+"""The contract of the losses over exact KLs, on every backend: the one whose gradient is made in the forward
+pass, and token-level DPO."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def test_kl_loss_protects_other_consumers(backend, device):
 
 
 def tdpo(logits, ref_logits, labels, mask, cu_seqlens, beta, alpha):
-    """The loss of arXiv 2404.11999, section 4, sequence by sequence: (chosen, rejected) at even and odd numbers; alpha None: TDPO1."""
+    """The loss of arXiv 2404.11999, section 4, sequence by sequence: (chosen, rejected) at even and odd
+    numbers; alpha None: TDPO1."""
     log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(ref_logits, -1)
     pick = labels.clamp(min=0).unsqueeze(-1)
     ratio = (log_p.gather(-1, pick) - log_q.gather(-1, pick)).squeeze(-1)
@@ -73,11 +75,24 @@ def test_tdpo_from_logits(backend, device, loss, alpha, dtype):
     packed = testing.make_batch(3, min_len=1, max_len=4, prompt=1, vocab=150, device=device).packed
     x, ref = make_row_pair(packed.labels.numel(), 150, dtype=dtype, device=device)
     leaf, true, yard = x.clone().requires_grad_(), x.double().requires_grad_(), x.float().requires_grad_()
-    stats = fa.token_stats(leaf, packed.labels, ref_logits=ref, outputs=("logprob", "ref_logprob", "kl_ref_policy"))
-    out = fa.preference_loss(
-        stats.logprob, stats.ref_logprob, packed.cu_seqlens, mask=packed.mask, kl_ref_policy=stats.kl_ref_policy, loss=loss, beta=0.3
+    stats = fa.token_stats(
+        leaf, packed.labels, ref_logits=ref, outputs=("logprob", "ref_logprob", "kl_ref_policy")
     )
-    truth, plainly = (tdpo(z, ref.to(z.dtype), packed.labels, packed.mask, packed.cu_seqlens.cpu(), 0.3, alpha) for z in (true, yard))
+    out = fa.preference_loss(
+        stats.logprob,
+        stats.ref_logprob,
+        packed.cu_seqlens,
+        mask=packed.mask,
+        kl_ref_policy=stats.kl_ref_policy,
+        loss=loss,
+        beta=0.3,
+    )
+    truth, plainly = (
+        tdpo(z, ref.to(z.dtype), packed.labels, packed.mask, packed.cu_seqlens.cpu(), 0.3, alpha)
+        for z in (true, yard)
+    )
     assert_close(out.loss, truth, plainly, what="loss")
     scale = 0.3 * kl_gradient_size(x, ref, packed.labels)
-    assert_close(gradient(out.loss, leaf), gradient(truth, true), gradient(plainly, yard), what="gradient", scale=scale)
+    assert_close(
+        gradient(out.loss, leaf), gradient(truth, true), gradient(plainly, yard), what="gradient", scale=scale
+    )

@@ -1,5 +1,5 @@
-"""The fused head on every backend of the row kernels: tiles of rows and vocabulary, two towers, a frozen head, products of one shape.
-More of it, on the CPU, in tests/rows/test_linear.py."""
+"""The fused head on every backend of the row kernels: tiles of rows and vocabulary, two towers, a frozen
+head, products of one shape. More of it, on the CPU, in tests/rows/test_linear.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The contract of the losses over ranked lists, on every backend; each against its paper's formula, typed here independently in fp64 as loops over
-the lists."""
+"""The contract of the losses over ranked lists, on every backend; each against its paper's formula, typed
+here independently in fp64 as loops over the lists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import math
 
 import pytest
 import torch
-from checks.lists import PAPERS, check_list_loss, check_the_longest_list, compare_lists, list_loss, list_truth, make_lists, run_lists
+from checks.lists import (
+    PAPERS,
+    check_list_loss,
+    check_the_longest_list,
+    compare_lists,
+    list_loss,
+    list_truth,
+    make_lists,
+    run_lists,
+)
 
 import fastalign as fa
 from fastalign.losses.list import LIST_LINKS, ListPreset
@@ -67,8 +76,13 @@ def test_many_lists(backend, device):
     """More lists and sequences than the block that normalises has threads."""
     sizes = [i % 3 for i in range(270)]
     generator = torch.Generator().manual_seed(0)
-    totals, scores = (torch.randn(sum(sizes), generator=generator, dtype=torch.float64).to(device) for _ in range(2))
-    offsets, lengths = torch.tensor([0, *itertools.accumulate(sizes)], device=device), torch.arange(sum(sizes), device=device) % 5 + 1.0
+    totals, scores = (
+        torch.randn(sum(sizes), generator=generator, dtype=torch.float64).to(device) for _ in range(2)
+    )
+    offsets, lengths = (
+        torch.tensor([0, *itertools.accumulate(sizes)], device=device),
+        torch.arange(sum(sizes), device=device) % 5 + 1.0,
+    )
     results = []
     for dtype in (torch.float32, torch.float64):
         leaf = totals.to(dtype).requires_grad_()
@@ -87,10 +101,18 @@ def moved(lists, order, sizes):
     batch, _, scores = lists
     cu = batch.packed.cu_seqlens.tolist()
     index = torch.cat([torch.arange(cu[s], cu[s + 1]) for s in order]).to(scores.device)
-    offsets = torch.tensor([0, *itertools.accumulate(cu[s + 1] - cu[s] for s in order)], dtype=torch.int32, device=scores.device)
+    offsets = torch.tensor(
+        [0, *itertools.accumulate(cu[s + 1] - cu[s] for s in order)], dtype=torch.int32, device=scores.device
+    )
     packed = batch.packed._replace(cu_seqlens=offsets, mask=batch.packed.mask[index])
-    batch = batch._replace(packed=packed, logprobs=batch.logprobs[index], ref_logprobs=batch.ref_logprobs[index])
-    return (batch, torch.tensor([0, *itertools.accumulate(sizes)], device=scores.device), scores[order]), index
+    batch = batch._replace(
+        packed=packed, logprobs=batch.logprobs[index], ref_logprobs=batch.ref_logprobs[index]
+    )
+    return (
+        batch,
+        torch.tensor([0, *itertools.accumulate(sizes)], device=scores.device),
+        scores[order],
+    ), index
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -103,7 +125,10 @@ def test_order_inside_a_list_does_not_matter(backend, device, name):
     assert_close(b["d logprobs"], a["d logprobs"][index].double(), scale=10.0 * size)
 
 
-@pytest.mark.parametrize("name,options", [("plackett_luce", {}), ("rrhf", {"sft_norm": "token_mean_global"}), ("pro", {}), ("lipo", {})])
+@pytest.mark.parametrize(
+    "name,options",
+    [("plackett_luce", {}), ("rrhf", {"sft_norm": "token_mean_global"}), ("pro", {}), ("lipo", {})],
+)
 def test_micro_batches(backend, device, name, options):  # C1
     lists = make_lists((3, 2, 0, 4), device=device)
     whole = list_loss(lists, loss=name, **options)
@@ -128,7 +153,10 @@ def test_lists_from_sums_equal_packed(backend, device):
         fa.sequence_sum(x, batch.packed.cu_seqlens, mask=batch.packed.mask)
         for x in (batch.logprobs, batch.ref_logprobs, torch.ones_like(batch.logprobs))
     )
-    first = [int(batch.packed.mask[a:b].nonzero()[0]) + a for a, b in itertools.pairwise(batch.packed.cu_seqlens.tolist())]
+    first = [
+        int(batch.packed.mask[a:b].nonzero()[0]) + a
+        for a, b in itertools.pairwise(batch.packed.cu_seqlens.tolist())
+    ]
     for name in ("plackett_luce", "rrhf", "pro"):
         leaf, lp = totals.clone().requires_grad_(), batch.logprobs.clone().requires_grad_()
         got = fa.listwise_loss_from_sums(leaf, refs, offsets, scores, loss=name, lengths=lengths)
@@ -169,14 +197,23 @@ def test_nothing_at_all(backend, device):  # row 1
     for offsets in (zero, torch.zeros(3, dtype=torch.int32, device=device)):
         lp = none.clone().requires_grad_()
         out = fa.listwise_loss(lp, none, zero, offsets, none, mask=none > 0)
-        assert float(out.loss.detach()) == 0.0 and gradient(out.loss, lp).shape == (0,) and not bool(out.valid.any())
+        assert (
+            float(out.loss.detach()) == 0.0
+            and gradient(out.loss, lp).shape == (0,)
+            and not bool(out.valid.any())
+        )
         assert all(float(m.count) in (0.0, offsets.numel() - 1.0) for m in out.metrics().values())
 
 
 def test_empty_responses(backend, device):  # row 3, J1
-    packed = fa.pack([[1, 2, 3], [1], [], [4, 5], [], []], [[0, 1, 1], [0], [], [0, 1], [], []], device=device)
+    packed = fa.pack(
+        [[1, 2, 3], [1], [], [4, 5], [], []], [[0, 1, 1], [0], [], [0, 1], [], []], device=device
+    )
     lp = torch.where(packed.mask, -1.0, 0.0)
-    offsets, scores = torch.tensor([0, 3, 4, 6], device=device), torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 2.0], device=device)
+    offsets, scores = (
+        torch.tensor([0, 3, 4, 6], device=device),
+        torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 2.0], device=device),
+    )
     for name in PAPERS:
         x = lp.clone().requires_grad_()
         out = fa.listwise_loss(x, 1.5 * lp, packed.cu_seqlens, offsets, scores, mask=packed.mask, loss=name)
@@ -184,12 +221,15 @@ def test_empty_responses(backend, device):  # row 3, J1
         assert bool(torch.isfinite(out.loss)) and bool(torch.isfinite(gradient(out.loss, x)).all()), name
         assert float(out.metrics()["n_empty"].sum) == 4
     x = lp.clone().requires_grad_()
-    masked = fa.listwise_loss(x, lp, packed.cu_seqlens, offsets, scores, mask=torch.zeros_like(packed.mask), loss="rrhf")
+    masked = fa.listwise_loss(
+        x, lp, packed.cu_seqlens, offsets, scores, mask=torch.zeros_like(packed.mask), loss="rrhf"
+    )
     assert float(masked.loss.detach()) == 0.0 and float(gradient(masked.loss, x).abs().sum()) == 0.0
 
 
 def test_equal_scores(backend, device):
-    """No contrast in rrhf, pro, lipo and kwise_rm; the order of the list in plackett_luce; a uniform target in the others."""
+    """No contrast in rrhf, pro, lipo and kwise_rm; the order of the list in plackett_luce; a uniform target
+    in the others."""
     batch, offsets, scores = make_lists((3,), device=device)
     lists = batch, offsets, torch.ones_like(scores)
     for name in PAPERS:
@@ -198,7 +238,9 @@ def test_equal_scores(backend, device):
         options = {"sft_weight": 1e-30} if name in ("rrhf", "pro") else {}
         assert abs(float(list_loss(lists, loss=name, **options).loss)) < 1e-12
         assert math.isnan(float(list_loss(lists, loss=name).metrics()["rewards/accuracies"]))
-    ranked_scores = list_loss((batch, offsets, torch.arange(3.0, 0.0, -1.0, device=device)), loss="plackett_luce").loss
+    ranked_scores = list_loss(
+        (batch, offsets, torch.arange(3.0, 0.0, -1.0, device=device)), loss="plackett_luce"
+    ).loss
     assert torch.equal(list_loss(lists, loss="plackett_luce").loss, ranked_scores)
 
 
@@ -208,7 +250,9 @@ def test_masked_tokens_of_lists_do_not_leak(backend, device):  # row 4, J5
     for name in ("plackett_luce", "rrhf"):
         clean = run_lists(lists, loss=name)
         for garbage in (math.nan, math.inf, -math.inf):
-            dirty = batch._replace(**{k: torch.where(mask, getattr(batch, k), garbage) for k in ("logprobs", "ref_logprobs")})
+            dirty = batch._replace(
+                **{k: torch.where(mask, getattr(batch, k), garbage) for k in ("logprobs", "ref_logprobs")}
+            )
             soiled = run_lists((dirty, *lists[1:]), loss=name)
             for key in clean:
                 assert torch.equal(clean[key], soiled[key]), (name, key)
@@ -222,24 +266,33 @@ def test_huge_log_ratios(backend, device, name):  # row 28
         totals = torch.tensor([-1.0, 1.0, 0.0, -2.0], device=device) * size
         leaf = totals.clone().requires_grad_()
         options = {"beta": 1.0, "lengths": torch.ones_like(totals)}
-        out = fa.listwise_loss_from_sums(leaf, torch.zeros_like(totals), offsets, scores, loss=name, **options)
+        out = fa.listwise_loss_from_sums(
+            leaf, torch.zeros_like(totals), offsets, scores, loss=name, **options
+        )
         g = gradient(out.loss, leaf)
         want_leaf = totals.double().cpu().requires_grad_()
         beta = {} if name in ("rrhf", "pro", "kwise_rm") else {"beta": 1.0}
         want = PAPERS[name](want_leaf, want_leaf, torch.ones(4).double(), scores.double().cpu(), **beta)
         assert_close(out.loss.cpu(), want, scale=10.0 * max(1.0, float(want.detach().abs())))
         want_g = gradient(want, want_leaf)
-        assert_close(g.cpu(), want_g, scale=20.0 * max(1.0, float(want_g.abs().max())), what=f"gradient at {size}")
+        assert_close(
+            g.cpu(), want_g, scale=20.0 * max(1.0, float(want_g.abs().max())), what=f"gradient at {size}"
+        )
 
 
 def test_lists_that_are_not_finite(backend, device):
-    offsets, scores = torch.tensor([0, 2, 4], device=device), torch.tensor([1.0, 0.0, 1.0, 0.0], device=device)
+    offsets, scores = (
+        torch.tensor([0, 2, 4], device=device),
+        torch.tensor([1.0, 0.0, 1.0, 0.0], device=device),
+    )
     totals = torch.tensor([-math.inf, -1.0, -1.0, -3.0], device=device)
     for name in ("plackett_luce", "kwise_rm", "infonca"):
         leaf = totals.clone().requires_grad_()
         out = fa.listwise_loss_from_sums(leaf, torch.zeros_like(totals), offsets, scores, loss=name, beta=1.0)
         assert not bool(torch.isfinite(out.loss)) and float(out.metrics()["nonfinite_lists"].sum) == 1
-        kept = fa.listwise_loss_from_sums(leaf, torch.zeros_like(totals), offsets, scores, loss=name, beta=1.0, nonfinite="drop")
+        kept = fa.listwise_loss_from_sums(
+            leaf, torch.zeros_like(totals), offsets, scores, loss=name, beta=1.0, nonfinite="drop"
+        )
         g = gradient(kept.loss, leaf)
         assert kept.valid.tolist() == [False, True] and bool(torch.isfinite(kept.loss))
         assert g[:2].tolist() == [0.0, 0.0] and bool((g[2:] != 0).all())
@@ -263,13 +316,16 @@ def test_offsets_and_scores_are_checked(backend, device):
 
 @pytest.mark.parametrize("offsets", [[0, 3, 68, 70], [0, 7, 3, 70], [-2, 4, 70], [2, 4, 64], [0, 4, 90]])
 def test_bad_lists_are_nan_where_values_are_not_looked_at(backend, device, monkeypatch, offsets):
-    """On a GPU: no garbage, no stray access, no loss that looks right, and the lists beside a bad one keep their gradient."""
+    """On a GPU: no garbage, no stray access, no loss that looks right, and the lists beside a bad one keep
+    their gradient."""
     if backend == "cpu":  # it looks at values always
         return
     monkeypatch.setattr(OPS["listwise_fwd"], "check", None)
     leaf = torch.zeros(70, device=device, requires_grad=True)
     scores = torch.arange(70.0, device=device)
-    out = fa.listwise_loss_from_sums(leaf, leaf.detach(), torch.tensor(offsets, device=device), scores, loss="plackett_luce")
+    out = fa.listwise_loss_from_sums(
+        leaf, leaf.detach(), torch.tensor(offsets, device=device), scores, loss="plackett_luce"
+    )
     g = gradient(out.loss, leaf)
     assert bool(torch.isnan(g).any())
     assert math.isnan(float(out.loss.detach()))
@@ -280,4 +336,6 @@ def test_bad_lists_are_nan_where_values_are_not_looked_at(backend, device, monke
     bad = scores.clone()
     bad[1] = math.inf
     out = fa.listwise_loss_from_sums(leaf, leaf.detach(), torch.tensor([0, 3, 35, 70], device=device), bad)
-    assert math.isnan(float(out.loss.detach())) and torch.isnan(gradient(out.loss, leaf)).nonzero().flatten().tolist() == [0, 1, 2]
+    assert math.isnan(float(out.loss.detach())) and torch.isnan(
+        gradient(out.loss, leaf)
+    ).nonzero().flatten().tolist() == [0, 1, 2]

@@ -1,4 +1,5 @@
-"""What a number that is not finite does, on every backend: the table of docs/edge_cases.md, and moments of values that lie far from 0."""
+"""What a number that is not finite does, on every backend: the table of docs/edge_cases.md, and moments of
+values that lie far from 0."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ def packed(device, seed=0):
     g = torch.Generator().manual_seed(seed)
     lp, ref = -torch.rand(2, 24, generator=g) - 0.1
     mask = torch.arange(24) % 6 >= 2
-    return lp.to(device).requires_grad_(), ref.to(device), torch.tensor(CU, dtype=torch.int32, device=device), mask.to(device)
+    return (
+        lp.to(device).requires_grad_(),
+        ref.to(device),
+        torch.tensor(CU, dtype=torch.int32, device=device),
+        mask.to(device),
+    )
 
 
 def token_stats_rows(device, lp):
@@ -29,7 +35,10 @@ def token_stats_rows(device, lp):
 def per_token_losses(device):
     """name -> (function of the log-probs, what of it is not scored)."""
     lp, ref, cu, mask = packed(device)
-    flat, lists = torch.tensor([0, 1, 2, 3], device=device), torch.tensor(LIST, dtype=torch.int32, device=device)
+    flat, lists = (
+        torch.tensor([0, 1, 2, 3], device=device),
+        torch.tensor(LIST, dtype=torch.int32, device=device),
+    )
     scores = torch.tensor([1.0, 0.0, 0.5, 0.2], device=device)
     advantages, desirable = torch.linspace(-1, 1, 24, device=device), flat % 2 == 0
     weights = torch.linspace(-1, 1, 24, device=device)
@@ -80,7 +89,9 @@ def test_masked_inputs_that_are_not_finite_change_nothing(backend, device, bad):
 def test_upstream_gradients_pass_no_slope_of_zero(backend, device):
     """Clipped tokens, pairs that were dropped, responses beyond the shorter one with ld_alpha = 0."""
     lp, ref, cu, mask = packed(device)
-    clipped = fa.policy_loss(lp, lp.detach() - 1.0, torch.ones(24, device=device), mask=mask)  # every ratio is above its bound
+    clipped = fa.policy_loss(
+        lp, lp.detach() - 1.0, torch.ones(24, device=device), mask=mask
+    )  # every ratio is above its bound
     assert bool((torch.autograd.grad(clipped.loss, lp, torch.tensor(math.inf, device=device))[0] == 0).all())
     lp, ref, cu, mask = packed(device)
     dirty = ref.clone()
@@ -97,7 +108,9 @@ def test_upstream_gradients_pass_no_slope_of_zero(backend, device):
 def test_scaled_kl_gradient_of_masked_rows(backend, device):
     x = torch.randn(4, 7, device=device).requires_grad_()
     mask = torch.tensor([True, False, True, False], device=device)
-    loss = fa.token_kl_loss(x * 1.0, torch.randn(4, 7, device=device), torch.ones(4, device=device), mask=mask).loss
+    loss = fa.token_kl_loss(
+        x * 1.0, torch.randn(4, 7, device=device), torch.ones(4, device=device), mask=mask
+    ).loss
     (g,) = torch.autograd.grad(loss, x, torch.tensor(math.inf, device=device))
     assert bool((g[~mask] == 0).all()) and not bool(torch.isfinite(g[mask]).any())
 
@@ -106,7 +119,8 @@ def test_scaled_kl_gradient_of_masked_rows(backend, device):
 @pytest.mark.parametrize("what", ["rewards", "values", "bootstrap"])
 @pytest.mark.parametrize("discounts", [(1.0, 0.95), (0.99, 1.0), (0.9, 0.0), (0.0, 0.7)])
 def test_gae(backend, device, bad, what, discounts):
-    """NaN from the token on, backwards in its sequence. Behind it, in the other sequences and at unscored tokens: what there is without it."""
+    """NaN from the token on, backwards in its sequence. Behind it, in the other sequences and at unscored
+    tokens: what there is without it."""
     g = torch.Generator().manual_seed(0)
     cu = torch.tensor([0, 40, 1200, 1240], dtype=torch.int32, device=device)
     rewards, values = (torch.randn(1240, generator=g).to(device) for _ in range(2))
@@ -117,16 +131,34 @@ def test_gae(backend, device, bad, what, discounts):
     clean = fa.gae(rewards, values, cu, bootstrap=bootstrap, mask=mask, gamma=discounts[0], lam=discounts[1])
     dirty = {k: v.clone() for k, v in arguments.items()}
     dirty[what][1 if what == "bootstrap" else at] = bad
-    out = fa.gae(dirty["rewards"], dirty["values"], cu, bootstrap=dirty["bootstrap"], mask=mask, gamma=discounts[0], lam=discounts[1])
+    out = fa.gae(
+        dirty["rewards"],
+        dirty["values"],
+        cu,
+        bootstrap=dirty["bootstrap"],
+        mask=mask,
+        gamma=discounts[0],
+        lam=discounts[1],
+    )
     index = torch.arange(1240, device=device)
     reached = mask & (index >= 40) & (index < 1200 if what == "bootstrap" else index <= at)
     for got, want in ((out.advantages, clean.advantages), (out.returns, clean.returns)):
         assert bool(torch.isnan(got[reached]).all()) and torch.equal(got[~reached], want[~reached])
-    assert float(out.count) == float(clean.count) and math.isnan(float(out.m2)) and math.isnan(float(out.mean))
+    assert (
+        float(out.count) == float(clean.count) and math.isnan(float(out.m2)) and math.isnan(float(out.mean))
+    )
     dirty[what] = arguments[what].clone()
     if what != "bootstrap":
         mask[at], dirty[what][at] = False, bad  # not read there
-        out = fa.gae(dirty["rewards"], dirty["values"], cu, bootstrap=bootstrap, mask=mask, gamma=discounts[0], lam=discounts[1])
+        out = fa.gae(
+            dirty["rewards"],
+            dirty["values"],
+            cu,
+            bootstrap=bootstrap,
+            mask=mask,
+            gamma=discounts[0],
+            lam=discounts[1],
+        )
         assert bool(torch.isfinite(out.advantages).all()) and math.isfinite(float(out.m2))
 
 
@@ -146,7 +178,12 @@ def test_kl_estimate(backend, device):
         (g,) = torch.autograd.grad(out.sum(), leaf)
         for got, want in ((out, values[kind]), (g, slopes[kind])):
             torch.testing.assert_close(
-                got.detach().cpu().double(), torch.tensor(want).double(), rtol=1e-5, atol=1e-6, equal_nan=True, msg=kind
+                got.detach().cpu().double(),
+                torch.tensor(want).double(),
+                rtol=1e-5,
+                atol=1e-6,
+                equal_nan=True,
+                msg=kind,
             )
 
 
@@ -176,7 +213,9 @@ def test_policy_loss_agrees_with_the_reference(backend, device, bad):
                                          ref_logprobs=t["ref_logprobs"], kl_coef=0.1)  # fmt: skip
                     outs.append((out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0]))
             for got, want in zip(*outs):
-                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True, msg=f"{loss} {where} {bad}")
+                torch.testing.assert_close(
+                    got, want, rtol=1e-4, atol=1e-5, equal_nan=True, msg=f"{loss} {where} {bad}"
+                )
             assert bool(torch.isfinite(outs[0][1][~mask]).all())
 
 
@@ -194,7 +233,9 @@ def test_explained_variance_far_from_zero(backend, device, mean):
     # The error itself is a difference in fp32: 3e-8 of the mean.
     assert float(out.explained_variance) == pytest.approx(truth, abs=1e-5 + 4e-7 * abs(mean) ** 0.5)
     metrics = out.metrics()
-    assert float(metrics["returns/var"]) == pytest.approx(float(returns.double()[mask].var(unbiased=False)), rel=1e-5)
+    assert float(metrics["returns/var"]) == pytest.approx(
+        float(returns.double()[mask].var(unbiased=False)), rel=1e-5
+    )
     dirty = torch.where(mask, returns, math.nan).to(device)
     again = fa.value_loss(values.to(device), values.to(device), dirty, mask=mask.to(device))
     assert torch.equal(again.stats, out.stats)
@@ -205,10 +246,15 @@ def test_ratio_variance_far_from_one(backend, device):
     old = -torch.rand(5000, generator=g) - 1.0
     lp = old + 8.0 + 1e-3 * torch.randn(5000, generator=g)
     out = fa.policy_loss(
-        lp.to(device), old.to(device), torch.ones(5000, device=device), mask=torch.ones(5000, dtype=torch.bool, device=device)
+        lp.to(device),
+        old.to(device),
+        torch.ones(5000, device=device),
+        mask=torch.ones(5000, dtype=torch.bool, device=device),
     )
     truth = (lp - old).double().exp().var(unbiased=False)
-    assert float(out.metrics()["val/ratio_var"]) == pytest.approx(float(truth), rel=1e-3)  # the ratio's own rounding in fp32
+    assert float(out.metrics()["val/ratio_var"]) == pytest.approx(
+        float(truth), rel=1e-3
+    )  # the ratio's own rounding in fp32
 
 
 @pytest.mark.parametrize("mean", [0.0, 3e4, -2e6])
@@ -216,7 +262,10 @@ def test_whitened_advantages_far_from_zero(backend, device, mean):
     """`whiten` with the moments that `gae` returns gives what fp64 gives of the same fp32 advantages."""
     g = torch.Generator().manual_seed(3)
     cu = torch.tensor([0, 900, 2500, 2500, 4000], dtype=torch.int32, device=device)
-    rewards, mask = (torch.randn(4000, generator=g) + mean).to(device), (torch.rand(4000, generator=g) < 0.9).to(device)
+    rewards, mask = (
+        (torch.randn(4000, generator=g) + mean).to(device),
+        (torch.rand(4000, generator=g) < 0.9).to(device),
+    )
     out = fa.gae(rewards, torch.zeros_like(rewards), cu, mask=mask, gamma=0.0, lam=0.0)
     x = out.advantages[mask].double()
     assert float(out.count) == x.numel()

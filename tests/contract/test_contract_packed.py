@@ -1,4 +1,5 @@
-"""The contract of the ops on packed scalars (sequence_sum, kl_estimate, the pair kernel), on every backend."""
+"""The contract of the ops on packed scalars (sequence_sum, kl_estimate, the pair kernel), on every
+backend."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def test_sequence_sum(backend, device, cu, with_weights, mean):  # rows 1, 3, 38
     upstream = torch.arange(1.0, len(cu), device=device)
     g = gradient(got, x, upstream)
     assert bool((g[~mask] == 0).all())
-    lengths = torch.tensor([max(int(mask[a:b].sum()), 1) if mean else 1 for a, b in itertools.pairwise(cu)], dtype=torch.float64)
+    lengths = torch.tensor(
+        [max(int(mask[a:b].sum()), 1) if mean else 1 for a, b in itertools.pairwise(cu)], dtype=torch.float64
+    )
     per_token = torch.repeat_interleave(upstream.cpu().double() / lengths, torch.tensor(cu).diff())
     want_g = torch.where(mask.cpu(), per_token * (1.0 if weights is None else weights.cpu().double()), 0.0)
     assert_close(g.cpu(), want_g, scale=16.0)
@@ -58,17 +61,24 @@ def test_sequence_sum_of_a_long_sequence(backend, device, slow_backend):  # row 
     got = fa.sequence_sum(x, torch.tensor([0, 3, tokens], dtype=torch.int32, device=device))
     want = torch.stack([x[:3].double().sum(), x[3:].double().sum()])
     assert_close(got, want, torch.stack([x[:3].sum(), x[3:].sum()]))
-    assert torch.equal(got, fa.sequence_sum(x, torch.tensor([0, 3, tokens], dtype=torch.int32, device=device)))
+    assert torch.equal(
+        got, fa.sequence_sum(x, torch.tensor([0, 3, tokens], dtype=torch.int32, device=device))
+    )
 
 
-@pytest.mark.parametrize("cu,words", [([1, 4], "start at 0"), ([0, 3], "end at the number"), ([0, 3, 2, 4], "decreases at position 2")])
+@pytest.mark.parametrize(
+    "cu,words",
+    [([1, 4], "start at 0"), ([0, 3], "end at the number"), ([0, 3, 2, 4], "decreases at position 2")],
+)
 def test_cu_seqlens_are_checked(backend, device, cu, words):
     if device != "cpu":
         return
     with pytest.raises(ValueError, match=words):
         fa.sequence_sum(torch.ones(4), torch.tensor(cu, dtype=torch.int32))
     with pytest.raises(ValueError, match=words):
-        fa.preference_loss(torch.ones(4), torch.ones(4), torch.tensor(cu, dtype=torch.int32), pairs=torch.tensor([[0, 0]]))
+        fa.preference_loss(
+            torch.ones(4), torch.ones(4), torch.tensor(cu, dtype=torch.int32), pairs=torch.tensor([[0, 0]])
+        )
 
 
 # --- kl_estimate ------------------------------------------------------------------------------------------------------------------------
@@ -76,18 +86,26 @@ def test_cu_seqlens_are_checked(backend, device, cu, words):
 KL = {
     "k1": lambda d: (d, torch.ones_like(d)),
     "k2": lambda d: (d * d / 2, d),
-    "k3": lambda d: (torch.expm1(torch.clamp(-d, max=20.0)) - torch.clamp(-d, max=20.0), -torch.expm1(torch.clamp(-d, max=20.0))),
+    "k3": lambda d: (
+        torch.expm1(torch.clamp(-d, max=20.0)) - torch.clamp(-d, max=20.0),
+        -torch.expm1(torch.clamp(-d, max=20.0)),
+    ),
     "abs": lambda d: (d.abs(), d.sign()),
 }
 
 
 @pytest.mark.parametrize("kind", KL)
 def test_kl_estimate(backend, device, kind):  # rows 24, 25; E12
-    d = torch.tensor([0.0, 1e-7, -1e-7, 1e-6, -1e-3, 0.049, -0.051, 0.3, -2.0, 20.0, -20.0, 88.0, -88.0, -89.0, 1e4, -1e4], device=device)
+    d = torch.tensor(
+        [0.0, 1e-7, -1e-7, 1e-6, -1e-3, 0.049, -0.051, 0.3, -2.0, 20.0, -20.0, 88.0, -88.0, -89.0, 1e4, -1e4],
+        device=device,
+    )
     lp = d.clone().requires_grad_()
     rp = torch.zeros_like(d).requires_grad_()
     value = fa.kl_estimate(lp, rp, kind)
-    assert torch.equal(fa.kl_estimate(lp.detach(), rp.detach(), kind), value)  # without a slope: the same value
+    assert torch.equal(
+        fa.kl_estimate(lp.detach(), rp.detach(), kind), value
+    )  # without a slope: the same value
     want, slope = KL[kind](d.double())
     if kind == "k3":  # fp64's own cancellation below 1e-4 is worse than the series
         tiny = d.double().abs() < 1e-2
@@ -129,11 +147,17 @@ def test_pair_tensors(backend, device):
         omega=torch.tensor([1.0, 0.0, -0.5, 3.0], device=device),
         gamma_ext=torch.linspace(-1, 1, 4, device=device),
     )
-    compare_pairs(batch, loss="dpo", labels="soft", soft_labels=torch.tensor([0.0, 0.3, 0.5, 1.0], device=device))
+    compare_pairs(
+        batch, loss="dpo", labels="soft", soft_labels=torch.tensor([0.0, 0.3, 0.5, 1.0], device=device)
+    )
     compare_pairs(batch, loss="ipo", tau=torch.tensor([0.1, 0.2, 0.3, 0.4], device=device))
     compare_pairs(batch, loss="dpo", valid=torch.tensor([True, False, True, True], device=device))
-    scalar = fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, beta=torch.tensor(0.3, device=device)).loss
-    assert torch.equal(scalar, fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, beta=0.3).loss)
+    scalar = fa.preference_loss(
+        batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, beta=torch.tensor(0.3, device=device)
+    ).loss
+    assert torch.equal(
+        scalar, fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, beta=0.3).loss
+    )
     soft = preset_of(
         pair_weight=0.0,
         point_link="squared",
@@ -170,7 +194,10 @@ def test_masked_tokens_do_not_leak(backend, device):  # row 4, J5
         clean = run_pairs(batch, **PAIR_VARIANTS[name])
         for garbage in (math.nan, math.inf, -math.inf):
             dirty = batch._replace(
-                **{k: torch.where(mask, getattr(batch, k), garbage) for k in ("logprobs", "ref_logprobs", "kl_ref_policy")}
+                **{
+                    k: torch.where(mask, getattr(batch, k), garbage)
+                    for k in ("logprobs", "ref_logprobs", "kl_ref_policy")
+                }
             )
             soiled = run_pairs(dirty, weights=torch.where(mask, 1.0, garbage), **PAIR_VARIANTS[name])
             for key in clean:
@@ -179,7 +206,11 @@ def test_masked_tokens_do_not_leak(backend, device):  # row 4, J5
 
 
 def test_empty_and_single_token_responses(backend, device, slow_backend):  # rows 3, 38; J1
-    packed = fa.pack([[1, 2, 3], [1], [], [4, 5], [1, 2], [], []], [[0, 1, 1], [0], [], [0, 1], [0, 1], [], []], device=device)
+    packed = fa.pack(
+        [[1, 2, 3], [1], [], [4, 5], [1, 2], [], []],
+        [[0, 1, 1], [0], [], [0, 1], [0, 1], [], []],
+        device=device,
+    )
     lp = torch.where(packed.mask, -1.0, 0.0).to(device)
     pairs = torch.tensor([[0, 1], [2, 3], [4, 3], [5, 6]], device=device)
     for name in presets_for(slow_backend):
@@ -200,14 +231,20 @@ def test_no_tokens_at_all(backend, device):
     out = fa.preference_loss(x, x.detach(), torch.zeros(3, dtype=torch.int32, device=device))
     assert float(out.loss.detach()) == 0.0 and gradient(out.loss, x).shape == (0,)
     mask = torch.empty(0, dtype=torch.bool, device=device)
-    out = fa.preference_loss(x, x.detach(), torch.zeros(3, dtype=torch.int32, device=device), loss="ld_dpo", mask=mask)
+    out = fa.preference_loss(
+        x, x.detach(), torch.zeros(3, dtype=torch.int32, device=device), loss="ld_dpo", mask=mask
+    )
     assert float(out.loss.detach()) == 0.0 and gradient(out.loss, x).shape == (0,)
 
 
 def test_step_zero_is_ln2(backend, device):  # E23
     batch = make_batch(6, device=device)
     out = fa.preference_loss(batch.logprobs, batch.logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask)
-    assert abs(float(out.loss) - LN2) < 1e-6 and out.chosen_rewards.abs().max() == 0 and out.margins.abs().max() == 0
+    assert (
+        abs(float(out.loss) - LN2) < 1e-6
+        and out.chosen_rewards.abs().max() == 0
+        and out.margins.abs().max() == 0
+    )
     assert float(out.metrics()["rewards/accuracies"]) == 0.0
 
 
@@ -228,12 +265,20 @@ def test_huge_margins(backend, device, link, sign):  # rows 28, 30
 @pytest.mark.parametrize("name", [n for n in PLAIN_PRESETS if n != "ld_dpo"])
 def test_from_sums_where_policy_and_reference_are_equal(backend, device, name):
     """The first step of every run: log-ratios are 0, their gradients are not."""
-    chosen, rejected = (torch.tensor(x, device=device).requires_grad_() for x in ([-10.0, -20.0], [-11.0, -21.0]))
+    chosen, rejected = (
+        torch.tensor(x, device=device).requires_grad_() for x in ([-10.0, -20.0], [-11.0, -21.0])
+    )
     lengths = torch.ones(2, device=device)
 
     def call(ref_chosen, ref_rejected):
         out = fa.preference_loss_from_sums(
-            chosen, rejected, ref_chosen, ref_rejected, loss=name, chosen_lengths=lengths, rejected_lengths=lengths
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            loss=name,
+            chosen_lengths=lengths,
+            rejected_lengths=lengths,
         )
         return torch.cat(torch.autograd.grad(out.loss, (chosen, rejected)))
 
@@ -248,20 +293,30 @@ def test_hinge_of_infinite_margins(backend, device):
         out = fa.preference_loss(lp, torch.full_like(lp, -1.0), torch.arange(3, dtype=torch.int32, device=device), loss=name,
                                  mask=torch.ones(2, dtype=torch.bool, device=device))  # fmt: skip
         slope = gradient(out.loss, lp)
-        assert bool(torch.isfinite(out.loss)) and bool(torch.isfinite(slope).all()) and float(slope[1]) == 0, name
+        assert (
+            bool(torch.isfinite(out.loss)) and bool(torch.isfinite(slope).all()) and float(slope[1]) == 0
+        ), name
 
 
 def test_infinite_logprobs(backend, device):
     packed = fa.pack([[1, 2], [1, 2], [3, 4], [3, 4]], [[0, 1]] * 4, device=device)
     lp = torch.tensor([-math.inf, 0, -1.0, 0, -1.0, 0, -2.0, 0], device=device)
-    kept = fa.preference_loss(lp, torch.full_like(lp, -1.0), packed.cu_seqlens, mask=packed.mask, nonfinite="drop")
+    kept = fa.preference_loss(
+        lp, torch.full_like(lp, -1.0), packed.cu_seqlens, mask=packed.mask, nonfinite="drop"
+    )
     assert kept.valid.tolist() == [False, True] and bool(torch.isfinite(kept.loss))
-    assert math.isinf(float(fa.preference_loss(lp, torch.full_like(lp, -1.0), packed.cu_seqlens, mask=packed.mask).loss))
-    same = fa.preference_loss(lp, lp, packed.cu_seqlens, mask=packed.mask)  # equal infinities: a log-ratio of 0
+    assert math.isinf(
+        float(fa.preference_loss(lp, torch.full_like(lp, -1.0), packed.cu_seqlens, mask=packed.mask).loss)
+    )
+    same = fa.preference_loss(
+        lp, lp, packed.cu_seqlens, mask=packed.mask
+    )  # equal infinities: a log-ratio of 0
     assert abs(float(same.loss) - LN2) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["preset dpo", "preset simpo", "ld", "kl", "sft token_mean_global", "points"])
+@pytest.mark.parametrize(
+    "name", ["preset dpo", "preset simpo", "ld", "kl", "sft token_mean_global", "points"]
+)
 def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, C4
     batch = make_batch(4, device=device)
     cu = batch.packed.cu_seqlens.tolist()
@@ -271,7 +326,9 @@ def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, 
     rows = [slice(a, b) for a, b in itertools.pairwise(cu)]
     order = [5, 4, 0, 1, 7, 6, 2, 3]
     index = torch.cat([torch.arange(rows[s].start, rows[s].stop) for s in order]).to(device)
-    moved_cu = torch.tensor([0, *itertools.accumulate(cu[s + 1] - cu[s] for s in order)], dtype=torch.int32, device=device)
+    moved_cu = torch.tensor(
+        [0, *itertools.accumulate(cu[s + 1] - cu[s] for s in order)], dtype=torch.int32, device=device
+    )
     moved = batch._replace(
         packed=batch.packed._replace(cu_seqlens=moved_cu, mask=batch.packed.mask[index]), logprobs=batch.logprobs[index],
         ref_logprobs=batch.ref_logprobs[index], kl_ref_policy=batch.kl_ref_policy[index],
@@ -283,7 +340,9 @@ def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, 
     total, grads = 0.0, []
     sft_tokens = sum(int(batch.packed.mask[rows[2 * p]].sum()) for p in range(4))
     for half in (slice(0, cu[4]), slice(cu[4], cu[8])):
-        part_cu = torch.tensor([c - half.start for c in cu if half.start <= c <= half.stop], dtype=torch.int32, device=device)
+        part_cu = torch.tensor(
+            [c - half.start for c in cu if half.start <= c <= half.stop], dtype=torch.int32, device=device
+        )
         part = batch._replace(
             packed=batch.packed._replace(cu_seqlens=part_cu, mask=batch.packed.mask[half]), logprobs=batch.logprobs[half],
             ref_logprobs=batch.ref_logprobs[half], kl_ref_policy=batch.kl_ref_policy[half],
@@ -301,11 +360,22 @@ def test_from_sums_equals_packed(backend, device, slow_backend):
     for name in [n for n in presets_for(slow_backend) if n != "ld_dpo"]:  # its weights are per token
         sums, refs, kls, lengths = (
             fa.sequence_sum(x, cu, mask=mask)
-            for x in (batch.logprobs, batch.ref_logprobs, batch.kl_ref_policy, torch.ones_like(batch.logprobs))
+            for x in (
+                batch.logprobs,
+                batch.ref_logprobs,
+                batch.kl_ref_policy,
+                torch.ones_like(batch.logprobs),
+            )
         )
         chosen, rejected = sums[::2].clone().requires_grad_(), sums[1::2].clone().requires_grad_()
         got = fa.preference_loss_from_sums(
-            chosen, rejected, refs[::2], refs[1::2], loss=name, chosen_lengths=lengths[::2], rejected_lengths=lengths[1::2]
+            chosen,
+            rejected,
+            refs[::2],
+            refs[1::2],
+            loss=name,
+            chosen_lengths=lengths[::2],
+            rejected_lengths=lengths[1::2],
         )
         lp = batch.logprobs.clone().requires_grad_()
         want = fa.preference_loss(lp, batch.ref_logprobs, cu, mask=mask, loss=name)
@@ -326,13 +396,23 @@ def test_runs_are_bitwise_equal(backend, device):  # row 42
 def test_many_pairs_and_long_sequences(backend, device, slow_backend):
     pairs, length = (40, 20) if slow_backend else (120, 300)
     compare_pairs(make_batch(pairs, min_len=1, max_len=length, device=device, noise=0.02), loss="dpo")
-    compare_pairs(make_batch(pairs // 10, min_len=1, max_len=10 * length // 4, device=device, noise=0.01), loss=preset_of(ld_alpha=0.5))
+    compare_pairs(
+        make_batch(pairs // 10, min_len=1, max_len=10 * length // 4, device=device, noise=0.01),
+        loss=preset_of(ld_alpha=0.5),
+    )
 
 
 def test_a_row_of_data_is_a_loss(backend, device, monkeypatch):
-    """A row that stands in losses.PRESETS and nowhere else: known by its name, listed, evaluated by this backend's kernel."""
+    """A row that stands in losses.PRESETS and nowhere else: known by its name, listed, evaluated by this
+    backend's kernel."""
     row = Preset(
-        "made_up", "relu(2 - h)^2 + sg(-u_c)", link="truncquad", target=2.0, beta=0.3, point_link="sigmoid", point_chosen=(1.0, 0.0)
+        "made_up",
+        "relu(2 - h)^2 + sg(-u_c)",
+        link="truncquad",
+        target=2.0,
+        beta=0.3,
+        point_link="sigmoid",
+        point_chosen=(1.0, 0.0),
     )
     monkeypatch.setattr(losses.options, "PRESETS", {**losses.PRESETS, row.name: row})
     batch = make_batch(4, device=device)

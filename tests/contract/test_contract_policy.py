@@ -1,5 +1,5 @@
-"""The contract of the policy and value losses on every backend: the kernels against the fp64 reference, which test_policy_presets.py holds
-against the papers."""
+"""The contract of the policy and value losses on every backend: the kernels against the fp64 reference, which
+test_policy_presets.py holds against the papers."""
 
 from __future__ import annotations
 
@@ -44,11 +44,15 @@ def test_policy_loss(backend, device, name):
 
 
 def test_policy_far_ratios(backend, device):  # row 24
-    """|lp - old| up to 1e4 for either sign of A: finite values and gradients, the surrogate's slope kept at the clamp."""
+    """|lp - old| up to 1e4 for either sign of A: finite values and gradients, the surrogate's slope kept at
+    the clamp."""
     d = torch.tensor([0.0, 1e-7, -1e-7, 20.0, -20.0, 88.0, -89.0, 1e4, -1e4] * 2, device=device)
     a = torch.ones_like(d)
     a[9:] = -1.0
-    cu, mask = torch.arange(len(d) + 1, dtype=torch.int32, device=device), torch.ones_like(d, dtype=torch.bool)
+    cu, mask = (
+        torch.arange(len(d) + 1, dtype=torch.int32, device=device),
+        torch.ones_like(d, dtype=torch.bool),
+    )
     for name in PRESETS:
         got, want = [], []
         for dtype, keep in ((torch.float32, got), (torch.float64, want)):
@@ -59,25 +63,36 @@ def test_policy_far_ratios(backend, device):  # row 24
                 keep += [out.loss, torch.autograd.grad(out.loss, x)[0]]
         for x, y in zip(got, want):
             assert bool(torch.isfinite(x).all()), name
-            # The exponential carries the rounding of an exponent of 20, the loss sums terms of opposite signs.
+            # The exponential carries the rounding of an exponent of 20, the loss sums terms of opposite
+            # signs.
             size = torch.full_like(y, math.exp(20.0)) if y.dim() == 0 else y.abs()
             assert_close(x, y, what=name, scale=20.0 * torch.clamp(size, min=1.0))
 
 
 @pytest.mark.parametrize("dual", [None, 3.0])
 def test_policy_clip_grid(backend, device, dual):  # K8, row 34
-    """Ratio below, inside, above the bounds x the advantage's sign, for values, slopes and flags; boundaries inclusive."""
-    rho, a = (torch.tensor(x, device=device) for x in zip(*itertools.product((0.5, 0.95, 1.0, 1.1, 2.0, 6.0), (-1.5, 0.0, 0.7))))
+    """Ratio below, inside, above the bounds x the advantage's sign, for values, slopes and flags; boundaries
+    inclusive."""
+    rho, a = (
+        torch.tensor(x, device=device)
+        for x in zip(*itertools.product((0.5, 0.95, 1.0, 1.1, 2.0, 6.0), (-1.5, 0.0, 0.7)))
+    )
     lp = rho.log().requires_grad_()
     upstream = torch.ones((), device=device)
-    out = fa.policy_loss(lp, torch.zeros_like(rho), a, aggregation="token_sum", clip_low=0.2, clip_high=0.28, dual_clip=dual)
+    out = fa.policy_loss(
+        lp, torch.zeros_like(rho), a, aggregation="token_sum", clip_low=0.2, clip_high=0.28, dual_clip=dual
+    )
     (g,) = torch.autograd.grad(out.loss, lp, upstream)
     high, low = (a > 0) & (rho > 1.28), (a < 0) & (rho < 0.8)
     lower = (a < 0) & (rho > (dual or math.inf))
     value = torch.maximum(-a * rho, -a * rho.clamp(0.8, 1.28)).double()
     value = torch.where(a < 0, torch.minimum(value, -a * (dual or math.inf)), value)
     assert_close(out.loss, value.sum(), scale=20.0)
-    assert_close(g, torch.where(high | low | lower, 0.0, -a * rho).double(), scale=4.0 * torch.clamp(rho.double(), min=1.0))
+    assert_close(
+        g,
+        torch.where(high | low | lower, 0.0, -a * rho).double(),
+        scale=4.0 * torch.clamp(rho.double(), min=1.0),
+    )
     m = {k: float(v.sum) for k, v in out.metrics().items()}
     assert (m["policy/clipfrac_high"], m["policy/clipfrac_low"], m["policy/clipfrac_lower"]) == (
         int(high.sum()),
@@ -95,15 +110,25 @@ def test_policy_on_policy_gradient_is_exact(backend, device):
         (g,) = torch.autograd.grad(out.loss, lp)
         assert torch.equal(g, torch.where(b["mask"], -b["advantages"] / n, 0.0))
         m = out.metrics()
-        assert float(m["val/ratio"]) == 1.0 and float(m["val/ratio_var"]) == 0.0 and float(m["policy/approxkl"]) == 0.0
+        assert (
+            float(m["val/ratio"]) == 1.0
+            and float(m["val/ratio_var"]) == 0.0
+            and float(m["policy/approxkl"]) == 0.0
+        )
 
 
 def test_policy_masked_tokens_do_not_matter(backend, device):  # J5, row 4
     b = make_policy_batch(device)
     for name in ("ppo", "gspo", "gmpo", "vespo"):
-        options = FULL if name != "vespo" else {"needs": ("ref_logprobs", "entropy"), "kl_coef": 0.1, "entropy_coef": 0.1}
+        options = (
+            FULL
+            if name != "vespo"
+            else {"needs": ("ref_logprobs", "entropy"), "kl_coef": 0.1, "entropy_coef": 0.1}
+        )
         clean = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in b.items()}
-        for x, y in zip(run_policy(b, loss=name, **options).values(), run_policy(clean, loss=name, **options).values()):
+        for x, y in zip(
+            run_policy(b, loss=name, **options).values(), run_policy(clean, loss=name, **options).values()
+        ):
             assert torch.equal(x, y)
         for x in run_policy(b, loss=name, **options).values():
             assert bool(torch.isfinite(x).all())
@@ -118,7 +143,9 @@ def test_policy_nan_and_inf_tokens_are_counted(backend, device):
     b["logprobs"][where[0]] = b["old_logprobs"][where[0]] = -math.inf  # equal infinities: ratio 1
     lp = b["logprobs"].requires_grad_()
     out = fa.policy_loss(lp, b["old_logprobs"], b["advantages"], mask=b["mask"])
-    assert bool(torch.isfinite(torch.autograd.grad(out.loss, lp)[0]).all()) and math.isfinite(float(out.loss.detach()))
+    assert bool(torch.isfinite(torch.autograd.grad(out.loss, lp)[0]).all()) and math.isfinite(
+        float(out.loss.detach())
+    )
 
 
 def test_policy_nothing_to_learn_from(backend, device):  # row 1
@@ -140,13 +167,20 @@ def test_policy_nothing_to_learn_from(backend, device):  # row 1
             (g,) = torch.autograd.grad(out.loss, lp)
             assert float(out.loss) == 0.0 and not bool(g.any()) and g.shape == lp.shape, name
             assert all(float(m.count) == 0 or float(m.sum) == 0 for k, m in out.metrics().items()), name
-        v = fa.value_loss(lp, lp.detach(), lp.detach(), mask=torch.zeros(tokens, dtype=torch.bool, device=device))
-        assert float(v.loss) == 0.0 and not bool(torch.autograd.grad(v.loss, lp)[0].any()) and math.isnan(float(v.explained_variance))
+        v = fa.value_loss(
+            lp, lp.detach(), lp.detach(), mask=torch.zeros(tokens, dtype=torch.bool, device=device)
+        )
+        assert (
+            float(v.loss) == 0.0
+            and not bool(torch.autograd.grad(v.loss, lp)[0].any())
+            and math.isnan(float(v.explained_variance))
+        )
 
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo", "gspo", "gmpo", "rloo"])
 def test_policy_packing_order_and_micro_batches(backend, device, loss):
-    """The same sequences in another order, and split over micro-batches under num_items: the same loss and gradient."""
+    """The same sequences in another order, and split over micro-batches under num_items: the same loss and
+    gradient."""
     b = make_policy_batch(device)
     names = ("logprobs", "old_logprobs", "mask", "per_sequence", "lengths")
 
@@ -155,12 +189,25 @@ def test_policy_packing_order_and_micro_batches(backend, device, loss):
         rows = torch.cat([torch.arange(*spans[i]) for i in order]).to(device)
         lengths = [spans[i][1] - spans[i][0] for i in order]
         cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-        return rows, dict(zip(names, (b["logprobs"][rows], b["old_logprobs"][rows], b["mask"][rows], b["per_sequence"][order], cu)))
+        return rows, dict(
+            zip(
+                names,
+                (b["logprobs"][rows], b["old_logprobs"][rows], b["mask"][rows], b["per_sequence"][order], cu),
+            )
+        )
 
     def gradient(order, items):
         rows, x = pieces(order)
         lp = x["logprobs"].clone().requires_grad_()
-        out = fa.policy_loss(lp, x["old_logprobs"], x["per_sequence"], loss=loss, cu_seqlens=x["lengths"], mask=x["mask"], num_items=items)
+        out = fa.policy_loss(
+            lp,
+            x["old_logprobs"],
+            x["per_sequence"],
+            loss=loss,
+            cu_seqlens=x["lengths"],
+            mask=x["mask"],
+            num_items=items,
+        )
         g = torch.zeros_like(b["logprobs"])
         g[rows] = torch.autograd.grad(out.loss, lp)[0]
         return float(out.loss), g, out.metrics()
@@ -198,7 +245,9 @@ def test_policy_inputs_of_other_types_and_strides(backend, device):  # rows 17, 
     b = make_policy_batch(device)
     mask = b["mask"]
     b = {k: torch.nan_to_num(v) if v.is_floating_point() else v for k, v in b.items()}
-    want = fa.policy_loss(b["logprobs"].bfloat16().float(), b["old_logprobs"].half().float(), b["advantages"], mask=mask).loss
+    want = fa.policy_loss(
+        b["logprobs"].bfloat16().float(), b["old_logprobs"].half().float(), b["advantages"], mask=mask
+    ).loss
     lp = torch.stack([b["logprobs"], b["old_logprobs"]], -1).bfloat16()[:, 0].requires_grad_()
     out = fa.policy_loss(lp, b["old_logprobs"].half(), b["advantages"], mask=mask.to(torch.int64))
     assert torch.equal(out.loss, want) and torch.autograd.grad(out.loss, lp)[0].dtype == torch.bfloat16
@@ -208,7 +257,10 @@ def test_policy_coefficients_as_tensors(backend, device):
     b = make_policy_batch(device)
     numbers = run_policy(b, needs=FULL["needs"], kl_coef=0.25, entropy_coef=0.125)
     tensors = run_policy(
-        b, needs=FULL["needs"], kl_coef=torch.tensor(0.25, device=device), entropy_coef=torch.tensor([0.125], device=device)
+        b,
+        needs=FULL["needs"],
+        kl_coef=torch.tensor(0.25, device=device),
+        entropy_coef=torch.tensor([0.125], device=device),
     )
     for x, y in zip(numbers.values(), tensors.values()):
         assert torch.equal(x, y)
@@ -225,14 +277,23 @@ def test_k3_far_below_stays_at_its_clamp(backend, device, d):  # row 24
     (slope,) = torch.autograd.grad(value.sum(), lp)
     want = torch.tensor([math.expm1(20.0) - 20.0, 0.0], dtype=torch.float64)
     assert_close(value[:2], want, scale=want.clamp(min=1.0))
-    assert_close(slope[:2], -torch.tensor([math.expm1(20.0), 0.0], dtype=torch.float64), scale=want.clamp(min=1.0))
+    assert_close(
+        slope[:2], -torch.tensor([math.expm1(20.0), 0.0], dtype=torch.float64), scale=want.clamp(min=1.0)
+    )
     assert value[0] == value[2] and slope[0] == slope[2] < 0  # flat, and the slope is kept
     out = fa.policy_loss(lp, lp.detach(), torch.zeros(3, device=device), mask=ref == 0, ref_logprobs=ref, kl_coef=1.0, loss="reinforce",
                          aggregation="token_sum", kl_clamp=None)  # fmt: skip
     if math.isfinite(d):  # an advantage of 0 times an infinite log-prob is NaN
         assert float(out.loss) == float(value.sum())
     out = fa.policy_loss(
-        lp, lp.detach(), torch.ones(3, device=device), mask=ref == 0, ref_logprobs=ref, kl_coef=1.0, aggregation="token_sum", kl_clamp=None
+        lp,
+        lp.detach(),
+        torch.ones(3, device=device),
+        mask=ref == 0,
+        ref_logprobs=ref,
+        kl_coef=1.0,
+        aggregation="token_sum",
+        kl_clamp=None,
     )
     (slope,) = torch.autograd.grad(out.loss, lp)
     assert 9e8 < float(out.loss) < 1e9 and bool(torch.isfinite(slope).all())
@@ -276,7 +337,9 @@ def test_value_loss(backend, device, name):  # K7, row 37
 def test_value_loss_of_extreme_values(backend, device):  # row 37
     v = torch.tensor([1.0, 2.0, 3.0], device=device, requires_grad=True)
     old = torch.tensor([math.inf, -math.inf, 3.0], device=device)
-    out = fa.value_loss(v, old, torch.zeros(3, device=device), mask=torch.ones(3, dtype=torch.bool, device=device))
+    out = fa.value_loss(
+        v, old, torch.zeros(3, device=device), mask=torch.ones(3, dtype=torch.bool, device=device)
+    )
     assert float(out.metrics()["nonfinite_tokens"].sum) == 2 and float(out.loss) == math.inf
     (g,) = torch.autograd.grad(out.loss, v)
     assert g.tolist() == [0.0, 0.0, 1.0]
@@ -289,18 +352,26 @@ def test_options_without_effect_are_refused(backend, device):
     x, mask = torch.zeros(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
     for words, options in (
         ("kl_bias_correction=True has no effect without kl_coef", {"kl_bias_correction": True}),
-        ("kl_bias_correction=True has no effect without kl_coef", {"kl_bias_correction": True, "ref_logprobs": x}),
+        (
+            "kl_bias_correction=True has no effect without kl_coef",
+            {"kl_bias_correction": True, "ref_logprobs": x},
+        ),
         ("kl_kind='k2' has no effect without ref_logprobs", {"kl_kind": "k2"}),
     ):
         with pytest.raises(ValueError, match=words):
             fa.policy_loss(x, x, x, mask=mask, **options)
     # A coefficient that is 0 for now, or a tensor, is one; the metric has a kind, too.
     fa.policy_loss(x, x, x, mask=mask, ref_logprobs=x, kl_bias_correction=True, kl_coef=0.0)
-    fa.policy_loss(x, x, x, mask=mask, ref_logprobs=x, kl_bias_correction=True, kl_coef=torch.tensor(0.1, device=device))
+    fa.policy_loss(
+        x, x, x, mask=mask, ref_logprobs=x, kl_bias_correction=True, kl_coef=torch.tensor(0.1, device=device)
+    )
     fa.policy_loss(x, x, x, mask=mask, ref_logprobs=x, kl_kind="k2")
 
 
-@pytest.mark.parametrize("cu,words", [([1, 4], "start at 0"), ([0, 3], "end at the number"), ([0, 3, 2, 4], "decreases at position 2")])
+@pytest.mark.parametrize(
+    "cu,words",
+    [([1, 4], "start at 0"), ([0, 3], "end at the number"), ([0, 3, 2, 4], "decreases at position 2")],
+)
 def test_boundaries_are_checked_also_where_they_are_not_needed(backend, device, cu, words):
     x, mask = torch.zeros(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
     cu = torch.tensor(cu, dtype=torch.int32, device=device)

@@ -1,4 +1,5 @@
-"""Logits of any finite size at any temperature, and rows in which one element has all the mass: exactly what fp64 gives of the same numbers."""
+"""Logits of any finite size at any temperature, and rows in which one element has all the mass: exactly what
+fp64 gives of the same numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def rows(vocab=37, seed=0):
     noise = torch.randn(16, vocab, generator=g)
     made = {"ordinary": noise[0] * 3}
     for i, offset in enumerate((-1e9, 1e9, 3e9, -3e9, 1e12, -1e20, 1e30, -1e30)):
-        made[f"offset {offset:g}"] = (noise[i + 1].double() * 3 * max(abs(offset) * 2.0**-24, 1.0) + offset).float()
+        made[f"offset {offset:g}"] = (
+            noise[i + 1].double() * 3 * max(abs(offset) * 2.0**-24, 1.0) + offset
+        ).float()
     made["all equal to the minimum"] = torch.full((vocab,), -MAX)
     made["all equal to the maximum"] = torch.full((vocab,), MAX)
     made["both ends"] = torch.where(noise[9] > 0, MAX, -MAX)
@@ -57,21 +60,29 @@ def check(got, want, name, scale):
     assert_close(got[finite], want[finite], what=name, scale=scale[finite])
 
 
-@pytest.mark.parametrize("temperature, logit_scale", [(1.0, 1.0), (1e-6, 1.0), (0.7, 1e4), (1e-30, 1e-5), (1e8, 1.0), (3e35, 1.0)])
+@pytest.mark.parametrize(
+    "temperature, logit_scale", [(1.0, 1.0), (1e-6, 1.0), (0.7, 1e4), (1e-30, 1e-5), (1e8, 1.0), (3e35, 1.0)]
+)
 def test_any_finite_logits(backend, device, slow_backend, temperature, logit_scale):
     x, _ = rows(vocab=9 if slow_backend else 37)
     for labels in (x.argmax(-1), x.argmin(-1), torch.arange(len(x)) % x.shape[1])[slow_backend:]:
         leaf = x.clone().to(device).requires_grad_()
         _, want = truth(x, labels, temperature, logit_scale)
-        stats = fa.token_stats(leaf, labels.to(device), outputs=OUTPUTS, temperature=temperature, logit_scale=logit_scale)
+        stats = fa.token_stats(
+            leaf, labels.to(device), outputs=OUTPUTS, temperature=temperature, logit_scale=logit_scale
+        )
         for name in OUTPUTS:
-            scale = 10.0 * torch.clamp(torch.nan_to_num(want[name].float().double().abs(), posinf=0.0, neginf=0.0), min=8.0)
+            scale = 10.0 * torch.clamp(
+                torch.nan_to_num(want[name].float().double().abs(), posinf=0.0, neginf=0.0), min=8.0
+            )
             check(getattr(stats, name).detach().cpu(), want[name], f"{name} at {temperature}", scale)
         z = x.double().requires_grad_()
         lp, exact = truth(z, labels, temperature, logit_scale)
         upstream = torch.linspace(0.5, 1.5, len(x))
         usable = torch.isfinite(exact["logprob"].float())  # the others have an infinite value in fp32
-        (g,) = torch.autograd.grad((stats.logprob * upstream.to(device))[usable.to(device)].sum(), leaf, retain_graph=True)
+        (g,) = torch.autograd.grad(
+            (stats.logprob * upstream.to(device))[usable.to(device)].sum(), leaf, retain_graph=True
+        )
         (w,) = torch.autograd.grad((exact["logprob"] * upstream)[usable].sum(), z)
         unit = logit_scale / temperature
         assert_close(g.cpu() / unit, torch.nan_to_num(w) / unit, what="gradient", scale=16.0)
@@ -85,7 +96,9 @@ def test_kl_of_any_finite_logits(backend, device, swap):
     ref = x.roll(1, 0)
     for name in names:  # a reference of the row's own kind
         ref[near[name]] = torch.where(
-            torch.rand(x.shape[1], generator=torch.Generator().manual_seed(3)) < 0.1, x[near[name]].roll(1), x[near[name]]
+            torch.rand(x.shape[1], generator=torch.Generator().manual_seed(3)) < 0.1,
+            x[near[name]].roll(1),
+            x[near[name]],
         )
     ref[0], ref[near["offset 1e+09"]] = x[near["offset 1e+09"]], x[0]  # and of the other one
     x, ref = (ref, x) if swap else (x, ref)
@@ -98,14 +111,18 @@ def test_kl_of_any_finite_logits(backend, device, swap):
     want = {"ref_logprob": lq.gather(-1, labels.unsqueeze(-1)).squeeze(-1),
             "kl_policy_ref": torch.where(p > 0, p * (lp - lq), 0.0).sum(-1), "kl_ref_policy": torch.where(q > 0, q * (lq - lp), 0.0).sum(-1)}  # fmt: skip
     for name in KLS:
-        scale = 16.0 * torch.clamp(torch.nan_to_num(want[name].float().double().abs(), posinf=0.0, neginf=0.0), min=8.0)
+        scale = 16.0 * torch.clamp(
+            torch.nan_to_num(want[name].float().double().abs(), posinf=0.0, neginf=0.0), min=8.0
+        )
         sums = want[name].abs() < 1e36  # sums of a few larger terms overflow
         check(getattr(stats, name).detach().cpu()[sums], want[name][sums], name, scale[sums])
     for name in KLS[1:]:
         keep = want[name] < 1e6
         (g,) = torch.autograd.grad(getattr(stats, name)[keep.to(device)].sum(), leaf, retain_graph=True)
         exact = p * (lp - lq - want["kl_policy_ref"].unsqueeze(-1)) if name == "kl_policy_ref" else p - q
-        exact = torch.where(keep.unsqueeze(-1), torch.where(p > 0, exact, exact if name == "kl_ref_policy" else 0.0), 0.0)
+        exact = torch.where(
+            keep.unsqueeze(-1), torch.where(p > 0, exact, exact if name == "kl_ref_policy" else 0.0), 0.0
+        )
         size = 1.0 + float(want[name][keep].max())
         assert_close(g.cpu(), torch.nan_to_num(exact), what=f"gradient of {name}", scale=16.0 * size)
 
@@ -123,7 +140,9 @@ def test_vocabulary_shards_of_any_finite_logits_merge(backend, device, cuts):
     whole = token_stats_fwd(TokenStatsFwd(rows_of(x, labels, ref=ref), bits, None, None))
     state = target = None
     for lo, hi in zip(edges, edges[1:]):
-        part = rows_of(x[:, lo:hi].contiguous(), labels, ref=ref[:, lo:hi].contiguous(), start=lo, total=vocab)
+        part = rows_of(
+            x[:, lo:hi].contiguous(), labels, ref=ref[:, lo:hi].contiguous(), start=lo, total=vocab
+        )
         *outputs, state, target = token_stats_fwd(TokenStatsFwd(part, bits, state, target))
     for name, got, want in zip(OUTPUT_BITS, outputs, whole):
         finite = torch.isfinite(want)
@@ -137,7 +156,8 @@ def test_vocabulary_shards_of_any_finite_logits_merge(backend, device, cuts):
 @pytest.mark.parametrize("cap", [None, 30.0, 50.0, 1e-3])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-7])
 def test_one_element_has_all_the_mass(backend, device, slow_backend, cap, temperature):
-    """A vocabulary of one, and rows that are -inf but for one element: log-prob, entropy and both KLs are 0 to the bit."""
+    """A vocabulary of one, and rows that are -inf but for one element: log-prob, entropy and both KLs are 0
+    to the bit."""
     g = torch.Generator().manual_seed(0)
     for vocab in (1, 9) if slow_backend else (1, 9, 300):
         if vocab > 1 and cap is not None:
@@ -149,19 +169,29 @@ def test_one_element_has_all_the_mass(backend, device, slow_backend, cap, temper
         x, ref = torch.where(at, x, -math.inf), torch.where(at, ref, -math.inf)
         options = {"temperature": temperature, "softcap": cap}
         leaf = x.to(device).requires_grad_()
-        stats = fa.token_stats(leaf, labels.to(device), ref_logits=ref.to(device), outputs=("logprob", "entropy", *KLS), **options)
+        stats = fa.token_stats(
+            leaf,
+            labels.to(device),
+            ref_logits=ref.to(device),
+            outputs=("logprob", "entropy", *KLS),
+            **options,
+        )
         for name in ("logprob", "entropy", *KLS):
             assert bool((getattr(stats, name) == 0).all()), f"{name} with V = {vocab}"
         for outputs in (("logprob",), ("entropy",)):  # the sums that losses ask for
             out = getattr(fa.token_stats(leaf, labels.to(device), outputs=outputs, **options), outputs[0])
             assert bool((out == 0).all()), f"{outputs} alone with V = {vocab}"
             (grad,) = torch.autograd.grad(out.sum(), leaf)
-            # At 1e-7 exponents count from up to 16 bits beside the maximum, which the gradient of the entropy cancels in fp32.
-            assert float(grad.abs().max()) <= (4e-7 if temperature > 1e-3 else 3e-6) / temperature and bool((grad[~at] == 0).all())
+            # At 1e-7 exponents count from up to 16 bits beside the maximum, which the gradient of the entropy
+            # cancels in fp32.
+            assert float(grad.abs().max()) <= (4e-7 if temperature > 1e-3 else 3e-6) / temperature and bool(
+                (grad[~at] == 0).all()
+            )
 
 
 def test_label_goes_through_the_sweeps_softcap(backend, device):
-    """With one function for both no log-prob is above 0, and a row's probabilities sum to 1 as well as the sums allow."""
+    """With one function for both no log-prob is above 0, and a row's probabilities sum to 1 as well as the
+    sums allow."""
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)) * 40
     z = 20.0 * torch.tanh(x.double() / 20.0) / 0.01
     for k in range(5):

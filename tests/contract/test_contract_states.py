@@ -1,5 +1,5 @@
-"""Row states on every backend: parts of the vocabulary pushed by themselves, merged, finished and pulled from give what one pass over the
-rows gives."""
+"""Row states on every backend: parts of the vocabulary pushed by themselves, merged, finished and pulled from
+give what one pass over the rows gives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from fastalign.ops.columns import (
     COL_VALID,
     STATE_WIDTH,
 )  # fmt: skip
-from fastalign.ops.token_stats.contract import DIFFERENTIABLE, NEED_REF, OUTPUT_BITS, PER_LABEL, RowGradients, RowStatesMerge, TokenStatsFwd
+from fastalign.ops.token_stats.contract import (
+    DIFFERENTIABLE,
+    NEED_REF,
+    OUTPUT_BITS,
+    PER_LABEL,
+    RowGradients,
+    RowStatesMerge,
+    TokenStatsFwd,
+)
 from fastalign.ops.token_stats.op import row_states_merge, token_stats_fwd
 from fastalign.rows.spec import row_spec
 from fastalign.rows.states import RowStates, finish, merge, pull, push
@@ -62,17 +70,31 @@ def pushed(spec, x, ref, cuts):
 
 def pulled(spec, states, upstream, x, ref, cuts):
     refs = [None] * (len(cuts) + 1) if ref is None else [y for _, y in parts_of(ref, cuts)]
-    return torch.cat([pull(spec, states, upstream, tile, other, start=lo) for (lo, tile), other in zip(parts_of(x, cuts), refs)], -1)
+    return torch.cat(
+        [
+            pull(spec, states, upstream, tile, other, start=lo)
+            for (lo, tile), other in zip(parts_of(x, cuts), refs)
+        ],
+        -1,
+    )
 
 
 def upstream_of(x, labels, names):
     """Of every differentiable output, another number in each row."""
-    base = torch.linspace(-1.0, 1.5, x[..., 0].numel(), device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    base = torch.linspace(
+        -1.0,
+        1.5,
+        x[..., 0].numel(),
+        device=x.device,
+        dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+    )
     given = {}
     for i, name in enumerate(n for n in DIFFERENTIABLE if n in names):
         g = base.roll(i) * (1.0, 0.3, -0.2, 0.5, -0.7)[i]
         given[f"g_{name}"] = (
-            g.unsqueeze(-1).expand(-1, 1 if labels.dim() == x.dim() - 1 else labels.shape[-1]).contiguous() if name in PER_LABEL else g
+            g.unsqueeze(-1).expand(-1, 1 if labels.dim() == x.dim() - 1 else labels.shape[-1]).contiguous()
+            if name in PER_LABEL
+            else g
         )
     return RowGradients(**given)
 
@@ -84,7 +106,11 @@ def one_pass(x, labels, ref, names, upstream=None, **options):
     stats = {name: stats[name] for name in names}
     if upstream is None:
         return {n: s.detach() for n, s in stats.items()}, None
-    total = sum((s * g.view(s.shape)).sum() for n, s in stats.items() if (g := getattr(upstream, f"g_{n}", None)) is not None)
+    total = sum(
+        (s * g.view(s.shape)).sum()
+        for n, s in stats.items()
+        if (g := getattr(upstream, f"g_{n}", None)) is not None
+    )
     return {n: s.detach() for n, s in stats.items()}, torch.autograd.grad(total, leaf)[0]
 
 
@@ -100,7 +126,9 @@ def compare(x, labels, ref, cuts, *, scale=16.0, **options):
     truth = want
     with fa.use_backend("reference"):
         wide = RowGradients(*(None if g is None else g.double() for g in upstream))
-        truth, truth_grad = one_pass(x.double(), labels, None if ref is None else ref.double(), names, wide, **options)
+        truth, truth_grad = one_pass(
+            x.double(), labels, None if ref is None else ref.double(), names, wide, **options
+        )
     for name in names:
         assert got[name].shape == want[name].shape and got[name].dtype == want[name].dtype
         size = torch.nan_to_num(truth[name].abs(), nan=0.0, posinf=0.0, neginf=0.0).clamp(min=8.0)
@@ -113,7 +141,9 @@ def make(rows=6, vocab=VOCAB, device="cpu", dtype=torch.float32, seed=0, ref=Tru
     g = torch.Generator().manual_seed(seed)
     wide = 2.0 * torch.randn(rows, vocab + 7, generator=g)
     other = wide + 0.5 * torch.randn(rows, vocab + 7, generator=g)
-    return wide.to(device, dtype)[:, 3 : vocab + 3], other.to(device, dtype)[:, 5 : vocab + 5] if ref else None
+    return wide.to(device, dtype)[:, 3 : vocab + 3], other.to(device, dtype)[
+        :, 5 : vocab + 5
+    ] if ref else None
 
 
 LABELS = torch.tensor([VOCAB - 1, 29, 30, 0, -100, 64])
@@ -135,7 +165,9 @@ def test_parts_of_narrow_rows(backend, device, with_ref, dtype):
 
 
 @pytest.mark.parametrize(
-    "options", [{"softcap": 5.0, "logit_scale": 0.7}, {"temperature": 0.3}, {"temperature": torch.tensor(1.7)}], ids=str
+    "options",
+    [{"softcap": 5.0, "logit_scale": 0.7}, {"temperature": 0.3}, {"temperature": torch.tensor(1.7)}],
+    ids=str,
 )
 def test_parts_of_transformed_rows(backend, device, options):
     x, ref = make(device=device)
@@ -146,9 +178,21 @@ def test_parts_of_transformed_rows(backend, device, options):
 @pytest.mark.parametrize("with_ref", [False, True])
 def test_parts_of_rows_of_several_labels(backend, device, with_ref):
     x, ref = make(device=device, ref=with_ref)
-    labels = torch.tensor([[96, 0, 0], [29, 30, 31], [5, 5, 5], [0, 0, 7], [0, 0, 0], [64, 0, 1]], device=device)  # 0: ignored
+    labels = torch.tensor(
+        [[96, 0, 0], [29, 30, 31], [5, 5, 5], [0, 0, 7], [0, 0, 0], [64, 0, 1]], device=device
+    )  # 0: ignored
     names = tuple(n for n in (ALL if with_ref else PLAIN) if n != "is_top1")
-    spec = row_spec((6,), VOCAB, x.dtype, x, labels=labels, mask=MASK.to(device), outputs=names, with_ref=with_ref, ignore_index=0)
+    spec = row_spec(
+        (6,),
+        VOCAB,
+        x.dtype,
+        x,
+        labels=labels,
+        mask=MASK.to(device),
+        outputs=names,
+        with_ref=with_ref,
+        ignore_index=0,
+    )
     upstream = upstream_of(x, labels, names)
     want, want_grad = one_pass(x, labels, ref, names, upstream, mask=MASK.to(device), ignore_index=0)
     for cuts in ((30,), (1, 2, 31)):
@@ -160,11 +204,14 @@ def test_parts_of_rows_of_several_labels(backend, device, with_ref):
         got = finish(spec, states)
         for name in names:
             assert_close(got[name], want[name].double(), what=name, scale=8.0)
-        assert_close(pulled(spec, states, upstream, x, ref, cuts), want_grad.double(), what="gradient", scale=16.0)
+        assert_close(
+            pulled(spec, states, upstream, x, ref, cuts), want_grad.double(), what="gradient", scale=16.0
+        )
 
 
 def spoilt(x, ref):
-    """-inf here and there, a part of nothing else, a label on it, NaN in a row and in a masked one, a row of -inf."""
+    """-inf here and there, a part of nothing else, a label on it, NaN in a row and in a masked one, a row of
+    -inf."""
     x[0, :30], x[1, 29], x[2, 1:97:3] = -math.inf, -math.inf, -math.inf
     x[3, 40], x[5, 50] = math.nan, math.nan
     x[4, 12] = math.inf  # ignored by its label
@@ -185,7 +232,11 @@ def test_infinities_and_nan_stay_where_they_are(backend, device, cuts, with_ref)
     for name in names:
         assert_close(got[name], want[name].double(), what=name, scale=16.0)
     assert_close(grad, want_grad.double(), what="gradient", scale=32.0)
-    assert bool(torch.isneginf(got["logprob"][1])) and bool(torch.isnan(got["logprob"][5])) and bool((grad[3:5] == 0).all())
+    assert (
+        bool(torch.isneginf(got["logprob"][1]))
+        and bool(torch.isnan(got["logprob"][5]))
+        and bool((grad[3:5] == 0).all())
+    )
 
 
 @pytest.mark.parametrize("empty", ["policy", "reference", "both"])
@@ -209,7 +260,8 @@ FAR = (-1e30, 3e9, 1e9, -1e9, 7.6e8, torch.finfo(torch.float32).max / 2)
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 5.0])
 def test_far_rows(backend, device, scale):
-    """Rows whose logits are so large that neighbours among the floats lie many bits apart: their parts must not be taken for equals."""
+    """Rows whose logits are so large that neighbours among the floats lie many bits apart: their parts must
+    not be taken for equals."""
     offset = torch.tensor(FAR, device=device).unsqueeze(-1)
     step = torch.arange(VOCAB, device=device) % 7
     x = (offset.double() * (1.0 + step * 2.0**-23)).float()
@@ -236,18 +288,25 @@ def test_neighbours_among_far_logits_are_no_equals(backend, device, step):
         spec = spec_of(x, labels, ref)
         for cuts in ((3,), (1, 4), (1, 2, 3, 4)):
             got = finish(spec, merge(pushed(spec, x, ref, cuts)))
-            assert_close(got["logprob"], torch.full_like(got["logprob"], -math.log(2.0)).double(), what=str(cuts))
-            assert_close(got["entropy"], torch.full_like(got["entropy"], math.log(2.0)).double(), what=str(cuts))
+            assert_close(
+                got["logprob"], torch.full_like(got["logprob"], -math.log(2.0)).double(), what=str(cuts)
+            )
+            assert_close(
+                got["entropy"], torch.full_like(got["entropy"], math.log(2.0)).double(), what=str(cuts)
+            )
             state = target = None  # and one part after another
             refs = [None] * (len(cuts) + 1) if ref is None else [y for _, y in parts_of(ref, cuts)]
             for (lo, tile), other in zip(parts_of(x, cuts), refs):
-                *outputs, state, target = token_stats_fwd(TokenStatsFwd(spec.rows(tile, other, lo), spec.bits, state, target))
+                *outputs, state, target = token_stats_fwd(
+                    TokenStatsFwd(spec.rows(tile, other, lo), spec.bits, state, target)
+                )
             chained = spec.named(outputs)["logprob"]
             assert_close(chained, torch.full_like(chained, -math.log(2.0)).double(), what=f"chained {cuts}")
 
 
 def test_the_first_maximum_of_rows_that_a_softcap_flattens(backend, device):
-    """Large logits are equal after tanh; which of them is the first maximum is asked of the raw ones, from part to part too."""
+    """Large logits are equal after tanh; which of them is the first maximum is asked of the raw ones, from
+    part to part too."""
     x = torch.zeros(4, VOCAB, device=device)
     x[0, 10], x[0, 70], x[1, 70], x[1, 10], x[2, 10], x[2, 70], x[3, 70] = 1e3, 2e3, 1e3, 2e3, 1e3, 1e3, 1e3
     labels = torch.tensor([70, 10, 10, 70], device=device)
@@ -257,7 +316,9 @@ def test_the_first_maximum_of_rows_that_a_softcap_flattens(backend, device):
         assert got["is_top1"].tolist() == [1.0] * 4, cuts
         state = target = None
         for lo, tile in parts_of(x, cuts):
-            *outputs, state, target = token_stats_fwd(TokenStatsFwd(spec.rows(tile, start=lo), spec.bits, state, target))
+            *outputs, state, target = token_stats_fwd(
+                TokenStatsFwd(spec.rows(tile, start=lo), spec.bits, state, target)
+            )
         assert spec.named(outputs)["is_top1"].tolist() == [1.0] * 4, cuts
 
 
@@ -282,7 +343,9 @@ def test_the_empty_state_leaves_no_trace(backend, device, with_ref):
     x, ref = spoilt(*make(device=device, ref=with_ref))
     spec = spec_of(x, LABELS.to(device), ref)
     (whole,) = pushed(spec, x, ref, ())
-    (nothing,) = pushed(spec_of(x, LABELS.to(device), ref, mask=torch.zeros(6, dtype=torch.bool, device=device)), x, ref, ())
+    (nothing,) = pushed(
+        spec_of(x, LABELS.to(device), ref, mask=torch.zeros(6, dtype=torch.bool, device=device)), x, ref, ()
+    )
     for parts in ([nothing, whole], [whole, nothing], [nothing, nothing, whole, nothing]):
         for got, want in zip(merge(parts), whole):
             assert torch.equal(torch.nan_to_num(got, nan=1e9), torch.nan_to_num(want, nan=1e9))
@@ -294,7 +357,9 @@ def test_rows_that_are_not_scored_hold_the_empty_state(backend, device, with_ref
     """By mask, by label, or because every label is ignored, whatever the row holds."""
     x, ref = make(device=device, ref=with_ref)
     x[1], x[2], x[3, 0] = math.nan, math.inf, -math.inf
-    labels = torch.tensor([[-100, -100], [-100, -100], [3, 4], [-100, -100], [8, 9], [1, -100]], device=device)
+    labels = torch.tensor(
+        [[-100, -100], [-100, -100], [3, 4], [-100, -100], [8, 9], [1, -100]], device=device
+    )
     mask = torch.tensor([True, False, False, True, False, True], device=device)
     names = tuple(n for n in (ALL if with_ref else PLAIN) if n != "is_top1")
     spec = row_spec((6,), VOCAB, x.dtype, x, labels=labels, mask=mask, outputs=names, with_ref=with_ref)
@@ -303,7 +368,9 @@ def test_rows_that_are_not_scored_hold_the_empty_state(backend, device, with_ref
     empty[COL_REF_M] = -math.inf if with_ref else 0.0
     parts = pushed(spec, x, ref, (30, 64))
     for states in (*parts, merge(parts)):
-        assert torch.equal(states.state[:5], empty.expand(5, -1)) and bool(torch.isneginf(states.target.view(-1, 6, 2)[:, :5]).all())
+        assert torch.equal(states.state[:5], empty.expand(5, -1)) and bool(
+            torch.isneginf(states.target.view(-1, 6, 2)[:, :5]).all()
+        )
         assert float(states.state[5, COL_VALID]) == 1.0 and float(states.state[5, COL_S0]) > 0
     assert all(bool((value[:5] == 0).all()) for value in finish(spec, merge(parts)).values())
 
@@ -369,7 +436,10 @@ def test_a_label_outside_the_vocabulary(backend, device):
             finish(spec, states)
     else:
         got = finish(spec, states)
-        assert all(bool(torch.isnan(v[2]).all()) and not bool(torch.isnan(v[[0, 1, 3, 4, 5]]).any()) for v in got.values())
+        assert all(
+            bool(torch.isnan(v[2]).all()) and not bool(torch.isnan(v[[0, 1, 3, 4, 5]]).any())
+            for v in got.values()
+        )
 
 
 def test_bad_states_are_refused(backend, device):

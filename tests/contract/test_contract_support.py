@@ -10,7 +10,9 @@ from checks.support import check_logprobs_at, check_token_stats, check_two_model
 CAPPED = {"softcap": 4.0, "logit_scale": 1.25, "temperature": 0.8}
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "logit_scale": 0.5}, CAPPED], ids=["plain", "scaled", "capped"])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "logit_scale": 0.5}, CAPPED], ids=["plain", "scaled", "capped"]
+)
 def test_token_stats(backend, device, options):
     check_token_stats(device, **options)
 

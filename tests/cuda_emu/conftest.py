@@ -1,4 +1,5 @@
-"""Everything here runs on backend "cuda" through the emulator: `pytest tests/cuda_emu`, a run of its own, with no other option."""
+"""Everything here runs on backend "cuda" through the emulator: `pytest tests/cuda_emu`, a run of its own,
+with no other option."""
 
 from __future__ import annotations
 

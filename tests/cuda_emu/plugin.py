@@ -1,5 +1,6 @@
-"""Backend "cuda" on CPU tensors: the `emulator` fixture serves it by the emulated kernels, under several interleavings, with every kernel
-output between guard bands. Loaded by tests/conftest.py; does nothing unless `--backend cuda --device cpu` asks for it."""
+"""Backend "cuda" on CPU tensors: the `emulator` fixture serves it by the emulated kernels, under several
+interleavings, with every kernel output between guard bands. Loaded by tests/conftest.py; does nothing unless
+`--backend cuda --device cpu` asks for it."""
 
 from __future__ import annotations
 
@@ -19,13 +20,21 @@ SENTINEL = 1.234e30  # no result of any test
 
 
 def pytest_addoption(parser):
-    parser.addoption("--emu-seeds", default="1,2,3", help="interleavings of the emulated threads under which the contract tests run")
+    parser.addoption(
+        "--emu-seeds",
+        default="1,2,3",
+        help="interleavings of the emulated threads under which the contract tests run",
+    )
 
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames and emulated(metafunc.config):
         metafunc.fixturenames.append("emu_seed")
-        metafunc.parametrize("emu_seed", [int(s) for s in metafunc.config.getoption("--emu-seeds").split(",")], ids="seed{}".format)
+        metafunc.parametrize(
+            "emu_seed",
+            [int(s) for s in metafunc.config.getoption("--emu-seeds").split(",")],
+            ids="seed{}".format,
+        )
 
 
 def emulated(config) -> bool:
@@ -33,7 +42,8 @@ def emulated(config) -> bool:
 
 
 class GuardedMemory:
-    """Stands in for `ffi.empty`: poisoned tensors between guard bands. `check` looks at the bands of the latest ones."""
+    """Stands in for `ffi.empty`: poisoned tensors between guard bands. `check` looks at the bands of the
+    latest ones."""
 
     def __init__(self):
         self.latest: deque[tuple[torch.Tensor, int]] = deque(maxlen=32)
@@ -55,11 +65,14 @@ class GuardedMemory:
 
 @pytest.fixture
 def memory(backend, monkeypatch):
-    """On every backend: outputs between guard bands (on the CPU), filled with a number that none of their entries may keep."""
+    """On every backend: outputs between guard bands (on the CPU), filled with a number that none of their
+    entries may keep."""
     guarded, plain = GuardedMemory(), ffi.empty
 
     def empty(shape, dtype, device):
-        return (guarded.empty(shape, dtype, device) if device.type == "cpu" else plain(shape, dtype, device)).fill_(SENTINEL)
+        return (
+            guarded.empty(shape, dtype, device) if device.type == "cpu" else plain(shape, dtype, device)
+        ).fill_(SENTINEL)
 
     monkeypatch.setattr(ffi, "empty", empty)
     return guarded

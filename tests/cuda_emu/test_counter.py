@@ -1,4 +1,5 @@
-"""Graphs, without a device: a capture runs nothing, it notes the fills and launches; a replay runs what was noted, on the same memory."""
+"""Graphs, without a device: a capture runs nothing, it notes the fills and launches; a replay runs what was
+noted, on the same memory."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from fastalign.runtime import ffi
 
 
 class Graph:
-    """What `torch.cuda.graph` does to a call, as far as the words of the last blocks go: during the capture torch.zeros has memory that holds anything,
-    and neither its fill nor the kernels run; both do in every replay, in order."""
+    """What `torch.cuda.graph` does to a call, as far as the words of the last blocks go: during the capture
+    torch.zeros has memory that holds anything, and neither its fill nor the kernels run; both do in every
+    replay, in order."""
 
     def __init__(self, monkeypatch, call):
         self.steps = []

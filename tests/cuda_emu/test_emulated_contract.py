@@ -1,4 +1,5 @@
-"""The contract tests of all backends, on the emulated CUDA kernels, under every interleaving of --emu-seeds."""
+"""The contract tests of all backends, on the emulated CUDA kernels, under every interleaving of
+--emu-seeds."""
 
 import importlib
 from pathlib import Path

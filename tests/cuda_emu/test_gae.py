@@ -23,7 +23,16 @@ from fastalign.ops.columns import GAE_TILE as TILE
 from fastalign.runtime import ffi
 from fastalign.runtime.op import OPS
 
-CU = [0, 3, 3, TILE, 2 * TILE, 4 * TILE + 1, 4 * TILE + 2, 7 * TILE + 2]  # sequences of a tile, just more, and several
+CU = [
+    0,
+    3,
+    3,
+    TILE,
+    2 * TILE,
+    4 * TILE + 1,
+    4 * TILE + 2,
+    7 * TILE + 2,
+]  # sequences of a tile, just more, and several
 
 
 @pytest.fixture(params=[1, 2], ids=["sequences", "tiles"])
@@ -64,9 +73,12 @@ def test_one_long_sequence_is_served_by_tiles(emulated):
             assert float((got.double() - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
-@pytest.mark.parametrize("cu", [[0, 4, 3000], [0, 7, 3, 2500], [-2, 4, 2500], [2, 4, 2500], [0, 2000]], ids=str)
+@pytest.mark.parametrize(
+    "cu", [[0, 4, 3000], [0, 7, 3, 2500], [-2, 4, 2500], [2, 4, 2500], [0, 2000]], ids=str
+)
 def test_malformed_packing_gives_nan_and_writes_everything(scheme, monkeypatch, cu):
-    """On a GPU cu_seqlens is not checked: the moments are NaN, and so is every token that belongs to no sequence."""
+    """On a GPU cu_seqlens is not checked: the moments are NaN, and so is every token that belongs to no
+    sequence."""
     monkeypatch.setattr(OPS["gae_fwd"], "check", None)
     empty = ffi.empty
     monkeypatch.setattr(ffi, "empty", lambda *args: empty(*args).fill_(-7.0))

@@ -1,4 +1,5 @@
-"""What the contract tests do not reach: every cluster size and alignment, the edges of tensors, and that a missing barrier is noticed."""
+"""What the contract tests do not reach: every cluster size and alignment, the edges of tensors, and that a
+missing barrier is noticed."""
 
 from __future__ import annotations
 
@@ -178,7 +179,8 @@ def test_backward_of_a_row_in_several_chunks(emulated, dtype):
 
 
 def test_malformed_packing_gives_nan_and_writes_everything(emulated, monkeypatch):
-    """On a GPU cu_seqlens and pairs are not checked: what depends on a wrong value must be NaN, never garbage or a stray access."""
+    """On a GPU cu_seqlens and pairs are not checked: what depends on a wrong value must be NaN, never garbage
+    or a stray access."""
     monkeypatch.setattr(OPS["sequence_sum_fwd"], "check", None)
     monkeypatch.setattr(OPS["preference_fwd"], "check", None)
     x = torch.ones(10)
@@ -188,11 +190,21 @@ def test_malformed_packing_gives_nan_and_writes_everything(emulated, monkeypatch
     lp = torch.full((10,), -1.0, requires_grad=True)
     monkeypatch.setattr(OPS["policy_fwd"], "check", None)
     for cu in ([0, 4, 30], [0, 7, 3], [2, 4, 10]):
-        options = {"cu_seqlens": torch.tensor(cu, dtype=torch.int32), "mask": torch.ones(10, dtype=torch.bool)}
+        options = {
+            "cu_seqlens": torch.tensor(cu, dtype=torch.int32),
+            "mask": torch.ones(10, dtype=torch.bool),
+        }
         loss = fa.policy_loss(lp, lp.detach(), torch.ones(2), loss="gspo", **options).loss
         assert bool(torch.isnan(torch.autograd.grad(loss, lp)[0]).any()), cu
-    for cu, pairs in (([0, 4, 30], [[0, 1]]), ([0, 4, 10], [[0, 5]]), ([0, 4, 10], [[-1, 1]]), ([2, 4, 10], [[0, 1]])):
-        loss = fa.preference_loss(lp, lp.detach(), torch.tensor(cu, dtype=torch.int32), pairs=torch.tensor(pairs)).loss
+    for cu, pairs in (
+        ([0, 4, 30], [[0, 1]]),
+        ([0, 4, 10], [[0, 5]]),
+        ([0, 4, 10], [[-1, 1]]),
+        ([2, 4, 10], [[0, 1]]),
+    ):
+        loss = fa.preference_loss(
+            lp, lp.detach(), torch.tensor(cu, dtype=torch.int32), pairs=torch.tensor(pairs)
+        ).loss
         grad = torch.autograd.grad(loss, lp)[0]
         assert bool(torch.isnan(grad).any()), (cu, pairs)
 
@@ -251,7 +263,10 @@ MISSING = {
     "the barrier before the room for the warps' sums is used again": (
         "sequence.cuh",
         "policy.cu",
-        ("  __syncthreads();   // the caller may use `partial` again", "  // the caller may use `partial` again"),
+        (
+            "  __syncthreads();   // the caller may use `partial` again",
+            "  // the caller may use `partial` again",
+        ),
         lambda: compare_policy(make_policy_batch("cpu", lengths=(700, 300)), loss="gspo"),
         0,
     ),
@@ -265,7 +280,10 @@ MISSING = {
     "the barrier before the other responses' numbers are read": (
         "listwise.cu",
         "listwise.cu",
-        ("  if (i < count) aux[i] = list_aux(p, x, head, i);\n  __syncthreads();", "  if (i < count) aux[i] = list_aux(p, x, head, i);"),
+        (
+            "  if (i < count) aux[i] = list_aux(p, x, head, i);\n  __syncthreads();",
+            "  if (i < count) aux[i] = list_aux(p, x, head, i);",
+        ),
         lambda: check_the_longest_list("cpu", "plackett_luce"),
         0,
     ),
@@ -278,8 +296,8 @@ def test_a_missing_barrier_is_noticed(emulated, what):
 
 
 def assert_noticed(what, name, kernels, edit, probe, size):
-    """A barrier is taken out of a copy of file `name`, which the source `kernels` is compiled with; the check that covers it fails, under some
-    of three interleavings."""
+    """A barrier is taken out of a copy of file `name`, which the source `kernels` is compiled with; the check
+    that covers it fails, under some of three interleavings."""
     probe()
     broken = build.load(build.build(edits={name: edit}, seen_by=(kernels,)))
     ffi.use_emulator(broken)

@@ -1,5 +1,6 @@
-"""The kernels over a policy row and a reference row, beyond what the contract tests reach: every cluster size and pair of alignments, the
-kernel that reads the rows once against the two that read them twice, and that a missing barrier is noticed."""
+"""The kernels over a policy row and a reference row, beyond what the contract tests reach: every cluster size
+and pair of alignments, the kernel that reads the rows once against the two that read them twice, and that a
+missing barrier is noticed."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ from fastalign.testing import assert_close, make_labels, make_logits
 
 OPTIONS = PLAIN
 BITS = sum(OUTPUT_BITS[n] for n in ("logprob", "entropy", "logsumexp", "ref_logprob", *KLS))
-TOP1 = OUTPUT_BITS["is_top1"]  # an output that the one-read kernel does not have: with it the call takes the two kernels
+TOP1 = OUTPUT_BITS[
+    "is_top1"
+]  # an output that the one-read kernel does not have: with it the call takes the two kernels
 
 
 def upstream(labels, dtype, with_ref=True):
@@ -87,9 +90,12 @@ def test_automatic_cluster_of_a_long_row(emulated):
     check_kl_loss("cpu", 40_003, torch.bfloat16, "policy_ref")
 
 
-@pytest.mark.parametrize("vocab,dtype,size", [(32000, torch.bfloat16, 2), (128256, torch.bfloat16, 8), (151936, torch.bfloat16, 8)])
+@pytest.mark.parametrize(
+    "vocab,dtype,size", [(32000, torch.bfloat16, 2), (128256, torch.bfloat16, 8), (151936, torch.bfloat16, 8)]
+)
 def test_one_read_leaves_room_for_three_blocks_per_multiprocessor(emulated, vocab, dtype, size):
-    """What sm_90 and sm_100 have: 228 KiB per multiprocessor, of which each block costs 1 KiB, and 227 KiB per block."""
+    """What sm_90 and sm_100 have: 228 KiB per multiprocessor, of which each block costs 1 KiB, and 227 KiB
+    per block."""
     x, ref = (torch.zeros(1, vocab, dtype=dtype) for _ in range(2))
     fa.token_kl_loss(x.requires_grad_(), ref, torch.ones(()))
     cluster, threads, shared = emulated._emu_last_launch()  # noqa: F811
@@ -116,17 +122,25 @@ def test_one_read_gives_the_bits_of_two_kernels(cluster, with_ref, dtype):  # no
 
 
 def test_what_one_read_does_not_serve(emulated):
-    """Several labels, a softcap, rows beyond the shared memory of their blocks: the two kernels, with the same numbers as the reference."""
+    """Several labels, a softcap, rows beyond the shared memory of their blocks: the two kernels, with the
+    same numbers as the reference."""
     cases = [
         (*make_row_pair(3, 300), make_labels(9, 300).view(3, 3), OPTIONS, 0),
-        (*make_row_pair(3, 300), make_labels(3, 300).unsqueeze(-1), OPTIONS._replace(factor=4.0, cap_scale=0.4), 0),
+        (
+            *make_row_pair(3, 300),
+            make_labels(3, 300).unsqueeze(-1),
+            OPTIONS._replace(factor=4.0, cap_scale=0.4),
+            0,
+        ),
         (*make_row_pair(1, 30_001), make_labels(1, 30_001).unsqueeze(-1), OPTIONS, 1),
     ]
     for x, ref, labels, options, size in cases:
         emulated.set_cluster_size(size)
         got = fused(x, ref, labels, options=options)
         with fa.use_backend("reference"):
-            plain, truth = (fused(a, b, labels, options=options) for a, b in ((x, ref), (x.double(), ref.double())))
+            plain, truth = (
+                fused(a, b, labels, options=options) for a, b in ((x, ref), (x.double(), ref.double()))
+            )
         for mine, true, base in zip(got, truth, plain):
             if true.numel():
                 assert_close(mine, true, base, scale=16.0)
@@ -143,14 +157,19 @@ def test_bad_label_and_bad_rows_in_one_read(emulated, monkeypatch):
     for mine, want in zip(got, clean):
         if mine.numel():
             assert torch.equal(mine[[0, 3]], want[[0, 3]]) and bool(torch.isnan(mine[1]).all())
-    assert bool(torch.isnan(got[-1][2]).all()) and math.isfinite(float(got[0][2])) and math.isnan(float(got[6][2]))
+    assert (
+        bool(torch.isnan(got[-1][2]).all())
+        and math.isfinite(float(got[0][2]))
+        and math.isnan(float(got[6][2]))
+    )
 
 
 # --- alignment and edges ------------------------------------------------------------------------------------------------------------------
 
 
 def placed(content, shift, pad, fill):
-    """`content` as rows of a wider buffer that starts `shift` elements off a 16-byte boundary, and the buffer."""
+    """`content` as rows of a wider buffer that starts `shift` elements off a 16-byte boundary, and the
+    buffer."""
     rows, vocab = content.shape
     buffer = torch.full((shift + rows * (vocab + pad) + 8,), fill, dtype=content.dtype)
     view = buffer[shift : shift + rows * (vocab + pad)].view(rows, vocab + pad)[:, :vocab]
@@ -160,7 +179,8 @@ def placed(content, shift, pad, fill):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size,vocab", [(0, 1037), (2, 1300)])
 def test_every_pair_of_alignments_gives_the_same_bits(emulated, size, vocab, dtype):
-    """Both rows moved, each by its own number of elements, in NaN surroundings that no load may let in: every kernel alike."""
+    """Both rows moved, each by its own number of elements, in NaN surroundings that no load may let in: every
+    kernel alike."""
     emulated.set_cluster_size(size)
     x, ref = make_row_pair(2, vocab, dtype=dtype)
     labels = make_labels(2, vocab).unsqueeze(-1)
@@ -170,7 +190,9 @@ def test_every_pair_of_alignments_gives_the_same_bits(emulated, size, vocab, dty
         moved, _ = placed(x, shift, 3, math.nan)
         other, _ = placed(ref, (3 * shift + 1) % lanes, 5, math.nan)
         assert same(fused(moved, other, labels), want), f"policy moved by {shift} elements"
-        assert same(fused(moved, other, labels, BITS | TOP1), want), f"policy moved by {shift} elements, two kernels"
+        assert same(fused(moved, other, labels, BITS | TOP1), want), (
+            f"policy moved by {shift} elements, two kernels"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -205,8 +227,14 @@ def test_scale_rows(emulated, vocab, dtype):
 
 MISSING = {
     "the wait for the copies": ("wait_for_copies(flags + i / round);", ""),
-    "the barrier after the copies are started": ("    }\n    __syncthreads();\n\n    State", "    }\n\n    State"),
-    "the barrier before all threads take the row's state": ("    __syncthreads();\n    s = *states;", "    s = *states;"),
+    "the barrier after the copies are started": (
+        "    }\n    __syncthreads();\n\n    State",
+        "    }\n\n    State",
+    ),
+    "the barrier before all threads take the row's state": (
+        "    __syncthreads();\n    s = *states;",
+        "    s = *states;",
+    ),
 }
 
 

@@ -1,5 +1,6 @@
-"""Tests that need a CUDA or ROCm device: `pytest tests/gpu --device cuda --backend triton,cuda` (benchmarks/gpu_gate.sh does). Not collected by a
-plain `pytest`; asked for without a device they fail, they are never skipped for want of one."""
+"""Tests that need a CUDA or ROCm device: `pytest tests/gpu --device cuda --backend triton,cuda`
+(benchmarks/gpu_gate.sh does). Not collected by a plain `pytest`; asked for without a device they fail, they
+are never skipped for want of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every op once on small and awkward shapes, for compute-sanitizer: `compute-sanitizer --tool racecheck python tests/gpu/sanitize.py cuda`."""
+"""Every op once on small and awkward shapes, for compute-sanitizer: `compute-sanitizer --tool racecheck
+python tests/gpu/sanitize.py cuda`."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ import fastalign as fa
 
 def main(backend: str, device: str = "cuda") -> None:
     with fa.use_backend(backend):
-        # One warp, one block, and (where the architecture has them) one cluster per row: a row of 60001 bf16 alone, one of 40003 together with its
-        # reference; even and odd vocabularies.
+        # One warp, one block, and (where the architecture has them) one cluster per row: a row of 60001 bf16
+        # alone, one of 40003 together with its reference; even and odd vocabularies.
         shapes = (
             (5, 7, torch.float32),
             (3, 1031, torch.bfloat16),

@@ -57,12 +57,14 @@ def test_cuda_graph(backend, name):
             assert torch.equal(got, want)
 
 
-# The ops that count their blocks to know the last one; tests/contract/test_contract_counter.py holds on any machine what the tests below hold on a device.
+# The ops that count their blocks to know the last one; tests/contract/test_contract_counter.py holds on any
+# machine what the tests below hold on a device.
 WITH_LAST_BLOCK = ("preference_loss", "listwise_loss", "gae", "policy_loss", "value_loss")
 
 
 def _two_graphs(name):
-    """Two captures of an op, of unequal sizes, none of them replayed yet: [(graph, its outputs, what they must be)]."""
+    """Two captures of an op, of unequal sizes, none of them replayed yet: [(graph, its outputs, what they
+    must be)]."""
     calls = [public_calls("cuda", pairs=pairs)[name][1] for pairs in (5, 9)]
     found = []
     for call in calls:
@@ -78,8 +80,9 @@ def _two_graphs(name):
 
 @pytest.mark.parametrize("name", WITH_LAST_BLOCK)
 def test_second_graph_does_not_depend_on_the_first(backend, name):
-    """Two captures share the capture stream; the second must be right even if the first is never replayed, or gone. No other graph may have run before,
-    and memory that was never written must not be zero by chance: a process of its own, whose free memory is garbage."""
+    """Two captures share the capture stream; the second must be right even if the first is never replayed, or
+    gone. No other graph may have run before, and memory that was never written must not be zero by chance: a
+    process of its own, whose free memory is garbage."""
     code = f"""
 import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
@@ -143,7 +146,8 @@ def test_two_streams_at_once(backend, name):
 
 
 def test_compile_reduce_overhead(backend):
-    """CUDA graph trees record the ops, forward and backward, and refuse whatever of ours stays alive in their pool."""
+    """CUDA graph trees record the ops, forward and backward, and refuse whatever of ours stays alive in their
+    pool."""
     batch = make_batch(4, device="cuda", vocab=200)
     logits = make_logits(batch.packed.labels.numel(), 200, device="cuda")
     cu_seqlens, mask, ref = batch.packed.cu_seqlens, batch.packed.mask, batch.ref_logprobs
@@ -152,7 +156,10 @@ def test_compile_reduce_overhead(backend):
     def loss(logits):
         logprobs = fa.token_logprobs(logits, batch.packed.labels)
         advantages = fa.gae(ref, logprobs, cu_seqlens, mask=mask).advantages
-        out = fa.preference_loss(logprobs, ref, cu_seqlens, mask=mask).loss + fa.policy_loss(logprobs, ref, advantages, mask=mask).loss
+        out = (
+            fa.preference_loss(logprobs, ref, cu_seqlens, mask=mask).loss
+            + fa.policy_loss(logprobs, ref, advantages, mask=mask).loss
+        )
         return out + fa.listwise_loss(logprobs, ref, cu_seqlens, offsets, scores, mask=mask).loss
 
     compiled, results = torch.compile(loss, fullgraph=True, mode="reduce-overhead"), []
@@ -188,18 +195,24 @@ def test_current_stream(backend, name):
 
 
 def _kernels(call):
-    """Names of the GPU kernels of one call, PyTorch's own and copies left out, and how many kernels there were in all."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+    """Names of the GPU kernels of one call, PyTorch's own and copies left out, and how many kernels there
+    were in all."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
         call()
         torch.cuda.synchronize()
     events = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [name for name in events if not name.startswith(("Memcpy", "Memset")) and "Synchronize" not in name]
+    kernels = [
+        name for name in events if not name.startswith(("Memcpy", "Memset")) and "Synchronize" not in name
+    ]
     return [name for name in kernels if "at::" not in name], len(kernels)
 
 
 @pytest.mark.parametrize("name", ["preference", "unpaired", "policy"])
 def test_launches(backend, record_property, name):
-    """One kernel forward, one kernel backward; what the public function adds (metrics, the pairs of single responses) is recorded."""
+    """One kernel forward, one kernel backward; what the public function adds (metrics, the pairs of single
+    responses) is recorded."""
     batch = make_batch(64, min_len=800, max_len=1100, device="cuda")
     logprobs = batch.logprobs.clone().requires_grad_()
     one, outputs = torch.ones((), device="cuda"), []
@@ -207,7 +220,9 @@ def test_launches(backend, record_property, name):
     desirable = torch.arange(128, device="cuda") % 3 == 0
     calls = {
         "preference": lambda: fa.preference_loss(logprobs, batch.ref_logprobs, cu_seqlens, mask=mask),
-        "unpaired": lambda: fa.unpaired_loss(logprobs, batch.ref_logprobs, cu_seqlens, desirable, mask=mask, baseline=0.1),
+        "unpaired": lambda: fa.unpaired_loss(
+            logprobs, batch.ref_logprobs, cu_seqlens, desirable, mask=mask, baseline=0.1
+        ),
         "policy": lambda: fa.policy_loss(logprobs, batch.ref_logprobs, batch.logprobs, mask=mask),
     }
 
@@ -231,7 +246,9 @@ def test_compile_fullgraph(backend):
 
     def loss(logits):
         logprobs = fa.token_logprobs(logits, batch.packed.labels)
-        return fa.preference_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask).loss
+        return fa.preference_loss(
+            logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask
+        ).loss
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True)):
@@ -243,7 +260,8 @@ def test_compile_fullgraph(backend):
 
 
 def test_debug_checks_name_the_label(backend):
-    """Without a synchronisation a label outside the vocabulary gives NaN; under debug_checks it raises as on the CPU."""
+    """Without a synchronisation a label outside the vocabulary gives NaN; under debug_checks it raises as on
+    the CPU."""
     logits, labels = make_logits(3, 20, device="cuda"), make_labels(3, 20, device="cuda")
     labels[1] = 20
     assert bool(torch.isnan(fa.token_logprobs(logits, labels)[1]))

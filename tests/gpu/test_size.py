@@ -1,4 +1,5 @@
-"""Sizes that only a device has room for: offsets beyond 2^31 elements, a million rows, and bitwise equality at real shapes."""
+"""Sizes that only a device has room for: offsets beyond 2^31 elements, a million rows, and bitwise equality
+at real shapes."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def _run(logits, labels):
 
 
 def test_offsets_beyond_int32(backend):
-    """Row 21: the last rows of [17000, 128256] lie beyond 2^31 elements; they equal the same rows alone, bit by bit."""
+    """Row 21: the last rows of [17000, 128256] lie beyond 2^31 elements; they equal the same rows alone, bit
+    by bit."""
     _needs(16)
     rows, vocab = 17_000, 128_256
     assert (rows - 3) * vocab > 2**31
@@ -100,7 +102,8 @@ def test_many_sequences_and_tokens(backend):
 
 @pytest.mark.parametrize("vocab", [50_257, 128_256, 151_936])
 def test_repeatable_and_batch_invariant(backend, vocab):
-    """Rows 20 and 42 at real vocabularies: the same bits in every run, alone, in any batch and at any address."""
+    """Rows 20 and 42 at real vocabularies: the same bits in every run, alone, in any batch and at any
+    address."""
     logits, labels = _random(600, vocab), make_labels(600, vocab, device="cuda")
     first = _run(logits, labels)
     for a, b in zip(first, _run(logits, labels)):
@@ -122,7 +125,9 @@ def test_preference_loss_is_repeatable(backend):
     logprobs = batch.logprobs.clone().requires_grad_()
     runs = []
     for _ in range(20):
-        out = fa.preference_loss(logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask)
+        out = fa.preference_loss(
+            logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask
+        )
         runs.append((out.loss.detach(), torch.autograd.grad(out.loss, logprobs)[0]))
     for loss, grad in runs[1:]:
         assert torch.equal(loss, runs[0][0]) and torch.equal(grad, runs[0][1])

@@ -1,4 +1,5 @@
-"""Every named policy loss against its paper's formula, typed here a second time for one sequence at a time and differentiated by autograd, in fp64."""
+"""Every named policy loss against its paper's formula, typed here a second time for one sequence at a time
+and differentiated by autograd, in fp64."""
 
 from __future__ import annotations
 
@@ -62,8 +63,14 @@ PAPERS = {
     "dr_grpo": lambda lp, old, a: (ppo(lp, old, a, 0.2, 0.2).sum() / NORM, 1),
     "dapo": lambda lp, old, a: (ppo(lp, old, a, 0.2, 0.28).sum(), len(lp)),
     "gspo": lambda lp, old, a: (gspo(lp, old, a[0], s_mean(lp, old)), 1),
-    "gspo_token": lambda lp, old, a: (gspo(lp, old, a, s_mean(lp, old).detach() * torch.exp(lp - lp.detach())).mean(), 1),
-    "cispo": lambda lp, old, a: (-(torch.clamp(torch.exp(lp - old), 0.0, 5.0).detach() * a * lp).sum(), len(lp)),
+    "gspo_token": lambda lp, old, a: (
+        gspo(lp, old, a, s_mean(lp, old).detach() * torch.exp(lp - lp.detach())).mean(),
+        1,
+    ),
+    "cispo": lambda lp, old, a: (
+        -(torch.clamp(torch.exp(lp - old), 0.0, 5.0).detach() * a * lp).sum(),
+        len(lp),
+    ),
     "rloo": lambda lp, old, a: (ppo(lp.sum(), old.sum(), a[0], 0.2, 0.2), 1),
     "luspo": lambda lp, old, a: (len(lp) * gspo(lp, old, a[0], s_mean(lp, old)), 1),
     "sapo": lambda lp, old, a: (sapo(lp, old, a).mean(), 1),
@@ -73,7 +80,8 @@ PAPERS = {
 
 
 def sequences(seed, spread=0.25, lengths=(5, 1, 0, 8, 3), per_token=False):
-    """A packed fp64 batch with unscored tokens at the front of every sequence: (lp, old, A [S] or [T], cu_seqlens, mask)."""
+    """A packed fp64 batch with unscored tokens at the front of every sequence: (lp, old, A [S] or [T],
+    cu_seqlens, mask)."""
     g = torch.Generator().manual_seed(seed)
     prompt = 2
     cu = torch.tensor([0, *itertools.accumulate(n + prompt for n in lengths)], dtype=torch.int32)
@@ -123,7 +131,9 @@ def test_preset_equals_its_paper(name, spread):
         assert bool((g[~batch[4]] == 0).all())
 
 
-@pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if not p.needs_sequence_values and n != "vespo"])
+@pytest.mark.parametrize(
+    "name", [n for n, p in PRESETS.items() if not p.needs_sequence_values and n != "vespo"]
+)
 def test_an_advantage_per_token(name):
     batch = sequences(3, per_token=True)
     out, g = ours(*batch, loss=name, **OPTIONS.get(name, {}))
@@ -132,7 +142,8 @@ def test_an_advantage_per_token(name):
     close(g, want_g)
 
 
-# The 3 x 3 grid: ratio below, inside, above the bounds (twice above, for the dual clip) x the advantage's sign.
+# The 3 x 3 grid: ratio below, inside, above the bounds (twice above, for the dual clip) x the advantage's
+# sign.
 RATIOS = (0.5, 0.95, 1.0, 1.1, 2.0, 6.0)
 SIGNS = (-1.5, 0.0, 0.7)
 
@@ -148,12 +159,20 @@ def test_clip_grid(rho, a, dual):  # K8, row 34
         lower = rho > dual
         value = min(value, -a * dual)
     out, g = ours(
-        lp, torch.zeros_like(lp), torch.tensor([a], dtype=torch.float64), None, torch.ones(1, dtype=torch.bool), loss="dapo", dual_clip=dual
+        lp,
+        torch.zeros_like(lp),
+        torch.tensor([a], dtype=torch.float64),
+        None,
+        torch.ones(1, dtype=torch.bool),
+        loss="dapo",
+        dual_clip=dual,
     )
     close(out.loss, torch.tensor(value, dtype=torch.float64))
     close(g, torch.tensor([0.0 if clipped or lower else -a * rho], dtype=torch.float64))
     m = {k: float(v) for k, v in out.metrics().items()}
-    assert m["policy/clipfrac_high"] == float(a > 0 and rho > 1.28) and m["policy/clipfrac_low"] == float(a < 0 and rho < 0.8)
+    assert m["policy/clipfrac_high"] == float(a > 0 and rho > 1.28) and m["policy/clipfrac_low"] == float(
+        a < 0 and rho < 0.8
+    )
     assert m["policy/clipfrac_lower"] == float(lower) and m["policy/clipfrac"] == float(clipped or lower)
 
 
@@ -162,7 +181,15 @@ def test_bounds_are_inclusive():
     lp = torch.tensor([math.log(1.25), math.log(0.75)], dtype=torch.float64)
     a = torch.tensor([1.0, -1.0], dtype=torch.float64)
     rho = lp.exp()
-    _, g = ours(lp, torch.zeros_like(lp), a, None, torch.ones(2, dtype=torch.bool), ratio_min=float(rho[1]), ratio_max=float(rho[0]))
+    _, g = ours(
+        lp,
+        torch.zeros_like(lp),
+        a,
+        None,
+        torch.ones(2, dtype=torch.bool),
+        ratio_min=float(rho[1]),
+        ratio_max=float(rho[0]),
+    )
     close(g, -a * rho / 2)
 
 
@@ -180,13 +207,17 @@ def test_kl_entropy_and_importance_weights():
         None: (lambda x: x, {}), "truncate": (lambda x: torch.clamp(x, max=1.3), {"is_max": 1.3}),
         "mask": (lambda x: torch.where((x < 0.5) | (x > 1.3), 0.0, x), {"is_max": 1.3, "is_min": 0.5}),
     }  # fmt: skip
-    for (kind, k), (mode, (weigh, bounds)), corrected in itertools.product(kinds.items(), modes.items(), (False, True)):
+    for (kind, k), (mode, (weigh, bounds)), corrected in itertools.product(
+        kinds.items(), modes.items(), (False, True)
+    ):
         if corrected and kind == "k3+":
             continue
         x, y = lp.clone().requires_grad_(), h.clone().requires_grad_()
         d = x[mask] - ref[mask]
         term = k(d) * (torch.exp((x - old)[mask]) if corrected else 1.0)
-        want = (weigh(w[mask]) * ppo(x[mask], old[mask], a[mask], 0.2, 0.2) + 0.3 * term - 0.05 * y[mask]).mean()
+        want = (
+            weigh(w[mask]) * ppo(x[mask], old[mask], a[mask], 0.2, 0.2) + 0.3 * term - 0.05 * y[mask]
+        ).mean()
         want_g = torch.autograd.grad(want, (x, y))
         with fa.use_backend("reference"):
             out = fa.policy_loss(x, old, a, mask=mask, ref_logprobs=ref, entropy=y, kl_coef=0.3, kl_kind=kind, entropy_coef=0.05, is_weight=w,
@@ -200,7 +231,9 @@ def test_kl_entropy_and_importance_weights():
             close(got, g_)
         m = {n: float(v) for n, v in out.metrics().items()}
         assert math.isclose(m["policy/kl"], float(kinds["k3" if kind == "k3+" else kind](d).mean()))
-        assert math.isclose(m["policy/entropy"], float(y[mask].mean())) and math.isclose(m["is_weight/mean"], float(w[mask].mean()))
+        assert math.isclose(m["policy/entropy"], float(y[mask].mean())) and math.isclose(
+            m["is_weight/mean"], float(w[mask].mean())
+        )
 
 
 def test_identities():  # spec 17
@@ -236,9 +269,16 @@ def test_aggregations():
         close(ours(lp, old, a, cu, mask, aggregation=name, **options)[0].loss, value)
         if name != "token_sum":
             close(
-                ours(lp, old, a, cu, mask, aggregation=name, num_items=3 * (sum(lengths) if name == "token_mean" else n), **options)[
-                    0
-                ].loss,
+                ours(
+                    lp,
+                    old,
+                    a,
+                    cu,
+                    mask,
+                    aggregation=name,
+                    num_items=3 * (sum(lengths) if name == "token_mean" else n),
+                    **options,
+                )[0].loss,
                 value / 3,
             )
 
@@ -252,7 +292,9 @@ def test_gradcheck(name):
     surrogate = {"ratio": "seq_mean"} if PRESETS[name].ratio == "seq_mean_token" else {}
 
     def loss(x):
-        return fa.policy_loss(x, old, a, loss=name, cu_seqlens=cu, mask=mask, **surrogate, **OPTIONS.get(name, {})).loss
+        return fa.policy_loss(
+            x, old, a, loss=name, cu_seqlens=cu, mask=mask, **surrogate, **OPTIONS.get(name, {})
+        ).loss
 
     with fa.use_backend("reference"):
         assert torch.autograd.gradcheck(loss, lp, eps=1e-7)
@@ -277,7 +319,9 @@ def test_value_loss(clip):
     e, r = (v - target)[mask], target[mask]
     close(out.explained_variance, 1 - e.var(correction=0) / r.var(correction=0))
     m = {k: float(t) for k, t in out.metrics().items()}
-    assert math.isclose(m["returns/mean"], float(r.mean())) and math.isclose(m["returns/var"], float(r.var(correction=0)))
+    assert math.isclose(m["returns/mean"], float(r.mean())) and math.isclose(
+        m["returns/var"], float(r.var(correction=0))
+    )
     if clip is not None:
         share = ((held - target)[mask] ** 2 > (x - target)[mask] ** 2).double().mean()
         assert math.isclose(m["val/clipfrac"], float(share)) and 0 < m["val/clipfrac"] < 1
@@ -287,7 +331,9 @@ def test_ratio_metrics():
     lp, old, a, cu, mask = sequences(2, per_token=True)
     m = {k: float(v) for k, v in ours(lp, old, a, cu, mask)[0].metrics().items()}
     d = (lp - old)[mask]
-    assert math.isclose(m["policy/approxkl"], float((d * d).mean() / 2)) and math.isclose(m["val/ratio"], float(d.exp().mean()))
+    assert math.isclose(m["policy/approxkl"], float((d * d).mean() / 2)) and math.isclose(
+        m["val/ratio"], float(d.exp().mean())
+    )
     assert math.isclose(m["val/ratio_var"], float(d.exp().var(correction=0))) and m["nonfinite_tokens"] == 0
 
 
@@ -298,7 +344,10 @@ def test_defaults_are_the_published_ones():
     assert bounds["dapo"] == (0.8, 1.28) and bounds["cispo"] == (0.0, 5.0) and bounds["gmpo"] == (-0.4, 0.4)
     for name in ("gspo", "gspo_token", "luspo"):
         assert bounds[name] == (1 - 3e-4, 1 + 4e-4)
-    assert all(p.kl_coef == 0 and p.entropy_coef == 0 and p.dual_clip is None and p.kl_kind == "k3" for p in PRESETS.values())
+    assert all(
+        p.kl_coef == 0 and p.entropy_coef == 0 and p.dual_clip is None and p.kl_kind == "k3"
+        for p in PRESETS.values()
+    )
     assert (PRESETS["sapo"].tau_pos, PRESETS["sapo"].tau_neg) == (1.0, 1.05)
 
 
@@ -361,14 +410,23 @@ def test_every_field_reaches_the_kernel():
         ("ppo", {"aggregation": "token_sum", "num_items": 4}, "num_items has no effect"),
         ("ppo", {"num_items": torch.ones(2)}, "num_items must be"),
         ("ppo", {"ref_logprobs": torch.zeros(3)}, "ref_logprobs has shape"),
-        ("ppo", {"cu_seqlens": torch.tensor([0, 5, 3, 9, 9, 27], dtype=torch.int32), "aggregation": "seq_mean_token_sum"}, "decreases"),
+        (
+            "ppo",
+            {
+                "cu_seqlens": torch.tensor([0, 5, 3, 9, 9, 27], dtype=torch.int32),
+                "aggregation": "seq_mean_token_sum",
+            },
+            "decreases",
+        ),
     ],
 )
 def test_bad_options_name_themselves(loss, options, words):
     lp, old, a, cu, mask = sequences(0)
     assert len(lp) == 27
     with pytest.raises((ValueError, TypeError), match=words):
-        fa.policy_loss(lp, old, options.pop("advantages", a), loss=loss, **{"cu_seqlens": cu, "mask": mask, **options})
+        fa.policy_loss(
+            lp, old, options.pop("advantages", a), loss=loss, **{"cu_seqlens": cu, "mask": mask, **options}
+        )
 
 
 def test_options_compose():

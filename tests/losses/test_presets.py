@@ -1,4 +1,5 @@
-"""Each preset against its paper's formula, typed here independently in fp64, value and gradient; and the behaviour of options."""
+"""Each preset against its paper's formula, typed here independently in fp64, value and gradient; and the
+behaviour of options."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from fastalign.testing import make_batch
 
 
 class Sums:
-    """Per pair, by slicing, in fp64: c, r policy sums; rc, rr reference sums; nc, nr lengths; kc, kr sums of KL(ref || policy)."""
+    """Per pair, by slicing, in fp64: c, r policy sums; rc, rr reference sums; nc, nr lengths; kc, kr sums of
+    KL(ref || policy)."""
 
     def __init__(self, batch, kl):
         cu, mask = batch.packed.cu_seqlens.tolist(), batch.packed.mask
@@ -63,16 +65,25 @@ def bernoulli_kl(p, q):
     return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
 
 
-P = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.95], dtype=torch.float64)  # soft labels of the six pairs of the test
+P = torch.tensor(
+    [0.1, 0.3, 0.5, 0.7, 0.9, 0.95], dtype=torch.float64
+)  # soft labels of the six pairs of the test
 SOFT = {"soft_labels": P}
 GAP = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64)
 ORPO = lambda s: 0.1 * sp(-(log_odds(s.c / s.nc) - log_odds(s.r / s.nr))) - s.c.sum() / s.nc.sum()  # noqa: E731
 
-# name -> (options, loss per pair); the mean over pairs is the loss. Everything typed from the papers, nothing shared with the package.
+# name -> (options, loss per pair); the mean over pairs is the loss. Everything typed from the papers, nothing
+# shared with the package.
 PAPERS = {
     "dpo": ({"beta": 0.3}, lambda s: sp(-0.3 * s.delta)),
-    "cdpo": ({"beta": 0.2, "label_smoothing": 0.15}, lambda s: 0.85 * sp(-0.2 * s.delta) + 0.15 * sp(0.2 * s.delta)),
-    "rdpo_robust": ({"label_smoothing": 0.1}, lambda s: (0.9 * sp(-0.1 * s.delta) - 0.1 * sp(0.1 * s.delta)) / 0.8),
+    "cdpo": (
+        {"beta": 0.2, "label_smoothing": 0.15},
+        lambda s: 0.85 * sp(-0.2 * s.delta) + 0.15 * sp(0.2 * s.delta),
+    ),
+    "rdpo_robust": (
+        {"label_smoothing": 0.1},
+        lambda s: (0.9 * sp(-0.1 * s.delta) - 0.1 * sp(0.1 * s.delta)) / 0.8,
+    ),
     "ipo": ({"tau": 0.2}, lambda s: (s.dc / s.nc - s.dr / s.nr - 1 / (2 * 0.2)) ** 2),
     "hinge_norm": ({"beta": 0.4}, lambda s: torch.clamp(1 - 0.4 * s.delta, min=0)),
     "slic_hf": ({"delta": 1.5, "sft_weight": 0.3}, lambda s: torch.clamp(1.5 - s.c + s.r, min=0) - 0.3 * s.c),
@@ -91,7 +102,10 @@ PAPERS = {
     ),
     "discopop": (
         {},
-        lambda s: (1 - sg(s.delta * 0.05 / 0.05)) * sp(-0.05 * s.delta) + sg(s.delta * 0.05 / 0.05) * torch.exp(-0.05 * s.delta),
+        lambda s: (
+            (1 - sg(s.delta * 0.05 / 0.05)) * sp(-0.05 * s.delta)
+            + sg(s.delta * 0.05 / 0.05) * torch.exp(-0.05 * s.delta)
+        ),
     ),
     "dno": (SOFT, lambda s: P * sp(-0.1 * s.delta) + (1 - P) * sp(0.1 * s.delta)),
     "rlaif_soft": (SOFT, lambda s: P * sp(-0.1 * s.delta) + (1 - P) * sp(0.1 * s.delta)),
@@ -105,16 +119,31 @@ PAPERS = {
     "tdpo2": ({"alpha": 0.4}, lambda s: sp(-0.1 * (s.delta - 0.4 * (s.kr - s.kc.detach())))),
     "ln_dpo": ({}, lambda s: sp(-5.0 * (s.dc / s.nc - s.dr / s.nr))),
     "ld_dpo": ({"ld_alpha": 0.3}, lambda s: sp(-0.1 * ld_delta(s, 0.3))),
-    "f_dpo_js": ({}, lambda s: sp(-0.1 * (torch.log(2 / (1 + torch.exp(-s.dc))) - torch.log(2 / (1 + torch.exp(-s.dr)))))),
+    "f_dpo_js": (
+        {},
+        lambda s: sp(-0.1 * (torch.log(2 / (1 + torch.exp(-s.dc))) - torch.log(2 / (1 + torch.exp(-s.dr))))),
+    ),
     "f_dpo_fkl": ({}, lambda s: sp(-0.1 * (-1 / torch.exp(s.dc) + 1 / torch.exp(s.dr)))),
-    "f_dpo_alpha": ({"alpha": 0.3}, lambda s: sp(-0.1 * ((1 - torch.exp(s.dc) ** -0.3) / 0.3 - (1 - torch.exp(s.dr) ** -0.3) / 0.3))),
+    "f_dpo_alpha": (
+        {"alpha": 0.3},
+        lambda s: sp(-0.1 * ((1 - torch.exp(s.dc) ** -0.3) / 0.3 - (1 - torch.exp(s.dr) ** -0.3) / 0.3)),
+    ),
     "d2o": ({"beta": 0.2, "alpha": 0.05}, lambda s: sp(-(0.2 * s.dc - 0.05 * s.dr))),
     "simpo": ({"beta": 2.0, "gamma": 0.7}, lambda s: sp(-(2.0 * s.c / s.nc - 2.0 * s.r / s.nr - 0.7))),
     "cpo": ({"beta": 0.2}, lambda s: sp(-0.2 * (s.c - s.r)) - s.c.sum() / s.nc.sum()),
-    "cpo_simpo": ({"beta": 3.0, "gamma_beta_ratio": 0.2}, lambda s: sp(-(3.0 * (s.c / s.nc - s.r / s.nr) - 0.6)) - s.c / s.nc),
+    "cpo_simpo": (
+        {"beta": 3.0, "gamma_beta_ratio": 0.2},
+        lambda s: sp(-(3.0 * (s.c / s.nc - s.r / s.nr) - 0.6)) - s.c / s.nc,
+    ),
     "alphapo": (
         {},
-        lambda s: sp(-(2.5 * ((1 - torch.exp(s.c / s.nc) ** -0.25) / 0.25 - (1 - torch.exp(s.r / s.nr) ** -0.25) / 0.25) - 0.1)),
+        lambda s: sp(
+            -(
+                2.5
+                * ((1 - torch.exp(s.c / s.nc) ** -0.25) / 0.25 - (1 - torch.exp(s.r / s.nr) ** -0.25) / 0.25)
+                - 0.1
+            )
+        ),
     ),
     "orpo": ({}, ORPO),
     "rrhf_pair": ({}, lambda s: torch.clamp(s.r / s.nr - s.c / s.nc, min=0)),
@@ -128,12 +157,21 @@ PAPERS = {
     "apo_zero": ({}, lambda s: 1 - sg(0.1 * s.dc) + sg(0.1 * s.dr)),
     "apo_down": ({}, lambda s: sg(0.1 * s.dc) + 1 - sg(0.1 * s.delta)),
     "sppo_hard": ({"beta": 0.01}, lambda s: (s.dc - 0.5 / 0.01) ** 2 + (s.dr + 0.5 / 0.01) ** 2),
-    "sppo": ({"beta": 0.01, **SOFT}, lambda s: 0.5 * ((s.dc - (P - 0.5) / 0.01) ** 2 + (s.dr - (0.5 - P) / 0.01) ** 2)),
+    "sppo": (
+        {"beta": 0.01, **SOFT},
+        lambda s: 0.5 * ((s.dc - (P - 0.5) / 0.01) ** 2 + (s.dr - (0.5 - P) / 0.01) ** 2),
+    ),
     "wpo": ({"omega": P}, lambda s: P * sp(-0.01 * s.delta)),
-    "aot": ({"label_smoothing": 0.1}, lambda s: aot(torch.sort(s.c - s.r).values - torch.sort(s.rc - s.rr).values, 0.1)),
+    "aot": (
+        {"label_smoothing": 0.1},
+        lambda s: aot(torch.sort(s.c - s.r).values - torch.sort(s.rc - s.rr).values, 0.1),
+    ),
     "aot_unpaired": ({}, lambda s: aot(torch.sort(s.dc).values - torch.sort(s.dr).values, 0.0)),
     "npo": ({}, lambda s: 2 / 0.1 * torch.log(1 + torch.exp(s.dr) ** 0.1)),
-    **{name: ({}, lambda s: sp(-0.1 * s.delta)) for name in ("dno_prct", "online_dpo", "iterative_dpo", "sdpo", "self_rewarding")},
+    **{
+        name: ({}, lambda s: sp(-0.1 * s.delta))
+        for name in ("dno_prct", "online_dpo", "iterative_dpo", "sdpo", "self_rewarding")
+    },
 }
 
 
@@ -142,13 +180,24 @@ def evaluate(name, batch, **options):
     lp, kl = batch.logprobs.clone().requires_grad_(), batch.kl_ref_policy.clone().requires_grad_()
     with fa.use_backend("reference"):
         packed = batch.packed
-        out = fa.preference_loss(lp, batch.ref_logprobs, packed.cu_seqlens, mask=packed.mask, kl_ref_policy=kl, loss=name, **options)
+        out = fa.preference_loss(
+            lp,
+            batch.ref_logprobs,
+            packed.cu_seqlens,
+            mask=packed.mask,
+            kl_ref_policy=kl,
+            loss=name,
+            **options,
+        )
     return out.loss.detach(), *(
-        torch.zeros_like(lp) if g is None else g for g in torch.autograd.grad(out.loss, (lp, kl), allow_unused=True)
+        torch.zeros_like(lp) if g is None else g
+        for g in torch.autograd.grad(out.loss, (lp, kl), allow_unused=True)
     )
 
 
-@pytest.mark.parametrize("name", [n for n, p in losses.PRESETS.items() if p.rule is None])  # the others: test_rules.py
+@pytest.mark.parametrize(
+    "name", [n for n, p in losses.PRESETS.items() if p.rule is None]
+)  # the others: test_rules.py
 def test_preset_equals_its_paper(name):
     options, formula = PAPERS[name]
     for seed in range(3):
@@ -164,7 +213,10 @@ def test_preset_equals_its_paper(name):
 
 def test_soft_labels_of_sppo_default_to_the_hard_version():
     batch = make_batch(3, dtype=torch.float64)
-    assert evaluate("sppo", batch)[0] == evaluate("sppo", batch, soft_labels=torch.ones(3, dtype=torch.float64))[0]
+    assert (
+        evaluate("sppo", batch)[0]
+        == evaluate("sppo", batch, soft_labels=torch.ones(3, dtype=torch.float64))[0]
+    )
 
 
 # Identities between methods (and the two that are easily got wrong).
@@ -218,7 +270,13 @@ def test_params_have_the_order_of_the_header():
 def test_every_field_reaches_the_kernel_or_the_host():
     """Changing any one field of a preset changes what the kernels get: no field is silently ignored."""
     base = Preset(
-        link="squared", point_link="squared", point_chosen=(1.0, 0.0), sft_weight=0.1, labels="smooth", label_smoothing=0.1, kl_chosen=0.5
+        link="squared",
+        point_link="squared",
+        point_chosen=(1.0, 0.0),
+        sft_weight=0.1,
+        labels="smooth",
+        label_smoothing=0.1,
+        kl_chosen=0.5,
     )
     other = {
         "beta": 0.7, "beta_rejected": 0.3, "reference": False, "length_norm": 1.0, "ld_alpha": 0.5, "token_clamp": (-1.0, 1.0),
@@ -278,7 +336,14 @@ def test_every_field_reaches_the_kernel_or_the_host():
 def test_bad_options_name_themselves(loss, options, words):
     batch = make_batch(4)
     with pytest.raises(ValueError, match=words):
-        fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=loss, **options)
+        fa.preference_loss(
+            batch.logprobs,
+            batch.ref_logprobs,
+            batch.packed.cu_seqlens,
+            mask=batch.packed.mask,
+            loss=loss,
+            **options,
+        )
 
 
 def test_missing_inputs_name_themselves():
@@ -288,8 +353,16 @@ def test_missing_inputs_name_themselves():
         ("mask is required", lambda: fa.preference_loss(lp, rp, cu, loss="ipo")),
         ("needs ref_logprobs", lambda: fa.preference_loss(lp, None, cu, mask=mask)),
         ("ref_logprobs has shape", lambda: fa.preference_loss(lp, rp[:-1], cu, mask=mask)),
-        ("pairs is required", lambda: fa.preference_loss(lp, rp, cu[:-1].clone().index_fill(0, torch.tensor([7]), len(lp)), mask=mask)),
-        ("pairs must be integers", lambda: fa.preference_loss(lp, rp, cu, pairs=torch.zeros(2, 3, dtype=torch.int64))),
+        (
+            "pairs is required",
+            lambda: fa.preference_loss(
+                lp, rp, cu[:-1].clone().index_fill(0, torch.tensor([7]), len(lp)), mask=mask
+            ),
+        ),
+        (
+            "pairs must be integers",
+            lambda: fa.preference_loss(lp, rp, cu, pairs=torch.zeros(2, 3, dtype=torch.int64)),
+        ),
         ("kl_ref_policy", lambda: fa.preference_loss(lp, rp, cu, mask=mask, kl_rejected=0.5)),
         ("chosen_lengths", lambda: fa.preference_loss_from_sums(lp[:2], lp[:2], loss="simpo")),
         ("ref_chosen", lambda: fa.preference_loss_from_sums(lp[:2], lp[:2])),
@@ -303,13 +376,18 @@ def test_missing_inputs_name_themselves():
         fa.preference_loss(lp, rp, cu, omega=2.0)
     with pytest.raises(TypeError, match="'sft_weight' must be a number"):
         fa.preference_loss(lp, rp, cu, mask=mask, sft_weight=torch.tensor(1.0))
-    assert fa.preference_loss(lp, rp, cu, mask=mask, loss="simpo").loss == fa.preference_loss(lp, None, cu, mask=mask, loss="simpo").loss
+    assert (
+        fa.preference_loss(lp, rp, cu, mask=mask, loss="simpo").loss
+        == fa.preference_loss(lp, None, cu, mask=mask, loss="simpo").loss
+    )
 
 
 def test_compose_without_new_code():
     mine = losses.get("dpo").replace(link="hinge", length_norm=1.0, target=0.4, beta=2.0)
     batch = make_batch(5, dtype=torch.float64)
-    got = fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=mine).loss
+    got = fa.preference_loss(
+        batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=mine
+    ).loss
     s = Sums(batch, batch.kl_ref_policy)
     assert abs(float(got - torch.clamp(0.4 - 2.0 * (s.dc / s.nc - s.dr / s.nr), min=0).mean())) < 1e-10
     with pytest.raises(ValueError, match="no option 'nonsense'"):
@@ -320,7 +398,9 @@ def test_compose_without_new_code():
 
 def test_metrics_use_trl_names_and_omit_nothing():
     batch = make_batch(5)
-    out = fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss="slic_hf")
+    out = fa.preference_loss(
+        batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss="slic_hf"
+    )
     metrics = out.metrics()
     assert {
         "rewards/chosen",

@@ -1,4 +1,5 @@
-"""Every TRL loss name against TRL's own code: `DPOTrainer._compute_loss` runs on the same log-probs, value and gradient are compared."""
+"""Every TRL loss name against TRL's own code: `DPOTrainer._compute_loss` runs on the same log-probs, value
+and gradient are compared."""
 
 from __future__ import annotations
 
@@ -46,14 +47,19 @@ class Accelerator:
     gather_for_metrics = gather
 
 
-def trl_loss(losses, weights, batch, logprobs, f_divergence="reverse_kl", alpha=0.5, ld_alpha=None, use_weighting=False):
-    """(loss, metrics) of TRL's own method on the packed batch laid out as TRL wants it: padded, chosen rows first, shift inside."""
+def trl_loss(
+    losses, weights, batch, logprobs, f_divergence="reverse_kl", alpha=0.5, ld_alpha=None, use_weighting=False
+):
+    """(loss, metrics) of TRL's own method on the packed batch laid out as TRL wants it: padded, chosen rows
+    first, shift inside."""
     cu, mask = batch.packed.cu_seqlens.tolist(), batch.packed.mask
     rows = list(range(0, len(cu) - 1, 2)) + list(range(1, len(cu) - 1, 2))
     width = max(b - a for a, b in zip(cu, cu[1:]))
 
     def padded(x):
-        return torch.stack([torch.cat([x[cu[i] : cu[i + 1]], x.new_zeros(width - (cu[i + 1] - cu[i]))]) for i in rows])
+        return torch.stack(
+            [torch.cat([x[cu[i] : cu[i + 1]], x.new_zeros(width - (cu[i + 1] - cu[i]))]) for i in rows]
+        )
 
     shifted = padded(mask)[:, :-1]  # row t scores token t + 1; the last row of every sequence scores nothing
     completion = torch.cat([torch.zeros_like(shifted[:, :1]), shifted], 1).long()
@@ -80,7 +86,10 @@ def trl_loss(losses, weights, batch, logprobs, f_divergence="reverse_kl", alpha=
     )  # fmt: skip
     ids = torch.zeros_like(completion)
     loss = DPOTrainer._compute_loss(
-        trainer, trainer.model, {"input_ids": ids, "attention_mask": ids + 1, "completion_mask": completion}, False
+        trainer,
+        trainer.model,
+        {"input_ids": ids, "attention_mask": ids + 1, "completion_mask": completion},
+        False,
     )
     return loss, trainer._metrics["train"]
 
@@ -107,8 +116,12 @@ def same(theirs, ours, keys=(*REWARDS, "logps/chosen", "logps/rejected")):
 def test_loss_and_gradient_equal_trl(name):
     for seed in range(2):
         batch = make_batch(5, seed=seed)
-        theirs, ours = both(batch, lambda lp, batch=batch: trl_loss([name], [1.0], batch, lp), loss=name, **SAME[name])
-        if name == "sft":  # TRL's rewards are against a reference, which the loss does not have: none under that name here
+        theirs, ours = both(
+            batch, lambda lp, batch=batch: trl_loss([name], [1.0], batch, lp), loss=name, **SAME[name]
+        )
+        if (
+            name == "sft"
+        ):  # TRL's rewards are against a reference, which the loss does not have: none under that name here
             assert not any(key.startswith("rewards/") for key in ours[0].metrics())
             same(theirs, ours, keys=("logps/chosen", "logps/rejected"))
         else:
@@ -128,7 +141,14 @@ def test_where_the_loss_compares_other_rewards_these_have_names_of_their_own():
     batch = make_batch(5)
 
     def metrics(loss, **options):
-        out = fa.preference_loss(batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=loss, **options)
+        out = fa.preference_loss(
+            batch.logprobs,
+            batch.ref_logprobs,
+            batch.packed.cu_seqlens,
+            mask=batch.packed.mask,
+            loss=loss,
+            **options,
+        )
         return out, {name: float(value) for name, value in out.metrics().items()}
 
     for loss in ("ipo", "sigmoid_norm", "alphapo", "orpo"):
@@ -143,25 +163,56 @@ def test_where_the_loss_compares_other_rewards_these_have_names_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "divergence,ours", [("forward_kl", "f_dpo_fkl"), ("js_divergence", "f_dpo_js"), ("alpha_divergence", "f_dpo_alpha")]
+    "divergence,ours",
+    [("forward_kl", "f_dpo_fkl"), ("js_divergence", "f_dpo_js"), ("alpha_divergence", "f_dpo_alpha")],
 )
 def test_f_divergences_equal_trl(divergence, ours):
     """TRL's coefficient is 1 - alpha of the paper."""
     batch = make_batch(5)
     options = {"alpha": 0.3} if ours == "f_dpo_alpha" else {}
-    same(*both(batch, lambda lp: trl_loss(["sigmoid"], [1.0], batch, lp, divergence, alpha=0.7), loss=ours, **options))
+    same(
+        *both(
+            batch,
+            lambda lp: trl_loss(["sigmoid"], [1.0], batch, lp, divergence, alpha=0.7),
+            loss=ours,
+            **options,
+        )
+    )
 
 
 def test_ld_dpo_wpo_and_mixtures_equal_trl():
     batch = make_batch(5)
-    same(*both(batch, lambda lp: trl_loss(["sigmoid"], [1.0], batch, lp, ld_alpha=0.4), loss="ld_dpo", ld_alpha=0.4))
-    omega = fa.wpo_weights(
-        batch.logprobs, torch.full_like(batch.logprobs, -1.5), batch.packed.cu_seqlens, mask=batch.packed.mask, clamp=None
+    same(
+        *both(
+            batch,
+            lambda lp: trl_loss(["sigmoid"], [1.0], batch, lp, ld_alpha=0.4),
+            loss="ld_dpo",
+            ld_alpha=0.4,
+        )
     )
-    same(*both(batch, lambda lp: trl_loss(["sigmoid"], [1.0], batch, lp, use_weighting=True), loss="wpo", beta=0.1, omega=omega))
+    omega = fa.wpo_weights(
+        batch.logprobs,
+        torch.full_like(batch.logprobs, -1.5),
+        batch.packed.cu_seqlens,
+        mask=batch.packed.mask,
+        clamp=None,
+    )
+    same(
+        *both(
+            batch,
+            lambda lp: trl_loss(["sigmoid"], [1.0], batch, lp, use_weighting=True),
+            loss="wpo",
+            beta=0.1,
+            omega=omega,
+        )
+    )
     dpo, bco = fa.losses.get("sigmoid"), fa.losses.get("bco_pair").replace(beta=0.1)
     mix = [(dpo, 0.8), (bco, 0.2), ("sft", 1.0)]
-    same(*both(batch, lambda lp: trl_loss(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], batch, lp), loss=mix))
+    same(
+        *both(
+            batch, lambda lp: trl_loss(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], batch, lp), loss=mix
+        )
+    )
     for lead, preset in (
         ("ipo", losses.get("ipo").replace(tau=0.1)),
         ("sigmoid_norm", losses.get("ln_dpo").replace(beta=0.1)),

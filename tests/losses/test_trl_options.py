@@ -1,4 +1,5 @@
-"""Options and names of other trainers: accepted with their meaning, or refused with a hint that names ours; the columns TRL of the tables."""
+"""Options and names of other trainers: accepted with their meaning, or refused with a hint that names ours;
+the columns TRL of the tables."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from fastalign.losses import policy as policy_losses
 from fastalign.losses.pair import FIELDS
 from fastalign.testing import make_batch
 
-# Settings of TRL's configurations that change what is learnt from given log-probs: the others are of models, data, generation, logging.
+# Settings of TRL's configurations that change what is learnt from given log-probs: the others are of models,
+# data, generation, logging.
 OF_THE_LOSS = {
     DPOConfig: ("loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "beta",
                 "use_weighting", "discopop_tau", "precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
@@ -40,7 +42,9 @@ OF_THE_LOSS = {
 POLICY = (GRPOConfig, RLOOConfig)
 
 
-@pytest.mark.parametrize("config,name", [(config, name) for config, names in OF_THE_LOSS.items() for name in names])
+@pytest.mark.parametrize(
+    "config,name", [(config, name) for config, names in OF_THE_LOSS.items() for name in names]
+)
 def test_every_option_is_honoured_or_refused_with_a_hint(config, name):
     assert name in config.__dataclass_fields__, "TRL has no such option any more"
     if config in POLICY:
@@ -50,7 +54,15 @@ def test_every_option_is_honoured_or_refused_with_a_hint(config, name):
         pass  # of the same meaning, which test_trl.py holds, or refused where it has another: below
     elif config is KTOConfig and name in ("desirable_weight", "undesirable_weight"):
         one = torch.zeros(1)
-        fa.unpaired_loss(one, one, torch.tensor([0, 1], dtype=torch.int32), one == 0, loss="kto", baseline=0.0, **{name: 2.0})
+        fa.unpaired_loss(
+            one,
+            one,
+            torch.tensor([0, 1], dtype=torch.int32),
+            one == 0,
+            loss="kto",
+            baseline=0.0,
+            **{name: 2.0},
+        )
     elif name == "alpha":
         assert losses.get("alphapo").replace(alpha=0.3).transform_alpha == 0.3
     else:
@@ -78,7 +90,12 @@ def test_a_number_of_another_meaning_is_refused(loss, option, value, words):
         losses.get(loss).replace(**{option: value})
     with pytest.raises(ValueError, match=words):
         fa.preference_loss(
-            batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=loss, **{option: value}
+            batch.logprobs,
+            batch.ref_logprobs,
+            batch.packed.cu_seqlens,
+            mask=batch.packed.mask,
+            loss=loss,
+            **{option: value},
         )
 
 
@@ -98,7 +115,9 @@ def test_hints_name_what_exists():
     for table in (peers._PREFERENCE, peers._POLICY):
         for text in table.values():
             assert set(re.findall(r"(?:write|with|,) (\w+)=", text)) <= ours, text
-    assert set(losses.TRL_FORMS) <= set(losses.PRESETS) and set(policy_losses.TRL_FORMS) <= set(policy_losses.PRESETS)
+    assert set(losses.TRL_FORMS) <= set(losses.PRESETS) and set(policy_losses.TRL_FORMS) <= set(
+        policy_losses.PRESETS
+    )
 
 
 # --- the column TRL of the table of losses, where it is no loss_type of the DPOTrainer alone
@@ -111,7 +130,10 @@ DPO_FORMS = {
     "f_dpo_js": (["sigmoid"], [1.0], {"f_divergence": "js_divergence"}, {}),
     "f_dpo_fkl": (["sigmoid"], [1.0], {"f_divergence": "forward_kl"}, {}),
     "f_dpo_alpha": (["sigmoid"], [1.0], {"f_divergence": "alpha_divergence", "alpha": 0.7}, {"alpha": 0.3}),
-    **{name: (["sigmoid"], [1.0], {}, {}) for name in ("dno_prct", "online_dpo", "iterative_dpo", "sdpo", "self_rewarding")},
+    **{
+        name: (["sigmoid"], [1.0], {}, {})
+        for name in ("dno_prct", "online_dpo", "iterative_dpo", "sdpo", "self_rewarding")
+    },
 }
 
 
@@ -123,7 +145,8 @@ def test_equal_to_a_form_of_the_dpo_trainer(name):
 
 
 def cpo_loss(batch, logprobs, *, loss_type, beta=0.5, gamma=0.3, alpha=0.0, cpo_alpha=0.0, smoothing=0.0):
-    """Loss and metrics of CPOTrainer on the packed batch: its `cpo_loss` on the log-probs that its `concatenated_forward` would form."""
+    """Loss and metrics of CPOTrainer on the packed batch: its `cpo_loss` on the log-probs that its
+    `concatenated_forward` would form."""
     cu, mask = batch.packed.cu_seqlens.tolist(), batch.packed.mask
     sums = torch.stack([torch.where(mask[a:b], logprobs[a:b], 0.0).sum() for a, b in zip(cu, cu[1:])])
     lengths = torch.stack([mask[a:b].sum() for a, b in zip(cu, cu[1:])])
@@ -132,7 +155,12 @@ def cpo_loss(batch, logprobs, *, loss_type, beta=0.5, gamma=0.3, alpha=0.0, cpo_
                               accelerator=SimpleNamespace(device="cpu"))  # fmt: skip
     each, chosen, rejected = CPOTrainer.cpo_loss(trainer, logps[::2], logps[1::2])
     nll = -sums[::2].sum() / lengths[::2].sum()
-    metrics = dict(zip(REWARDS, (chosen.mean(), rejected.mean(), (chosen > rejected).float().mean(), (chosen - rejected).mean())))
+    metrics = dict(
+        zip(
+            REWARDS,
+            (chosen.mean(), rejected.mean(), (chosen > rejected).float().mean(), (chosen - rejected).mean()),
+        )
+    )
     metrics |= {"logps/chosen": logps[::2].mean(), "logps/rejected": logps[1::2].mean()}
     return each.mean() + cpo_alpha * nll, {name: [float(value)] for name, value in metrics.items()}
 
@@ -166,9 +194,21 @@ def test_orpo_is_that_of_the_orpo_trainer():
         means = torch.stack([part.mean() for part in parts])
         trainer = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
         each, chosen, rejected, _, _ = ORPOTrainer.odds_ratio_loss(trainer, means[::2], means[1::2])
-        metrics = dict(zip(REWARDS, (chosen.mean(), rejected.mean(), (chosen > rejected).float().mean(), (chosen - rejected).mean())))
+        metrics = dict(
+            zip(
+                REWARDS,
+                (
+                    chosen.mean(),
+                    rejected.mean(),
+                    (chosen > rejected).float().mean(),
+                    (chosen - rejected).mean(),
+                ),
+            )
+        )
         metrics |= {"logps/chosen": means[::2].mean(), "logps/rejected": means[1::2].mean()}
-        nll = -torch.cat(parts[::2]).mean()  # over the response; TRL's counts the prompt too, as sft_include_prompt does
+        nll = -torch.cat(
+            parts[::2]
+        ).mean()  # over the response; TRL's counts the prompt too, as sft_include_prompt does
         return nll - each.mean(), {key: [float(value)] for key, value in metrics.items()}
 
     same(*both(batch, theirs, loss="orpo", pair_weight=0.1))
@@ -182,7 +222,9 @@ def test_bt_rm_is_the_loss_of_the_reward_trainer():
         theirs, ours = scores.clone().requires_grad_(), scores.clone().requires_grad_()
         trainer = SimpleNamespace(model=SimpleNamespace(training=False), accelerator=Accelerator(), _total_train_tokens=0,
                                   args=SimpleNamespace(center_rewards_coefficient=centering), _metrics={"eval": defaultdict(list)})  # fmt: skip
-        want = RewardTrainer.compute_loss(trainer, lambda theirs=theirs, **_: SimpleNamespace(logits=theirs.unsqueeze(-1)), dict(given))
+        want = RewardTrainer.compute_loss(
+            trainer, lambda theirs=theirs, **_: SimpleNamespace(logits=theirs.unsqueeze(-1)), dict(given)
+        )
         out = fa.reward_loss(ours[:5], ours[5:], centering=centering or 0.0, **given)
         assert torch.allclose(out.loss, want) and torch.allclose(
             *(torch.autograd.grad(a, b)[0] for a, b in ((out.loss, ours), (want, theirs)))
@@ -194,7 +236,8 @@ def test_bt_rm_is_the_loss_of_the_reward_trainer():
 
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_unpaired_losses_are_those_of_the_kto_trainer(loss):
-    """Loss, gradient and metrics, on responses of which the last is paired with another prompt for the baseline."""
+    """Loss, gradient and metrics, on responses of which the last is paired with another prompt for the
+    baseline."""
     draw = torch.Generator().manual_seed(1)
     lp, ref, kl_lp, kl_ref = -torch.rand(4, 6, 8, generator=draw)
     labels = torch.tensor([True, False, False, True, True, False])
@@ -221,12 +264,23 @@ def test_unpaired_losses_are_those_of_the_kto_trainer(loss):
     ids = torch.zeros(6, 9, dtype=torch.long)
     mask = torch.cat([torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 8, dtype=torch.long)], 1)
     want = KTOTrainer._compute_loss(
-        trainer, policy, {"input_ids": ids, "attention_mask": ids + 1, "completion_mask": mask, "label": labels}, False
+        trainer,
+        policy,
+        {"input_ids": ids, "attention_mask": ids + 1, "completion_mask": mask, "label": labels},
+        False,
     )
     cu = torch.arange(0, 49, 8, dtype=torch.int32)
     baseline = {"baseline": fa.kto_baseline(kl_lp.flatten(), kl_ref.flatten(), cu)} if loss == "kto" else {}
     out = fa.unpaired_loss(
-        y.flatten(), ref.flatten(), cu, labels, loss=loss, beta=0.3, desirable_weight=1.2, undesirable_weight=0.7, **baseline
+        y.flatten(),
+        ref.flatten(),
+        cu,
+        labels,
+        loss=loss,
+        beta=0.3,
+        desirable_weight=1.2,
+        undesirable_weight=0.7,
+        **baseline,
     )
     assert torch.allclose(out.loss, want) and torch.allclose(
         torch.autograd.grad(out.loss, y)[0], torch.autograd.grad(want, x)[0], atol=1e-7
@@ -237,5 +291,11 @@ def test_unpaired_losses_are_those_of_the_kto_trainer(loss):
 
 
 def test_every_form_of_the_table_is_compared():
-    compared = {*DPO_FORMS, *(name for name, _, _ in CPO_FORMS.values()), "orpo", "wpo", "bt_rm"}  # wpo: test_trl.py
+    compared = {
+        *DPO_FORMS,
+        *(name for name, _, _ in CPO_FORMS.values()),
+        "orpo",
+        "wpo",
+        "bt_rm",
+    }  # wpo: test_trl.py
     assert set(losses.TRL_FORMS) <= compared

@@ -1,4 +1,5 @@
-"""Every policy loss that TRL has against TRL's own code: `GRPOTrainer._compute_loss` runs on the same log-probs, loss and gradient are compared."""
+"""Every policy loss that TRL has against TRL's own code: `GRPOTrainer._compute_loss` runs on the same
+log-probs, loss and gradient are compared."""
 
 from __future__ import annotations
 
@@ -21,8 +22,24 @@ SAME = {
     "grpo": ({"loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2}, {}),
     "dr_grpo": ({"loss_type": "dr_grpo", "epsilon_low": 0.2, "epsilon_high": 0.2}, {"norm_length": 12.0}),
     "dapo": ({"loss_type": "dapo", "epsilon_low": 0.2, "epsilon_high": 0.28}, {}),
-    "gspo": ({"loss_type": "grpo", "epsilon_low": 3e-4, "epsilon_high": 4e-4, "importance_sampling_level": "sequence"}, {}),
-    "luspo": ({"loss_type": "luspo", "epsilon_low": 3e-4, "epsilon_high": 4e-4, "importance_sampling_level": "sequence"}, {}),
+    "gspo": (
+        {
+            "loss_type": "grpo",
+            "epsilon_low": 3e-4,
+            "epsilon_high": 4e-4,
+            "importance_sampling_level": "sequence",
+        },
+        {},
+    ),
+    "luspo": (
+        {
+            "loss_type": "luspo",
+            "epsilon_low": 3e-4,
+            "epsilon_high": 4e-4,
+            "importance_sampling_level": "sequence",
+        },
+        {},
+    ),
     "cispo": ({"loss_type": "cispo", "epsilon_low": 0.2, "epsilon_high": 5.0}, {}),
     # 1.0625 is exact in fp32, to which TRL rounds its default of 1.05
     "sapo": ({"loss_type": "sapo", "epsilon_low": 0.2, "epsilon_high": 0.2}, {"tau_neg": 1.0625}),
@@ -103,13 +120,20 @@ def both(name, spread=0.3, theirs=(), ours=()):
 def test_same_loss_and_gradient_as_trl(name, spread):
     ours, theirs = both(name, spread)
     if "clip_ratio/low_mean" in theirs:  # of tokens; of gspo and luspo of sequences
-        for mine, peers in (("clipfrac_low", "low_mean"), ("clipfrac_high", "high_mean"), ("clipfrac", "region_mean")):
+        for mine, peers in (
+            ("clipfrac_low", "low_mean"),
+            ("clipfrac_high", "high_mean"),
+            ("clipfrac", "region_mean"),
+        ):
             assert float(ours[f"policy/{mine}"]) == pytest.approx(theirs[f"clip_ratio/{peers}"][0]), mine
     assert float(ours["policy/entropy"]) == pytest.approx(theirs["entropy"][0])
 
 
 def test_every_form_of_the_table_is_compared():
-    assert {p.name for p in policy_losses.PRESETS.values() if p.trl or p.name in policy_losses.TRL_FORMS} == {*SAME, "rloo"}
+    assert {p.name for p in policy_losses.PRESETS.values() if p.trl or p.name in policy_losses.TRL_FORMS} == {
+        *SAME,
+        "rloo",
+    }
 
 
 @pytest.mark.parametrize("spread", [1e-2, 0.3])
@@ -127,14 +151,21 @@ def test_rloo_is_that_of_the_rloo_trainer(spread):
     out = fa.policy_loss(y, old.flatten(), advantages, loss="rloo", mask=mask.bool().flatten(),
                          cu_seqlens=torch.arange(0, B * T + 1, T, dtype=torch.int32))  # fmt: skip
     (g,), (want_g,) = torch.autograd.grad(out.loss, y), torch.autograd.grad(want, x)
-    assert abs(float((out.loss - want).detach())) < 1e-12 and float((g - want_g.flatten()).abs().max()) < 1e-12
+    assert (
+        abs(float((out.loss - want).detach())) < 1e-12 and float((g - want_g.flatten()).abs().max()) < 1e-12
+    )
     ours, theirs = out.metrics(), me._metrics["eval"]
-    for mine, peers in (("clipfrac_low", "low_mean"), ("clipfrac_high", "high_mean"), ("clipfrac", "region_mean")):
+    for mine, peers in (
+        ("clipfrac_low", "low_mean"),
+        ("clipfrac_high", "high_mean"),
+        ("clipfrac", "region_mean"),
+    ):
         assert float(ours[f"policy/{mine}"]) == pytest.approx(theirs[f"clip_ratio/{peers}"][0]), mine
 
 
 def test_what_is_counted_otherwise_than_in_trl():
-    """cispo: here every clipped weight, there those with A > 0. kl: here the estimate, there times rho where the term is corrected."""
+    """cispo: here every clipped weight, there those with A > 0. kl: here the estimate, there times rho where
+    the term is corrected."""
     logps, old, _, advantages, mask, _ = batch()
     kept, a = mask.bool(), advantages.unsqueeze(1).expand(B, T)
     above = ((logps - old).exp() > 1.1)[kept]
@@ -142,7 +173,11 @@ def test_what_is_counted_otherwise_than_in_trl():
     assert float(ours["policy/clipfrac_high"]) == pytest.approx(float(above.double().mean()))
     assert theirs["cispo_clip_ratio"][0] == pytest.approx(float((above & (a[kept] > 0)).double().mean()))
     for corrected in (False, True):
-        ours, theirs = both("grpo", theirs={"beta": 0.04, "bias": corrected}, ours={"kl_coef": 0.04, "kl_bias_correction": corrected})
+        ours, theirs = both(
+            "grpo",
+            theirs={"beta": 0.04, "bias": corrected},
+            ours={"kl_coef": 0.04, "kl_bias_correction": corrected},
+        )
         assert (float(ours["policy/kl"]) == pytest.approx(theirs["kl"][0])) == (not corrected)
 
 
@@ -153,20 +188,31 @@ def test_k3_as_a_loss_is_bounded():
     def ours(**options):
         x = d.clone().requires_grad_()
         out = fa.policy_loss(
-            x, None, torch.zeros(5), mask=d == d, ref_logprobs=torch.zeros(5), kl_coef=1.0, aggregation="token_sum", **options
+            x,
+            None,
+            torch.zeros(5),
+            mask=d == d,
+            ref_logprobs=torch.zeros(5),
+            kl_coef=1.0,
+            aggregation="token_sum",
+            **options,
         )
         return out, torch.autograd.grad(out.loss, x)[0]
 
     x = d.clone().requires_grad_()
     verl = torch.clamp(torch.exp(torch.clamp(-x, -20, 20)) + x - 1, -10, 10)
     out, slope = ours()
-    assert float(out.loss) == pytest.approx(float(verl.sum())) and torch.allclose(slope, torch.autograd.grad(verl.sum(), x)[0])
+    assert float(out.loss) == pytest.approx(float(verl.sum())) and torch.allclose(
+        slope, torch.autograd.grad(verl.sum(), x)[0]
+    )
     assert float(ours(kl_clamp=None)[0].loss) > 4e8 and float(ours(kl_clamp=None)[1].abs().max()) > 4e8
     x = d.clone().requires_grad_()
     value = fa.kl_estimate(x, torch.zeros(5), "k3", clamp=10.0)
     assert torch.allclose(value, verl) and torch.allclose(torch.autograd.grad(value.sum(), x)[0], slope)
     for kind in ("k1", "k2", "abs", "k3+"):  # unbounded unless asked for
-        assert float(ours(kl_kind=kind)[0].loss) == pytest.approx(float(ours(kl_kind=kind, kl_clamp=None)[0].loss))
+        assert float(ours(kl_kind=kind)[0].loss) == pytest.approx(
+            float(ours(kl_kind=kind, kl_clamp=None)[0].loss)
+        )
         held, slope = ours(kl_kind=kind, kl_clamp=3.0)
         plain = fa.kl_estimate(d, torch.zeros(5), "k3" if kind == "k3+" else kind)
         assert float(held.loss) == pytest.approx(float(plain.clamp(-3, 3).sum()))

@@ -19,14 +19,30 @@ from fastalign.runtime import ffi
 from fastalign.runtime.op import OPS
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-ROW_RESULTS = re.search(r"#define FA_ROW_RESULTS\(X\)((?:.*\\\n)*.*)", (CSRC / "math" / "row_state.h").read_text()).group(1)
+ROW_RESULTS = re.search(
+    r"#define FA_ROW_RESULTS\(X\)((?:.*\\\n)*.*)", (CSRC / "math" / "row_state.h").read_text()
+).group(1)
 FIELDS = "\n".join(f"void* {name};" for name in re.findall(r"X\(\w+, (\w+)\)", ROW_RESULTS))
 LIST = "#define FA_FIELD(bit, name) void* name;\n  FA_ROW_RESULTS(FA_FIELD)\n#undef FA_FIELD"
 HEADER = (CSRC / "ops.h").read_text().replace(LIST, FIELDS)
 CPP_OPS = dict(re.findall(r"^ +X\((\w+), (\w+)\)", HEADER, re.MULTILINE))
 
 # Sizes of the tensors by the letters of `In("T")`, all different ("tokens" is a dim too).
-SIZES = {"T": 17, "tokens": 17, "S": 5, "L": 6, "count": 7, "rows": 9, "V": 23, "K": 4, "N": 11, "A": 12, "I": 13, "E": 14, "R": 15}
+SIZES = {
+    "T": 17,
+    "tokens": 17,
+    "S": 5,
+    "L": 6,
+    "count": 7,
+    "rows": 9,
+    "V": 23,
+    "K": 4,
+    "N": 11,
+    "A": 12,
+    "I": 13,
+    "E": 14,
+    "R": 15,
+}
 # What Python calls otherwise, C++ -> Python; sizes by their letters.
 OTHER_NAMES = {
     "ref": "ref_logits", "temperature_ptr": "temperature_tensor", "gamma_ptr": "gamma_tensor", "lam_ptr": "lam_tensor",
@@ -34,14 +50,24 @@ OTHER_NAMES = {
     "grad_kl": "d_kl", "part_targets": "targets", "grad_entropy": "d_entropy",
     "sequences": "S", "lists": "L", "pairs": "count", "n": "N", "targets": "K",
 }  # fmt: skip
-DTYPES = {"": torch.float32, "acc": torch.float32, "int32": torch.int32, "int64": torch.int64, "bool": torch.bool}
+DTYPES = {
+    "": torch.float32,
+    "acc": torch.float32,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
 
 
 def members_in_header(struct):
     """Names in the order in which the header declares them, those of its bases first."""
     bases, body = re.search(rf"struct {struct}(?: : ([\w, ]+))? {{\n(.*?)\n}};", HEADER, re.DOTALL).groups()
     body = re.sub(r"//.*|/\*.*?\*/", "", body)
-    names = [re.search(r"(\w+)$", part.strip()).group(1) for line in body.split(";")[:-1] for part in line.split(",")]
+    names = [
+        re.search(r"(\w+)$", part.strip()).group(1)
+        for line in body.split(";")[:-1]
+        for part in line.split(",")
+    ]
     return [*(name for base in (bases or "").split(", ") if base for name in members_in_header(base)), *names]
 
 
@@ -51,7 +77,9 @@ def test_lists_of_members_are_the_structs(name):
 
 
 def test_every_op_is_bound():
-    assert set(_C.argument_names) == {*CPP_OPS, "RowsView", "PairTensor"} and all(hasattr(_C, op) for op in CPP_OPS)
+    assert set(_C.argument_names) == {*CPP_OPS, "RowsView", "PairTensor"} and all(
+        hasattr(_C, op) for op in CPP_OPS
+    )
 
 
 def tensor_of(place):
@@ -61,7 +89,8 @@ def tensor_of(place):
 
 
 def arguments_of(op):
-    """{name: value} of all an op's arguments: tensors of their own memory, numbers that are not twice the same."""
+    """{name: value} of all an op's arguments: tensors of their own memory, numbers that are not twice the
+    same."""
     integers, floats = itertools.count(100), itertools.count(0.5)
     params = typing.get_type_hints(op.arguments).get("params")
     kinds = [*typing.get_type_hints(params).values()] if params else []
@@ -147,7 +176,14 @@ def test_every_bound_op_is_called(monkeypatch):
 def test_parts_of_a_tuple():
     rows = torch.zeros(3, 5, 14).transpose(0, 1)[1:, :, :7]
     view = dict(zip(_C.argument_names["RowsView"], ffi.rows_view(rows), strict=True))
-    assert view == {"data": rows.data_ptr(), "rows": 12, "inner": 3, "stride_outer": 14, "stride_inner": 70, "vocab": 7}
+    assert view == {
+        "data": rows.data_ptr(),
+        "rows": 12,
+        "inner": 3,
+        "stride_outer": 14,
+        "stride_inner": 70,
+        "vocab": 7,
+    }
     values = torch.zeros(6)[::2]
     pair = dict(zip(_C.argument_names["PairTensor"], ffi.pair_ptr(values), strict=True))
     assert pair == {"data": values.data_ptr(), "stride": 2}
@@ -160,7 +196,9 @@ def preference(monkeypatch):
 
     def call(**changed):
         names = _C.argument_names[function]
-        return getattr(_C, function)(-1, 0, tuple(changed.get(name, value) for name, value in zip(names, arguments)))
+        return getattr(_C, function)(
+            -1, 0, tuple(changed.get(name, value) for name, value in zip(names, arguments))
+        )
 
     return call
 

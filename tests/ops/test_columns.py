@@ -20,7 +20,17 @@ PACKAGE = Path(fastalign.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
 OURS = {name: value for name, value in vars(columns).items() if name.isupper() and isinstance(value, int)}
 # Python's own: C++ has no words for them.
-PYTHON_ONLY = {"CHOSEN", "REJECTED", "MOMENT_COUNT", "MOMENT_MEAN", "MOMENT_M2", "MOMENT_WIDTH", "PART_MEAN", "PART_M2", "PART_WIDTH"}
+PYTHON_ONLY = {
+    "CHOSEN",
+    "REJECTED",
+    "MOMENT_COUNT",
+    "MOMENT_MEAN",
+    "MOMENT_M2",
+    "MOMENT_WIDTH",
+    "PART_MEAN",
+    "PART_M2",
+    "PART_WIDTH",
+}
 
 
 def python_name(name):
@@ -36,7 +46,9 @@ def test_every_number_is_that_of_the_extension():
 
 def test_the_extension_exports_every_enumerator():
     for header in sorted((CSRC / "math").glob("*.h")):
-        for body in re.findall(r"enum \w+ : int \{(.*?)\}", re.sub(r"//.*", "", header.read_text()), re.DOTALL):
+        for body in re.findall(
+            r"enum \w+ : int \{(.*?)\}", re.sub(r"//.*", "", header.read_text()), re.DOTALL
+        ):
             assert set(re.findall(r"\bk[A-Z]\w*", body)) <= set(ffi._extension.numbers), header.name
 
 
@@ -51,7 +63,9 @@ def test_the_extension_exports_every_enumerator():
 def test_a_code_is_the_position_of_its_name(names, prefix):
     other = {"k3+": "K3_PLUS"} | ({"exo": "EXO_LIST"} if names is columns.KINDS else {})
     first = 1 if names == columns.IS_MODES[1:] else 0  # None, as given, comes first
-    assert [OURS[prefix + other.get(name, name.upper())] for name in names] == list(range(first, first + len(names)))
+    assert [OURS[prefix + other.get(name, name.upper())] for name in names] == list(
+        range(first, first + len(names))
+    )
 
 
 def test_lists_that_share_codes_or_places():
@@ -66,12 +80,16 @@ def test_triton_reads_the_same_numbers():
 
     from fastalign.ops.math import columns as of_kernels
 
-    assert {n: v.value for n, v in vars(of_kernels).items() if isinstance(v, triton.language.constexpr)} == OURS
+    assert {
+        n: v.value for n, v in vars(of_kernels).items() if isinstance(v, triton.language.constexpr)
+    } == OURS
 
 
 # --- no bare numbers --------------------------------------------------------------------------------------------------------------------
 
-FILES = [p for folder in ("ops", "preference", "policy", "train") for p in sorted((PACKAGE / folder).rglob("*.py"))]
+FILES = [
+    p for folder in ("ops", "preference", "policy", "train") for p in sorted((PACKAGE / folder).rglob("*.py"))
+]
 FILES.remove(PACKAGE / "ops" / "columns.py")
 TABLES = {"table", "sums", "state", "stats", "slopes"}
 CODES = {"kind", "kl_kind", "link", "point_link", "labels", "transform", "surrogate", "surrogate_kind", "ratio", "aggregation", "is_mode",
@@ -112,7 +130,9 @@ def bare_numbers(tree):
             of_a_table = name_of(base) in TABLES
             whole = any(isinstance(i, ast.Slice) or ast.unparse(i) == "..." for i in index[:-1])
             unbound = isinstance(base, ast.Call) and name_of(base.func) == "unbind"
-            last_of_table = of_a_table and is_number(index[-1]) and (len(index) > 1 or name_of(base) == "stats")
+            last_of_table = (
+                of_a_table and is_number(index[-1]) and (len(index) > 1 or name_of(base) == "stats")
+            )
             if last_of_table or ((of_a_table or whole or unbound) and any(is_column(i) for i in index)):
                 yield node
         elif (
@@ -122,11 +142,20 @@ def bare_numbers(tree):
         ):
             if any(is_number(n) for n in ast.walk(node.comparators[0])):
                 yield node
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd) and name_of(node.left) == "outputs" and is_number(node.right):
+        elif (
+            isinstance(node, ast.BinOp)
+            and isinstance(node.op, ast.BitAnd)
+            and name_of(node.left) == "outputs"
+            and is_number(node.right)
+        ):
             yield node
         if is_kernel(node):
             for call in (c for c in ast.walk(node) if isinstance(c, ast.Call)):
-                yield from (a for a in call.args if isinstance(a, ast.BinOp) and isinstance(a.op, ast.Add) and is_number(a.right))
+                yield from (
+                    a
+                    for a in call.args
+                    if isinstance(a, ast.BinOp) and isinstance(a.op, ast.Add) and is_number(a.right)
+                )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())

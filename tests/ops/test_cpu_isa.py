@@ -1,5 +1,5 @@
-"""The CPU row kernels on every instruction set of this machine: against fp64, against each other, and bit by bit against themselves under
-other thread counts, row counts, strides and alignments."""
+"""The CPU row kernels on every instruction set of this machine: against fp64, against each other, and bit by
+bit against themselves under other thread counts, row counts, strides and alignments."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def test_instruction_sets_agree(kind):
     _C.set_cpu_isa("auto")
     for name, stats in results.items():
         for output in ALL:
-            assert_close(getattr(stats, output), getattr(results["generic"], output).double(), what=f"{name}: {output}")
+            assert_close(
+                getattr(stats, output), getattr(results["generic"], output).double(), what=f"{name}: {output}"
+            )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -84,7 +86,10 @@ def test_bitwise_whatever_the_threads_and_rows(isa, threads, dtype):
     rows, vocab = 7, 2 * CHUNK + 77
     logits, labels = make_logits(rows, vocab, dtype=dtype), make_labels(rows, vocab).unsqueeze(1)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    g_logprob, g_entropy = torch.linspace(-1, 1, rows, dtype=acc).unsqueeze(1), torch.linspace(0.5, 2, rows, dtype=acc)
+    g_logprob, g_entropy = (
+        torch.linspace(-1, 1, rows, dtype=acc).unsqueeze(1),
+        torch.linspace(0.5, 2, rows, dtype=acc),
+    )
     results = []
     for count in (1, 2, 3, 16):
         threads(count)
@@ -94,7 +99,10 @@ def test_bitwise_whatever_the_threads_and_rows(isa, threads, dtype):
         for n in (1, 2, rows):  # one and two rows are fewer than most thread counts: they are split
             some = forward(logits[:n], labels[:n])
             assert all(torch.equal(a, b[:n]) for a, b in zip(some, results[-1]))
-            assert torch.equal(backward(token_stats_bwd, logits[:n], labels[:n], some[STATE], g_logprob[:n], g_entropy[:n]), grad[:n])
+            assert torch.equal(
+                backward(token_stats_bwd, logits[:n], labels[:n], some[STATE], g_logprob[:n], g_entropy[:n]),
+                grad[:n],
+            )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
@@ -122,7 +130,8 @@ def test_bitwise_whatever_the_layout(isa, dtype):
 @pytest.mark.parametrize("low", [-math.inf, -3.3e38, -1e38, -1e30, -1e10, -1e9, -1e4])
 @pytest.mark.parametrize("hidden", [5, BLOCK, CHUNK + 100])
 def test_masked_vocabulary(isa, hidden, low, names):
-    """A prefix of -inf or of mask values, longer than a vector, a block and a chunk: as if these columns were not there."""
+    """A prefix of -inf or of mask values, longer than a vector, a block and a chunk: as if these columns were
+    not there."""
     kept = make_logits(2, 300)
     logits = torch.cat([torch.full((2, hidden), low), kept, torch.full((2, 9), low)], 1).requires_grad_()
     labels = torch.tensor([hidden, hidden + 17])
@@ -146,12 +155,19 @@ def test_nan_and_inf_reach_every_output(isa, dtype, rest, at):
             logits[0] = -math.inf if rest == "-inf" else logits[0] - 60.0
         logits[0, at] = bad
         if math.isnan(bad):
-            logits[0, at] = torch.copysign(logits[0, at], torch.tensor(-1.0 if math.copysign(1.0, bad) < 0 else 1.0, dtype=dtype))
+            logits[0, at] = torch.copysign(
+                logits[0, at], torch.tensor(-1.0 if math.copysign(1.0, bad) < 0 else 1.0, dtype=dtype)
+            )
         logits.requires_grad_()
-        stats = fa.token_stats(logits, torch.tensor([3, 3]), outputs=("logprob", "entropy", "log_sum_sq_probs", "is_top1"))
+        stats = fa.token_stats(
+            logits, torch.tensor([3, 3]), outputs=("logprob", "entropy", "log_sum_sq_probs", "is_top1")
+        )
         for name in ("logprob", "entropy", "log_sum_sq_probs", "is_top1"):
             value = getattr(stats, name)
-            assert math.isnan(float(value[0].detach())) and math.isfinite(float(value[1].detach())), (name, bad)
+            assert math.isnan(float(value[0].detach())) and math.isfinite(float(value[1].detach())), (
+                name,
+                bad,
+            )
         g = gradient(stats.logprob.sum(), logits)
         assert bool(torch.isnan(g[0]).all()) and bool(torch.isfinite(g[1]).all())
 
@@ -169,7 +185,10 @@ def test_gradient_is_rounded_once(isa, dtype):
 
 
 def test_gradient_near_the_largest_float(isa):
-    logits, labels = torch.tensor([[0.0] + [-5.0, -6.3, -5.75] * 33]), torch.tensor([[1]])  # the sum is 1.3: g / sum may not be doubled
+    logits, labels = (
+        torch.tensor([[0.0] + [-5.0, -6.3, -5.75] * 33]),
+        torch.tensor([[1]]),
+    )  # the sum is 1.3: g / sum may not be doubled
     state = forward(logits, labels)[STATE]
     for g in (3.3e38, -3.3e38, 1e-30):
         got = backward(token_stats_bwd, logits.clone(), labels, state, torch.tensor([[g]]), None).double()
@@ -193,7 +212,8 @@ def test_first_of_equal_maxima(isa, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place_with_many_targets(isa, threads, dtype):
-    """In place equals out of place bit by bit, with repeated targets on both sides of a chunk border, whoever sweeps the row."""
+    """In place equals out of place bit by bit, with repeated targets on both sides of a chunk border, whoever
+    sweeps the row."""
     vocab = CHUNK + 300
     logits = make_logits(2, vocab, dtype=dtype)
     labels = torch.tensor([[CHUNK - 1, CHUNK, 5, CHUNK, -100, vocab - 1], [0, 0, 0, 1, -100, -100]])

@@ -1,5 +1,6 @@
-"""The CPU kernels over two rows on every instruction set of this machine: the contract's checks at the edges of blocks and chunks, and the same
-bits under other thread counts and when the gradient is made in the forward pass."""
+"""The CPU kernels over two rows on every instruction set of this machine: the contract's checks at the edges
+of blocks and chunks, and the same bits under other thread counts and when the gradient is made in the forward
+pass."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def test_accuracy(isa, vocab, dtype, softcap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [BLOCK + 33, CHUNK + BLOCK + 1])
 def test_whole_blocks_without_mass(isa, vocab, dtype):
-    """-inf over the first block or chunk in both models, in one of them, in neither: 0 * inf nowhere, +inf where it belongs."""
+    """-inf over the first block or chunk in both models, in one of them, in neither: 0 * inf nowhere, +inf
+    where it belongs."""
     hidden = vocab - 30
     for policy, reference in ((True, True), (True, False), (False, True)):
         x, ref = make_row_pair(2, vocab, dtype=dtype)
@@ -57,14 +59,28 @@ def test_threads_and_fusion_change_no_bit(isa, dtype):
     x, ref = make_row_pair(3, vocab, dtype=dtype)
     results = []
     try:
-        for threads, rows in ((1, 3), (2, 3), (4, 3), (2, 1)):  # fewer rows than threads: a row's chunks are shared out
+        for threads, rows in (
+            (1, 3),
+            (2, 3),
+            (4, 3),
+            (2, 1),
+        ):  # fewer rows than threads: a row's chunks are shared out
             torch.set_num_threads(threads)
             leaf = x[:rows].clone().requires_grad_()
             stats = fa.token_stats(leaf, ref_logits=ref[:rows], outputs=KLS)
             out = fa.token_kl_loss(leaf, ref[:rows], torch.full((rows,), 0.3), direction="ref_policy")
             separate = torch.autograd.grad(stats.kl_ref_policy.sum() * 0.3, leaf, retain_graph=True)[0]
-            assert torch.equal(gradient(out.loss, leaf), separate) and torch.equal(out.kl, stats.kl_ref_policy)
-            results.append([stats.kl_policy_ref[:1], stats.kl_ref_policy[:1], gradient(stats.kl_policy_ref.sum(), leaf)[:1], separate[:1]])
+            assert torch.equal(gradient(out.loss, leaf), separate) and torch.equal(
+                out.kl, stats.kl_ref_policy
+            )
+            results.append(
+                [
+                    stats.kl_policy_ref[:1],
+                    stats.kl_ref_policy[:1],
+                    gradient(stats.kl_policy_ref.sum(), leaf)[:1],
+                    separate[:1],
+                ]
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

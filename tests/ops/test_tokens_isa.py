@@ -1,5 +1,5 @@
-"""The CPU kernels over per-token scalars on every instruction set of this machine: against fp64, and the same bits from all of them and for every
-thread count."""
+"""The CPU kernels over per-token scalars on every instruction set of this machine: against fp64, and the same
+bits from all of them and for every thread count."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def restored():
 
 
 def on_every_instruction_set(call):
-    """The results of `call`, which are the same bits everywhere: the AVX kernels round as the generic ones do, for no multiply-add is fused but
-    where the source says so."""
+    """The results of `call`, which are the same bits everywhere: the AVX kernels round as the generic ones
+    do, for no multiply-add is fused but where the source says so."""
     results = []
     for isa in _C.cpu_isas():
         for threads in (1, 2):
@@ -67,7 +67,14 @@ def test_gae(restored, dtype, holes):
 
     def call(dtype=dtype):
         inputs = (x.to(dtype) for x in (rewards, values))
-        return fa.gae(*inputs, cu_seqlens, mask=mask if holes else None, bootstrap=bootstrap.to(dtype), gamma=0.99, lam=0.9)._asdict()
+        return fa.gae(
+            *inputs,
+            cu_seqlens,
+            mask=mask if holes else None,
+            bootstrap=bootstrap.to(dtype),
+            gamma=0.99,
+            lam=0.9,
+        )._asdict()
 
     got = on_every_instruction_set(call)
     with fa.use_backend("reference"):
@@ -89,7 +96,11 @@ def test_sums_of_sequences(restored, dtype, masked):
         leaf = convert(logprobs).requires_grad_()
         out = fa.preference_loss(leaf, convert(ref), cu_seqlens, mask=mask, loss="dpo", beta=0.1)
         (gradient,) = torch.autograd.grad(out.loss, leaf)
-        return {"sum": fa.sequence_sum(convert(logprobs), cu_seqlens, mask=mask), "loss": out.loss.detach(), "gradient": gradient}
+        return {
+            "sum": fa.sequence_sum(convert(logprobs), cu_seqlens, mask=mask),
+            "loss": out.loss.detach(),
+            "gradient": gradient,
+        }
 
     got = on_every_instruction_set(lambda: call(torch.clone))
     with fa.use_backend("reference"):

@@ -22,8 +22,12 @@ def test_pack_and_shift_against_a_loop(sequences, rng):
         labels += [s[i + 1] if i + 1 < len(s) and m[i + 1] else -100 for i in range(len(s))]
         positions += list(range(len(s)))
     assert batch.labels.tolist() == labels and batch.position_ids.tolist() == positions
-    assert batch.input_ids.tolist() == sum(sequences, []) and batch.mask.tolist() == [y != -100 for y in labels]
-    assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens.diff().tolist() == [len(s) for s in sequences]
+    assert batch.input_ids.tolist() == sum(sequences, []) and batch.mask.tolist() == [
+        y != -100 for y in labels
+    ]
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens.diff().tolist() == [
+        len(s) for s in sequences
+    ]
     assert batch.max_seqlen == max((len(s) for s in sequences), default=0)
 
 
@@ -62,14 +66,38 @@ def test_errors():
 def test_token_ids_are_integers_in_one_dimension():
     cu = torch.tensor([0, 2], dtype=torch.int32)
     for error, words, call in (
-        (TypeError, r"sequences\[1\] must be integers, got torch.float32", lambda: fa.pack([[1, 2], [1.7, 2.2]])),
-        (TypeError, r"sequences\[0\] must be integers, got torch.float64", lambda: fa.pack([torch.ones(2, dtype=torch.float64)])),
+        (
+            TypeError,
+            r"sequences\[1\] must be integers, got torch.float32",
+            lambda: fa.pack([[1, 2], [1.7, 2.2]]),
+        ),
+        (
+            TypeError,
+            r"sequences\[0\] must be integers, got torch.float64",
+            lambda: fa.pack([torch.ones(2, dtype=torch.float64)]),
+        ),
         (TypeError, r"sequences\[0\] must be integers, got torch.bool", lambda: fa.pack([[True, False]])),
-        (ValueError, r"sequences\[0\] has shape \(2, 2\); legal: 1-D", lambda: fa.pack([torch.ones(2, 2, dtype=torch.long)])),
+        (
+            ValueError,
+            r"sequences\[0\] has shape \(2, 2\); legal: 1-D",
+            lambda: fa.pack([torch.ones(2, 2, dtype=torch.long)]),
+        ),
         (ValueError, r"sequences\[0\] has shape \(\); legal: 1-D", lambda: fa.pack([3])),
-        (ValueError, r"masks\[0\] has shape \(1, 2\); legal: 1-D", lambda: fa.pack([[1, 2]], [torch.ones(1, 2)])),
-        (TypeError, "input_ids must be integers, got torch.float32", lambda: fa.shift_labels(torch.tensor([1.5, 2.5]), cu)),
-        (TypeError, "ignore_index must be an integer, got None", lambda: fa.shift_labels(torch.tensor([1, 2]), cu, ignore_index=None)),
+        (
+            ValueError,
+            r"masks\[0\] has shape \(1, 2\); legal: 1-D",
+            lambda: fa.pack([[1, 2]], [torch.ones(1, 2)]),
+        ),
+        (
+            TypeError,
+            "input_ids must be integers, got torch.float32",
+            lambda: fa.shift_labels(torch.tensor([1.5, 2.5]), cu),
+        ),
+        (
+            TypeError,
+            "ignore_index must be an integer, got None",
+            lambda: fa.shift_labels(torch.tensor([1, 2]), cu, ignore_index=None),
+        ),
     ):
         with pytest.raises(error, match=words):
             call()

@@ -21,7 +21,9 @@ def batch_of(seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_token_rewards_and_their_prefix_sums(seed):
     batch, cu = batch_of(seed)
-    got = fa.token_rewards(batch.logprobs.requires_grad_(), batch.ref_logprobs, cu, mask=batch.packed.mask, beta=0.3)
+    got = fa.token_rewards(
+        batch.logprobs.requires_grad_(), batch.ref_logprobs, cu, mask=batch.packed.mask, beta=0.3
+    )
     assert not got.rewards.requires_grad
     rewards, sums = torch.zeros(cu[-1], dtype=torch.float64), torch.zeros(cu[-1], dtype=torch.float64)
     for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist()):
@@ -37,7 +39,13 @@ def test_token_rewards_and_their_prefix_sums(seed):
 
 def test_token_rewards_ignore_what_is_masked():
     lp, rp = torch.tensor([math.nan, -1.0, -math.inf, -2.0]), torch.tensor([0.0, -1.5, -math.inf, math.inf])
-    got = fa.token_rewards(lp, rp, torch.tensor([0, 4], dtype=torch.int32), mask=torch.tensor([False, True, True, False]), beta=2.0)
+    got = fa.token_rewards(
+        lp,
+        rp,
+        torch.tensor([0, 4], dtype=torch.int32),
+        mask=torch.tensor([False, True, True, False]),
+        beta=2.0,
+    )
     assert got.rewards.tolist() == [0.0, 1.0, 0.0, 0.0] and got.prefix_sums.tolist() == [0.0, 1.0, 1.0, 1.0]
     empty = fa.token_rewards(lp[:0], rp[:0], torch.zeros(3, dtype=torch.int32))
     assert empty.rewards.shape == empty.prefix_sums.shape == (0,)
@@ -49,7 +57,9 @@ def test_rto_rewards(clip, score_clip):
     mask, generator = batch.packed.mask, torch.Generator().manual_seed(3)
     dpo = batch.logprobs + 2.0 * torch.randn(batch.logprobs.shape, generator=generator)
     scores = torch.tensor([1.0, -30.0, 5.0, 0.5, 12.0, -0.25, 3.0])
-    got = fa.rto_rewards(dpo, batch.logprobs, batch.ref_logprobs, cu, scores, mask=mask, clip=clip, score_clip=score_clip)
+    got = fa.rto_rewards(
+        dpo, batch.logprobs, batch.ref_logprobs, cu, scores, mask=mask, clip=clip, score_clip=score_clip
+    )
     want = torch.zeros(cu[-1], dtype=torch.float64)
     for i, (begin, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist())):
         rows = [t for t in range(begin, end) if mask[t]]

@@ -1,4 +1,5 @@
-"""Group advantages, DAPO's overlong penalty and dynamic sampling: against loops, degenerate groups, groups that span ranks."""
+"""Group advantages, DAPO's overlong penalty and dynamic sampling: against loops, degenerate groups, groups
+that span ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def loop(rewards, groups, kind, eps=1e-4, greedy=None, lengths=None):
             centred[i] = rewards[i] - mean
             std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
             others = [rewards[j] for j in where if j != i]
-            out[i] = {"grpo": centred[i] / (std + eps), "rloo": rewards[i] - sum(others) / len(others)}.get(kind, centred[i])
+            out[i] = {"grpo": centred[i] / (std + eps), "rloo": rewards[i] - sum(others) / len(others)}.get(
+                kind, centred[i]
+            )
     if kind == "reinforce_plus_plus":
         tokens = [c for c, v, n in zip(centred, valid, lengths or [1] * len(centred)) if v for _ in range(n)]
         mean = sum(tokens) / len(tokens)
@@ -39,7 +42,21 @@ def loop(rewards, groups, kind, eps=1e-4, greedy=None, lengths=None):
 
 
 REWARDS = [1.0, 0.5, 3.0, math.nan, 2.0, 2.0, 2.0, -1.0, 7.0, math.nan, 0.1, 0.1, 4.0]
-GROUPS = [5, 5, -2, 5, 9, 9, 9, 5, 3, 3, -2, -2, -2]  # 9: equal rewards; 3: one valid reward; a NaN in 5 and in 3
+GROUPS = [
+    5,
+    5,
+    -2,
+    5,
+    9,
+    9,
+    9,
+    5,
+    3,
+    3,
+    -2,
+    -2,
+    -2,
+]  # 9: equal rewards; 3: one valid reward; a NaN in 5 and in 3
 GREEDY = [float(i % 3) for i in range(len(REWARDS))]
 LENGTHS = [3, 1, 4, 9, 5, 2, 6, 5, 3, 5, 0, 9, 7]
 
@@ -63,13 +80,15 @@ def test_against_a_loop(kind, dtype):
     assert got.informative.tolist() == [g in (5, -2) and not math.isnan(r) for g, r in zip(GROUPS, REWARDS)]
     assert float(got.frac_zero_std) == 0.5  # groups 9 and 3 of four
     order = torch.randperm(len(REWARDS))
-    again = group_advantages(rewards[order], torch.tensor(GROUPS)[order], kind=kind, **own(kind, rewards, order))
+    again = group_advantages(
+        rewards[order], torch.tensor(GROUPS)[order], kind=kind, **own(kind, rewards, order)
+    )
     assert torch.allclose(again.advantages, got.advantages[order], atol=1e-6)
 
 
 def test_reinforce_plus_plus_whitens_tokens_as_the_peers_do():
-    """verl's `compute_reinforce_plus_plus_baseline_outcome_advantage`: every token carries its sequence's centred reward, then masked_whiten; over
-    sequences as an option."""
+    """verl's `compute_reinforce_plus_plus_baseline_outcome_advantage`: every token carries its sequence's
+    centred reward, then masked_whiten; over sequences as an option."""
     rewards, groups, lengths = (
         torch.tensor([1.0, 0.0, 0.5, 3.0], dtype=torch.float64),
         torch.tensor([0, 0, 1, 1]),
@@ -81,7 +100,9 @@ def test_reinforce_plus_plus_whitens_tokens_as_the_peers_do():
     want = (centred - tokens.mean()) * torch.rsqrt(tokens.var() + 1e-8)
     assert torch.allclose(got.advantages, want)
     assert torch.allclose(torch.repeat_interleave(got.advantages, lengths), fa.whiten(tokens))
-    once = group_advantages(rewards, groups, kind="reinforce_plus_plus", whiten_over="sequences", eps=1e-4).advantages
+    once = group_advantages(
+        rewards, groups, kind="reinforce_plus_plus", whiten_over="sequences", eps=1e-4
+    ).advantages
     assert torch.allclose(once, (centred - centred.mean()) * torch.rsqrt(centred.var() + 1e-8))
     assert not torch.allclose(once, want, atol=0.1)
 
@@ -89,9 +110,17 @@ def test_reinforce_plus_plus_whitens_tokens_as_the_peers_do():
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "remax"])
 def test_degenerate_groups_give_exact_zeros(kind):
     """Equal rewards whose mean is not exact in fp32, groups of one, only NaN, no sequences."""
-    for rewards, groups in (([0.1] * 7, [0] * 7), ([5.0], [3]), ([math.nan, math.nan], [1, 1]), ([], []), ([1.0, 2.0, 3.0], [0, 1, 2])):
+    for rewards, groups in (
+        ([0.1] * 7, [0] * 7),
+        ([5.0], [3]),
+        ([math.nan, math.nan], [1, 1]),
+        ([], []),
+        ([1.0, 2.0, 3.0], [0, 1, 2]),
+    ):
         needs = {"lengths": torch.full((len(rewards),), 2)} if kind == "reinforce_plus_plus" else {}
-        got = group_advantages(torch.tensor(rewards), torch.tensor(groups, dtype=torch.long), kind=kind, eps=0.0, **needs)
+        got = group_advantages(
+            torch.tensor(rewards), torch.tensor(groups, dtype=torch.long), kind=kind, eps=0.0, **needs
+        )
         assert not bool(got.advantages.any()) and not bool(got.informative.any()), (kind, rewards)
         assert torch.isfinite(got.frac_zero_std)
 
@@ -117,13 +146,19 @@ def test_overlong_penalty():
     lengths = torch.tensor([0, 16384, 16385, 18432, 20480, 20481, 10**6])
     got = overlong_penalty(lengths)
     assert got.tolist() == [0.0, 0.0, -1 / 4096, -0.5, -1.0, -1.0, -1.0]
-    assert overlong_penalty(torch.tensor([3, 5, 7]), max_length=6, cache_length=4).tolist() == [-0.25, -0.75, -1.0]
+    assert overlong_penalty(torch.tensor([3, 5, 7]), max_length=6, cache_length=4).tolist() == [
+        -0.25,
+        -0.75,
+        -1.0,
+    ]
     with pytest.raises(ValueError, match="cache_length"):
         overlong_penalty(lengths, max_length=10, cache_length=11)
 
 
 def test_dynamic_sampling():
-    keep = dynamic_sampling_mask(torch.tensor([1.0, 1.0, 0.0, 1.0, math.nan, 0.0]), torch.tensor([0, 0, 1, 1, 1, 2]))
+    keep = dynamic_sampling_mask(
+        torch.tensor([1.0, 1.0, 0.0, 1.0, math.nan, 0.0]), torch.tensor([0, 0, 1, 1, 1, 2])
+    )
     assert keep.tolist() == [False, False, True, True, False, False]
 
 
@@ -134,14 +169,34 @@ def test_errors_name_themselves():
         (ValueError, "groups has shape", lambda: group_advantages(r, g[:2])),
         (TypeError, "groups must be integers", lambda: group_advantages(r, r)),
         (TypeError, "rewards must be a floating tensor", lambda: group_advantages(g, g)),
-        (ValueError, "greedy_rewards belongs to kind='remax'", lambda: group_advantages(r, g, greedy_rewards=r)),
+        (
+            ValueError,
+            "greedy_rewards belongs to kind='remax'",
+            lambda: group_advantages(r, g, greedy_rewards=r),
+        ),
         (ValueError, "kind='remax' needs greedy_rewards", lambda: group_advantages(r, g, kind="remax")),
         (ValueError, "eps", lambda: group_advantages(r, g, eps=-1.0)),
-        (ValueError, "whitens over tokens and needs lengths", lambda: group_advantages(r, g, kind="reinforce_plus_plus")),
-        (ValueError, "lengths has shape", lambda: group_advantages(r, g, kind="reinforce_plus_plus", lengths=g[:2])),
-        (TypeError, "lengths must be integers", lambda: group_advantages(r, g, kind="reinforce_plus_plus", lengths=r)),
+        (
+            ValueError,
+            "whitens over tokens and needs lengths",
+            lambda: group_advantages(r, g, kind="reinforce_plus_plus"),
+        ),
+        (
+            ValueError,
+            "lengths has shape",
+            lambda: group_advantages(r, g, kind="reinforce_plus_plus", lengths=g[:2]),
+        ),
+        (
+            TypeError,
+            "lengths must be integers",
+            lambda: group_advantages(r, g, kind="reinforce_plus_plus", lengths=r),
+        ),
         (ValueError, "belong to kind='reinforce_plus_plus'", lambda: group_advantages(r, g, lengths=g)),
-        (ValueError, "belong to kind='reinforce_plus_plus'", lambda: group_advantages(r, g, whiten_over="sequences")),
+        (
+            ValueError,
+            "belong to kind='reinforce_plus_plus'",
+            lambda: group_advantages(r, g, whiten_over="sequences"),
+        ),
         (ValueError, "whiten_over='batch' is unknown", lambda: group_advantages(r, g, whiten_over="batch")),
         (
             ValueError,
@@ -157,12 +212,18 @@ def _rank(rank, port, failures):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        mine = slice(0, 5) if rank == 0 else slice(5, None)  # groups span both ranks, which hold different numbers of sequences
+        mine = (
+            slice(0, 5) if rank == 0 else slice(5, None)
+        )  # groups span both ranks, which hold different numbers of sequences
         for kind in KINDS:
             rewards = torch.tensor(REWARDS)
             whole = group_advantages(rewards, torch.tensor(GROUPS), kind=kind, **own(kind, rewards))
             part = group_advantages(
-                rewards[mine], torch.tensor(GROUPS[mine]), kind=kind, **own(kind, rewards, mine), group=dist.group.WORLD
+                rewards[mine],
+                torch.tensor(GROUPS[mine]),
+                kind=kind,
+                **own(kind, rewards, mine),
+                group=dist.group.WORLD,
             )
             for name in ("advantages", "valid", "informative"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[mine]), (kind, name)

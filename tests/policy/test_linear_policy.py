@@ -1,4 +1,5 @@
-"""Policy losses and the exact KL loss from hidden states: the composition of `linear_token_stats` and the loss, value and gradients."""
+"""Policy losses and the exact KL loss from hidden states: the composition of `linear_token_stats` and the
+loss, value and gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def inputs():
     labels = torch.randint(VOCAB, (TOKENS,), generator=g)
     labels[torch.rand(TOKENS, generator=g) < 0.3] = -100
     shapes = ((TOKENS, WIDTH), (VOCAB, WIDTH), (VOCAB,), (TOKENS, 5), (VOCAB, 5))
-    tensors = [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_(i < 3) for i, s in enumerate(shapes)]
+    tensors = [
+        torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_(i < 3) for i, s in enumerate(shapes)
+    ]
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     old, ref, adv = (torch.randn(TOKENS, generator=g, dtype=torch.float64) * 0.3 for _ in range(3))
     return tensors, labels, cu, old - 4.0, ref - 4.0, adv
@@ -33,18 +36,24 @@ def check(inputs, budget, **options):
     if preset.aggregation == "seq_mean_token_sum_norm":
         options["norm_length"] = 40.0
     common = {"cu_seqlens": cu, "ref_logprobs": ref, **options}
-    got = fa.linear_policy_loss(hidden, weight, labels, old, advantages, bias=bias, workspace_bytes=BUDGETS[budget], **common)
+    got = fa.linear_policy_loss(
+        hidden, weight, labels, old, advantages, bias=bias, workspace_bytes=BUDGETS[budget], **common
+    )
     stats = fa.token_stats(hidden @ weight.t() + bias, labels, outputs=("logprob", "entropy"))
     entropy = stats.entropy if "entropy_coef" in options else None
     want = fa.policy_loss(stats.logprob, old, advantages, mask=labels != -100, entropy=entropy, **common)
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(got.stats, want.stats)
-    for a, b in zip(torch.autograd.grad(-3.0 * got.loss, tensors[:3]), torch.autograd.grad(-3.0 * want.loss, tensors[:3])):
+    for a, b in zip(
+        torch.autograd.grad(-3.0 * got.loss, tensors[:3]), torch.autograd.grad(-3.0 * want.loss, tensors[:3])
+    ):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("extra", [{}, {"kl_coef": 0.1}, {"entropy_coef": torch.tensor(0.02)}, {"num_items": 11}], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{}, {"kl_coef": 0.1}, {"entropy_coef": torch.tensor(0.02)}, {"num_items": 11}], ids=str
+)
 @pytest.mark.parametrize("loss", PRESETS)
 def test_every_preset(inputs, loss, extra, budget):
     check(inputs, budget, loss=loss, **extra)
@@ -83,8 +92,12 @@ def test_kl_loss(inputs, budget, direction, masked):
     mask = torch.arange(TOKENS) % 3 > 0 if masked else None
     got = fa.linear_token_kl_loss(hidden, weight, ref_hidden, ref_weight, coef, bias=bias, direction=direction, mask=mask,
                                   workspace_bytes=BUDGETS.get(budget, 5000))  # fmt: skip
-    want = fa.token_kl_loss(hidden @ weight.t() + bias, ref_hidden @ ref_weight.t(), coef, direction=direction, mask=mask)
+    want = fa.token_kl_loss(
+        hidden @ weight.t() + bias, ref_hidden @ ref_weight.t(), coef, direction=direction, mask=mask
+    )
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(got.kl, want.kl)
-    for a, b in zip(torch.autograd.grad(2.0 * got.loss, tensors[:3]), torch.autograd.grad(2.0 * want.loss, tensors[:3])):
+    for a, b in zip(
+        torch.autograd.grad(2.0 * got.loss, tensors[:3]), torch.autograd.grad(2.0 * want.loss, tensors[:3])
+    ):
         torch.testing.assert_close(a, b)

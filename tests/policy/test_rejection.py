@@ -17,11 +17,14 @@ def test_acceptance_frequencies():
     """One of (low, high): the low one comes first and is accepted with e^((r_low - r_high) / beta)."""
     kept = [fa.rejection_sample([0.0, 1.0], 1, beta=0.8, seed=seed) for seed in range(4000)]
     expected = math.exp(-1.0 / 0.8)
-    assert sum(choice == [0] for choice in kept) / 4000 == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 4000))
+    assert sum(choice == [0] for choice in kept) / 4000 == pytest.approx(
+        expected, abs=4 * math.sqrt(expected * (1 - expected) / 4000)
+    )
 
 
 def test_the_highest_reward_is_that_of_the_candidates_left():
-    """Once the outlier is accepted the others compete among themselves; had r_max stayed, the loop would hardly ever end."""
+    """Once the outlier is accepted the others compete among themselves; had r_max stayed, the loop would
+    hardly ever end."""
     assert sorted(fa.rejection_sample([1e6, 0.0, 0.0], 2, beta=0.5)) in ([0, 1], [0, 2])
 
 

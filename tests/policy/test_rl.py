@@ -1,4 +1,5 @@
-"""Rewards, returns-to-go, whitening and the adaptive KL coefficient against their formulas; whitening on two gloo processes."""
+"""Rewards, returns-to-go, whitening and the adaptive KL coefficient against their formulas; whitening on two
+gloo processes."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from fastalign.testing import assert_close, make_batch
 
 
 def sequences():
-    """cu_seqlens and mask: an interior hole, unscored tails, an empty sequence, one without scored rows, one that is one scored row."""
+    """cu_seqlens and mask: an interior hole, unscored tails, an empty sequence, one without scored rows, one
+    that is one scored row."""
     cu_seqlens = torch.tensor([0, 6, 6, 9, 12, 13], dtype=torch.int32)
     mask = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1], dtype=torch.bool)
     return cu_seqlens, mask, {0: 4, 3: 10, 4: 12}  # sequence -> its last scored row
@@ -41,20 +43,45 @@ def test_rewards_by_formula(kind):
     scores = torch.tensor([3.0, 1.0, 1.0, -8.0, 0.5], requires_grad=True)
     logprobs, ref = -torch.rand(13) - 0.1, -torch.rand(13) - 0.1
     finished = torch.tensor([True, True, True, False, False])
-    options = {"kl_coef": 0.3, "kl_kind": kind, "score_clip": 2.0, "finished": finished, "missing_eos_penalty": 1.5}
-    got = fa.shape_rewards(scores, cu_seqlens, mask=mask, logprobs=torch.where(mask, logprobs, math.nan), ref_logprobs=ref, **options)
-    estimate = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d, "abs": abs}[kind]
+    options = {
+        "kl_coef": 0.3,
+        "kl_kind": kind,
+        "score_clip": 2.0,
+        "finished": finished,
+        "missing_eos_penalty": 1.5,
+    }
+    got = fa.shape_rewards(
+        scores,
+        cu_seqlens,
+        mask=mask,
+        logprobs=torch.where(mask, logprobs, math.nan),
+        ref_logprobs=ref,
+        **options,
+    )
+    estimate = {
+        "k1": lambda d: d,
+        "k2": lambda d: d * d / 2,
+        "k3": lambda d: math.exp(-d) - 1 + d,
+        "abs": abs,
+    }[kind]
     want = [-0.3 * estimate(float(a) - float(b)) if m else 0.0 for a, b, m in zip(logprobs, ref, mask)]
     for i, row in last.items():
         want[row] += min(max(float(scores[i].detach()), -2.0), 2.0) - (0.0 if finished[i] else 1.5)
     assert_close(got, torch.tensor(want, dtype=torch.float64))
     assert not got.requires_grad and got.dtype == torch.float32
     tensor = fa.shape_rewards(
-        scores, cu_seqlens, mask=mask, logprobs=logprobs, ref_logprobs=ref, **{**options, "kl_coef": torch.tensor(0.3)}
+        scores,
+        cu_seqlens,
+        mask=mask,
+        logprobs=logprobs,
+        ref_logprobs=ref,
+        **{**options, "kl_coef": torch.tensor(0.3)},
     )
     assert_close(tensor, got.double())
     exact = fa.kl_estimate(logprobs, ref, kind)
-    given = fa.shape_rewards(scores, cu_seqlens, mask=mask, kl=exact, **{k: v for k, v in options.items() if k != "kl_kind"})
+    given = fa.shape_rewards(
+        scores, cu_seqlens, mask=mask, kl=exact, **{k: v for k, v in options.items() if k != "kl_kind"}
+    )
     assert torch.equal(given, got)
 
 
@@ -67,9 +94,17 @@ def test_rewards_by_formula(kind):
         ({"kl_coef": -1.0}, ValueError, "kl_coef=-1.0 is out of range"),
         ({"kl_coef": 0.1}, ValueError, "logprobs and ref_logprobs are needed, or kl"),
         ({"kl_coef": 0.1, "kl": torch.ones(5), "logprobs": torch.ones(5)}, ValueError, "one or the other"),
-        ({"kl_coef": 0.1, "logprobs": torch.ones(5), "ref_logprobs": torch.ones(5), "kl_kind": "k9"}, ValueError, "kl_kind='k9'"),
+        (
+            {"kl_coef": 0.1, "logprobs": torch.ones(5), "ref_logprobs": torch.ones(5), "kl_kind": "k9"},
+            ValueError,
+            "kl_kind='k9'",
+        ),
         ({"kl_kind": "k9"}, ValueError, "kl_kind='k9' is unknown; legal: k1, k2, k3, abs"),
-        ({"kl_coef": 0.1, "kl": torch.ones(5), "kl_kind": "k1"}, ValueError, "kl_kind='k1' has no effect: kl is given"),
+        (
+            {"kl_coef": 0.1, "kl": torch.ones(5), "kl_kind": "k1"},
+            ValueError,
+            "kl_kind='k1' has no effect: kl is given",
+        ),
         (
             {"kl_coef": torch.ones(2), "kl": torch.ones(5)},
             ValueError,
@@ -82,7 +117,11 @@ def test_rewards_by_formula(kind):
     ids=str,
 )
 def test_shape_rewards_errors(change, error, words):
-    arguments = {"scores": torch.ones(2), "cu_seqlens": torch.tensor([0, 2, 5]), "mask": torch.ones(5, dtype=torch.bool)}
+    arguments = {
+        "scores": torch.ones(2),
+        "cu_seqlens": torch.tensor([0, 2, 5]),
+        "mask": torch.ones(5, dtype=torch.bool),
+    }
     with pytest.raises(error, match=words):
         fa.shape_rewards(**{**arguments, **change})
 
@@ -115,7 +154,9 @@ def test_returns_to_go(gamma):
         if mask[t]:
             want[t] = following = float(rewards[t]) + gamma * following
     assert_close(got, torch.tensor(want, dtype=torch.float64), scale=4.0)
-    assert torch.equal(fa.gae(rewards, torch.zeros(13), cu_seqlens, mask=mask, gamma=gamma, lam=1.0).advantages, got)
+    assert torch.equal(
+        fa.gae(rewards, torch.zeros(13), cu_seqlens, mask=mask, gamma=gamma, lam=1.0).advantages, got
+    )
 
 
 # --- whiten -----------------------------------------------------------------------------------------------------------------------------
@@ -135,7 +176,9 @@ def test_whiten(shift_mean, offset):
     assert full.shape == (5, 10) and full.dtype == torch.float64
     everything = x.detach().double()
     shift = 0.0 if shift_mean else everything.mean()
-    torch.testing.assert_close(full.flatten(), (everything - everything.mean()) / torch.sqrt(everything.var() + 1e-8) + shift)
+    torch.testing.assert_close(
+        full.flatten(), (everything - everything.mean()) / torch.sqrt(everything.var() + 1e-8) + shift
+    )
 
 
 def test_whiten_degenerate():  # row 35
@@ -171,9 +214,13 @@ def test_rollout_compiles():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def rollout(scores, values, logprobs, ref, cu_seqlens, mask, gamma):
-        rewards = fa.shape_rewards(scores, cu_seqlens, mask=mask, logprobs=logprobs, ref_logprobs=ref, kl_coef=0.1, score_clip=5.0)
+        rewards = fa.shape_rewards(
+            scores, cu_seqlens, mask=mask, logprobs=logprobs, ref_logprobs=ref, kl_coef=0.1, score_clip=5.0
+        )
         out = fa.gae(rewards, values, cu_seqlens, mask=mask, gamma=gamma)
-        return fa.whiten(out.advantages, mask, moments=out.moments), fa.whiten(fa.returns_to_go(rewards, cu_seqlens, mask=mask), mask)
+        return fa.whiten(out.advantages, mask, moments=out.moments), fa.whiten(
+            fa.returns_to_go(rewards, cu_seqlens, mask=mask), mask
+        )
 
     compiled = torch.compile(rollout, fullgraph=True, dynamic=True, backend=counter)
     for pairs in (2, 3, 5, 8):
@@ -206,7 +253,9 @@ def test_adaptive_kl_controller():
         value *= 1.0 + min(max(kl / 6.0 - 1.0, -0.2), 0.2) * n / 10000
         numbers.update(kl, n)
         tensors.update(torch.tensor(kl, dtype=torch.float64), torch.tensor(n))
-        assert numbers.value == pytest.approx(value, rel=1e-14) and float(tensors.value) == pytest.approx(value, rel=1e-14)
+        assert numbers.value == pytest.approx(value, rel=1e-14) and float(tensors.value) == pytest.approx(
+            value, rel=1e-14
+        )
     for controller in (numbers, tensors):
         resumed = fa.AdaptiveKLController()
         resumed.load_state_dict(controller.state_dict())
@@ -277,7 +326,9 @@ def _worker(rank, port, results):
     out = fa.gae(rewards[here], values[here], local, mask=mask[here])
     whitened = fa.whiten(out.advantages, mask[here], group=group)
     by_moments = fa.whiten(out.advantages, mask[here], group=group, moments=out.moments, shift_mean=False)
-    one_sided = fa.whiten(out.advantages, mask[here] & (rank == 0), group=group)  # rank 1 has nothing to whiten
+    one_sided = fa.whiten(
+        out.advantages, mask[here] & (rank == 0), group=group
+    )  # rank 1 has nothing to whiten
     kl, count = fa.mean_sequence_kl(rewards[here], values[here], local, mask=mask[here], group=group)
     results[rank] = (whitened, by_moments, one_sided, float(kl), float(count))
     dist.destroy_process_group()
@@ -297,7 +348,11 @@ def test_whitening_over_ranks_is_that_of_the_whole_rollout():  # row 44
         torch.cat(x) if isinstance(x[0], torch.Tensor) else x for x in zip(results[0], results[1])
     )
     assert_close(whitened, fa.whiten(out.advantages.double(), mask), scale=4.0)
-    assert_close(by_moments, fa.whiten(out.advantages.double(), mask, shift_mean=False), scale=float(out.mean.abs()) + 4.0)
+    assert_close(
+        by_moments,
+        fa.whiten(out.advantages.double(), mask, shift_mean=False),
+        scale=float(out.mean.abs()) + 4.0,
+    )
     first = mask & (torch.arange(20) < cu[2])
     assert_close(one_sided, fa.whiten(out.advantages.double(), first), scale=4.0)
     want, number = fa.mean_sequence_kl(rewards, values, cu_seqlens, mask=mask)

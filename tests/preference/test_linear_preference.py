@@ -1,4 +1,5 @@
-"""Preference losses from hidden states: the composition of `linear_token_stats` and `preference_loss`, value and gradients, for every preset."""
+"""Preference losses from hidden states: the composition of `linear_token_stats` and `preference_loss`, value
+and gradients, for every preset."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ def inputs():
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(VOCAB, (TOKENS,), generator=g)
     labels[torch.rand(TOKENS, generator=g) < 0.3] = -100
-    draw = [torch.randn(*s, generator=g, dtype=torch.float64) for s in ((TOKENS, WIDTH), (VOCAB, WIDTH), (VOCAB,), (TOKENS, 5), (VOCAB, 5))]
+    draw = [
+        torch.randn(*s, generator=g, dtype=torch.float64)
+        for s in ((TOKENS, WIDTH), (VOCAB, WIDTH), (VOCAB,), (TOKENS, 5), (VOCAB, 5))
+    ]
     draw[0][labels == -100] = float("nan")
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     return [x.requires_grad_(i < 3) for i, x in enumerate(draw)], labels, cu
@@ -34,14 +38,22 @@ def composed(inputs, loss, **options):
     outputs = ("logprob", "ref_logprob", "kl_ref_policy")
     stats = fa.token_stats(logits, labels, ref_logits=ref_hidden @ ref_weight.t(), outputs=outputs)
     return fa.preference_loss(
-        stats.logprob, stats.ref_logprob, cu, mask=labels != -100, kl_ref_policy=stats.kl_ref_policy, loss=loss, **options
+        stats.logprob,
+        stats.ref_logprob,
+        cu,
+        mask=labels != -100,
+        kl_ref_policy=stats.kl_ref_policy,
+        loss=loss,
+        **options,
     )
 
 
 def check(inputs, loss, budget, **options):
     tensors, labels, cu = inputs
     hidden, weight, bias, ref_hidden, ref_weight = tensors
-    rules = [RULES[loss.rule]() for _ in range(2)] if isinstance(loss, fa.Preset) and loss.rule else [None, None]
+    rules = (
+        [RULES[loss.rule]() for _ in range(2)] if isinstance(loss, fa.Preset) and loss.rule else [None, None]
+    )
     got = fa.linear_preference_loss(hidden, weight, labels, cu, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, loss=loss,
                                     workspace_bytes=BUDGETS[budget], state=rules[0], **options)  # fmt: skip
     want = composed(inputs, loss, state=rules[1], **options)
@@ -49,7 +61,10 @@ def check(inputs, loss, budget, **options):
     torch.testing.assert_close(got.sums, want.sums)
     upstream = torch.full_like(want.loss, -3.0)
     torch.testing.assert_close(got.loss, want.loss)
-    for a, b in zip(torch.autograd.grad(got.loss, tensors[:3], upstream), torch.autograd.grad(want.loss, tensors[:3], upstream)):
+    for a, b in zip(
+        torch.autograd.grad(got.loss, tensors[:3], upstream),
+        torch.autograd.grad(want.loss, tensors[:3], upstream),
+    ):
         torch.testing.assert_close(a, torch.nan_to_num(b))
 
 
@@ -85,7 +100,8 @@ def test_options(inputs, options):
 
 
 def test_pairs_are_multiplied_three_times(inputs, monkeypatch):
-    """The gradient is made in the forward pass, of every pair that fits the workspace; a longer one is multiplied again."""
+    """The gradient is made in the forward pass, of every pair that fits the workspace; a longer one is
+    multiplied again."""
     (hidden, weight, bias, *_), labels, cu = inputs
     seen = []
     for name in ("push_logits", "pull"):
@@ -93,10 +109,18 @@ def test_pairs_are_multiplied_three_times(inputs, monkeypatch):
         monkeypatch.setattr(
             known.walk,
             name,
-            lambda call, block, *a, _real=real, _name=name: seen.append((_name, block.spec.shape[0])) or _real(call, block, *a),
+            lambda call, block, *a, _real=real, _name=name: (
+                seen.append((_name, block.spec.shape[0])) or _real(call, block, *a)
+            ),
         )
     out = fa.linear_preference_loss(
-        hidden, weight, labels, cu, bias=bias, ref_logprobs=torch.zeros(TOKENS), workspace_bytes=128 * VOCAB * 8
+        hidden,
+        weight,
+        labels,
+        cu,
+        bias=bias,
+        ref_logprobs=torch.zeros(TOKENS),
+        workspace_bytes=128 * VOCAB * 8,
     )
     scored = (labels != -100).split(LENGTHS)
     counts = [int(sum(s.sum() for s in scored[i : i + 2])) for i in range(0, len(LENGTHS), 2)]
@@ -117,7 +141,9 @@ def test_differentiated_once(inputs):
 def test_without_gradients(inputs):
     (hidden, weight, bias, ref_hidden, ref_weight), labels, cu = inputs
     with torch.no_grad():
-        out = fa.linear_preference_loss(hidden, weight, labels, cu, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight)
+        out = fa.linear_preference_loss(
+            hidden, weight, labels, cu, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight
+        )
     assert_close(out.loss, composed(inputs, "dpo").loss)
 
 
@@ -139,6 +165,12 @@ def test_without_gradients(inputs):
 )
 def test_errors(inputs, change, message):
     (hidden, weight, *_), labels, cu = inputs
-    arguments = {"hidden": hidden, "weight": weight, "labels": labels, "cu_seqlens": cu, "ref_logprobs": torch.zeros(TOKENS)} | change
+    arguments = {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": labels,
+        "cu_seqlens": cu,
+        "ref_logprobs": torch.zeros(TOKENS),
+    } | change
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         fa.linear_preference_loss(**arguments)

@@ -11,7 +11,10 @@ from fastalign.testing import assert_close, gradient
 
 CHOSEN = torch.tensor([1.0, -0.5, 2.0, 0.0], dtype=torch.float64)
 REJECTED = torch.tensor([0.3, 0.5, -40.0, 0.0], dtype=torch.float64)
-MARGIN, SOFT = torch.tensor([0.0, 1.0, 1 / 3, -0.5], dtype=torch.float64), torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64)
+MARGIN, SOFT = (
+    torch.tensor([0.0, 1.0, 1 / 3, -0.5], dtype=torch.float64),
+    torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64),
+)
 FORMS = {
     "bradley_terry": ({}, lambda c, r: -logsigmoid(c - r)),
     "margin": ({"margin": MARGIN}, lambda c, r: -logsigmoid(c - r - MARGIN)),
@@ -36,7 +39,10 @@ def test_reward_loss(backend, device, name, reduction):
     for got, truth in zip(grads, torch.autograd.grad(want, plain, upstream)):
         assert_close(got.cpu(), truth, scale=10.0)
     metrics = out.metrics()
-    assert float(metrics["rewards/accuracies"]) == 0.5 and abs(float(metrics["rewards/chosen"]) - float(CHOSEN.mean())) < 1e-6
+    assert (
+        float(metrics["rewards/accuracies"]) == 0.5
+        and abs(float(metrics["rewards/chosen"]) - float(CHOSEN.mean())) < 1e-6
+    )
 
 
 def test_kwise_reward_loss(backend, device):
@@ -59,7 +65,10 @@ def test_kwise_reward_loss(backend, device):
 @pytest.mark.parametrize("options", [{}, {"centering": 0.01}])
 def test_micro_batches(options):
     whole = fa.reward_loss(CHOSEN, REJECTED, **options).loss
-    parts = [fa.reward_loss(CHOSEN[s], REJECTED[s], num_items=4, **options).loss for s in (slice(0, 1), slice(1, 4))]
+    parts = [
+        fa.reward_loss(CHOSEN[s], REJECTED[s], num_items=4, **options).loss
+        for s in (slice(0, 1), slice(1, 4))
+    ]
     assert abs(float(whole - sum(parts))) < 1e-12
     empty = fa.reward_loss(CHOSEN[:0], REJECTED[:0], **options).loss
     assert float(empty) == 0.0

@@ -1,4 +1,5 @@
-"""Rules that look at the whole batch, sorted order and mixtures: against loops, stop-gradient, state, evaluation mode, one and many pairs."""
+"""Rules that look at the whole batch, sorted order and mixtures: against loops, stop-gradient, state,
+evaluation mode, one and many pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from fastalign.testing import gradient, make_batch
 
 def call(batch, lp=None, **options):
     lp = batch.logprobs if lp is None else lp
-    return fa.preference_loss(lp, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, **options)
+    return fa.preference_loss(
+        lp, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, **options
+    )
 
 
 def margins(batch):
@@ -86,7 +89,9 @@ def test_evaluation_reads_and_does_not_write():
         before = rule.state_dict()
         rule.eval()
         values = [float(call(batch, loss=name, state=rule).loss) for batch in batches(2)]
-        assert all(torch.equal(torch.as_tensor(before[k]), torch.as_tensor(rule.state_dict()[k])) for k in before), name
+        assert all(
+            torch.equal(torch.as_tensor(before[k]), torch.as_tensor(rule.state_dict()[k])) for k in before
+        ), name
         fresh = type(rule)()
         fresh.load_state_dict(before)
         fresh.eval()
@@ -126,7 +131,9 @@ def test_bco_running_delta(momentum):
         assert abs(float(got - want)) < 1e-10
 
 
-@pytest.mark.parametrize("name,rule", [("beta_dpo", fa.BetaDPO), ("alpha_dpo", fa.AlphaDPO), ("bco", fa.BCODelta)])
+@pytest.mark.parametrize(
+    "name,rule", [("beta_dpo", fa.BetaDPO), ("alpha_dpo", fa.AlphaDPO), ("bco", fa.BCODelta)]
+)
 @pytest.mark.parametrize("spoiled", [math.nan, -math.inf])
 def test_memory_takes_only_finite_pairs(name, rule, spoiled):
     good, state = batches(1)[0], rule()
@@ -139,7 +146,9 @@ def test_memory_takes_only_finite_pairs(name, rule, spoiled):
     assert not math.isfinite(float(call(good, lp, loss=name, state=rule()).loss))  # propagated
 
 
-@pytest.mark.parametrize("name,rule", [("beta_dpo", fa.BetaDPO), ("alpha_dpo", fa.AlphaDPO), ("bco", fa.BCODelta)])
+@pytest.mark.parametrize(
+    "name,rule", [("beta_dpo", fa.BetaDPO), ("alpha_dpo", fa.AlphaDPO), ("bco", fa.BCODelta)]
+)
 def test_a_batch_without_usable_pairs_leaves_the_averages_alone(name, rule):
     good, state = batches(1)[0], rule()
     call(good, loss=name, state=state)
@@ -147,7 +156,10 @@ def test_a_batch_without_usable_pairs_leaves_the_averages_alone(name, rule):
     call(good, torch.full_like(good.logprobs, math.nan), loss=name, state=state, nonfinite="drop")
     for key in ("mean", "std"):
         if key in before:
-            correct = [float(memory[key]) / (1 - 0.9 ** memory.get("steps", math.inf)) for memory in (before, state.state_dict())]
+            correct = [
+                float(memory[key]) / (1 - 0.9 ** memory.get("steps", math.inf))
+                for memory in (before, state.state_dict())
+            ]
             assert correct[0] == pytest.approx(correct[1], rel=1e-12)
     assert all(math.isfinite(float(v.double().sum())) for v in used.values())
 
@@ -168,7 +180,15 @@ def test_damaged_memory_is_refused():
         call(make_batch(3), loss=rule.rule, state=rule)
         whole = rule.state_dict()
         for key in whole:
-            for bad in (torch.tensor(math.nan), torch.tensor(math.inf), torch.ones(2), torch.tensor(1), "x", 1.5, -1):
+            for bad in (
+                torch.tensor(math.nan),
+                torch.tensor(math.inf),
+                torch.ones(2),
+                torch.tensor(1),
+                "x",
+                1.5,
+                -1,
+            ):
                 with pytest.raises((ValueError, TypeError), match=key):
                     rule.load_state_dict({**whole, key: bad})
         for bad in (None, [], {}, {**whole, "more": 1}):
@@ -204,15 +224,22 @@ def test_wpo_weights_against_a_loop():
     packed = fa.pack([[1, 2, 3, 4], [1, 2], [5, 6, 7]], [[0, 1, 1, 1], [0, 1], [0, 0, 1]])
     stats = fa.token_stats(logits, packed.labels, outputs=("logprob", "log_sum_sq_probs"))
     pairs = torch.tensor([[0, 1], [2, 1], [2, 2]])
-    got = fa.wpo_weights(stats.logprob, stats.log_sum_sq_probs, packed.cu_seqlens, mask=packed.mask, pairs=pairs, clamp=None)
+    got = fa.wpo_weights(
+        stats.logprob, stats.log_sum_sq_probs, packed.cu_seqlens, mask=packed.mask, pairs=pairs, clamp=None
+    )
     p = torch.softmax(logits, -1)
     v = []
     for a, b in ((0, 4), (4, 6), (6, 9)):
         rows = [t for t in range(a, b) if packed.mask[t]]
-        v.append(sum(float(torch.log(p[t, packed.labels[t]]) - torch.log((p[t] ** 2).sum())) for t in rows) / len(rows))
+        v.append(
+            sum(float(torch.log(p[t, packed.labels[t]]) - torch.log((p[t] ** 2).sum())) for t in rows)
+            / len(rows)
+        )
     want = torch.tensor([math.exp(v[a] + v[b]) for a, b in pairs.tolist()], dtype=torch.float64)
     assert float((got - want).abs().max()) < 1e-10
-    clamped = fa.wpo_weights(stats.logprob, stats.log_sum_sq_probs, packed.cu_seqlens, mask=packed.mask, pairs=pairs)
+    clamped = fa.wpo_weights(
+        stats.logprob, stats.log_sum_sq_probs, packed.cu_seqlens, mask=packed.mask, pairs=pairs
+    )
     assert torch.equal(clamped, got.clamp(max=1.0))
 
 
@@ -230,7 +257,12 @@ def test_aot_ties_invalid_pairs_and_one_pair():
         subset = torch.tensor([[2 * i, 2 * i + 1] for i in few])
         assert abs(float(got.loss - call(batch, loss=name, pairs=subset).loss)) < 1e-12
         rewards = fa.preference_loss(
-            batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=name, valid=keep
+            batch.logprobs,
+            batch.ref_logprobs,
+            batch.packed.cu_seqlens,
+            mask=batch.packed.mask,
+            loss=name,
+            valid=keep,
         )
         assert torch.equal(rewards.valid, keep) and float(rewards.metrics()["rewards/margins"].count) == 3
         for option in ("omega", "gamma_ext", "beta"):
@@ -271,7 +303,9 @@ def test_mixture_is_the_sum_of_its_parts(reduction):
 def test_mixture_from_sums_and_with_a_rule():
     batch = make_batch(4, dtype=torch.float64)
     cu, mask = batch.packed.cu_seqlens, batch.packed.mask
-    sums, refs, lengths = (fa.sequence_sum(x, cu, mask=mask) for x in (batch.logprobs, batch.ref_logprobs, mask.double()))
+    sums, refs, lengths = (
+        fa.sequence_sum(x, cu, mask=mask) for x in (batch.logprobs, batch.ref_logprobs, mask.double())
+    )
     mix = [("bco", 1.0), ("aot", 0.5), ("cpo", 0.25)]
     got = fa.preference_loss_from_sums(
         sums[::2],
@@ -312,7 +346,11 @@ def _worker(rank, port, results):
         packed=whole.packed._replace(cu_seqlens=cu, mask=whole.packed.mask[rows]), logprobs=whole.logprobs[rows],
         ref_logprobs=whole.ref_logprobs[rows],
     )  # fmt: skip
-    for name, rule in (("beta_dpo", fa.BetaDPO(group=group)), ("alpha_dpo", fa.AlphaDPO(group=group)), ("bco", fa.BCODelta(group=group))):
+    for name, rule in (
+        ("beta_dpo", fa.BetaDPO(group=group)),
+        ("alpha_dpo", fa.AlphaDPO(group=group)),
+        ("bco", fa.BCODelta(group=group)),
+    ):
         total = call(part, loss=name, state=rule, reduction="sum").loss
         results[f"{name}{rank}"] = float(total)
     dist.destroy_process_group()

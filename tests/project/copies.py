@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Copy:
-    """The package and csrc in a folder of their own, with the extension as it was built. `files`: what was changed."""
+    """The package and csrc in a folder of their own, with the extension as it was built. `files`: what was
+    changed."""
 
     def __init__(self, folder: Path):
         self.root, self.files, self.edits = folder, set(), 0
@@ -26,7 +27,9 @@ class Copy:
         """`old`, which stands in the file once, becomes `new`."""
         path = self.root / file
         text = path.read_text()
-        assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times: mend the change in this test"
+        assert text.count(old) == 1, (
+            f"{file} holds {old!r} {text.count(old)} times: mend the change in this test"
+        )
         path.write_text(text.replace(old, new))
         self.files.add(file)
         self.edits += 1
@@ -63,7 +66,11 @@ class Copy:
 
     def compiles(self, *sources: str) -> None:
         """The compiler takes the sources; nothing is built."""
-        include = [f"-I{self.root / 'csrc'}", f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
+        include = [
+            f"-I{self.root / 'csrc'}",
+            f"-isystem{sysconfig.get_path('include')}",
+            f"-isystem{pybind11.get_include()}",
+        ]
         for source in sources:
             defines = ['-DFA_VERSION="copy"', '-DFA_CUDA_ARCHS=""', '-DFA_CUDA_COMPILER=""']
             command = ["g++", "-std=c++17", "-fsyntax-only", *defines, *include, str(self.root / source)]

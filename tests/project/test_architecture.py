@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fastalign"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if p.is_dir() and p.name not in ("math", "__pycache__"))
+OPS = sorted(
+    p.name for p in (PACKAGE / "ops").iterdir() if p.is_dir() and p.name not in ("math", "__pycache__")
+)
 
 
 def imports(path):
@@ -60,7 +62,9 @@ def modules(names):
     found = set()
     for name in names:
         parts = name.split(".")[1:]
-        while parts and not ((PACKAGE / "/".join(parts)).is_dir() or (PACKAGE / "/".join(parts)).with_suffix(".py").exists()):
+        while parts and not (
+            (PACKAGE / "/".join(parts)).is_dir() or (PACKAGE / "/".join(parts)).with_suffix(".py").exists()
+        ):
             parts.pop()
         found.add(".".join(parts) or "__init__")
     return found
@@ -70,14 +74,22 @@ def modules(names):
 def test_imports_follow_the_layers(path):
     where = layer(path)
     for name in modules(imports(path)):
-        if room(where) in TOP:  # what stands on the public names reaches below them for data, checks and metrics, never for kernels
+        if (
+            room(where) in TOP
+        ):  # what stands on the public names reaches below them for data, checks and metrics, never for kernels
             below = ("ops", "runtime.ffi", "runtime.layout", "runtime.overwrite", "runtime.function")
             allowed = {"bench": ("runtime.ffi",), "cli": ("runtime.ffi",)}.get(room(where), ())
-            assert not name.startswith(below) or name.startswith(allowed), f"{where} reaches below the public names: {name}"
-        elif name == "__init__":  # `from fastalign import x`: x was resolved to its module above, so this is a public name
+            assert not name.startswith(below) or name.startswith(allowed), (
+                f"{where} reaches below the public names: {name}"
+            )
+        elif (
+            name == "__init__"
+        ):  # `from fastalign import x`: x was resolved to its module above, so this is a public name
             assert floor(where) > floor("preference"), f"{where} imports the package itself"
         else:
-            assert room(name) == room(where) or floor(name) < floor(where), f"{where} imports from above or beside it: {name}"
+            assert room(name) == room(where) or floor(name) < floor(where), (
+                f"{where} imports from above or beside it: {name}"
+            )
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if layer(p).startswith("ops/")], ids=layer)
@@ -86,15 +98,24 @@ def test_ops_know_each_other_by_definition_only(path):
     own = layer(path).split("/")[1]
     for name in modules(imports(path)):
         if name.startswith("ops.") and name.count(".") == 2 and name.split(".")[1] not in (own, "math"):
-            assert name.split(".")[2] in ("op", "params", "reference"), f"{layer(path)} imports another op's kernels: {name}"
+            assert name.split(".")[2] in ("op", "params", "reference"), (
+                f"{layer(path)} imports another op's kernels: {name}"
+            )
 
 
 def test_no_import_circle():
     """Imports at the top of files, followed file by file."""
     edges = {}
     for path in FILES:
-        top = ast.Module([n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))], [])
-        names = {f"{n.module}.{a.name}" for n in top.body if isinstance(n, ast.ImportFrom) and n.module for a in n.names}
+        top = ast.Module(
+            [n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))], []
+        )
+        names = {
+            f"{n.module}.{a.name}"
+            for n in top.body
+            if isinstance(n, ast.ImportFrom) and n.module
+            for a in n.names
+        }
         own = layer(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         edges[own] = modules({n for n in names if n.startswith("fastalign.")}) - {own, "__init__"}
 
@@ -112,7 +133,9 @@ def test_no_import_circle():
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_the_same_files(op):
-    assert {"op.py", "reference.py", "native.py", "triton.py"} <= {p.name for p in (PACKAGE / "ops" / op).glob("*.py")}
+    assert {"op.py", "reference.py", "native.py", "triton.py"} <= {
+        p.name for p in (PACKAGE / "ops" / op).glob("*.py")
+    }
 
 
 def test_pointers_and_the_extension_are_in_one_place():
@@ -147,7 +170,12 @@ def test_environment_variables_are_the_documented_ones():
 
     for path in [*FILES, ROOT / "setup.py"]:
         for name in re.findall(r"FASTALIGN_[A-Z_]+", path.read_text()):
-            assert name in ("FASTALIGN_BACKEND", "FASTALIGN_EXTENSION", "FASTALIGN_CUDA", "FASTALIGN_ARCHS"), (path, name)
+            assert name in (
+                "FASTALIGN_BACKEND",
+                "FASTALIGN_EXTENSION",
+                "FASTALIGN_CUDA",
+                "FASTALIGN_ARCHS",
+            ), (path, name)
 
 
 def long_argument_lists(tree):

@@ -1,4 +1,5 @@
-"""The compiled extension as a build product: what it links, what it exports, how its build refuses, and the package without it."""
+"""The compiled extension as a build product: what it links, what it exports, how its build refuses, and the
+package without it."""
 
 from __future__ import annotations
 
@@ -25,11 +26,20 @@ with mock.patch("setuptools.setup"):
 
 
 def output_of(*command, **env):
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, **env}).stdout
+    return subprocess.run(
+        [str(c) for c in command],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    ).stdout
 
 
 def failure_of(*command, **env):
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env})
+    result = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}
+    )
     assert result.returncode != 0
     return result.stderr
 
@@ -39,7 +49,9 @@ def test_build_info():
     assert info["version"] == fa.__version__ and info["cpu"] is True and info["cpu_isa"] in _C.cpu_isas()
     assert re.match(r"\d+\.\d+", info["compiler"]) and isinstance(info["cuda"], bool)
     if info["cuda"]:
-        assert re.fullmatch(r"\d+[af]?(;\d+[af]?)*", info["cuda_archs"]) and info["cuda_compiler"].startswith("nvcc ")
+        assert re.fullmatch(r"\d+[af]?(;\d+[af]?)*", info["cuda_archs"]) and info["cuda_compiler"].startswith(
+            "nvcc "
+        )
 
 
 def test_links_neither_torch_nor_cuda_libraries():
@@ -57,20 +69,29 @@ def test_links_neither_torch_nor_cuda_libraries():
 def test_one_openmp_runtime():
     """torch.set_num_threads acts on the kernels because both use the same libgomp."""
     fa.token_logprobs(torch.randn(64, 5000), torch.zeros(64, dtype=torch.long))
-    runtimes = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line or "libiomp" in line}
+    runtimes = {
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "libgomp" in line or "libiomp" in line
+    }
     assert len(runtimes) == 1, runtimes
 
 
 @pytest.mark.parametrize("source", SETUP["ISA_FLAGS"])
 def test_no_shared_code_in_files_for_one_instruction_set(source, tmp_path):
-    """An inline function emitted there could be the copy that the linker keeps for all files, and crash CPUs without those instructions."""
+    """An inline function emitted there could be the copy that the linker keeps for all files, and crash CPUs
+    without those instructions."""
     if platform.machine() != "x86_64":
         assert _C.cpu_isas() == ["generic"]
         return
-    flags = f"{SETUP['CXX_FLAGS']} {SETUP['ISA_FLAGS'][source]} -O1".split()  # which inlines less than what ships, in half the time
+    flags = (
+        f"{SETUP['CXX_FLAGS']} {SETUP['ISA_FLAGS'][source]} -O1".split()
+    )  # which inlines less than what ships, in half the time
     output = tmp_path / "rows.o"
     output_of("g++", *flags, "-Werror", f"-I{ROOT}/csrc", "-c", f"{ROOT}/csrc/cpu/{source}", "-o", output)
-    symbols = [line.split(None, 2)[-2:] for line in output_of("nm", "-C", "--defined-only", output).splitlines()]
+    symbols = [
+        line.split(None, 2)[-2:] for line in output_of("nm", "-C", "--defined-only", output).splitlines()
+    ]
     kind, isa = source.removesuffix(".cpp").split("_")
     assert [name for binding, name in symbols if not binding.islower()] == [f"fastalign::cpu::{isa}_{kind}"]
 
@@ -111,7 +132,8 @@ torch.testing.assert_close(fastalign.token_logprobs(x, y), torch.log_softmax(x, 
     ],
 )
 def test_cuda_is_compiled_where_it_is_of_use(wanted, archs, no_use, compiled, monkeypatch, capsys):
-    """auto leaves the CUDA kernels out, and says so, where neither torch nor a device could call them; a wish goes before it."""
+    """auto leaves the CUDA kernels out, and says so, where neither torch nor a device could call them; a wish
+    goes before it."""
     find_nvcc = SETUP["find_nvcc"]
     monkeypatch.setitem(find_nvcc.__globals__, "cuda_is_of_no_use", lambda: no_use)
     monkeypatch.setattr(shutil, "which", lambda name, path=None: "/there/nvcc")
@@ -120,12 +142,17 @@ def test_cuda_is_compiled_where_it_is_of_use(wanted, archs, no_use, compiled, mo
     if archs:
         monkeypatch.setenv("FASTALIGN_ARCHS", archs)
     assert (find_nvcc(["a.cu"]) is not None) == compiled
-    assert ("left out, since nothing here runs CUDA" in capsys.readouterr().out) == (wanted == "auto" and not compiled)
+    assert ("left out, since nothing here runs CUDA" in capsys.readouterr().out) == (
+        wanted == "auto" and not compiled
+    )
 
 
-@pytest.mark.parametrize("cuda,said", [("None", "torch is built without CUDA"), ("'12.8'", "None"), ("", "no NVIDIA device")])
+@pytest.mark.parametrize(
+    "cuda,said", [("None", "torch is built without CUDA"), ("'12.8'", "None"), ("", "no NVIDIA device")]
+)
 def test_what_makes_cuda_useless(cuda, said, tmp_path):
-    """Judged by torch's own word, by the device alone where torch is not visible (as in an isolated build)."""
+    """Judged by torch's own word, by the device alone where torch is not visible (as in an isolated
+    build)."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         cuda, said = "None", "None"  # a device settles it
     (tmp_path / "torch").mkdir()
@@ -140,22 +167,32 @@ def test_what_makes_cuda_useless(cuda, said, tmp_path):
     "env,message",
     [
         ({"FASTALIGN_CUDA": "yes"}, "FASTALIGN_CUDA='yes': legal values are auto, 0 and 1"),
-        ({"FASTALIGN_CUDA": "1", "PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere"}, "FASTALIGN_CUDA=1, but nvcc is neither on PATH nor in"),
+        (
+            {"FASTALIGN_CUDA": "1", "PATH": "/usr/bin:/bin", "CUDA_HOME": "/nowhere"},
+            "FASTALIGN_CUDA=1, but nvcc is neither on PATH nor in",
+        ),
     ],
 )
 def test_refused_settings(env, message, tmp_path):
     if "PATH" in env and shutil.which("nvcc", path=env["PATH"]):
         env = {**env, "PATH": str(Path(sys.executable).parent)}
-    assert message in failure_of(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, **env)
+    assert message in failure_of(
+        sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, **env
+    )
 
 
 def test_setuptools_of_any_age():
-    """Those before 77 refuse a licence in [project]; those that are too old are named before anything is built."""
+    """Those before 77 refuse a licence in [project]; those that are too old are named before anything is
+    built."""
     project = (ROOT / "pyproject.toml").read_text()
     assert not re.search(r"^license(-files)?\b", project, re.MULTILINE)
     assert set(re.findall(r"\bsetuptools>=(\d+)", project)) == {str(SETUP["MIN_SETUPTOOLS"])}
     too_old = mock.patch("setuptools.__version__", f"{SETUP['MIN_SETUPTOOLS'] - 1}.9.1")
-    with mock.patch("setuptools.setup"), too_old, pytest.raises(SystemExit, match=r"setuptools 63\.9\.1 is too old: 64 or later"):
+    with (
+        mock.patch("setuptools.setup"),
+        too_old,
+        pytest.raises(SystemExit, match=r"setuptools 63\.9\.1 is too old: 64 or later"),
+    ):
         runpy.run_path(str(ROOT / "setup.py"))
 
 
@@ -166,7 +203,16 @@ def test_refused_archs(archs, tmp_path):
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
     nvcc.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    stderr = failure_of(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, FASTALIGN_ARCHS=archs, PATH=path)
+    stderr = failure_of(
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        tmp_path,
+        FASTALIGN_ARCHS=archs,
+        PATH=path,
+    )
     assert f"FASTALIGN_ARCHS={archs!r}" in stderr
 
 
@@ -176,12 +222,24 @@ def test_failing_nvcc_is_not_silent(tmp_path):
     for file in [*(source / "csrc" / "cpu").glob("*.cpp"), source / "csrc" / "bindings.cpp"]:
         file.write_text("")
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\ncase $1 in --version) echo 'release 13.0, V13.0.88';; *) echo 'nvcc is out of order' >&2; exit 1;; esac\n")
+    nvcc.write_text(
+        "#!/bin/sh\ncase $1 in --version) echo 'release 13.0, V13.0.88';; *) echo 'nvcc is out of order' >&2; exit 1;; esac\n"
+    )
     nvcc.chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FASTALIGN_CUDA": "auto", "FASTALIGN_ARCHS": "90"}
-    result = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=source, env=env, capture_output=True, text=True)
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FASTALIGN_CUDA": "auto",
+        "FASTALIGN_ARCHS": "90",
+    }
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"], cwd=source, env=env, capture_output=True, text=True
+    )
     assert result.returncode != 0
-    assert "nvcc is out of order" in result.stdout + result.stderr and "FASTALIGN_CUDA=0 builds without" in result.stderr
+    assert (
+        "nvcc is out of order" in result.stdout + result.stderr
+        and "FASTALIGN_CUDA=0 builds without" in result.stderr
+    )
 
 
 def test_sdist_holds_the_sources(tmp_path):

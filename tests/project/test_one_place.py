@@ -26,13 +26,20 @@ FORMULAS = {"csrc/math/pair.h", "fastalign/ops/math/pair.py", "fastalign/ops/pre
 
 def where(pattern):
     """Files of the package and of csrc with a line that matches."""
-    sources = [*PACKAGE, *(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))]
+    sources = [
+        *PACKAGE,
+        *(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")),
+    ]
     return {str(p.relative_to(ROOT)) for p in sources if re.search(pattern, p.read_text(), re.MULTILINE)}
 
 
 def strings(path):
     """String constants of a Python file that are not docstrings."""
-    return {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return {
+        n.value
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }
 
 
 def test_a_link_is_a_name_and_its_formulas(monkeypatch):
@@ -51,12 +58,18 @@ def test_a_link_is_a_name_and_its_formulas(monkeypatch):
     lp, leaf = (batch.logprobs.clone().requires_grad_() for _ in range(2))
     with fa.use_backend("reference"):
         loss = fa.preference_loss(
-            lp, batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask, loss=Preset(link="cauchy", beta=0.5)
+            lp,
+            batch.ref_logprobs,
+            batch.packed.cu_seqlens,
+            mask=batch.packed.mask,
+            loss=Preset(link="cauchy", beta=0.5),
         ).loss
         g = gradient(loss, lp)
     d = 0.5 * fa.sequence_sum(leaf - batch.ref_logprobs, batch.packed.cu_seqlens, mask=batch.packed.mask)
     want = torch.log1p((d[::2] - d[1::2] - 1) ** 2).mean()
-    assert abs(float((loss - want).detach())) < 1e-12 and float((g - gradient(want, leaf)).abs().max()) < 1e-12
+    assert (
+        abs(float((loss - want).detach())) < 1e-12 and float((g - gradient(want, leaf)).abs().max()) < 1e-12
+    )
 
 
 @pytest.mark.parametrize("function", ["link", "transform"])
@@ -90,6 +103,9 @@ def test_names_are_data():
 
 def test_kernels_know_no_loss():
     """They get numbers: no name of a loss stands in their code."""
-    for path in [*(p for p in (ROOT / "csrc").rglob("*") if p.is_file()), *(ROOT / "fastalign").rglob("triton*.py")]:
+    for path in [
+        *(p for p in (ROOT / "csrc").rglob("*") if p.is_file()),
+        *(ROOT / "fastalign").rglob("triton*.py"),
+    ]:
         code = re.sub(r'//.*|#.*|"""(?s:.*?)"""', "", path.read_text())
         assert not re.findall(rf"\b({'|'.join({*losses.PRESETS, *losses.LISTWISE} - {'sft'})})\b", code), path

@@ -1,4 +1,5 @@
-"""The README against the code: its example runs, its tables are those the code prints. `python tests/project/test_readme.py` rewrites the tables."""
+"""The README against the code: its example runs, its tables are those the code prints. `python
+tests/project/test_readme.py` rewrites the tables."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ def ops_table():
 
     lines = ["| op | " + " | ".join(WHY[b] for b in BACKENDS) + " |", "|---" * (1 + len(BACKENDS)) + "|"]
     for name, op in OPS.items():
-        cells = [" ".join(str(d).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for d in op.takes(b)) for b in BACKENDS]
+        cells = [
+            " ".join(
+                str(d).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for d in op.takes(b)
+            )
+            for b in BACKENDS
+        ]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -60,7 +66,9 @@ def section(text, name):
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_current(name):
     path, table = TABLES[name]
-    assert section(path.read_text(), name).group(1).strip() == table(), "run: python tests/project/test_readme.py"
+    assert section(path.read_text(), name).group(1).strip() == table(), (
+        "run: python tests/project/test_readme.py"
+    )
 
 
 def test_example_runs(capsys):

@@ -1,5 +1,5 @@
-"""What CONTRIBUTING.md says of a preset, a link and a row statistic, done on a copy of the package: the right numbers come out of it,
-and no more files are touched than it says."""
+"""What CONTRIBUTING.md says of a preset, a link and a row statistic, done on a copy of the package: the right
+numbers come out of it, and no more files are touched than it says."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from project.copies import Copy
 
-# A loss and its gradient by the preset `{preset}`, on each of the backends, against `{truth}` in fp64: a function of
-# beta times the difference of the pair's summed log-ratios.
+# A loss and its gradient by the preset `{preset}`, on each of the backends, against `{truth}` in fp64: a
+# function of beta times the difference of the pair's summed log-ratios.
 CHECK = """
 import fastalign as fa, torch
 from fastalign.losses.pair import Preset
@@ -43,7 +43,8 @@ def test_a_preset_is_a_row_of_one_file(tmp_path):
 
 # --- a link ------------------------------------------------------------------------------------------------------------
 
-# Without a parameter of its own, and with one: value and slope in C++, and in Python and Triton; the truth in PyTorch.
+# Without a parameter of its own, and with one: value and slope in C++, and in Python and Triton; the truth in
+# PyTorch.
 LINKS = {
     "without": {
         "value": ("log1p(h * h)", "T(2) * h / (T(1) + h * h)"),
@@ -74,7 +75,11 @@ int main() {{
 
 
 def add_link(copy, made):
-    pair, reference, triton = "csrc/math/pair.h", "fastalign/ops/preference/reference.py", "fastalign/ops/math/pair.py"
+    pair, reference, triton = (
+        "csrc/math/pair.h",
+        "fastalign/ops/preference/reference.py",
+        "fastalign/ops/math/pair.py",
+    )
     columns = "fastalign/ops/columns.py"
     copy.after(pair, "X(kDiscopop)", " X(kCauchy)")
     copy.before(pair, "    case kDiscopop:", "    case kCauchy: return {{{}, {}}};\n".format(*made["value"]))
@@ -83,7 +88,11 @@ def add_link(copy, made):
     if made["options"]:
         copy.after(columns, "TAU_LINKS = {", '"cauchy": 10.0, ')
     copy.before(reference, "    DISCOPOP,\n", "    CAUCHY,\n")
-    copy.before(reference, "    if kind == DISCOPOP:", "    if kind == CAUCHY:\n        return {}, {}\n".format(*made["torch"]))
+    copy.before(
+        reference,
+        "    if kind == DISCOPOP:",
+        "    if kind == CAUCHY:\n        return {}, {}\n".format(*made["torch"]),
+    )
     copy.before(triton, "    DISCOPOP,\n", "    CAUCHY,\n")
     branch = "    elif KIND == CAUCHY:\n        value, slope = {}, {}\n".format(*made["triton"])
     copy.before(triton, "    elif KIND == DISCOPOP:", branch)
@@ -149,12 +158,17 @@ int main() {
 
 
 def add_statistic(copy):
-    """max_logprob, the log of the largest probability; after is_top1, for the outputs with a reference come last."""
+    """max_logprob, the log of the largest probability; after is_top1, for the outputs with a reference come
+    last."""
     state, results = "csrc/math/row_state.h", "csrc/row_results.h"
     copy.after(state, "X(kOutIsTop1, is_top1)", " X(kOutMaxLogprob, max_logprob)")
     formula = "{ return s.umax * (f.c * T(kLn2)) - row_logsumexp(s, f); }\n"
     place = "template <class T> FA_HD T row_mean_logit("
-    copy.before(state, place, f"{place.replace('mean_logit', 'max_logprob')}const RowState<T>& s, const RowTransform<T>& f) {formula}")
+    copy.before(
+        state,
+        place,
+        f"{place.replace('mean_logit', 'max_logprob')}const RowState<T>& s, const RowTransform<T>& f) {formula}",
+    )
     place = "  if (a.is_top1) put("
     copy.before(results, place, "  if (a.max_logprob) put(a.max_logprob, row, row_max_logprob(s, f));\n")
     copy.after(results, "a.mean_logit, a.is_top1,", " a.max_logprob,")
@@ -162,7 +176,9 @@ def add_statistic(copy):
     copy.after(columns, '"is_top1",', ' "max_logprob",')
     copy.after(columns, "OUT_IS_TOP1,", " OUT_MAX_LOGPROB,")
     reference = "fastalign/ops/token_stats/reference.py"
-    copy.before(reference, '        "is_top1": lambda', '        "max_logprob": lambda: LN2 * shift - log_s0,\n')
+    copy.before(
+        reference, '        "is_top1": lambda', '        "max_logprob": lambda: LN2 * shift - log_s0,\n'
+    )
     triton = "fastalign/ops/token_stats/triton_rows.py"
     copy.after(triton, "    OUT_LOGSUMEXP,\n", "    OUT_MAX_LOGPROB,\n")
     copy.after(triton, "    is_top1: tl.tensor\n", "    max_logprob: tl.tensor\n")
@@ -171,7 +187,11 @@ def add_statistic(copy):
         tl.store(out.max_logprob + row, tl.where(scored != 0, largest, 0.0))
 """
     copy.before(triton, "    if OUT_IS_TOP1 & OUTPUTS:", branch)
-    copy.after("fastalign/rows/stats.py", "    is_top1: Tensor | None = None\n", "    max_logprob: Tensor | None = None\n")
+    copy.after(
+        "fastalign/rows/stats.py",
+        "    is_top1: Tensor | None = None\n",
+        "    max_logprob: Tensor | None = None\n",
+    )
 
 
 def test_a_row_statistic_touches_six_files(tmp_path):
@@ -181,7 +201,9 @@ def test_a_row_statistic_touches_six_files(tmp_path):
     number, value, masked = copy.run_cpp(STATISTIC_PROBE).split()
     bit = copy.run("from fastalign.ops.columns import OUT_MAX_LOGPROB; print(OUT_MAX_LOGPROB)").strip()
     assert number == bit and float(masked) == 0.0
-    probabilities = torch.softmax(torch.tensor([1.0, 3.0, 3.0], dtype=torch.float64) * torch.log(torch.tensor(2.0).double()), 0)
+    probabilities = torch.softmax(
+        torch.tensor([1.0, 3.0, 3.0], dtype=torch.float64) * torch.log(torch.tensor(2.0).double()), 0
+    )
     assert abs(float(value) - float(probabilities.max().log())) < 1e-12
     copy.compiles("csrc/bindings.cpp", "csrc/cpu/token_stats.cpp")
     assert len(copy.files) == 6

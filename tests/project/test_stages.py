@@ -1,4 +1,5 @@
-"""The stages of `make test`: none is forgotten, and what the ahead-of-time stage needs is installed or missed aloud."""
+"""The stages of `make test`: none is forgotten, and what the ahead-of-time stage needs is installed or missed
+aloud."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def test_a_missing_triton_ends_the_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(run_all, "run", lambda *command, **env: pytest.fail("something ran before"))
     monkeypatch.setattr(run_all.shutil, "which", lambda name: "/usr/bin/nvcc")
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"needs Triton 3\.6\.0: .*--target .*triton-3\.6\.0 triton==3\.6\.0"):
+    with pytest.raises(
+        SystemExit, match=r"needs Triton 3\.6\.0: .*--target .*triton-3\.6\.0 triton==3\.6\.0"
+    ):
         run_all.aot()
     (tmp_path / "triton-3.6.0" / "triton").mkdir(parents=True)
     (tmp_path / "triton-3.6.0" / "triton" / "__init__.py").write_text("__version__ = '3.9.0'")
@@ -62,7 +65,9 @@ def files_of(command, root, always):
 
 def test_every_test_file_is_in_one_stage(monkeypatch):
     root = run_all.ROOT
-    always = re.search(r'^addopts = "(.*)"', (root / "pyproject.toml").read_text(), re.MULTILINE).group(1).split()
+    always = (
+        re.search(r'^addopts = "(.*)"', (root / "pyproject.toml").read_text(), re.MULTILINE).group(1).split()
+    )
     by_stage = {}
     for stage in ("cpu", "train", "cuda", "aot", "triton"):
         by_stage[stage] = files_of(commands_of(stage, monkeypatch)[0], root, always)
@@ -90,7 +95,8 @@ def test_tests_are_in_files_that_pytest_collects():
 
 
 def test_a_room_of_the_package_has_its_tests_in_a_room_of_that_name():
-    """What a thing is tested by lies where the thing lies; what belongs to no room of the package is named here."""
+    """What a thing is tested by lies where the thing lies; what belongs to no room of the package is named
+    here."""
     rooms = {p.name for p in (run_all.ROOT / "fastalign").iterdir() if (p / "__init__.py").is_file()}
     folders = {p.parent.name for p in (run_all.ROOT / "tests").rglob("test_*.py")}
     assert folders - rooms == {"contract", "cuda_emu", "gpu", "aot", "project", "packing"}

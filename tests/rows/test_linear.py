@@ -1,4 +1,5 @@
-"""The fused head against `token_stats` of logits in fp64: every plan, every combination of gradients, on every backend of the row kernels."""
+"""The fused head against `token_stats` of logits in fp64: every plan, every combination of gradients, on
+every backend of the row kernels."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def test_several_labels_per_row(backend, device):
     case = make_case(device=device)
     labels = torch.stack([case.labels, case.labels.clamp(min=0)], -1)
     own, asked = leaves(case._replace(hidden=torch.nan_to_num(case.hidden)), bias=False)
-    got = fa.linear_token_logprobs(own.hidden, own.weight, labels, bias=own.bias, workspace_bytes=BUDGETS["parts"])
+    got = fa.linear_token_logprobs(
+        own.hidden, own.weight, labels, bias=own.bias, workspace_bytes=BUDGETS["parts"]
+    )
     logits = own.hidden @ own.weight.t() + own.bias
     want = fa.token_logprobs(logits, labels)
     assert_close(got, want.double(), scale=8.0)
@@ -62,7 +65,9 @@ def test_unscored_rows(backend, device, counts, monkeypatch):  # D8, J1, J5
     monkeypatch.setattr(walk, "logits_of", lambda head, x, *a: seen.append(x.shape[0]) or real(head, x, *a))
     own, asked = leaves(case)
     mask = torch.arange(ROWS, device=device) % 2 == 1
-    got = fa.linear_token_stats(own.hidden, own.weight, own.labels, outputs=("logprob", "entropy"), mask=mask, host_counts=counts)
+    got = fa.linear_token_stats(
+        own.hidden, own.weight, own.labels, outputs=("logprob", "entropy"), mask=mask, host_counts=counts
+    )
     scored = mask & (own.labels != -100)
     assert seen == [int(scored.sum()) if counts else ROWS]
     assert not got.logprob[~scored].any() and not got.entropy[~scored].any() and got.logprob[scored].all()
@@ -76,7 +81,9 @@ def test_rows_without_gradient_leave_the_products(monkeypatch):
     got = fa.linear_token_logprobs(own.hidden, own.weight, own.labels, workspace_bytes=BUDGETS["parts"])
     seen = []
     real = walk.bring_back
-    monkeypatch.setattr(walk, "bring_back", lambda head, grad, *a: seen.append(grad.shape[0]) or real(head, grad, *a))
+    monkeypatch.setattr(
+        walk, "bring_back", lambda head, grad, *a: seen.append(grad.shape[0]) or real(head, grad, *a)
+    )
     upstream = torch.zeros(ROWS)
     upstream[[3, 6, 8]] = torch.tensor([1.0, -2.0, 0.5])
     grads = torch.autograd.grad(got, asked, upstream)
@@ -94,7 +101,9 @@ def test_plans():
         (frozen, both, "keep recompute recompute"),
     ):
         for kind, budget in zip(kinds.split(), BUDGETS.values()):
-            text = fa.explain("linear_token_stats", *case[:2], case.labels, outputs=outputs, workspace_bytes=budget)
+            text = fa.explain(
+                "linear_token_stats", *case[:2], case.labels, outputs=outputs, workspace_bytes=budget
+            )
             assert f": {kind}:" in text, text
     with torch.no_grad():
         assert ": forward: 1 GEMM, " in fa.explain("linear_token_logprobs", *own[:2], own.labels)
@@ -105,7 +114,9 @@ def test_plans():
 def test_backward_twice(budget, outputs):
     """The logits that a plan kept are gone after the first time: the second multiplies again."""
     own, asked = leaves(make_case())
-    got = fa.linear_token_stats(own.hidden, own.weight, own.labels, bias=own.bias, outputs=outputs, workspace_bytes=BUDGETS[budget])
+    got = fa.linear_token_stats(
+        own.hidden, own.weight, own.labels, bias=own.bias, outputs=outputs, workspace_bytes=BUDGETS[budget]
+    )
     total = sum(getattr(got, name).sum() for name in outputs)
     for a, b in zip(torch.autograd.grad(total, asked, retain_graph=True), torch.autograd.grad(total, asked)):
         assert_close(b, a.double(), scale=ROWS**0.5)
@@ -113,10 +124,19 @@ def test_backward_twice(budget, outputs):
 
 def test_no_rows():  # G8
     """Nothing scored, or nothing at all: zeros, and gradients that are there."""
-    for case in (make_case(), make_case()._replace(hidden=torch.empty(0, 8), labels=torch.empty(0, dtype=torch.long))):
+    for case in (
+        make_case(),
+        make_case()._replace(hidden=torch.empty(0, 8), labels=torch.empty(0, dtype=torch.long)),
+    ):
         own, asked = leaves(case)
         for budget in BUDGETS.values():
-            got = fa.linear_token_logprobs(own.hidden, own.weight, torch.full_like(own.labels, -100), bias=own.bias, workspace_bytes=budget)
+            got = fa.linear_token_logprobs(
+                own.hidden,
+                own.weight,
+                torch.full_like(own.labels, -100),
+                bias=own.bias,
+                workspace_bytes=budget,
+            )
             assert got.shape == own.labels.shape and not got.any()
             assert all(g is not None and not g.any() for g in torch.autograd.grad(got.sum(), asked))
 
@@ -128,7 +148,10 @@ def test_leading_dims_and_non_contiguous_inputs():
     weight = case.weight.t().contiguous().t()
     got = fa.linear_token_logprobs(hidden, weight, labels, bias=case.bias)
     assert got.shape == (11, 2)
-    assert torch.equal(got.t().reshape(-1), fa.linear_token_logprobs(case.hidden, case.weight, case.labels, bias=case.bias)[:22])
+    assert torch.equal(
+        got.t().reshape(-1),
+        fa.linear_token_logprobs(case.hidden, case.weight, case.labels, bias=case.bias)[:22],
+    )
 
 
 def test_tied_weight_gets_both_gradients():  # G5
@@ -155,7 +178,14 @@ def test_weight_gradient_does_not_lose_with_chunks(dtype):  # E4
     for budget in (rows * vocab * 4, 128 * vocab * 4):
         leaf = weight.clone().requires_grad_()
         plan = fa.linear_policy_loss(
-            hidden, leaf, labels, None, torch.ones(rows), loss="reinforce", aggregation="token_sum", workspace_bytes=budget
+            hidden,
+            leaf,
+            labels,
+            None,
+            torch.ones(rows),
+            loss="reinforce",
+            aggregation="token_sum",
+            workspace_bytes=budget,
         )
         (-plan.loss).backward()
         errors.append(float((leaf.grad.double() - truth.grad).abs().max()))

@@ -1,4 +1,5 @@
-"""What a call of the fused head takes beyond its inputs and gradients, on a process of its own: its workspace, whatever rows and vocabulary."""
+"""What a call of the fused head takes beyond its inputs and gradients, on a process of its own: its
+workspace, whatever rows and vocabulary."""
 
 from __future__ import annotations
 
@@ -38,10 +39,15 @@ print(json.dumps(found[1:]))
 """
 
 
-@pytest.mark.parametrize(("head", "loss"), [("trained", "logprobs"), ("frozen", "logprobs"), ("trained", "preference")])
+@pytest.mark.parametrize(
+    ("head", "loss"), [("trained", "logprobs"), ("frozen", "logprobs"), ("trained", "preference")]
+)
 def test_peak_is_the_workspace(head, loss):  # A1, A3, A4
-    """All logits of the larger call would take 1 GiB. The one pair of the preference loss is longer than what fits at a time."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(BUDGET_MIB), head, loss], capture_output=True, text=True)
+    """All logits of the larger call would take 1 GiB. The one pair of the preference loss is longer than what
+    fits at a time."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(BUDGET_MIB), head, loss], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     few, many = json.loads(done.stdout)
     assert max(few, many) <= BUDGET_MIB + SLACK_MIB, (few, many)

@@ -1,4 +1,5 @@
-"""The fused head on several ranks (gloo): a vocabulary in parts, a weight in shards, rows that only some ranks have."""
+"""The fused head on several ranks (gloo): a vocabulary in parts, a weight in shards, rows that only some
+ranks have."""
 
 from __future__ import annotations
 
@@ -31,19 +32,40 @@ def loss_of(hidden, weight, bias, ref, labels, **options):
     """Everything that must be equal, and the gradients."""
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     hidden = hidden.clone().requires_grad_()
-    out = fa.linear_token_stats(hidden, weight, labels, bias=bias, ref_hidden=ref[0], ref_weight=ref[1], outputs=OUTPUTS, **options)
-    total = (out.logprob * torch.linspace(-1, 1, len(labels))).sum() + out.entropy.sum() + 0.3 * out.kl_policy_ref.sum()
+    out = fa.linear_token_stats(
+        hidden, weight, labels, bias=bias, ref_hidden=ref[0], ref_weight=ref[1], outputs=OUTPUTS, **options
+    )
+    total = (
+        (out.logprob * torch.linspace(-1, 1, len(labels))).sum()
+        + out.entropy.sum()
+        + 0.3 * out.kl_policy_ref.sum()
+    )
     total.backward()
     return [getattr(out, n).detach() for n in OUTPUTS], hidden.grad, weight.grad, bias.grad
 
 
 def kept_of(hidden, weight, bias, labels, **options):
     """Of a support that every rank has some tokens of, one row NaN and masked."""
-    indices = torch.cat([labels.clamp(0).unsqueeze(-1), torch.arange(ROWS * 4).view(ROWS, 4) * 37 % VOCAB], -1)
+    indices = torch.cat(
+        [labels.clamp(0).unsqueeze(-1), torch.arange(ROWS * 4).view(ROWS, 4) * 37 % VOCAB], -1
+    )
     indices[::3, 2] = -1
     mask = torch.arange(ROWS) != 11
-    leaves = [x.clone().requires_grad_() for x in (hidden.masked_fill(~mask.unsqueeze(-1), float("nan")), weight, bias)]
-    out = fa.logprobs_at(leaves[0], leaves[1], indices, labels, bias=leaves[2], mask=mask, with_mass=True, softcap=9.0, **options)
+    leaves = [
+        x.clone().requires_grad_()
+        for x in (hidden.masked_fill(~mask.unsqueeze(-1), float("nan")), weight, bias)
+    ]
+    out = fa.logprobs_at(
+        leaves[0],
+        leaves[1],
+        indices,
+        labels,
+        bias=leaves[2],
+        mask=mask,
+        with_mass=True,
+        softcap=9.0,
+        **options,
+    )
     total = (out.logprobs * torch.linspace(-1, 1, 5)).sum() + out.label_logprob.sum() + out.log_mass.sum()
     return [x.detach() for x in out], *torch.autograd.grad(total, leaves)
 
@@ -61,20 +83,27 @@ def vocabulary_parallel(rank, world, group):
     leaves = hidden.clone().requires_grad_(), weight[part].clone().requires_grad_()
     for frozen in (False, True):
         given = leaves[0], leaves[1].detach() if frozen else leaves[1]
-        out = fa.linear_preference_loss(*given, labels, cu, ref_hidden=ref[0], ref_weight=ref[1][part], tp_group=group)
+        out = fa.linear_preference_loss(
+            *given, labels, cu, ref_hidden=ref[0], ref_weight=ref[1][part], tp_group=group
+        )
         grads = torch.autograd.grad(out.loss, leaves[: 1 if frozen else 2])
         found["dpo", frozen] = ([out.loss.detach()], grads[0], grads[1] if not frozen else None, None)
     lone = fa.linear_token_logprobs(leaves[0], leaves[1].detach(), labels, tp_group=group)
     found["frozen"] = ([lone.detach()], torch.autograd.grad(lone.sum(), leaves[0])[0], None, None)
     for counts in (True, False):
-        found["kept", counts] = kept_of(hidden, weight[part], bias[part], labels, host_counts=counts, tp_group=group)
-    empty = loss_of(hidden[:0], weight[part], bias[part], (ref[0][:0], ref[1][part]), labels[:0], tp_group=group)
+        found["kept", counts] = kept_of(
+            hidden, weight[part], bias[part], labels, host_counts=counts, tp_group=group
+        )
+    empty = loss_of(
+        hidden[:0], weight[part], bias[part], (ref[0][:0], ref[1][part]), labels[:0], tp_group=group
+    )
     assert not empty[2].any() and empty[1].shape == (0, WIDTH)
     return found
 
 
 def sharded_weight(rank, world, mesh):
-    """As FSDP2 leaves a parameter outside of its module: each rank has a shard and rows of its own, the last none."""
+    """As FSDP2 leaves a parameter outside of its module: each rank has a shard and rows of its own, the last
+    none."""
     from torch.distributed.tensor import distribute_tensor
     from torch.distributed.tensor.placement_types import Replicate, Shard
 
@@ -82,7 +111,10 @@ def sharded_weight(rank, world, mesh):
     own = slice(*[0, 17, ROWS, ROWS][rank : rank + 2])
     found = {}
     for frozen in (False, True):
-        shards = [distribute_tensor(x, mesh, [p]).requires_grad_(not frozen) for x, p in ((weight, Shard(0)), (bias, Replicate()))]
+        shards = [
+            distribute_tensor(x, mesh, [p]).requires_grad_(not frozen)
+            for x, p in ((weight, Shard(0)), (bias, Replicate()))
+        ]
         rows = hidden[own].clone().requires_grad_()
         weights = torch.linspace(-1, 1, ROWS)[own]
         out = fa.linear_token_logprobs(rows, shards[0], labels[own], bias=shards[1])
@@ -90,7 +122,12 @@ def sharded_weight(rank, world, mesh):
         grads = [None if x.grad is None else x.grad.full_tensor() for x in shards]
         found[frozen] = ([out.detach()], rows.grad, *grads)
         rows.grad = shards[0].grad = shards[1].grad = None
-        kept = fa.logprobs_at(rows, shards[0], labels[own].clamp(0).unsqueeze(-1).repeat(1, 2) + torch.tensor([0, -1]), bias=shards[1])
+        kept = fa.logprobs_at(
+            rows,
+            shards[0],
+            labels[own].clamp(0).unsqueeze(-1).repeat(1, 2) + torch.tensor([0, -1]),
+            bias=shards[1],
+        )
         (kept.logprobs[:, 0] * weights).sum().backward()
         grads = [None if x.grad is None else x.grad.full_tensor() for x in shards]
         found["kept", frozen] = ([kept.logprobs.detach()], rows.grad, *grads)
@@ -109,7 +146,13 @@ def inside_fsdp(rank, world, mesh):
     own = slice(*[0, 17, ROWS][rank : rank + 2])
     loss = model(hidden[own], labels[own], torch.linspace(-1, 1, ROWS)[own])
     loss.backward()
-    return {"fsdp": ([loss.detach()], None, *(p.grad.full_tensor() * world for p in (model.head.weight, model.head.bias)))}
+    return {
+        "fsdp": (
+            [loss.detach()],
+            None,
+            *(p.grad.full_tensor() * world for p in (model.head.weight, model.head.bias)),
+        )
+    }
 
 
 class WithHead(torch.nn.Module):
@@ -121,7 +164,9 @@ class WithHead(torch.nn.Module):
             self.head.bias.copy_(bias)
 
     def forward(self, hidden, labels, weights):
-        return (fa.linear_token_logprobs(hidden, self.head.weight, labels, bias=self.head.bias) * weights).sum()
+        return (
+            fa.linear_token_logprobs(hidden, self.head.weight, labels, bias=self.head.bias) * weights
+        ).sum()
 
 
 def _work(rank, port, results):
@@ -157,15 +202,20 @@ def close(a, b):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_vocabulary_parallel(ranks, world):  # G6
-    """Results of one rank, with the same bits on every rank; batch-invariant ones with the bits of one rank."""
+    """Results of one rank, with the same bits on every rank; batch-invariant ones with the bits of one
+    rank."""
     hidden, weight, bias, ref, labels = make()
     ranks = [rank[f"vocabulary {world}"] for rank in ranks[:world]]
     for invariant in (False, True):
         for budget in BUDGETS:
-            want = loss_of(hidden, weight, bias, ref, labels, batch_invariant=invariant, workspace_bytes=budget)
+            want = loss_of(
+                hidden, weight, bias, ref, labels, batch_invariant=invariant, workspace_bytes=budget
+            )
             got = [rank[invariant, budget] for rank in ranks]
             for rank in got:
-                assert all(torch.equal(a, b) for a, b in zip(rank[0], got[0][0])) and torch.equal(rank[1], got[0][1])
+                assert all(torch.equal(a, b) for a, b in zip(rank[0], got[0][0])) and torch.equal(
+                    rank[1], got[0][1]
+                )
                 for a, b in zip(rank[0], want[0]):
                     assert torch.equal(a, b) if invariant else close(a, b) is None
             close(got[0][1], want[1])
@@ -184,7 +234,9 @@ def test_vocabulary_parallel(ranks, world):  # G6
     for counts in (True, False):
         got = [rank["kept", counts] for rank in ranks]
         for rank in got:
-            assert all(torch.equal(a, b) for a, b in zip(rank[0], got[0][0])) and torch.equal(rank[1], got[0][1])
+            assert all(torch.equal(a, b) for a, b in zip(rank[0], got[0][0])) and torch.equal(
+                rank[1], got[0][1]
+            )
             for a, b in zip((*rank[0], rank[1]), (*want[0], want[1])):
                 close(a, b)
         for i in (2, 3):
@@ -215,7 +267,11 @@ def test_kept_tokens_of_a_sharded_weight(ranks):
     hidden, weight, bias, _, labels = make()
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     indices = labels.clamp(0).unsqueeze(-1).repeat(1, 2) + torch.tensor([0, -1])
-    logits = (leaves[0] @ leaves[1].t() + leaves[2]).gather(-1, indices.clamp(0)).masked_fill(indices < 0, float("-inf"))
+    logits = (
+        (leaves[0] @ leaves[1].t() + leaves[2])
+        .gather(-1, indices.clamp(0))
+        .masked_fill(indices < 0, float("-inf"))
+    )
     out = torch.log_softmax(logits, -1).masked_fill(indices < 0, 0.0)
     want = torch.autograd.grad((out[:, 0] * torch.linspace(-1, 1, ROWS)).sum(), leaves)
     ranks = [rank["sharded"] for rank in ranks[:3]]

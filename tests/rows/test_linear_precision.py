@@ -1,4 +1,5 @@
-"""What a logit is: the option head_precision, mixed types, autocast; and that a batch-invariant row does not see its neighbours."""
+"""What a logit is: the option head_precision, mixed types, autocast; and that a batch-invariant row does not
+see its neighbours."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def tf32(x):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
 def test_head_precision(precision, dtype):  # E9
     case = make_case(dtype, garbage=0.0)
-    round_operand = {"fp32": torch.Tensor.double, "bf16": lambda x: x.bfloat16().double(), "tf32": tf32}[precision]
+    round_operand = {"fp32": torch.Tensor.double, "bf16": lambda x: x.bfloat16().double(), "tf32": tf32}[
+        precision
+    ]
     logits = round_operand(case.hidden) @ round_operand(case.weight).t()
     if precision == "bf16":
         logits = logits.to(torch.bfloat16).double()
@@ -41,11 +44,20 @@ def test_mixed_types(hidden_type, weight_type, budget):  # row 45
     """Multiplied in the wider type; every gradient comes back in its own."""
     case = make_case(garbage=0.0)
     own, asked = leaves(case._replace(hidden=case.hidden.to(hidden_type), weight=case.weight.to(weight_type)))
-    truth, wanted = leaves(own._replace(hidden=own.hidden.double(), weight=own.weight.double(), bias=own.bias.double()))
-    got = fa.linear_token_stats(
-        own.hidden, own.weight, own.labels, bias=own.bias, outputs=("logprob", "entropy"), workspace_bytes=BUDGETS[budget]
+    truth, wanted = leaves(
+        own._replace(hidden=own.hidden.double(), weight=own.weight.double(), bias=own.bias.double())
     )
-    want = fa.token_stats(truth.hidden @ truth.weight.t() + truth.bias, own.labels, outputs=("logprob", "entropy"))
+    got = fa.linear_token_stats(
+        own.hidden,
+        own.weight,
+        own.labels,
+        bias=own.bias,
+        outputs=("logprob", "entropy"),
+        workspace_bytes=BUDGETS[budget],
+    )
+    want = fa.token_stats(
+        truth.hidden @ truth.weight.t() + truth.bias, own.labels, outputs=("logprob", "entropy")
+    )
     assert_close(got.logprob, want.logprob, scale=8.0)
     for x, a, b in zip(
         asked,
@@ -61,11 +73,14 @@ def test_autocast_rounds_the_operands_as_linear_does():
     with torch.autocast("cpu", torch.bfloat16):
         got = fa.linear_token_logprobs(case.hidden, case.weight, case.labels)
     want = fa.linear_token_logprobs(case.hidden.bfloat16(), case.weight.bfloat16(), case.labels)
-    assert torch.equal(got, want) and not torch.equal(got, fa.linear_token_logprobs(case.hidden, case.weight, case.labels))
+    assert torch.equal(got, want) and not torch.equal(
+        got, fa.linear_token_logprobs(case.hidden, case.weight, case.labels)
+    )
 
 
 def test_a_process_that_multiplies_less_exactly():
-    """torch.set_float32_matmul_precision is the user's for the rest of the model; log-probs stay fp32, and the setting stays."""
+    """torch.set_float32_matmul_precision is the user's for the rest of the model; log-probs stay fp32, and
+    the setting stays."""
     case = make_case(garbage=0.0)
     want = fa.linear_token_logprobs(case.hidden, case.weight, case.labels)
     torch.set_float32_matmul_precision("medium")
@@ -86,10 +101,14 @@ def test_batch_invariant(dtype, width, vocab):  # E10
     whole = fa.linear_token_stats(hidden, weight, labels, **options)
     for count in (1, 255, 256, 300, 599):
         rows = torch.randperm(600, generator=generator)[:count]
-        part = fa.linear_token_stats(hidden[rows], weight, labels[rows], workspace_bytes=1000 * count, **options)
+        part = fa.linear_token_stats(
+            hidden[rows], weight, labels[rows], workspace_bytes=1000 * count, **options
+        )
         for name in options["outputs"]:
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), f"{name}, {count} rows"
-    assert_close(whole.logprob, fa.linear_token_logprobs(hidden, weight, labels).double(), scale=64.0 * width**0.5)
+    assert_close(
+        whole.logprob, fa.linear_token_logprobs(hidden, weight, labels).double(), scale=64.0 * width**0.5
+    )
 
 
 def test_batch_invariant_gradients():

@@ -1,4 +1,5 @@
-"""In-place gradients: the same gradient as out of place, or an error, whoever else needs the logits and however autograd keeps them."""
+"""In-place gradients: the same gradient as out of place, or an error, whoever else needs the logits and
+however autograd keeps them."""
 
 from __future__ import annotations
 
@@ -34,15 +35,21 @@ HOOKS = {
     "identity": _hooks(lambda x: x),
     "clone": _hooks(lambda x: x.clone()),
     "data": _hooks(lambda x: x.data, lambda x: x.data),
-    "numpy": _hooks(lambda x: x.detach().numpy(), lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x),
-    "storage": _hooks(lambda x: (x.untyped_storage(), (x.dtype, x.storage_offset(), x.shape, x.stride())), _from_storage),
+    "numpy": _hooks(
+        lambda x: x.detach().numpy(), lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+    ),
+    "storage": _hooks(
+        lambda x: (x.untyped_storage(), (x.dtype, x.storage_offset(), x.shape, x.stride())), _from_storage
+    ),
     "save_on_cpu": save_on_cpu,
 }
 PRODUCERS = {
     "matmul": lambda h: h @ WEIGHT.T,
     "tanh": lambda h: (h @ WEIGHT.T).tanh(),
     "softmax": lambda h: (h @ WEIGHT.T).softmax(-1),
-    "view": lambda h: torch.nn.functional.linear(h.view(2, 3, 8), WEIGHT, torch.ones(VOCAB)).view(ROWS, VOCAB),
+    "view": lambda h: torch.nn.functional.linear(h.view(2, 3, 8), WEIGHT, torch.ones(VOCAB)).view(
+        ROWS, VOCAB
+    ),
     "slice": lambda h: (h @ torch.cat([WEIGHT, WEIGHT]).T)[:, :VOCAB],
 }
 CONSUMERS = {
@@ -51,7 +58,9 @@ CONSUMERS = {
     "a view": lambda z, inplace: (z.reshape(-1) ** 2).sum(),
     "ours": lambda z, inplace: logprobs(z, inplace),
     "a checkpoint": lambda z, inplace: checkpoint(lambda x: x.exp().sum(), z, use_reentrant=False),
-    "its closure": lambda z, inplace: checkpoint(lambda x: (z.exp() * x).sum(), torch.ones((), requires_grad=True), use_reentrant=False),
+    "its closure": lambda z, inplace: checkpoint(
+        lambda x: (z.exp() * x).sum(), torch.ones((), requires_grad=True), use_reentrant=False
+    ),
 }
 
 
@@ -96,7 +105,10 @@ def same_or_error(loss):
 def test_under_saved_tensor_hooks(op, producer, consumer, first):
     """Every hook around all three, and around each of producer, op and other consumer alone."""
     for name, hooks in HOOKS.items():
-        for around in [(hooks,) * 3, *([hooks if i == k else contextlib.nullcontext for i in range(3)] for k in range(3))]:
+        for around in [
+            (hooks,) * 3,
+            *([hooks if i == k else contextlib.nullcontext for i in range(3)] for k in range(3)),
+        ]:
 
             def loss(h, inplace, around=around):
                 with around[0]():
@@ -122,7 +134,10 @@ def test_inside_a_checkpoint(op, producer, consumer):
         return other + OPS[op](z, inplace)
 
     for nested in (head, lambda h, inplace: checkpoint(head, h, inplace, use_reentrant=False)):
-        assert same_or_error(lambda h, inplace, f=nested: checkpoint(f, h, inplace, use_reentrant=False)) or consumer != "nobody"
+        assert (
+            same_or_error(lambda h, inplace, f=nested: checkpoint(f, h, inplace, use_reentrant=False))
+            or consumer != "nobody"
+        )
 
 
 @pytest.mark.parametrize("producer", ["matmul", "view"])
@@ -133,7 +148,9 @@ def test_it_is_in_place_where_nobody_else_has_the_memory(op, producer):
     z.register_hook(lambda g: seen.append(g.data_ptr()))
     OPS[op](z, True).backward()
     assert seen == [before] and z.shape == (ROWS, 0)
-    with pytest.raises(ValueError, match=r"vocabulary of 0 \(an in-place gradient was written over these logits\)"):
+    with pytest.raises(
+        ValueError, match=r"vocabulary of 0 \(an in-place gradient was written over these logits\)"
+    ):
         fa.token_logprobs(z, LABELS)
 
 
@@ -197,7 +214,9 @@ LEAVES = {
 }
 
 
-@pytest.mark.parametrize("name, option", [("token_logprobs", "inplace_backward"), ("token_kl_loss", "inplace")])
+@pytest.mark.parametrize(
+    "name, option", [("token_logprobs", "inplace_backward"), ("token_kl_loss", "inplace")]
+)
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_leaves_are_refused(name, option, leaf):
     p = torch.nn.Parameter(make_logits(ROWS, VOCAB))
@@ -243,7 +262,9 @@ def test_one_warning_where_nothing_is_saved(monkeypatch):
             kept = z.detach()
             logprobs(z, True).backward()
             logprobs(hidden() @ WEIGHT.T, True).backward()
-    assert [str(w.message)[:50] for w in seen] == ["fastalign: inplace_backward=True saved no memory: "] and kept.shape == (ROWS, VOCAB)
+    assert [str(w.message)[:50] for w in seen] == [
+        "fastalign: inplace_backward=True saved no memory: "
+    ] and kept.shape == (ROWS, VOCAB)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -260,7 +281,9 @@ def test_where_torch_does_not_count_users_nothing_is_written(monkeypatch, op):
             OPS[op](z, inplace).backward()
         assert torch.equal(z, before)
         grads.append(h.grad)
-    assert torch.equal(*grads) and [f"torch {torch.__version__} does not tell" in str(w.message) for w in seen] == [True]
+    assert torch.equal(*grads) and [
+        f"torch {torch.__version__} does not tell" in str(w.message) for w in seen
+    ] == [True]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -43,7 +43,9 @@ def test_truth(dtype, counts, workspace):
 
 @pytest.mark.parametrize("counts", [True, False])
 def test_truth_under_every_transform(counts):
-    check_logprobs_at("cpu", torch.float32, counts, softcap=3.0, logit_scale=1.5, temperature=torch.tensor(0.6))
+    check_logprobs_at(
+        "cpu", torch.float32, counts, softcap=3.0, logit_scale=1.5, temperature=torch.tensor(0.6)
+    )
 
 
 def test_gradcheck(small):
@@ -79,7 +81,9 @@ def test_token_stats_in_fp64():
 
 def test_rows_with_something_of_their_own(small):
     got = call(small, labels=small.labels, with_mass=True)
-    assert got.logprobs[ONE].tolist() == [0.0] * KEPT and got.label_logprob[ONE] == 0.0  # one token: probability 1
+    assert (
+        got.logprobs[ONE].tolist() == [0.0] * KEPT and got.label_logprob[ONE] == 0.0
+    )  # one token: probability 1
     assert got.label_logprob[OUTSIDE] == float("-inf") and bool(got.logprobs[OUTSIDE].isfinite().all())
     for row in (EMPTY, UNSCORED):
         assert not got.logprobs[row].any() and got.label_logprob[row] == 0.0 and got.log_mass[row] == 0.0
@@ -92,7 +96,11 @@ def test_unscored_rows_get_no_gradient(small):
     for counts in (True, False):
         case, leaves = small.leaves()
         got = call(case, labels=case.labels, with_mass=True, host_counts=counts)
-        total = got.logprobs.sum() + got.log_mass.sum() + got.label_logprob.masked_fill(~got.label_logprob.isfinite(), 0.0).sum()
+        total = (
+            got.logprobs.sum()
+            + got.log_mass.sum()
+            + got.label_logprob.masked_fill(~got.label_logprob.isfinite(), 0.0).sum()
+        )
         grads = torch.autograd.grad(total, leaves)
         assert all(bool(g.isfinite().all()) for g in grads)
         assert not grads[0][[EMPTY, UNSCORED]].any() and bool(grads[0][OUTSIDE].any())
@@ -116,7 +124,9 @@ def test_all_of_the_vocabulary_is_no_restriction():
     case = make_case()
     hidden = case.hidden.nan_to_num()
     everything = torch.arange(VOCAB).expand(ROWS, VOCAB)
-    got = fa.logprobs_at(hidden, case.weight, everything, case.labels.clamp(0), bias=case.bias, with_mass=True)
+    got = fa.logprobs_at(
+        hidden, case.weight, everything, case.labels.clamp(0), bias=case.bias, with_mass=True
+    )
     full = torch.log_softmax(hidden.double() @ case.weight.double().t() + case.bias.double(), -1)
     assert_close(got.logprobs, full, scale=8.0)
     assert_close(got.log_mass, torch.zeros(ROWS).double(), scale=8.0)
@@ -206,7 +216,9 @@ def test_weight_gradient_is_summed_in_fp32():
         torch.ones(4096, 1, dtype=torch.bfloat16),
         torch.zeros(4, 1, dtype=torch.bfloat16, requires_grad=True),
     )
-    got = fa.logprobs_at(hidden, weight, torch.tensor([[1, 2]]).expand(4096, 2), workspace_bytes=4096).logprobs
+    got = fa.logprobs_at(
+        hidden, weight, torch.tensor([[1, 2]]).expand(4096, 2), workspace_bytes=4096
+    ).logprobs
     (grad,) = torch.autograd.grad(got[:, 0].sum(), weight)
     assert grad.flatten().tolist() == [0.0, 2048.0, -2048.0, 0.0]
 
@@ -215,14 +227,18 @@ def test_precision_of_the_head():
     """ "bf16" and "tf32" round as the whole head does."""
     case = make_case()
     for name in head.PRECISIONS:
-        got = fa.logprobs_at(case.hidden, case.weight, case.indices, bias=case.bias, mask=case.mask, head_precision=name).logprobs
+        got = fa.logprobs_at(
+            case.hidden, case.weight, case.indices, bias=case.bias, mask=case.mask, head_precision=name
+        ).logprobs
         x, w = case.hidden.nan_to_num(), case.weight
         if name == "tf32":
             x, w = head._tf32(x), head._tf32(w)
         kind = torch.bfloat16 if name == "bf16" else torch.float32
         logits = (x.to(kind).double() @ w.to(kind).double().t()).to(kind)
         logits += case.bias
-        want = fa.token_stats(logits.float(), case.indices.clamp(0, VOCAB - 1), support=case.indices, mask=case.mask).logprob
+        want = fa.token_stats(
+            logits.float(), case.indices.clamp(0, VOCAB - 1), support=case.indices, mask=case.mask
+        ).logprob
         real = (case.indices >= 0) & case.mask.unsqueeze(-1)
         assert_close(got[real], want[real].double(), scale=8.0, what=name)
 
@@ -249,7 +265,9 @@ def test_offsets_are_the_same_supports():
         ragged = fa.logprobs_at(case.hidden, case.weight, indices, case.labels, bias=case.bias, mask=case.mask, offsets=offsets.to(kind),
                                 with_mass=True)  # fmt: skip
         assert torch.equal(ragged.logprobs, padded.logprobs[case.indices >= 0])
-        assert torch.equal(ragged.label_logprob, padded.label_logprob) and torch.equal(ragged.log_mass, padded.log_mass)
+        assert torch.equal(ragged.label_logprob, padded.label_logprob) and torch.equal(
+            ragged.log_mass, padded.log_mass
+        )
 
 
 def test_leading_dims_and_strides():
@@ -258,7 +276,9 @@ def test_leading_dims_and_strides():
     rows = slice(0, 10)
     hidden = case.hidden[rows].view(2, 5, WIDTH).transpose(0, 1)
     weight = case.weight.t().contiguous().t()
-    indices, labels, mask = (x[rows].view(2, 5, *x.shape[1:]).transpose(0, 1) for x in (case.indices, case.labels, case.mask))
+    indices, labels, mask = (
+        x[rows].view(2, 5, *x.shape[1:]).transpose(0, 1) for x in (case.indices, case.labels, case.mask)
+    )
     got = fa.logprobs_at(hidden, weight, indices.int(), labels.int(), bias=case.bias, mask=mask)
     assert got.logprobs.shape == (5, 2, KEPT) and got.label_logprob.shape == (5, 2)
     assert_close(got.logprobs.transpose(0, 1).reshape(10, KEPT), want.logprobs[rows].double())
@@ -287,19 +307,25 @@ def test_the_order_of_a_support_does_not_matter():
     turned = case._replace(indices=case.indices.flip(-1))
     assert_close(call(turned).logprobs.flip(-1), call(case).logprobs.double())
     logits = case.logits()
-    a, b = (fa.token_stats(logits, case.labels, support=c.indices, mask=case.mask).logprob for c in (case, turned))
+    a, b = (
+        fa.token_stats(logits, case.labels, support=c.indices, mask=case.mask).logprob for c in (case, turned)
+    )
     assert torch.equal(a, b)
 
 
 def test_first_of_equal_logits_is_the_top():
     logits = torch.tensor([[1.0, 3.0, 0.0, 3.0]]).expand(2, 4)
-    got = fa.token_stats(logits, torch.tensor([1, 3]), support=torch.tensor([[3, 1], [3, 1]]), outputs=("is_top1",))
+    got = fa.token_stats(
+        logits, torch.tensor([1, 3]), support=torch.tensor([[3, 1], [3, 1]]), outputs=("is_top1",)
+    )
     assert got.is_top1.tolist() == [1.0, 0.0]
 
 
 def test_several_labels_per_row():
     case = make_case()
-    labels = torch.stack([case.labels, case.indices[:, 0].clamp(0, VOCAB - 1), torch.full_like(case.labels, -100)], -1)
+    labels = torch.stack(
+        [case.labels, case.indices[:, 0].clamp(0, VOCAB - 1), torch.full_like(case.labels, -100)], -1
+    )
     labels[UNSCORED] = 0
     got = fa.token_stats(case.logits(), labels, support=case.indices, mask=case.mask).logprob
     want = call(case, labels=case.labels)
@@ -313,11 +339,15 @@ def test_products_are_of_the_support_alone(monkeypatch):
     case = make_case()
     seen = []
     real = support.rounded
-    monkeypatch.setattr(support, "rounded", lambda precision, x: seen.append(x.shape[0]) or real(precision, x))
+    monkeypatch.setattr(
+        support, "rounded", lambda precision, x: seen.append(x.shape[0]) or real(precision, x)
+    )
     for workspace, most in ((None, 10**6), (7 * 2 * WIDTH * 4, 7), (1, 1)):
         seen.clear()
         call(case, workspace_bytes=workspace)
-        assert max(seen) <= most and sum(seen) == 2 * int(((case.indices >= 0) & case.mask.unsqueeze(-1)).sum())
+        assert max(seen) <= most and sum(seen) == 2 * int(
+            ((case.indices >= 0) & case.mask.unsqueeze(-1)).sum()
+        )
 
 
 def test_sums_have_the_same_bits_every_time():

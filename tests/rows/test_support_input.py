@@ -1,5 +1,5 @@
-"""Bad input of `logprobs_at` and `token_stats(support=)`: errors that name the argument, NaN where values cannot be
-looked at."""
+"""Bad input of `logprobs_at` and `token_stats(support=)`: errors that name the argument, NaN where values
+cannot be looked at."""
 
 from __future__ import annotations
 
@@ -32,9 +32,13 @@ def test_indices_outside_the_vocabulary(small, monkeypatch):
             for counts in (True, False):
                 got = call(case, host_counts=counts, with_mass=True)
                 wrong = got.logprobs.isnan()
-                assert bool(wrong[4][indices[4] != -1].all()) and not bool(wrong[torch.arange(ROWS) != 4].any())
+                assert bool(wrong[4][indices[4] != -1].all()) and not bool(
+                    wrong[torch.arange(ROWS) != 4].any()
+                )
                 assert got.log_mass.isnan().nonzero().flatten().tolist() == [4]
-            found = fa.token_stats(case.logits(), case.labels, support=indices, mask=case.mask, outputs=("logprob", "entropy"))
+            found = fa.token_stats(
+                case.logits(), case.labels, support=indices, mask=case.mask, outputs=("logprob", "entropy")
+            )
             for x in (found.logprob, found.entropy):
                 assert x.isnan().nonzero().flatten().tolist() == [4]
 
@@ -89,7 +93,9 @@ def test_bad_arguments(change, error, message):
 )
 def test_bad_offsets(offsets, message):
     with pytest.raises(ValueError, match=message):
-        fa.logprobs_at(torch.ones(2, 3), torch.ones(7, 3), torch.tensor([0, 1, 2, 3]), offsets=torch.tensor(offsets))
+        fa.logprobs_at(
+            torch.ones(2, 3), torch.ones(7, 3), torch.tensor([0, 1, 2, 3]), offsets=torch.tensor(offsets)
+        )
 
 
 def test_entries_without_rows():
@@ -122,4 +128,6 @@ def test_entries_without_rows():
 def test_bad_arguments_of_token_stats(change, error, message):
     case = make_case()
     with pytest.raises(error, match=message):
-        fa.token_stats(case.logits() * 1, case.labels, **{"support": case.indices, "mask": case.mask, **change})
+        fa.token_stats(
+            case.logits() * 1, case.labels, **{"support": case.indices, "mask": case.mask, **change}
+        )

@@ -1,4 +1,5 @@
-"""`selective_log_softmax` and `entropy_from_logits` in place of TRL's helpers of these names: the same calls, the same results."""
+"""`selective_log_softmax` and `entropy_from_logits` in place of TRL's helpers of these names: the same calls,
+the same results."""
 
 from __future__ import annotations
 
@@ -28,7 +29,10 @@ def test_selective_log_softmax(rows, extra, temperature, masked):
     logits, index, keep = data(rows, extra, torch.float32)
     mask = None if masked is None else keep.to(masked)
     x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    want, got = utils.selective_log_softmax(x, index, temperature, mask), fa.selective_log_softmax(y, index, temperature, mask)
+    want, got = (
+        utils.selective_log_softmax(x, index, temperature, mask),
+        fa.selective_log_softmax(y, index, temperature, mask),
+    )
     assert got.dtype == want.dtype and got.shape == want.shape and torch.allclose(got, want, atol=2e-6)
     if mask is not None:
         assert not bool(got[~keep].any())
@@ -44,20 +48,29 @@ def test_result_dtypes(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert fa.selective_log_softmax(logits, index).dtype == fa.entropy_from_logits(logits).dtype == wide
     pairs = (
-        (utils.selective_log_softmax(logits, index, row_mask=keep), fa.selective_log_softmax(logits, index, row_mask=keep, dtype=dtype)),
+        (
+            utils.selective_log_softmax(logits, index, row_mask=keep),
+            fa.selective_log_softmax(logits, index, row_mask=keep, dtype=dtype),
+        ),
         (utils.entropy_from_logits(logits, 4), fa.entropy_from_logits(logits, 4, dtype=dtype)),
     )
     for want, got in pairs:
         # TRL's eager form rounds inside; ours once, at the end.
-        assert got.dtype == want.dtype == dtype and torch.allclose(got, want, atol=16 * torch.finfo(dtype).eps * 8)
+        assert got.dtype == want.dtype == dtype and torch.allclose(
+            got, want, atol=16 * torch.finfo(dtype).eps * 8
+        )
 
 
 def test_entropy():
     logits, _, _ = data((3, 5), (), torch.float32)
     for chunk in (1, 128):
-        assert torch.allclose(fa.entropy_from_logits(logits, chunk), utils.entropy_from_logits(logits, chunk), atol=2e-6)
         assert torch.allclose(
-            fa.entropy_from_logits(logits, chunk_size=chunk, temperature=0.7), utils.entropy_from_logits(logits / 0.7), atol=4e-6
+            fa.entropy_from_logits(logits, chunk), utils.entropy_from_logits(logits, chunk), atol=2e-6
+        )
+        assert torch.allclose(
+            fa.entropy_from_logits(logits, chunk_size=chunk, temperature=0.7),
+            utils.entropy_from_logits(logits / 0.7),
+            atol=4e-6,
         )
 
 
@@ -83,7 +96,11 @@ def test_errors_name_themselves():
     logits, index, keep = data((3, 5), (), torch.float32)
     for error, words, call in (
         (ValueError, "temperature", lambda: fa.selective_log_softmax(logits, index, 0.0)),
-        (ValueError, "row_mask has shape", lambda: fa.selective_log_softmax(logits, index, row_mask=keep[:1])),
+        (
+            ValueError,
+            "row_mask has shape",
+            lambda: fa.selective_log_softmax(logits, index, row_mask=keep[:1]),
+        ),
         (ValueError, "chunk_size", lambda: fa.entropy_from_logits(logits, 0)),
         (IndexError, "index|label", lambda: fa.selective_log_softmax(logits, index + 40)),
     ):

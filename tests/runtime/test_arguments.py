@@ -71,7 +71,12 @@ def test_ops_are_registered_as_declared(name):
     registered = str(op.overload._schema).removeprefix(f"fastalign::{name}")
     assert registered == f"({op.declaration.schema}) -> {op.results}"
     assert op.writes in ("", *(leaf.name for leaf in op.declaration.leaves))
-    assert [op.public] == [tuple(dict.fromkeys(op.public))] and set(op.kernels) == {"reference", "cpu", "triton", "cuda"}
+    assert [op.public] == [tuple(dict.fromkeys(op.public))] and set(op.kernels) == {
+        "reference",
+        "cpu",
+        "triton",
+        "cuda",
+    }
 
 
 def test_tensors_are_found_in_parts():
@@ -86,8 +91,8 @@ def test_tensors_are_found_in_parts():
     assert not ffi.are_plain(Whole(Part(x.as_subclass(Other)), None, None, Numbers(0.0, 0.0, 0, 0), 0, False))
 
 
-# Triton kernels that are given the fields of parts one by one, since Triton specialises on what lies in a tuple:
-# (op, kernel) -> the names from some argument on.
+# Triton kernels that are given the fields of parts one by one, since Triton specialises on what lies in a
+# tuple: (op, kernel) -> the names from some argument on.
 BY_PARTS = {
     ("preference", "preference_fwd_kernel"): ("logprobs", (*PairTokens._fields, *PairTensors._fields)),
     ("preference", "preference_bwd_kernel"): ("logprobs", PairTokens._fields),
@@ -99,7 +104,9 @@ BY_PARTS = {
 
 @pytest.mark.parametrize("op, name", BY_PARTS)
 def test_kernels_name_the_fields_as_the_parts_do(op, name):
-    modules = [importlib.import_module(f"fastalign.ops.{op}.{p.stem}") for p in FOLDER.glob(f"{op}/triton*.py")]
+    modules = [
+        importlib.import_module(f"fastalign.ops.{op}.{p.stem}") for p in FOLDER.glob(f"{op}/triton*.py")
+    ]
     (kernel,) = {vars(module)[name] for module in modules if name in vars(module)}
     names, (start, fields) = [*inspect.signature(kernel.fn).parameters], BY_PARTS[op, name]
     at = names.index(start)

@@ -25,7 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_priority_and_explain():
     x = make_logits(2, 9)
     text = fa.explain("token_logprobs", x)
-    assert "cpu" in text.splitlines()[0] and "the CUDA kernels do not serve cpu tensors" in text or "without CUDA" in text
+    assert (
+        "cpu" in text.splitlines()[0]
+        and "the CUDA kernels do not serve cpu tensors" in text
+        or "without CUDA" in text
+    )
     assert "chosen" in text and all(name in text for name in backends.BACKENDS)
     assert fa.backends()["reference"] == fa.backends()["cpu"] == "available"
     with fa.use_backend("reference"):
@@ -49,7 +53,8 @@ def test_an_op_has_an_order_of_its_own(monkeypatch):
 
 
 def test_a_backend_declines_a_call_by_its_arguments(monkeypatch):
-    """The next one serves it, `explain` says why, and a forced backend that declines is an error with the reason."""
+    """The next one serves it, `explain` says why, and a forced backend that declines is an error with the
+    reason."""
     op, why = OPS["gae_fwd"], "more than 8 tokens, for the test"
     monkeypatch.setattr(op, "declines", {"cpu": lambda a: why if a.rewards.shape[0] > 8 else None})
     short, long = _gae(3), _gae(9)
@@ -91,7 +96,10 @@ def test_what_is_available_is_what_can_run_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert fa.backends()["cuda"] == "available"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert fa.backends() == fa.backends() | {"cuda": "CUDA C++ kernels do not run on ROCm", "triton": "available"}
+    assert fa.backends() == fa.backends() | {
+        "cuda": "CUDA C++ kernels do not run on ROCm",
+        "triton": "available",
+    }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(ffi, "TRITON_INTERPRETED", False)
     assert fa.backends()["triton"] == "no ROCm device is visible to torch"
@@ -106,16 +114,26 @@ def test_cpu_calls_do_not_ask_for_a_device(monkeypatch):
     assert fa.sequence_sum(torch.ones(2), torch.tensor([0, 2], dtype=torch.int32)).tolist() == [2.0]
 
 
-@pytest.mark.parametrize("version,able", [("3.2.0", False), ("3.3.1", True), ("3.10.0+git1a2b", True), ("4.0.0", True), (None, False)])
+@pytest.mark.parametrize(
+    "version,able",
+    [("3.2.0", False), ("3.3.1", True), ("3.10.0+git1a2b", True), ("4.0.0", True), (None, False)],
+)
 def test_the_oldest_triton(version, able, tmp_path):
     """pyproject.toml names the version that the package insists on. (None: something else of that name.)"""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(f"__version__ = {version!r}" if version else "")
     path = os.pathsep.join(filter(None, (str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH"))))
-    out = _python("import fastalign; print(fastalign.runtime.ffi.missing_backends(), fastalign.backends()['triton'])", PYTHONPATH=path)
+    out = _python(
+        "import fastalign; print(fastalign.runtime.ffi.missing_backends(), fastalign.backends()['triton'])",
+        PYTHONPATH=path,
+    )
     assert out.returncode == 0, out.stderr
     oldest = ".".join(map(str, ffi.MIN_TRITON))
-    refusal = f"triton {version} is older than {oldest}, the oldest that fastalign supports" if version else "triton is not importable"
+    refusal = (
+        f"triton {version} is older than {oldest}, the oldest that fastalign supports"
+        if version
+        else "triton is not importable"
+    )
     assert (refusal in out.stdout) is not able and (refusal in out.stderr) is not able
     assert f'"triton>={oldest}"' in (ROOT / "pyproject.toml").read_text()
 
@@ -141,7 +159,8 @@ def _in_thread(work):
 
 
 def test_threads_choose_for_themselves():
-    """Each thread sees its own choice, those without one the main thread's; neither order of entering and leaving disturbs the others."""
+    """Each thread sees its own choice, those without one the main thread's; neither order of entering and
+    leaving disturbs the others."""
     entered, left = threading.Barrier(3, timeout=60), threading.Barrier(3, timeout=60)
 
     def work(name, first_out):
@@ -158,11 +177,18 @@ def test_threads_choose_for_themselves():
         entered.wait()
         assert backends.forced() == "triton"
         left.wait()
-        assert one.result() == ["triton", "reference", "triton"] and two.result() == ["triton", "cpu", "triton"]
+        assert one.result() == ["triton", "reference", "triton"] and two.result() == [
+            "triton",
+            "cpu",
+            "triton",
+        ]
     assert backends.forced() is None and _in_thread(backends.forced) is None
     fa.use_backend("reference")
     assert _in_thread(backends.forced) == "reference"
-    assert _in_thread(lambda: (fa.use_backend("cpu"), backends.forced())[1]) == "cpu" and backends.forced() == "reference"
+    assert (
+        _in_thread(lambda: (fa.use_backend("cpu"), backends.forced())[1]) == "cpu"
+        and backends.forced() == "reference"
+    )
     fa.use_backend(None)
     assert _in_thread(backends.forced) is None
 
@@ -184,7 +210,11 @@ def test_tasks_choose_for_themselves():
 def test_backward_runs_on_the_backend_of_forward(monkeypatch):
     """Also on another thread, as autograd's for a GPU is, and after the choice has ended or changed."""
     ran, select = [], op.Op.select
-    monkeypatch.setattr(op.Op, "select", lambda self, *call: (ran.append((self.name, backends.forced())), select(self, *call))[1])
+    monkeypatch.setattr(
+        op.Op,
+        "select",
+        lambda self, *call: (ran.append((self.name, backends.forced())), select(self, *call))[1],
+    )
     x = make_logits(2, 9).requires_grad_()
 
     def forward(name):
@@ -205,15 +235,21 @@ def test_backward_runs_on_the_backend_of_forward(monkeypatch):
 
 
 def _python(code, **env):
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
 
 
 def test_environment_variable():
     out = _python(
-        "import fastalign, torch; print(fastalign.explain('sequence_sum', torch.ones(2)).splitlines()[0])", FASTALIGN_BACKEND="reference"
+        "import fastalign, torch; print(fastalign.explain('sequence_sum', torch.ones(2)).splitlines()[0])",
+        FASTALIGN_BACKEND="reference",
     )
     assert out.stdout.strip().endswith("reference"), out
-    assert "FASTALIGN_BACKEND: backend='x' is unknown" in _python("import fastalign", FASTALIGN_BACKEND="x").stderr
+    assert (
+        "FASTALIGN_BACKEND: backend='x' is unknown"
+        in _python("import fastalign", FASTALIGN_BACKEND="x").stderr
+    )
 
 
 @pytest.mark.parametrize("blocked", ["triton", "fastalign._C"])

@@ -1,4 +1,5 @@
-"""torch.compile and torch.export of what is more than one op: mixtures, sorted order, rules with a memory, several losses in one graph."""
+"""torch.compile and torch.export of what is more than one op: mixtures, sorted order, rules with a memory,
+several losses in one graph."""
 
 from __future__ import annotations
 
@@ -15,14 +16,20 @@ def _batch(sequences, length, seed=0):
     g = torch.Generator().manual_seed(seed)
     tokens = sequences * length
     logprobs, ref = -torch.rand(2, tokens, generator=g)
-    return logprobs, ref, torch.arange(0, tokens + 1, length, dtype=torch.int32), torch.rand(tokens, generator=g) < 0.8
+    return (
+        logprobs,
+        ref,
+        torch.arange(0, tokens + 1, length, dtype=torch.int32),
+        torch.rand(tokens, generator=g) < 0.8,
+    )
 
 
 BATCHES = [_batch(*shape, seed) for seed, shape in enumerate(((6, 5), (8, 7), (10, 4)))]
 
 
 def _as_eager(make, through="eager", free=1):
-    """Values and gradients are those of eager on batches of different sizes; what was compiled by batch `free` serves all that follow."""
+    """Values and gradients are those of eager on batches of different sizes; what was compiled by batch
+    `free` serves all that follow."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(through)
     eager, compiled = make(), torch.compile(make(), fullgraph=True, dynamic=True, backend=counter)
@@ -89,7 +96,9 @@ def test_unpaired_rule():
         state = fa.BCODelta(momentum=0.5)
 
         def step(logprobs, ref, cu, mask):
-            return fa.unpaired_loss(logprobs, ref, cu, torch.arange(cu.shape[0] - 1) % 3 == 0, loss="bco", state=state, mask=mask).loss
+            return fa.unpaired_loss(
+                logprobs, ref, cu, torch.arange(cu.shape[0] - 1) % 3 == 0, loss="bco", state=state, mask=mask
+            ).loss
 
         return step
 
@@ -118,7 +127,9 @@ def _all_losses(logprobs, ref, cu, mask):
         fa.preference_loss(logprobs, ref, cu, mask=mask).loss
         + fa.preference_loss_from_sums(sums[::2], sums[1::2], loss="slic_hf").loss
         + fa.unpaired_loss(logprobs, ref, cu, desirable, loss="apo_zero_unpaired", mask=mask).loss
-        + fa.unpaired_loss(logprobs, ref, cu, desirable, loss="dro", mask=mask, rewards=per_sequence, values=-per_sequence).loss
+        + fa.unpaired_loss(
+            logprobs, ref, cu, desirable, loss="dro", mask=mask, rewards=per_sequence, values=-per_sequence
+        ).loss
         + fa.listwise_loss(logprobs, ref, cu, offsets, numbers, mask=mask).loss
         + fa.reward_loss(sums[::2], sums[1::2]).loss
         + fa.kwise_reward_loss(sums, offsets, numbers).loss
@@ -144,8 +155,12 @@ class _Head(torch.nn.Module):
     def forward(self, hidden, labels, ref, cu, mask):
         logits = self.head(hidden)
         logprobs = fa.token_logprobs(logits, labels)
-        stats = fa.token_stats(logits, labels, ref_logits=logits * 0.9, outputs=("entropy", "kl_policy_ref", "log_sum_sq_probs"))
-        omega = fa.wpo_weights(logprobs, stats.log_sum_sq_probs, cu, mask=mask, pairs=torch.arange(cu.shape[0] - 1).view(-1, 2))
+        stats = fa.token_stats(
+            logits, labels, ref_logits=logits * 0.9, outputs=("entropy", "kl_policy_ref", "log_sum_sq_probs")
+        )
+        omega = fa.wpo_weights(
+            logprobs, stats.log_sum_sq_probs, cu, mask=mask, pairs=torch.arange(cu.shape[0] - 1).view(-1, 2)
+        )
         exact = fa.token_kl_loss(logits * 1.0, logits.detach() * 0.9, torch.full((), 0.1)).loss
         mixed = fa.preference_loss(logprobs, ref, cu, mask=mask, loss=MIXTURE).loss
         return (logprobs, stats.entropy, stats.kl_policy_ref, omega, exact, mixed, *fa.gae(ref, logprobs.detach(), cu, mask=mask)[:2],
@@ -160,7 +175,9 @@ def test_export_with_any_number_of_tokens_and_sequences(strict):
 
     tokens = {0: Dim("tokens", min=8)}
     model = _Head()
-    program = export(model, inputs(6, 5), dynamic_shapes=(tokens, tokens, tokens, {0: Dim.AUTO}, tokens), strict=strict)
+    program = export(
+        model, inputs(6, 5), dynamic_shapes=(tokens, tokens, tokens, {0: Dim.AUTO}, tokens), strict=strict
+    )
     for shape in ((8, 7), (4, 3)):
         batch = inputs(*shape)
         want, got = model(*batch), program.module()(*batch)
@@ -176,23 +193,29 @@ def test_an_exported_program_refuses_derivatives():
     batch = torch.randn(30, 6), torch.arange(30) % 11, ref, cu, mask
     loss = export(model, batch, strict=False).module()(*batch)[-1]
     with pytest.raises(
-        RuntimeError, match="has no derivative by itself: differentiate fastalign's functions.*torch.compile is for training"
+        RuntimeError,
+        match="has no derivative by itself: differentiate fastalign's functions.*torch.compile is for training",
     ):
         loss.backward()
 
 
 HEAD_CALLS = {
     "keep": lambda h, w, y, cu: fa.linear_token_stats(h, w, y, outputs=("logprob", "entropy")).logprob.sum(),
-    "tiles": lambda h, w, y, cu: fa.linear_token_stats(h, w, y, outputs=("logprob", "entropy"), workspace_bytes=500).entropy.sum(),
+    "tiles": lambda h, w, y, cu: fa.linear_token_stats(
+        h, w, y, outputs=("logprob", "entropy"), workspace_bytes=500
+    ).entropy.sum(),
     "frozen": lambda h, w, y, cu: fa.linear_token_logprobs(h, w.detach(), y).sum(),
     "pairs": lambda h, w, y, cu: fa.linear_preference_loss(h, w, y, cu, ref_logprobs=torch.zeros(12)).loss,
     "policy": lambda h, w, y, cu: fa.linear_policy_loss(h, w, y, torch.zeros(12) - 4, torch.ones(12)).loss,
-    "kl": lambda h, w, y, cu: fa.linear_token_kl_loss(h, w, h.detach(), w.detach() * 1.1, torch.tensor(0.5)).loss,
+    "kl": lambda h, w, y, cu: (
+        fa.linear_token_kl_loss(h, w, h.detach(), w.detach() * 1.1, torch.tensor(0.5)).loss
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "fullgraph"), [("keep", True), ("tiles", False), ("frozen", True), ("pairs", True), ("policy", False), ("kl", True)]
+    ("name", "fullgraph"),
+    [("keep", True), ("tiles", False), ("frozen", True), ("pairs", True), ("policy", False), ("kl", True)],
 )
 def test_fused_head_in_a_graph(name, fullgraph):
     """Also as a part of a graph that breaks elsewhere: backward then runs outside of any."""

@@ -1,4 +1,5 @@
-"""Sums across ranks on two gloo processes: a sequence split over ranks gives the loss and gradients of one rank."""
+"""Sums across ranks on two gloo processes: a sequence split over ranks gives the loss and gradients of one
+rank."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def _worker(rank, port, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     group = dist.group.WORLD
     x, mask, cu = _data()
-    # Rank 0 holds the first tokens of both sequences, rank 1 the rest of the first only (nothing of the second).
+    # Rank 0 holds the first tokens of both sequences, rank 1 the rest of the first only (nothing of the
+    # second).
     keep = [torch.tensor([0, 1, 6, 7, 8]), torch.tensor([2, 3, 4, 5])][rank]
     local_cu = torch.tensor([[0, 2, 5], [0, 4, 4]][rank], dtype=torch.int32)
     local = x[keep].clone().requires_grad_()
@@ -28,7 +30,11 @@ def _worker(rank, port, results):
 
 def _data():
     torch.manual_seed(0)
-    return torch.randn(9), torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1], dtype=torch.bool), torch.tensor([0, 6, 9], dtype=torch.int32)
+    return (
+        torch.randn(9),
+        torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1], dtype=torch.bool),
+        torch.tensor([0, 6, 9], dtype=torch.int32),
+    )
 
 
 def test_sequence_parallel_sums():  # C2, C3

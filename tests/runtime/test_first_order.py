@@ -1,4 +1,5 @@
-"""Second derivatives: every differentiable function raises where a graph of its gradient is asked for, and none loses a term silently."""
+"""Second derivatives: every differentiable function raises where a graph of its gradient is asked for, and
+none loses a term silently."""
 
 from __future__ import annotations
 
@@ -39,10 +40,14 @@ ON_TOKENS = {
     "a mixture": lambda x: fa.preference_loss(x, REF, CU, mask=MASK, loss=[("dpo", 1.0), ("ipo", 0.5)]).loss,
     "a sorted loss": lambda x: fa.preference_loss(x, REF, CU, mask=MASK, loss="aot").loss,
     "a rule": lambda x: fa.preference_loss(x, REF, CU, mask=MASK, loss="alpha_dpo", state=fa.AlphaDPO()).loss,
-    "preference_loss_from_sums": lambda x: fa.preference_loss_from_sums(_sides(x)[0], _sides(x)[1].detach(), *_sides(REF)).loss,
+    "preference_loss_from_sums": lambda x: (
+        fa.preference_loss_from_sums(_sides(x)[0], _sides(x)[1].detach(), *_sides(REF)).loss
+    ),
     "unpaired_loss": lambda x: fa.unpaired_loss(x, REF, CU, DESIRABLE, mask=MASK, baseline=0.0).loss,
     "bco": lambda x: fa.unpaired_loss(x, REF, CU, DESIRABLE, loss="bco", mask=MASK, state=fa.BCODelta()).loss,
-    "dro": lambda x: fa.unpaired_loss(x, REF, CU, DESIRABLE, loss="dro", mask=MASK, rewards=SCORES, values=SCORES).loss,
+    "dro": lambda x: (
+        fa.unpaired_loss(x, REF, CU, DESIRABLE, loss="dro", mask=MASK, rewards=SCORES, values=SCORES).loss
+    ),
     "listwise_loss": lambda x: fa.listwise_loss(x, REF, CU, LISTS, SCORES, mask=MASK).loss,
     "listwise_loss_from_sums": lambda x: fa.listwise_loss_from_sums(x[:6], REF[:6], LISTS, SCORES).loss,
     "policy_loss": lambda x: fa.policy_loss(x, REF, REF, mask=MASK).loss,

@@ -1,4 +1,5 @@
-"""`torch.ops.fastalign.*` is public: whatever tensors come, none is read beyond its end. Each is too short, too long, of another type or device in turn."""
+"""`torch.ops.fastalign.*` is public: whatever tensors come, none is read beyond its end. Each is too short,
+too long, of another type or device in turn."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from fastalign.runtime import backends
 from fastalign.runtime.op import OPS
 
 SAMPLES = list(test_registry._op_samples())
-CASES = [(i, k) for i, (_, args) in enumerate(SAMPLES) for k, a in enumerate(args) if isinstance(a, torch.Tensor)]
+CASES = [
+    (i, k) for i, (_, args) in enumerate(SAMPLES) for k, a in enumerate(args) if isinstance(a, torch.Tensor)
+]
 # Where no other tensor of the sample has a dim, any size of it is legal: (sample, argument).
 FREE = {
     "1-token_stats_fwd-logits", "2-token_stats_bwd-logits", "3-token_stats_bwd_-logits", "0-token_stats_fwd-logits", "3-token_stats_bwd_-labels",
@@ -61,10 +64,14 @@ def test_wrong_shapes_raise(case):
         except (ValueError, TypeError, IndexError):
             continue
         accepted.append(tuple(wrong.shape))
-    if op._entries[[e.place for e in op._entries].index(place)].rows:  # leading dims are free: one more of size 1 is the same call
+    if op._entries[
+        [e.place for e in op._entries].index(place)
+    ].rows:  # leading dims are free: one more of size 1 is the same call
         accepted = [s for s in accepted if s != (1, *args[place].shape)]
     allowed = ident(case) in FREE
-    assert allowed or not accepted, f"{op._names[place]} of shapes {accepted} was taken for {tuple(args[place].shape)}"
+    assert allowed or not accepted, (
+        f"{op._names[place]} of shapes {accepted} was taken for {tuple(args[place].shape)}"
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=ident)
@@ -72,7 +79,12 @@ def test_wrong_types_and_devices_raise(case):
     index, place = case
     name, args = SAMPLES[index]
     op = OPS[name]
-    for change in (lambda t: t.to(torch.int16), lambda t: t.to(torch.complex64), lambda t: t.to(torch.float16), lambda t: t.double()):
+    for change in (
+        lambda t: t.to(torch.int16),
+        lambda t: t.to(torch.complex64),
+        lambda t: t.to(torch.float16),
+        lambda t: t.double(),
+    ):
         given = copies(args)
         given[place] = change(given[place])
         try:
@@ -80,12 +92,15 @@ def test_wrong_types_and_devices_raise(case):
         except (ValueError, TypeError, backends.BackendError):
             continue
         # The first tensor's type is the op's, where no other tensor has to have the same.
-        assert given[place].dtype in op.takes("cpu") and place == min(k for k, a in enumerate(args) if isinstance(a, torch.Tensor))
+        assert given[place].dtype in op.takes("cpu") and place == min(
+            k for k, a in enumerate(args) if isinstance(a, torch.Tensor)
+        )
 
 
 @pytest.mark.parametrize("index", range(len(SAMPLES)))
 def test_any_strides_give_the_same(index):
-    """Tensors that are not contiguous are copied, not misread; results written in place need rows that can be."""
+    """Tensors that are not contiguous are copied, not misread; results written in place need rows that can
+    be."""
     name, args = SAMPLES[index]
     op, plain, spread = OPS[name], copies(args), copies(args)
     for k, a in enumerate(spread):
@@ -112,6 +127,8 @@ def test_what_the_parameters_need_is_asked_for():
     x = torch.randn(3, 17)
     for outputs, words in ((1, "labels"), (32, "labels"), (128, "ref_logits")):
         with pytest.raises(ValueError, match=words):
-            torch.ops.fastalign.token_stats_fwd(x, None, None, None, None, 1.44, 0.0, 1.0, -100, 0, 17, outputs, None, None)
+            torch.ops.fastalign.token_stats_fwd(
+                x, None, None, None, None, 1.44, 0.0, 1.0, -100, 0, 17, outputs, None, None
+            )
     with pytest.raises(ValueError, match="strides"):
         torch.ops.fastalign.scale_rows_(torch.randn(17, 3).T, torch.tensor(0.5))

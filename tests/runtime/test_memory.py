@@ -1,5 +1,6 @@
-"""Tensors whose memory does not hold their values, or that have none: every public function traces them, resolves them, or refuses them by an error.
-And none of them looks at values or brings any from the host, which on a device is a synchronisation and cannot be captured in a graph."""
+"""Tensors whose memory does not hold their values, or that have none: every public function traces them,
+resolves them, or refuses them by an error. And none of them looks at values or brings any from the host,
+which on a device is a synchronisation and cannot be captured in a graph."""
 
 from __future__ import annotations
 
@@ -29,20 +30,27 @@ def same(got, want):
 
 
 class NoTraffic(TorchDispatchMode):
-    """The meta device stands for a GPU: what has a meta tensor must not meet a tensor of the CPU, and nobody may ask for values or for sizes that
-    depend on them."""
+    """The meta device stands for a GPU: what has a meta tensor must not meet a tensor of the CPU, and nobody
+    may ask for values or for sizes that depend on them."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        flat = [a for x in (*args, *kwargs.values()) for a in (x if isinstance(x, (list, tuple)) else (x,)) if isinstance(a, torch.Tensor)]
+        flat = [
+            a
+            for x in (*args, *kwargs.values())
+            for a in (x if isinstance(x, (list, tuple)) else (x,))
+            if isinstance(a, torch.Tensor)
+        ]
         devices = {a.device.type for a in flat}
         target = kwargs.get("device")
         name = func._schema.name.split("::")[1]
         assert not name.startswith(self.WAITS), f"{name} waits for the device"
         assert len(devices) < 2, f"{name} mixes host and device"
-        assert target is None or not devices or devices == {torch.device(target).type}, f"{name} copies from {devices} to {target}"
+        assert target is None or not devices or devices == {torch.device(target).type}, (
+            f"{name} copies from {devices} to {target}"
+        )
         boolean = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
         assert not boolean, "an index by a mask waits for the device"
         return func(*args, **kwargs)
@@ -106,7 +114,8 @@ def test_fake_tensors(name):
     assert [(t.shape, t.dtype) for t in results] == [(t.shape, t.dtype) for t in calls(given)[name]()]
 
 
-# Inputs where all-zero tensors make sense; the others (boundaries, labels, weights that are divided by) would be refused as any zeros are.
+# Inputs where all-zero tensors make sense; the others (boundaries, labels, weights that are divided by) would
+# be refused as any zeros are.
 ZEROS = ("ref", "kl", "ref_logits", "weights", "logits", "logprobs", "totals")
 
 
@@ -119,7 +128,10 @@ def test_zeros_without_memory(name):
     try:
         got = calls(lazy)[name]()
     except RuntimeError as error:  # written in place: refused by torch
-        assert "ZeroTensors are immutable" in str(error) and name in ("token_logprobs", "token_kl_loss inplace")
+        assert "ZeroTensors are immutable" in str(error) and name in (
+            "token_logprobs",
+            "token_kl_loss inplace",
+        )
         return
     same(got, calls(plain)[name]())
 
@@ -149,9 +161,13 @@ def test_lazily_negated_upstream_gradients():
     assert grad.tolist() == [1.0] * 3 + [2.0] * 5
 
 
-@pytest.mark.parametrize("name", ["sequence_sum", "preference_loss", "token_stats", "gae", "policy_loss", "listwise_loss", "kl_estimate"])
+@pytest.mark.parametrize(
+    "name",
+    ["sequence_sum", "preference_loss", "token_stats", "gae", "policy_loss", "listwise_loss", "kl_estimate"],
+)
 def test_functional_tensors(name):
-    """What functionalization wraps outside of any transform: the forward pass is traced, with the numbers of plain tensors."""
+    """What functionalization wraps outside of any transform: the forward pass is traced, with the numbers of
+    plain tensors."""
     given = inputs()
 
     def forward(x):
@@ -161,12 +177,17 @@ def test_functional_tensors(name):
             "token_stats": lambda: (fa.token_logprobs(x["logits"], x["labels"]),),
             "gae": lambda: fa.gae(x["logprobs"], x["ref"], x["cu"]),
             "policy_loss": lambda: (fa.policy_loss(x["logprobs"], x["ref"], x["kl"], mask=x["mask"]).loss,),
-            "listwise_loss": lambda: (fa.listwise_loss(x["logprobs"], x["ref"], x["cu"], x["offsets"], x["scores"]).loss,),
+            "listwise_loss": lambda: (
+                fa.listwise_loss(x["logprobs"], x["ref"], x["cu"], x["offsets"], x["scores"]).loss,
+            ),
             "kl_estimate": lambda: (fa.kl_estimate(x["logprobs"], x["ref"]),),
         }[name]()
 
     wrapped = forward({n: torch._to_functional_tensor(t) for n, t in given.items()})
-    same([torch._from_functional_tensor(t) if torch._is_functional_tensor(t) else t for t in wrapped], list(forward(given)))
+    same(
+        [torch._from_functional_tensor(t) if torch._is_functional_tensor(t) else t for t in wrapped],
+        list(forward(given)),
+    )
 
 
 @pytest.mark.parametrize("what", ["to_sparse", "to_mkldnn"])
@@ -178,5 +199,7 @@ def test_other_layouts_are_refused(what):
 
 def test_empty_tensors_do_not_take_the_long_way(monkeypatch):
     """A slice without elements has no address, and is as plain as any."""
-    monkeypatch.setattr(OPS["sequence_sum_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
+    monkeypatch.setattr(
+        OPS["sequence_sum_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched"))
+    )
     assert fa.sequence_sum(torch.ones(0), torch.tensor([0, 0], dtype=torch.int32)).tolist() == [0.0]

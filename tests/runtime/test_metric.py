@@ -1,4 +1,5 @@
-"""Metrics of a batch are those of its parts, merged: for every metric of every loss, over packs and over ranks."""
+"""Metrics of a batch are those of its parts, merged: for every metric of every loss, over packs and over
+ranks."""
 
 from __future__ import annotations
 
@@ -51,10 +52,14 @@ def close(parts, whole, what):
 
 
 def packed(seed=0):
-    """Tokens of sequences whose ratios, values and returns have means of their own, so that a mean of variances is not the variance."""
+    """Tokens of sequences whose ratios, values and returns have means of their own, so that a mean of
+    variances is not the variance."""
     draw = torch.Generator().manual_seed(seed)
     n = sum(LENGTHS)
-    noise, of = torch.randn(6, n, generator=draw), torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    noise, of = (
+        torch.randn(6, n, generator=draw),
+        torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)),
+    )
     lp = -noise[0].abs() - 0.1
     return {
         "lp": lp, "old": lp - 0.3 * noise[1] - 0.4 * (of % 3 - 1), "adv": noise[2], "ref": lp + 0.2 * noise[3], "entropy": noise[4].abs(),
@@ -75,7 +80,11 @@ def policy(x, sequences, loss, **options):
     per_sequence = policy_losses.get(loss).needs_sequence_values
     if "norm" in options.get("aggregation", policy_losses.get(loss).aggregation):
         options["norm_length"] = 20.0
-    weight = {} if loss == "vespo" or per_sequence else {"is_weight": x["weight"], "is_mode": "truncate", "is_max": 1.2}
+    weight = (
+        {}
+        if loss == "vespo" or per_sequence
+        else {"is_weight": x["weight"], "is_mode": "truncate", "is_max": 1.2}
+    )
     return fa.policy_loss(x["lp"], x["old"], x["per"] if per_sequence else x["adv"], loss=loss, cu_seqlens=cu, mask=x["mask"],
                           ref_logprobs=x["ref"], kl_coef=0.1, entropy=x["entropy"], **weight, **options).metrics()  # fmt: skip
 
@@ -122,7 +131,9 @@ def test_preference_metrics(backend, name):
 
     def metrics(pairs):
         chosen = [(2 * i, 2 * i + 1) for i in pairs]
-        options = dict.fromkeys(needs, numbers[pairs]) | ({"kl_ref_policy": batch.kl_ref_policy} if preset.needs_kl else {})
+        options = dict.fromkeys(needs, numbers[pairs]) | (
+            {"kl_ref_policy": batch.kl_ref_policy} if preset.needs_kl else {}
+        )
         return fa.preference_loss(batch.logprobs, batch.ref_logprobs, cu, loss=preset, pairs=torch.tensor(chosen, dtype=torch.int32),
                                   mask=batch.packed.mask, **options).metrics()  # fmt: skip
 
@@ -143,7 +154,9 @@ def test_listwise_metrics(backend, name):
         rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in sequences])
         cu = torch.tensor([0, *itertools.accumulate(lengths[i] for i in sequences)], dtype=torch.int32)
         offsets = torch.tensor([0, *itertools.accumulate(sizes[i] for i in lists)], dtype=torch.int32)
-        return fa.listwise_loss(lp[rows], ref[rows], cu, offsets, scores[sequences], loss=name, mask=rows >= 0).metrics()
+        return fa.listwise_loss(
+            lp[rows], ref[rows], cu, offsets, scores[sequences], loss=name, mask=rows >= 0
+        ).metrics()
 
     for split in ([[0], [1, 2], [3]], [[3, 1], [0, 2]]):
         close([metrics(part) for part in split], metrics([0, 1, 2, 3]), name)
@@ -155,8 +168,16 @@ def test_unpaired_metrics(backend, name):
 
     def metrics(sequences):
         y, cu = piece(x, sequences)
-        needs = {"rewards": y["per"], "values": y["per"] * 0.5} if name == "dro" else {"baseline": 0.2} if name in ("kto", "bco") else {}
-        return fa.unpaired_loss(y["lp"], y["ref"], cu, good[sequences], loss=name, mask=y["mask"], **needs).metrics()
+        needs = (
+            {"rewards": y["per"], "values": y["per"] * 0.5}
+            if name == "dro"
+            else {"baseline": 0.2}
+            if name in ("kto", "bco")
+            else {}
+        )
+        return fa.unpaired_loss(
+            y["lp"], y["ref"], cu, good[sequences], loss=name, mask=y["mask"], **needs
+        ).metrics()
 
     for split in SPLITS:
         close([metrics(part) for part in split], metrics(list(range(6))), name)
@@ -173,14 +194,19 @@ def test_forms():
     assert merged(lambda v: v) == pytest.approx(float(x.double().var(unbiased=False)), rel=1e-9)
     assert merged(lambda v: Deviation(*v)) == pytest.approx(float(x.double().std()), rel=1e-9)
     targets, errors = torch.randn(2, 9) * torch.tensor([[3.0], [1.0]]) + 100.0
-    cut = [ExplainedVariance.of(variance_of(targets[s]), variance_of(errors[s])) for s in (slice(0, 4), slice(4, 4), slice(4, 9))]
+    cut = [
+        ExplainedVariance.of(variance_of(targets[s]), variance_of(errors[s]))
+        for s in (slice(0, 4), slice(4, 4), slice(4, 9))
+    ]
     want = 1 - float(errors.double().var(unbiased=False) / targets.double().var(unbiased=False))
     assert float(merge_metrics(*({"x": part} for part in cut))["x"]) == pytest.approx(want, rel=1e-9)
     assert math.isnan(float(ExplainedVariance.of(variance_of(torch.full((7,), 0.1)), variance_of(targets))))
     low, high = zip(*(extremes_of(part) for part in (x[:2], x[2:2], x[2:])))
     found = merge_metrics(*({"low": a, "high": b} for a, b in zip(low, high)))
     assert (float(found["low"]), float(found["high"])) == (9999.0, 10007.0)
-    assert math.isnan(float(merge_metrics({"x": Largest(*map(torch.tensor, (math.nan, 1.0)))}, {"x": high[0]})["x"]))
+    assert math.isnan(
+        float(merge_metrics({"x": Largest(*map(torch.tensor, (math.nan, 1.0)))}, {"x": high[0]})["x"])
+    )
     assert float(merge_metrics({"x": (3, 4)}, {"x": Metric(*map(torch.tensor, (1.0, 4.0)))})["x"]) == 0.5
     assert float(merge_metrics({"x": Total(torch.tensor(3), 9)}, {"x": as_metric(Total(2, 1))})["x"]) == 5.0
     with pytest.raises(TypeError, match="'x' is a Total in one part and a Metric in another"):
@@ -189,7 +215,15 @@ def test_forms():
 
 def test_what_nothing_was_seen_of_is_left_out():
     sums = MetricSums()
-    sums.add({"mean": (0, 0), "var": Variance(0, 0, 0), "low": Smallest(math.inf, 0), "number": Total(0, 0), "seen": (1, 2)})
+    sums.add(
+        {
+            "mean": (0, 0),
+            "var": Variance(0, 0, 0),
+            "low": Smallest(math.inf, 0),
+            "number": Total(0, 0),
+            "seen": (1, 2),
+        }
+    )
     assert sums.means() == {"number": 0.0, "seen": 0.5}
 
 
@@ -214,6 +248,12 @@ def test_over_ranks():
     with fa.use_backend("reference"):
         whole = policy(x, list(range(6)), "ppo")
     assert results[0] == results[1]
-    assert results[0]["low"] == ("Smallest", float(x["lp"][:3].min())) and results[0]["high"] == ("Largest", float(x["lp"][:3].max()))
+    assert results[0]["low"] == ("Smallest", float(x["lp"][:3].min())) and results[0]["high"] == (
+        "Largest",
+        float(x["lp"][:3].max()),
+    )
     for name, metric in whole.items():
-        assert results[0][name] == (type(metric).__name__, pytest.approx(float(metric), rel=1e-4, abs=1e-5)), name
+        assert results[0][name] == (
+            type(metric).__name__,
+            pytest.approx(float(metric), rel=1e-4, abs=1e-5),
+        ), name

@@ -43,7 +43,9 @@ def _policy_samples(batch):
     lp, ref, cu, mask = batch.logprobs, batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask
     one = torch.tensor(0.1)
     gspo = fa.policy_losses.get("gspo").params(advantages_per_sequence=True)
-    full = PolicyFwd(lp, ref, torch.ones(6), cu, mask, ref, -lp, None, one, one, torch.tensor(6.0), gspo, True)
+    full = PolicyFwd(
+        lp, ref, torch.ones(6), cu, mask, ref, -lp, None, one, one, torch.tensor(6.0), gspo, True
+    )
     yield "policy_fwd", full
     plain = PolicyParams(*gspo[: policy_params.SCALAR_COUNT], *[0] * (len(gspo) - policy_params.SCALAR_COUNT))
     yield "policy_fwd", PolicyFwd(lp, None, lp, None, None, None, None, None, None, None, None, plain, False)
@@ -53,7 +55,12 @@ def _policy_samples(batch):
 
 
 def _row_samples():
-    x, labels, ref, ones = make_logits(3, 17), make_labels(3, 17).unsqueeze(-1), make_logits(3, 17, seed=1), torch.ones(3)
+    x, labels, ref, ones = (
+        make_logits(3, 17),
+        make_labels(3, 17).unsqueeze(-1),
+        make_logits(3, 17, seed=1),
+        torch.ones(3),
+    )
     plain, pair = rows_of(x, labels), rows_of(x, labels, ref=ref)
     forward = TokenStatsFwd(plain, 63, None, None)
     state = OPS["token_stats_fwd"](forward)[-2]
@@ -67,21 +74,32 @@ def _row_samples():
     upstream = RowGradients(torch.ones(3, 1), g_kl_policy_ref=ones, g_kl_ref_policy=ones)
     yield "token_stats_bwd", TokenStatsBwd(pair, state, upstream)
     yield "token_stats_fused", TokenStatsFused(rows_of(x, ref=ref), 128, RowGradients(g_kl_policy_ref=ones))
-    yield "token_stats_fused_", TokenStatsFused(rows_of(x.clone(), ref=ref), 256, RowGradients(g_kl_ref_policy=ones))
+    yield (
+        "token_stats_fused_",
+        TokenStatsFused(rows_of(x.clone(), ref=ref), 256, RowGradients(g_kl_ref_policy=ones)),
+    )
     yield "scale_rows_", ScaleRows(x.clone(), torch.tensor(0.5))
 
 
 def _state_samples():
     x, labels, ref = make_logits(3, 17), make_labels(3, 17).unsqueeze(-1), make_logits(3, 17, seed=1)
-    cut = [rows_of(x[:, lo:hi], labels, ref=ref[:, lo:hi], start=lo, total=17) for lo, hi in ((0, 8), (8, 17))]
+    cut = [
+        rows_of(x[:, lo:hi], labels, ref=ref[:, lo:hi], start=lo, total=17) for lo, hi in ((0, 8), (8, 17))
+    ]
     parts = [OPS["token_stats_fwd"](TokenStatsFwd(part, 511, None, None))[-2:] for part in cut]
-    states, targets = torch.stack([state for state, _ in parts]), torch.stack([target.flatten(0, 1) for _, target in parts])
+    states, targets = (
+        torch.stack([state for state, _ in parts]),
+        torch.stack([target.flatten(0, 1) for _, target in parts]),
+    )
     yield "row_states_merge", RowStatesMerge(states, targets)
     yield "row_states_merge", RowStatesMerge(states, None)
     state, target = OPS["row_states_merge"](RowStatesMerge(states, targets))
     options = (PLAIN.factor, 1.0, -100, 17)
     yield "row_states_finish", RowStatesFinish(state, target, labels, None, torch.tensor(0.5), *options, 511)
-    yield "row_states_finish", RowStatesFinish(state, None, None, torch.ones(3, dtype=torch.bool), None, *options, 130)
+    yield (
+        "row_states_finish",
+        RowStatesFinish(state, None, None, torch.ones(3, dtype=torch.bool), None, *options, 130),
+    )
 
 
 def _samples():
@@ -133,7 +151,16 @@ def test_compile_fullgraph():  # H1
         )
         exact = fa.token_kl_loss(hidden @ weight.T, logits.detach() * 0.8, torch.full((), 0.01)).loss
         out = fa.preference_loss(stats.logprob, ref, cu, mask=mask, beta=beta)
-        ppo = fa.policy_loss(stats.logprob, ref, ref, mask=mask, ref_logprobs=ref, entropy=stats.entropy, kl_coef=beta, entropy_coef=0.1)
+        ppo = fa.policy_loss(
+            stats.logprob,
+            ref,
+            ref,
+            mask=mask,
+            ref_logprobs=ref,
+            entropy=stats.entropy,
+            kl_coef=beta,
+            entropy_coef=0.1,
+        )
         value = fa.value_loss(stats.entropy, ref, ref, mask=mask)
         kl = fa.sequence_sum(fa.kl_estimate(stats.logprob, ref, "k2"), cu, mask=mask, mean=True)
         offsets, scores = torch.arange(3, device=cu.device) * 3, torch.arange(6, device=cu.device)
@@ -168,7 +195,13 @@ def test_no_recompilation_over_lengths():  # H2
         batch = make_batch(2 + seed % 5, seed=seed)
         count = batch.packed.cu_seqlens.shape[0] - 1
         lists = torch.tensor([*range(seed % 3 + 1), count]), torch.rand(count)
-        step(batch.logprobs.requires_grad_(), batch.ref_logprobs, batch.packed.cu_seqlens, batch.packed.mask, *lists)
+        step(
+            batch.logprobs.requires_grad_(),
+            batch.ref_logprobs,
+            batch.packed.cu_seqlens,
+            batch.packed.mask,
+            *lists,
+        )
     assert counter.frame_count <= 2
 
 
@@ -226,13 +259,17 @@ def test_transforms_are_not_passed_by():
 
 def test_a_trace_holds_the_op():
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    traced = torch.jit.trace(lambda x: OPS["sequence_sum_fwd"](SequenceSumFwd(x, cu, None, None))[0], torch.ones(2))
+    traced = torch.jit.trace(
+        lambda x: OPS["sequence_sum_fwd"](SequenceSumFwd(x, cu, None, None))[0], torch.ones(2)
+    )
     assert float(traced(torch.tensor([3.0, 4.0]))) == 7.0
 
 
 def test_without_torchs_private_names_all_goes_through_the_dispatcher(monkeypatch):
     monkeypatch.setattr(op, "_can_tell", False)
-    monkeypatch.setattr(OPS["preference_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched")))
+    monkeypatch.setattr(
+        OPS["preference_fwd"], "overload", lambda *args: (_ for _ in ()).throw(KeyError("dispatched"))
+    )
     with pytest.raises(KeyError, match="dispatched"):
         _small_loss()
 

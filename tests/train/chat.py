@@ -8,12 +8,18 @@ CHAT_SPECIALS = (*PLAIN_SPECIALS, "<pad>", "<start>", "<end>", "<think>", "</thi
 
 
 def byte_tokenizer(template=None, specials=PLAIN_SPECIALS, *, bos=False, eos=False, **options):
-    """`bos`, `eos`: the tokenizer puts them around every text. `options`: other special tokens (pad_token, ...)."""
-    vocabulary = {token: i for i, token in enumerate([*specials, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())])}
+    """`bos`, `eos`: the tokenizer puts them around every text. `options`: other special tokens (pad_token,
+    ...)."""
+    vocabulary = {
+        token: i
+        for i, token in enumerate([*specials, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())])
+    }
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = tokenizers.decoders.ByteLevel()
-    core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in specials])
+    core.add_special_tokens(
+        [tokenizers.AddedToken(token, special=True, normalized=False) for token in specials]
+    )
     if bos or eos:
         single = " ".join(["<s>"] * bos + ["$A"] + ["</s>"] * eos)
         core.post_processor = tokenizers.processors.TemplateProcessing(

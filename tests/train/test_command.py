@@ -57,21 +57,28 @@ def fails(capsys, argv, *words):
 
 def test_the_real_command(command, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "fastalign", *command("--set", "beta=0.3", "--loss", "dpo")], capture_output=True, text=True
+        [sys.executable, "-m", "fastalign", *command("--set", "beta=0.3", "--loss", "dpo")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "step 2/2: loss" in done.stdout
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "train_config.json").read_text())["config"]["loss_options"] == {"beta": 0.3}
+    assert json.loads((tmp_path / "out" / "train_config.json").read_text())["config"]["loss_options"] == {
+        "beta": 0.3
+    }
 
 
 def test_errors_of_the_real_command_are_one_line_and_exit_code_2(command, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "fastalign", *command(model=tmp_path / "nothing")], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-m", "fastalign", *command(model=tmp_path / "nothing")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        done.stderr == f"fastalign train: error: the model directory {tmp_path}/nothing does not exist (fetch a model from the hub first)\n"
+        done.stderr
+        == f"fastalign train: error: the model directory {tmp_path}/nothing does not exist (fetch a model from the hub first)\n"
     )
 
 
@@ -92,13 +99,18 @@ def test_every_setting_has_a_flag_with_documentation(capsys):
 def test_help_lists_the_methods_and_a_method_only_its_own_settings(capsys):
     assert all(f"  {name}" in (text := help_of(capsys)) for name in METHODS), text
     text = help_of(capsys, "reward")
-    assert "--loss" in text and "--set" in text and "precompute-ref" not in text and "token-metrics" not in text
+    assert (
+        "--loss" in text and "--set" in text and "precompute-ref" not in text and "token-metrics" not in text
+    )
 
 
 @pytest.mark.parametrize("method", of_kind(TrainConfig))
 def test_every_method_refuses_in_one_line(command, capsys, tmp_path, method):
-    """Another data format, an unknown loss, an unknown option, a directory that is not there: exit code 2, nothing written."""
-    rows = {"dpo": make_responses, "tdpo": make_responses, "reward": make_lists, "listwise": make_rows}.get(method, make_rows)
+    """Another data format, an unknown loss, an unknown option, a directory that is not there: exit code 2,
+    nothing written."""
+    rows = {"dpo": make_responses, "tdpo": make_responses, "reward": make_lists, "listwise": make_rows}.get(
+        method, make_rows
+    )
     other = write_jsonl(tmp_path / "other.jsonl", rows(3))
 
     def argv(*flags, **changes):
@@ -115,7 +127,12 @@ def test_every_method_refuses_in_one_line(command, capsys, tmp_path, method):
 
 def test_a_setting_that_the_method_does_not_have(command, capsys):
     built = command("--ref-model", "x")
-    fails(capsys, [built[0], "reward", *built[2:]], "fastalign train reward has no setting --ref-model", "--loss, --set")
+    fails(
+        capsys,
+        [built[0], "reward", *built[2:]],
+        "fastalign train reward has no setting --ref-model",
+        "--loss, --set",
+    )
 
 
 FLAGS = [
@@ -181,7 +198,10 @@ def test_missing_flags(command, capsys, missing):
         (json.dumps(make_rows()[0]).encode() + b"\n{broken\n", ("line 2", "not JSON")),
         (b'\n{"prompt": "a", "chosen": "b", "rejected": null}\n', ("line 2", "field 'rejected'", "null")),
         (b"\xff\xfe", ("line 1", "not UTF-8")),
-        ('{"prompt": "caf\u00e9", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"), ("line 1", "not UTF-8 (byte 15)")),
+        (
+            '{"prompt": "caf\u00e9", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"),
+            ("line 1", "not UTF-8 (byte 15)"),
+        ),
     ],
 )
 def test_wrong_data(command, capsys, tmp_path, content, words):
@@ -197,7 +217,10 @@ def test_a_byte_order_mark_is_no_part_of_the_data(command, data_file, tmp_path):
     assert cli.main(command("--seed", str(2**32 - 1), data=path)) == 0
 
 
-@pytest.mark.parametrize("text, value", [("true", True), ("False", False), ("FALSE", False), (" true ", True), ("truest", "truest")])
+@pytest.mark.parametrize(
+    "text, value",
+    [("true", True), ("False", False), ("FALSE", False), (" true ", True), ("truest", "truest")],
+)
 def test_booleans_of_set(text, value):
     assert _parse_option("--set", f"reference={text}") == ("reference", value)
 
@@ -211,7 +234,9 @@ def test_wrong_model_directories(command, capsys, tmp_path, tokenizer, model_dir
     (empty / "config.json").write_text("{}")
     fails(capsys, command(model=empty), f"in {empty}")
     transformers.BertForMaskedLM(
-        transformers.BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        transformers.BertConfig(
+            vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
     ).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     fails(capsys, command(model=tmp_path / "bert"), "cannot train")

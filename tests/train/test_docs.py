@@ -1,4 +1,5 @@
-"""Every snippet of README and docs runs as printed: Python blocks, command lines, lines of data, and calls inside a sentence."""
+"""Every snippet of README and docs runs as printed: Python blocks, command lines, lines of data, and calls
+inside a sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ NOT_HERE = ("make ", "pip ", "benchmarks/")
 
 
 def blocks(kind):
-    return [(path, m[1]) for path in PAPERS for m in re.finditer(rf"^```{kind}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)]
+    return [
+        (path, m[1])
+        for path in PAPERS
+        for m in re.finditer(rf"^```{kind}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    ]
 
 
 def name_of(case):
@@ -54,7 +59,9 @@ def desk(tmp_path, monkeypatch):
         write_jsonl(Path(f"{file}.jsonl"), make_responses(4))
     write_jsonl(Path("lists.jsonl"), make_lists(4))
     write_jsonl(Path("prompts.jsonl"), [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(4)])
-    Path("my_rewards.py").write_text("def exact(completions, answer):\n    return [float(len(c) % 3) for c in completions]\n")
+    Path("my_rewards.py").write_text(
+        "def exact(completions, answer):\n    return [float(len(c) % 3) for c in completions]\n"
+    )
     sys.modules.pop("my_rewards", None)
     return tmp_path
 
@@ -62,10 +69,16 @@ def desk(tmp_path, monkeypatch):
 def test_every_block_says_what_it_is():
     for path in PAPERS:
         fences = re.findall(r"^```(.*)$", path.read_text(), re.MULTILINE)
-        assert all(kind in ("python", "sh", "json", "text") for kind in fences[::2]) and set(fences[1::2]) <= {""}, path
+        assert all(kind in ("python", "sh", "json", "text") for kind in fences[::2]) and set(
+            fences[1::2]
+        ) <= {""}, path
 
 
-@pytest.mark.parametrize("path", [p for p in PAPERS if re.search("^```(python|sh)$", p.read_text(), re.MULTILINE)], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [p for p in PAPERS if re.search("^```(python|sh)$", p.read_text(), re.MULTILINE)],
+    ids=lambda p: p.stem,
+)
 def test_blocks_run(path, desk):
     """Python and commands in order, Python in one namespace, as a reader who types them in."""
     space = {}
@@ -81,7 +94,11 @@ def run_commands(code):
         words = shlex.split(line, comments=True)
         if words and not line.startswith(NOT_HERE):
             assert words[0] == "fastalign", line
-            short = ["--max-new-tokens", "4"] if words[1] == "train" and METHODS[words[2]].config.__name__ == "OnlineConfig" else []
+            short = (
+                ["--max-new-tokens", "4"]
+                if words[1] == "train" and METHODS[words[2]].config.__name__ == "OnlineConfig"
+                else []
+            )
             assert cli.main([*words[1:], *short]) == 0, line
 
 
@@ -99,10 +116,13 @@ CALL = re.compile(r"`(?:fa|fastalign)(\.[a-z_.]+\([^`]*\))`")
 
 @pytest.mark.parametrize("path,call", [(p, call) for p in PAPERS for call in CALL.findall(p.read_text())])
 def test_calls_in_sentences(path, call):
-    """With the usual names bound; an ellipsis stands for what the sentence leaves out, and only such a call is not run."""
+    """With the usual names bound; an ellipsis stands for what the sentence leaves out, and only such a call
+    is not run."""
     if re.search(r"\.\.\.(?!\w)", call):
         function = call.split("(")[0].strip(".").split(".")
-        assert callable(getattr(fa, function[0]) if len(function) == 1 else getattr(getattr(fa, function[0]), function[1]))
+        assert callable(
+            getattr(fa, function[0]) if len(function) == 1 else getattr(getattr(fa, function[0]), function[1])
+        )
         return
     tokens = 8
     names = {
@@ -117,7 +137,9 @@ def test_calls_in_sentences(path, call):
         "hidden": torch.randn(tokens, 4), "weight": torch.randn(11, 4), "ref_hidden": torch.randn(tokens, 3), "ref_weight": torch.randn(11, 3),
         "indices": torch.randint(11, (tokens, 3)), "coef": torch.tensor(0.5),
     }  # fmt: skip
-    names["outputs"] = [fa.preference_loss(names["logprobs"], names["ref_logprobs"], names["cu_seqlens"], mask=names["mask"])] * 2
+    names["outputs"] = [
+        fa.preference_loss(names["logprobs"], names["ref_logprobs"], names["cu_seqlens"], mask=names["mask"])
+    ] * 2
     eval("fa" + call, names)
 
 
@@ -135,11 +157,17 @@ def test_the_command_of_a_methods_page_runs_on_the_pages_line_of_data(method, de
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", method, "--help"])
     shown = capsys.readouterr().out
-    assert stop.value.code == 0 and all(part in shown for part in page) and len(re.findall("  required:", shown)) == 3
+    assert (
+        stop.value.code == 0
+        and all(part in shown for part in page)
+        and len(re.findall("  required:", shown)) == 3
+    )
 
 
 @pytest.mark.parametrize(
-    "kind", sorted({command.config for command in METHODS.values()}, key=lambda k: k.__name__), ids=lambda k: k.__name__
+    "kind",
+    sorted({command.config for command in METHODS.values()}, key=lambda k: k.__name__),
+    ids=lambda k: k.__name__,
 )
 def test_every_setting_stands_in_one_group(kind):
     members = [name for names in GROUPS.values() for name in names]

@@ -41,13 +41,19 @@ def test_step_0_is_ln_2_with_rewards_exactly_0(config, settings):
     assert before["step"] == 0 and first["step"] == 1
     for record, prefix in ((before, "eval_"), (first, "")):
         assert abs(record[prefix + "loss"] - LN2) < 1e-6
-        assert all(record[f"{prefix}rewards/{name}"] == 0 for name in ("chosen", "rejected", "margins", "accuracies"))
+        assert all(
+            record[f"{prefix}rewards/{name}"] == 0 for name in ("chosen", "rejected", "margins", "accuracies")
+        )
 
 
 def test_step_0_with_a_precomputed_reference(config):
     """Other packs than in training: equal to rounding."""
     first = train_dpo(config(max_steps=1, precompute_ref=True, tokens_per_batch=64)).history[0]
-    assert abs(first["loss"] - LN2) < 1e-6 and abs(first["rewards/chosen"]) < 1e-6 and abs(first["rewards/rejected"]) < 1e-6
+    assert (
+        abs(first["loss"] - LN2) < 1e-6
+        and abs(first["rewards/chosen"]) < 1e-6
+        and abs(first["rewards/rejected"]) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("loss", ["dpo", "cdpo", "ipo", "hinge_norm", "simpo", "slic_hf", "cpo"])
@@ -63,7 +69,14 @@ def test_micro_batching_changes_nothing(config, loss, tmp_path):
 
         runs.append(
             train_dpo(
-                config(loss=loss, batch_size=7, tokens_per_batch=budget, output=str(tmp_path / name), weight_decay=0.1, max_grad_norm=0.5),
+                config(
+                    loss=loss,
+                    batch_size=7,
+                    tokens_per_batch=budget,
+                    output=str(tmp_path / name),
+                    weight_decay=0.1,
+                    max_grad_norm=0.5,
+                ),
                 loss_fn=loss_fn,
             )
         )
@@ -80,7 +93,10 @@ def test_micro_batching_changes_nothing(config, loss, tmp_path):
 
 def random_pairs(*sizes):
     generator = torch.Generator().manual_seed(0)
-    return [token_pair(*(torch.randint(300, (n,), dtype=torch.int32, generator=generator) for n in size)) for size in sizes]
+    return [
+        token_pair(*(torch.randint(300, (n,), dtype=torch.int32, generator=generator) for n in size))
+        for size in sizes
+    ]
 
 
 def preference_method(config):
@@ -93,7 +109,9 @@ def test_loss_and_gradient_are_those_of_the_formula(config):
     pairs = random_pairs((5, 3, 9), (2, 1, 4), (8, 6, 6))
     method, token_stats = preference_method(config(loss_options={"beta": 0.3}, tokens_per_batch=40))
     lm, reference = PackedCausalLM(make_model()), PackedCausalLM(make_model(seed=1))
-    sums, tokens = accumulate(lm, method, Split(pairs, LiveReference(reference, token_stats)), range(3), backward=True)
+    sums, tokens = accumulate(
+        lm, method, Split(pairs, LiveReference(reference, token_stats)), range(3), backward=True
+    )
     assert tokens == sum(pair.tokens() for pair in pairs) and len(method.batches(Split(pairs), range(3))) > 1
 
     truth, ref_truth = make_model().double().eval(), make_model(seed=1).double().eval()
@@ -101,7 +119,10 @@ def test_loss_and_gradient_are_those_of_the_formula(config):
     def ratio(pair, side):
         ids = torch.cat([pair.prompt, side]).long()
         rows = torch.arange(len(pair.prompt) - 1, len(ids) - 1)
-        own, ref = (model(ids[None]).logits[0].log_softmax(-1)[rows, side.long()].sum() for model in (truth, ref_truth))
+        own, ref = (
+            model(ids[None]).logits[0].log_softmax(-1)[rows, side.long()].sum()
+            for model in (truth, ref_truth)
+        )
         return own - ref.detach()
 
     margins = torch.stack([ratio(pair, pair.chosen) - ratio(pair, pair.rejected) for pair in pairs])
@@ -116,11 +137,15 @@ def test_loss_and_gradient_are_those_of_the_formula(config):
 
 
 def test_token_metrics_are_trl_s(config):
-    """Means over scored tokens: logits over tokens and vocabulary per side, entropy over both sides, top-1 accuracy on the chosen side."""
+    """Means over scored tokens: logits over tokens and vocabulary per side, entropy over both sides, top-1
+    accuracy on the chosen side."""
     (pair,) = random_pairs((4, 6, 3))
     model = make_model().eval()
     record = train_dpo(
-        config(max_steps=1, model=None, data=None), model=make_model(), tokenizer=load_tokenizer(config().model), examples=[pair]
+        config(max_steps=1, model=None, data=None),
+        model=make_model(),
+        tokenizer=load_tokenizer(config().model),
+        examples=[pair],
     ).history[0]
     logits = {
         name: model(torch.cat([pair.prompt, side]).long()[None]).logits[0, 3:-1].double()
@@ -129,20 +154,39 @@ def test_token_metrics_are_trl_s(config):
     for name, rows in logits.items():
         assert record[f"logits/{name}"] == pytest.approx(rows.mean().item(), abs=1e-6)
     both = torch.cat(list(logits.values()))
-    assert record["entropy"] == pytest.approx(torch.distributions.Categorical(logits=both).entropy().mean().item(), rel=1e-5)
-    assert record["mean_token_accuracy"] == (logits["chosen"].argmax(-1) == pair.chosen).double().mean().item()
-    assert record["logps/chosen"] == pytest.approx(logits["chosen"].log_softmax(-1)[range(6), pair.chosen.long()].sum().item(), rel=1e-5)
+    assert record["entropy"] == pytest.approx(
+        torch.distributions.Categorical(logits=both).entropy().mean().item(), rel=1e-5
+    )
+    assert (
+        record["mean_token_accuracy"] == (logits["chosen"].argmax(-1) == pair.chosen).double().mean().item()
+    )
+    assert record["logps/chosen"] == pytest.approx(
+        logits["chosen"].log_softmax(-1)[range(6), pair.chosen.long()].sum().item(), rel=1e-5
+    )
 
 
 def test_training_learns_and_the_saved_model_is_the_trained_one(config):
-    result = train_dpo(config(max_steps=None, epochs=12, learning_rate=3e-3, eval_data=config().data, eval_every=18))
+    result = train_dpo(
+        config(max_steps=None, epochs=12, learning_rate=3e-3, eval_data=config().data, eval_every=18)
+    )
     records = [record for record in result.history if "eval_loss" in record]
     assert [record["step"] for record in records] == [0, 18, 36]
     assert records[0]["eval_loss"] == pytest.approx(LN2, abs=1e-6)
     assert records[-1]["eval_loss"] < 0.3 and records[-1]["eval_rewards/accuracies"] == 1
-    assert len(result.step_times) == 36 and result.metrics["step"] == 36 and result.metrics["eval_loss"] == records[-1]["eval_loss"]
+    assert (
+        len(result.step_times) == 36
+        and result.metrics["step"] == 36
+        and result.metrics["eval_loss"] == records[-1]["eval_loss"]
+    )
     # The same pairs with the saved model: nothing left to learn, and its reference is itself again.
-    again = train_dpo(config(model=str(result.output), output=str(result.output / "again"), eval_data=config().data, max_steps=1))
+    again = train_dpo(
+        config(
+            model=str(result.output),
+            output=str(result.output / "again"),
+            eval_data=config().data,
+            max_steps=1,
+        )
+    )
     assert again.history[0]["eval_logps/chosen"] == pytest.approx(records[-1]["eval_logps/chosen"], abs=1e-4)
     model = transformers.AutoModelForCausalLM.from_pretrained(result.output)
     assert (
@@ -179,7 +223,12 @@ def test_the_record_of_a_run(config, capsys):
     assert list((result.output / "tensorboard").iterdir())
     assert json.loads((result.output / "train_config.json").read_text())["config"]["loss"] == "dpo"
     out = capsys.readouterr().out
-    assert "training data: 12 pairs" in out and "step 3/3: loss" in out and "eval 3/3: loss" in out and "attention: packed" in out
+    assert (
+        "training data: 12 pairs" in out
+        and "step 3/3: loss" in out
+        and "eval 3/3: loss" in out
+        and "attention: packed" in out
+    )
 
 
 def test_precomputed_reference_is_cached_by_what_it_depends_on(config, capsys, data_file, tmp_path):
@@ -197,11 +246,14 @@ def test_precomputed_reference_is_cached_by_what_it_depends_on(config, capsys, d
         output.mkdir()
         for name, content in caches.items():
             (output / name).write_bytes(content)
-        # A cache in the directory counts as an earlier run; resuming is the way to use it, so call the function itself.
+        # A cache in the directory counts as an earlier run; resuming is the way to use it, so call the
+        # function itself.
         method, token_stats = preference_method(config())
         head, dtype = settings.pop("head", None), settings.pop("dtype", "float32")
         lm = PackedCausalLM(load_model(settings.pop("model", config().model)), dtype=dtype, head=head)
-        pairs, _ = load_examples(config(eval_fraction=0.25, **settings), PREFERENCE, load_tokenizer(config().model), None)
+        pairs, _ = load_examples(
+            config(eval_fraction=0.25, **settings), PREFERENCE, load_tokenizer(config().model), None
+        )
         precompute(
             LiveReference(lm, token_stats),
             pairs,
@@ -229,7 +281,9 @@ def test_precomputed_reference_is_cached_by_what_it_depends_on(config, capsys, d
 def test_a_reference_of_its_own(config, tmp_path):
     make_model(seed=3).save_pretrained(tmp_path / "reference")
     live = train_dpo(config(ref_model=str(tmp_path / "reference")))
-    cached = train_dpo(config(ref_model=str(tmp_path / "reference"), precompute_ref=True, output=str(tmp_path / "cached")))
+    cached = train_dpo(
+        config(ref_model=str(tmp_path / "reference"), precompute_ref=True, output=str(tmp_path / "cached"))
+    )
     assert abs(live.history[0]["rewards/chosen"]) > 1e-3
     for a, b in zip(without_times(live.history), without_times(cached.history)):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
@@ -249,7 +303,9 @@ def test_replaced_head_functions(config, tmp_path):
         return fastalign.preference_loss(*args, **kwargs)
 
     fused = train_dpo(config(token_metrics=False))
-    plain = train_dpo(config(token_metrics=False, output=str(tmp_path / "plain")), logprob_fn=logprobs, loss_fn=loss)
+    plain = train_dpo(
+        config(token_metrics=False, output=str(tmp_path / "plain")), logprob_fn=logprobs, loss_fn=loss
+    )
     assert calls and plain.metrics["loss"] == pytest.approx(fused.metrics["loss"], rel=1e-4)
     with pytest.raises(UserError, match="token_metrics=False"):
         train_dpo(config(), logprob_fn=logprobs)
@@ -271,7 +327,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(config):
 def test_learning_rate_rises_then_falls():
     config = TrainConfig(learning_rate=1.0, warmup_ratio=0.2)
     rates = [learning_rate(step, 10, config) for step in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0] and all(a > b for a, b in zip(rates[2:], rates[3:])) and 0 < rates[-1] < 0.05
+    assert (
+        rates[:3] == [0.5, 1.0, 1.0]
+        and all(a > b for a, b in zip(rates[2:], rates[3:]))
+        and 0 < rates[-1] < 0.05
+    )
     assert learning_rate(0, 1, TrainConfig(learning_rate=1.0, warmup_ratio=0.0)) == 1.0
 
 

@@ -1,5 +1,5 @@
-"""What a new training method costs: one file and one row, offline and online alike. The change is made on a copy of
-the package, and the copy trains by the command line."""
+"""What a new training method costs: one file and one row, offline and online alike. The change is made on a
+copy of the package, and the copy trains by the command line."""
 
 import json
 
@@ -87,16 +87,40 @@ def test_a_method_is_one_file_and_one_row(method, source, metric, tmp_path, mode
     copy.after("fastalign/train/methods/__init__.py", "METHODS: dict[str, Row] = {\n", row)
     assert len(copy.files) == copy.edits == 2
 
-    write_jsonl(tmp_path / "data.jsonl", [{"prompt": row["prompt"]} for row in make_rows(4)] if online else make_rows(4))
-    (tmp_path / "rewards.py").write_text("def length(completions):\n    return [float(len(c)) for c in completions]\n")
+    write_jsonl(
+        tmp_path / "data.jsonl",
+        [{"prompt": row["prompt"]} for row in make_rows(4)] if online else make_rows(4),
+    )
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions):\n    return [float(len(c)) for c in completions]\n"
+    )
     own = ["--reward", "rewards:length", "--max-new-tokens", "4"] if online else []
-    words = ["train", method, "--model", str(model_dir), "--data", "data.jsonl", "--output", "out", "--max-steps", "1", *own]
+    words = [
+        "train",
+        method,
+        "--model",
+        str(model_dir),
+        "--data",
+        "data.jsonl",
+        "--output",
+        "out",
+        "--max-steps",
+        "1",
+        *own,
+    ]
 
     def fastalign(*words):
-        return copy.run(f"import sys; from fastalign.cli.main import main; sys.exit(main({words}))", OMP_NUM_THREADS="1")
+        return copy.run(
+            f"import sys; from fastalign.cli.main import main; sys.exit(main({words}))", OMP_NUM_THREADS="1"
+        )
 
     assert f"  command  fastalign train {method} --model" in fastalign("train", method, "--help")
     fastalign(*words, "--no-tensorboard", "--no-progress", "--device", "cpu")
     record = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert record["step"] == 1 and metric in record and record["loss"] == record["loss"] and record["grad_norm"] > 0
+    assert (
+        record["step"] == 1
+        and metric in record
+        and record["loss"] == record["loss"]
+        and record["grad_norm"] > 0
+    )
     assert (tmp_path / "out" / "model.safetensors").exists()

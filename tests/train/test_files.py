@@ -1,4 +1,5 @@
-"""What a run may write and remove: nothing foreign, nothing half, nothing through a link, one run at a time; damage and a full disk are one line."""
+"""What a run may write and remove: nothing foreign, nothing half, nothing through a link, one run at a time;
+damage and a full disk are one line."""
 
 import errno
 import os
@@ -30,13 +31,23 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "pytorch_model.bin", "adapter_config.json", "x.gguf"]
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "pytorch_model.bin",
+        "adapter_config.json",
+        "x.gguf",
+    ],
 )
 def test_a_foreign_model_is_not_replaced_unasked(config, name):
     output = config().output_dir()
     output.mkdir()
     (output / name).write_text("{}")
-    with pytest.raises(UserError, match=f"holds a model \\({name}\\) that no run of fastalign has written.*--overwrite"):
+    with pytest.raises(
+        UserError, match=f"holds a model \\({name}\\) that no run of fastalign has written.*--overwrite"
+    ):
         train_dpo(config(**RUN))
     assert os.listdir(output) == [name]
 
@@ -45,7 +56,10 @@ def test_overwrite_touches_only_the_model_and_what_a_run_has_left(config):
     output = config().output_dir()
     output.mkdir()
     make_model(seed=9).save_pretrained(output, max_shard_size="20KB")
-    mine = dict.fromkeys(("notes.txt", "model-notes.safetensors.md", "model.py", "data.jsonl", ".metrics.jsonl.tmp", "logs/x"), b"mine")
+    mine = dict.fromkeys(
+        ("notes.txt", "model-notes.safetensors.md", "model.py", "data.jsonl", ".metrics.jsonl.tmp", "logs/x"),
+        b"mine",
+    )
     (output / "logs").mkdir()
     for name, text in mine.items():
         (output / name).write_bytes(text)
@@ -59,7 +73,10 @@ def test_overwrite_touches_only_the_model_and_what_a_run_has_left(config):
     assert sorted(os.listdir(output / "checkpoints")) == ["best", "step-1"]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/mine", "tensorboard/mine", "value_head.safetensors", "train_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "checkpoints/mine", "tensorboard/mine", "value_head.safetensors", "train_config.json"],
+)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_with_the_names_of_ours_are_not_ours(config, name, overwrite):
     """Without a record of a run nothing is removed."""
@@ -91,14 +108,23 @@ def test_no_temporary_name_follows_a_link(config, tmp_path):
     victim.write_text("precious")
     (tmp_path / "folder").mkdir()
     (output / "checkpoints").mkdir(parents=True)
-    for name in ("metrics.jsonl.tmp", "train_config.json.tmp", "ref_logprobs.safetensors.tmp", ".metrics.jsonl.tmp"):
+    for name in (
+        "metrics.jsonl.tmp",
+        "train_config.json.tmp",
+        "ref_logprobs.safetensors.tmp",
+        ".metrics.jsonl.tmp",
+    ):
         (output / name).symlink_to(victim)
     (output / "model.tmp").symlink_to(tmp_path / "folder")
     (output / "checkpoints" / "step-00000002.tmp").symlink_to(tmp_path / "folder")
     (output / "checkpoints" / "step-00000004.tmp").symlink_to(tmp_path / "nowhere")
     checkpoint.write_record(output, config(), "dpo")
     train_dpo(config(**RUN, precompute_ref=True, overwrite=True))
-    assert victim.read_text() == "precious" and not list((tmp_path / "folder").iterdir()) and not (tmp_path / "nowhere").exists()
+    assert (
+        victim.read_text() == "precious"
+        and not list((tmp_path / "folder").iterdir())
+        and not (tmp_path / "nowhere").exists()
+    )
     assert [path.name for path in checkpoint.checkpoints(output)] == ["step-00000002", "step-00000004"]
 
 
@@ -114,7 +140,9 @@ def test_a_lock_that_is_a_link(config, tmp_path):
 def test_replaced_files_have_the_usual_permissions(tmp_path):
     files.replace_file(tmp_path / "a", lambda path: path.write_text("x"))
     (tmp_path / "b").write_text("x")
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode and sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode and sorted(
+        os.listdir(tmp_path)
+    ) == ["a", "b"]
     with pytest.raises(ZeroDivisionError):
         files.replace_file(tmp_path / "a", lambda path: 1 / 0)
     assert (tmp_path / "a").read_text() == "x" and sorted(os.listdir(tmp_path)) == ["a", "b"]
@@ -130,7 +158,8 @@ def test_a_second_run_is_held_off(config, second):
     def start_another(record):
         before = contents(config().output_dir())
         with pytest.raises(
-            UserError, match=f"another run \\(process {os.getpid()} on .*\\) is writing into the output directory"
+            UserError,
+            match=f"another run \\(process {os.getpid()} on .*\\) is writing into the output directory",
         ) as caught:
             train_dpo(config(**RUN, **second))
         assert contents(config().output_dir()) == before
@@ -148,9 +177,15 @@ def test_the_lock_of_a_killed_run_holds_nobody_off(config, model_dir, data_file,
         config = TrainConfig(model={str(model_dir)!r}, data={str(data_file)!r}, output={str(output)!r}, max_steps=9, save_every=1, progress=False)
         train_dpo(config, callback=lambda record: time.sleep(60 * (record["step"] == 3)))
     """
-    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while not (output / "checkpoints" / "step-00000002").exists() and run.poll() is None and time.monotonic() < deadline:
+    while (
+        not (output / "checkpoints" / "step-00000002").exists()
+        and run.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     with pytest.raises(UserError, match=f"another run \\(process {run.pid} on "):
         train_dpo(config(**RUN, overwrite=True))
@@ -183,7 +218,9 @@ DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "random bytes": lambda path: path.write_bytes(bytes(range(256)) * 40),
     "text": lambda path: path.write_text("{}"),
-    "another pickle": lambda path: path.write_bytes(pickle.dumps({"step": 2, "when": time.struct_time(range(9))})),
+    "another pickle": lambda path: path.write_bytes(
+        pickle.dumps({"step": 2, "when": time.struct_time(range(9))})
+    ),
     "gone": lambda path: path.unlink(),
     "a directory": lambda path: (path.unlink(), path.mkdir()),
     "a list": lambda path: torch.save([1, 2], path),
@@ -192,8 +229,15 @@ DAMAGE = {
     "another version": rewrite(lambda state: state.update(format=1)),
     "no version": rewrite(lambda state: state.pop("format")),
     "a version that is no number": rewrite(lambda state: state.update(format="x" * 5000)),
-    **{f"without {name}": rewrite(lambda state, name=name: state.pop(name)) for name in checkpoint._STATE if name != "format"},
-    **{f"{name} is a tensor": rewrite(lambda state, name=name: state.update({name: torch.ones(1)})) for name in checkpoint._STATE},
+    **{
+        f"without {name}": rewrite(lambda state, name=name: state.pop(name))
+        for name in checkpoint._STATE
+        if name != "format"
+    },
+    **{
+        f"{name} is a tensor": rewrite(lambda state, name=name: state.update({name: torch.ones(1)}))
+        for name in checkpoint._STATE
+    },
     "step of another checkpoint": rewrite(lambda state: state.update(step=3)),
     "a negative step": rewrite(lambda state: state.update(step=-2)),
     "a step that is True": rewrite(lambda state: state.update(step=True)),
@@ -203,7 +247,9 @@ DAMAGE = {
     "moments without a number of updates": rewrite(lambda state: moments(state).pop("step")),
     "a negative number of updates": rewrite(lambda state: moments(state).update(step=torch.tensor(-1.0))),
     "moments that are text": rewrite(lambda state: moments(state).update(exp_avg="x")),
-    "moments of a weight that is not there": rewrite(lambda state: state["optimizer"]["state"].update({999: moments(state)})),
+    "moments of a weight that is not there": rewrite(
+        lambda state: state["optimizer"]["state"].update({999: moments(state)})
+    ),
     "no groups": rewrite(lambda state: state["optimizer"].update(param_groups=[])),
     "no moments": rewrite(lambda state: state["optimizer"].pop("state")),
     "a rule's memory": rewrite(lambda state: state["task"]["bco"].update(mean="x")),
@@ -212,7 +258,9 @@ DAMAGE = {
     "random state is gone": rewrite(lambda state: state["random"].clear()),
     "weights": lambda path: (path.parent / "model.safetensors").write_bytes(b"x" * 100),
     "weights of another size": lambda path: make_model(hidden_size=16).save_pretrained(path.parent),
-    "configuration": lambda path: (path.parent / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}"),
+    "configuration": lambda path: (path.parent / "config.json").write_text(
+        '{"vocab_size": ' + "9" * 5000 + "}"
+    ),
 }
 
 
@@ -221,7 +269,18 @@ def finished(tmp_path_factory, model_dir):
     """(arguments of a run that was finished, its output): copied for every case."""
     folder = tmp_path_factory.mktemp("finished")
     data = write_jsonl(folder / "pairs.jsonl", make_rows())
-    arguments = ["train", "dpo", "--loss", "bco", "--model", str(model_dir), "--data", str(data), "--no-tensorboard", "--no-progress"]
+    arguments = [
+        "train",
+        "dpo",
+        "--loss",
+        "bco",
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        "--no-tensorboard",
+        "--no-progress",
+    ]
     arguments += ["--max-steps", "2", "--save-every", "2", "--batch-size", "4"]
     assert cli.main([*arguments, "--output", str(folder / "out")]) == 0
     return arguments, folder / "out"
@@ -246,7 +305,11 @@ def test_an_undamaged_copy_goes_on(finished, tmp_path):
     assert cli.main([*arguments, "--output", str(tmp_path / "out"), "--resume"]) == 0
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', "9" * 5000, "\udcff"], ids=["cut", "list", "no step", "digits", "bytes"])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", '{"loss": 1}', "9" * 5000, "\udcff"],
+    ids=["cut", "list", "no step", "digits", "bytes"],
+)
 def test_damaged_records_are_said(config, capsys, line):
     train_dpo(config(**RUN))
     path = config().output_dir() / "metrics.jsonl"
@@ -255,14 +318,17 @@ def test_damaged_records_are_said(config, capsys, line):
     path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     result = train_dpo(config(**{**RUN, "max_steps": 5, "resume": True}))
     assert [record["step"] for record in result.history] == [1, 5]
-    assert "metrics.jsonl is damaged or incomplete: it keeps the records up to step 1" in capsys.readouterr().out
+    assert (
+        "metrics.jsonl is damaged or incomplete: it keeps the records up to step 1" in capsys.readouterr().out
+    )
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------------------------
 
 
 class Limited:
-    """No file may grow beyond this many bytes: what a full disk does to a write, with another error number."""
+    """No file may grow beyond this many bytes: what a full disk does to a write, with another error
+    number."""
 
     def __init__(self, size):
         self.size = size
@@ -277,7 +343,8 @@ class Limited:
 
 @pytest.mark.parametrize("size", [100, 20_000, 160_000])
 def test_no_room_for_a_checkpoint(config, tmp_path, size):
-    """100 bytes: not even the first record; 20 kB: not the weights; 160 kB: not the optimizer state. The run goes on where it was."""
+    """100 bytes: not even the first record; 20 kB: not the weights; 160 kB: not the optimizer state. The run
+    goes on where it was."""
     expected = train_dpo(config(**RUN, output=str(tmp_path / "whole")))
 
     def fill(record):
@@ -290,7 +357,9 @@ def test_no_room_for_a_checkpoint(config, tmp_path, size):
     ):
         train_dpo(config(**RUN), callback=fill)
     output = config().output_dir()
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002"] and not (output / files.LOCK).exists()
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002"] and not (
+        output / files.LOCK
+    ).exists()
     resumed = train_dpo(config(**RUN, resume=True))
     assert without_times(resumed.history) == without_times(expected.history)
 
@@ -315,6 +384,8 @@ def test_a_full_disk_is_one_line(finished, tmp_path, capsys, monkeypatch, where)
             arguments.append("--precompute-ref")
         assert cli.main(arguments) == 1
     error = capsys.readouterr().err
-    assert re.fullmatch(r"fastalign train: error: cannot write [^\n]*: No space left on device\n", error), error
+    assert re.fullmatch(r"fastalign train: error: cannot write [^\n]*: No space left on device\n", error), (
+        error
+    )
     if where == "final":
         assert cli.main([*arguments, "--resume"]) == 0

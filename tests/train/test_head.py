@@ -1,5 +1,5 @@
-"""--head fused: log-probs from hidden states and the LM head's weight are those of the model's logits, in every method, and no logits are
-made."""
+"""--head fused: log-probs from hidden states and the LM head's weight are those of the model's logits, in
+every method, and no logits are made."""
 
 import math
 
@@ -11,13 +11,27 @@ from tiny import make_lists, make_model, make_responses, make_rows, without_time
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalign
-from fastalign.train import OnlineConfig, PackedCausalLM, UserError, checkpoint, load_tokenizer, train, train_dpo, train_online
+from fastalign.train import (
+    OnlineConfig,
+    PackedCausalLM,
+    UserError,
+    checkpoint,
+    load_tokenizer,
+    train,
+    train_dpo,
+    train_online,
+)
 
 OUTPUTS = ("logprob", "entropy", "mean_logit", "is_top1")
 
 
 def as_dict(result):
-    return {name: value.clone() for name, value in transformers.AutoModelForCausalLM.from_pretrained(result.output).state_dict().items()}
+    return {
+        name: value.clone()
+        for name, value in transformers.AutoModelForCausalLM.from_pretrained(result.output)
+        .state_dict()
+        .items()
+    }
 
 
 def same_run(fused, logits):
@@ -47,7 +61,10 @@ OFFLINE = [
 @pytest.mark.parametrize("method, changes, rows", OFFLINE, ids=[f"{m} {' '.join(c)}" for m, c, _ in OFFLINE])
 def test_offline_methods_train_alike(config, data_file, tmp_path, capsys, method, changes, rows):
     write_jsonl(data_file, rows())
-    runs = [train(method, config(max_steps=2, head=h, output=str(tmp_path / h), **changes)) for h in ("fused", "logits")]
+    runs = [
+        train(method, config(max_steps=2, head=h, output=str(tmp_path / h), **changes))
+        for h in ("fused", "logits")
+    ]
     same_run(*runs)
     said = capsys.readouterr().out
     assert "head: fused\n" in said and "head: logits\n" in said
@@ -57,14 +74,23 @@ def test_offline_methods_train_alike(config, data_file, tmp_path, capsys, method
 def test_online_methods_train_alike(tmp_path, tokenizer, method):
     runs = []
     for head in ("fused", "logits"):
-        own = {"minibatches": 2, "entropy_coef": 0.01, "ptx_coef": 0.5} if method == "ppo" else {"samples_per_prompt": 2}
+        own = (
+            {"minibatches": 2, "entropy_coef": 0.01, "ptx_coef": 0.5}
+            if method == "ppo"
+            else {"samples_per_prompt": 2}
+        )
         config = OnlineConfig(
             output=str(tmp_path / head), head=head, batch_size=4, max_steps=2, max_new_tokens=6, temperature=0.8, learning_rate=1e-3,
             progress=False, tensorboard=False, **own,
         )  # fmt: skip
-        data = {"prompts": [{"prompt": c} for c in "abcd"], "reward": lambda completions: [float(len(set(text))) for text in completions]}
+        data = {
+            "prompts": [{"prompt": c} for c in "abcd"],
+            "reward": lambda completions: [float(len(set(text))) for text in completions],
+        }
         texts = ["the cat sat on the mat"] if method == "ppo" else None
-        runs.append(train_online(method, config, model=make_model(), tokenizer=tokenizer, texts=texts, **data))
+        runs.append(
+            train_online(method, config, model=make_model(), tokenizer=tokenizer, texts=texts, **data)
+        )
     same_run(*runs)
 
 
@@ -88,7 +114,9 @@ def test_every_kind_of_head(name):
     batch, found = fastalign.pack(sequences(12, 30, 7)), []
     for head in ("fused", "logits"):
         lm = PackedCausalLM(KINDS[name](), head=head)
-        stats = lm.scores(batch).stats(batch.labels, outputs=OUTPUTS, differentiable=("logprob", "entropy"), temperature=0.7)
+        stats = lm.scores(batch).stats(
+            batch.labels, outputs=OUTPUTS, differentiable=("logprob", "entropy"), temperature=0.7
+        )
         (stats.logprob.sum() + 0.3 * stats.entropy.square().sum()).backward()
         found.append((stats, {n: p.grad for n, p in lm.model.named_parameters()}))
         assert all("forward" not in vars(module) for module in lm.model.modules())
@@ -96,15 +124,26 @@ def test_every_kind_of_head(name):
     for output in OUTPUTS:
         torch.testing.assert_close(getattr(mine, output), getattr(other, output), rtol=1e-5, atol=1e-5)
     for parameter, grad in wanted.items():
-        torch.testing.assert_close(grads[parameter], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()), msg=parameter)
+        torch.testing.assert_close(
+            grads[parameter], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()), msg=parameter
+        )
 
 
 def test_autocast():
     """The operands are rounded as the model's own head rounds them; the logits are not."""
-    batch, lm = fastalign.pack(sequences(12, 30, 7)), PackedCausalLM(make_model(), head="fused", dtype="bfloat16")
+    batch, lm = (
+        fastalign.pack(sequences(12, 30, 7)),
+        PackedCausalLM(make_model(), head="fused", dtype="bfloat16"),
+    )
     scores = lm.scores(batch)
     hidden, weight = (x.detach().bfloat16().double() for x in (scores.hidden, lm.head().weight))
-    wanted = (hidden @ weight.T).log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[:, None]).squeeze(-1).where(batch.labels >= 0, 0.0)
+    wanted = (
+        (hidden @ weight.T)
+        .log_softmax(-1)
+        .gather(-1, batch.labels.clamp(min=0)[:, None])
+        .squeeze(-1)
+        .where(batch.labels >= 0, 0.0)
+    )
     torch.testing.assert_close(scores.stats(batch.labels).logprob.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
@@ -136,7 +175,14 @@ def test_no_logits_are_made(config, small_workspace, method):
         with Largest() as seen:
             result = train(
                 method,
-                config(model=None, max_steps=1, batch_size=12, tokens_per_batch=1024, head=head, overwrite=head == "logits"),
+                config(
+                    model=None,
+                    max_steps=1,
+                    batch_size=12,
+                    tokens_per_batch=1024,
+                    head=head,
+                    overwrite=head == "logits",
+                ),
                 model=model,
                 tokenizer=load_tokenizer(config().model),
             )
@@ -150,10 +196,17 @@ def test_step_0_through_tiles(config, small_workspace, frozen):
     model = make_model()
     model.lm_head.requires_grad_(not frozen)
     before = model.lm_head.weight.clone()
-    result = train_dpo(config(model=None, eval_fraction=0.25, max_steps=1), model=model, tokenizer=load_tokenizer(config().model))
+    result = train_dpo(
+        config(model=None, eval_fraction=0.25, max_steps=1),
+        model=model,
+        tokenizer=load_tokenizer(config().model),
+    )
     for record, prefix in zip(result.history, ("eval_", "")):
         assert record[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-6 if frozen else 1e-7)
-        assert all(abs(record[f"{prefix}rewards/{side}"]) <= (1e-6 if frozen else 0.0) for side in ("chosen", "rejected"))
+        assert all(
+            abs(record[f"{prefix}rewards/{side}"]) <= (1e-6 if frozen else 0.0)
+            for side in ("chosen", "rejected")
+        )
     assert torch.equal(before, model.lm_head.weight) == frozen
 
 

@@ -18,7 +18,11 @@ class LoraLinear(torch.nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.base_layer, self.lora_A, self.lora_B = base, torch.nn.Linear(32, 2, bias=False), torch.nn.Linear(2, 300, bias=False)
+        self.base_layer, self.lora_A, self.lora_B = (
+            base,
+            torch.nn.Linear(32, 2, bias=False),
+            torch.nn.Linear(2, 300, bias=False),
+        )
         self.weight = base.weight
 
     def forward(self, x):
@@ -59,7 +63,9 @@ class Twice(transformers.LlamaForCausalLM):
 
     def forward(self, position_ids=None, **options):
         states = self.model(position_ids=position_ids, **options)[0]
-        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(states) + 0.5 * self.lm_head(states.tanh()))
+        return transformers.modeling_outputs.CausalLMOutput(
+            logits=self.lm_head(states) + 0.5 * self.lm_head(states.tanh())
+        )
 
 
 def changed(change, *arguments):
@@ -73,11 +79,23 @@ def changed(change, *arguments):
 
 REFUSED = {
     "a tuner layer": (lambda: changed(LoraLinear), "an adapter changes its LM head .LoraLinear."),
-    "another forward pass": (lambda: changed(OwnForward), "its LM head is no plain linear layer .OwnForward."),
-    "a hook": (lambda: changed(torch.nn.Module.register_forward_hook, lambda *a: a[2] * 2), "hooks hang on its LM head"),
-    "a limit": (lambda: Bounded(make_model().config), "it does something to its logits that its configuration does not name"),
+    "another forward pass": (
+        lambda: changed(OwnForward),
+        "its LM head is no plain linear layer .OwnForward.",
+    ),
+    "a hook": (
+        lambda: changed(torch.nn.Module.register_forward_hook, lambda *a: a[2] * 2),
+        "hooks hang on its LM head",
+    ),
+    "a limit": (
+        lambda: Bounded(make_model().config),
+        "it does something to its logits that its configuration does not name",
+    ),
     "forbidden tokens": (lambda: Forbidding(make_model().config), "it cannot run without its own logits"),
-    "two products": (lambda: Twice(make_model().config), "it runs its LM head 2 times in a forward pass, not once"),
+    "two products": (
+        lambda: Twice(make_model().config),
+        "it runs its LM head 2 times in a forward pass, not once",
+    ),
 }
 
 
@@ -120,7 +138,10 @@ QUANTISED = {
 
 @pytest.mark.parametrize("make", QUANTISED.values(), ids=QUANTISED)
 def test_quantised_weights_are_refused(make):
-    with pytest.raises(HeadRefused, match=r"its LM head is quantised \(Linear: .*\); legal: fp32, bf16, fp16, fp64 of \[V, H\]"):
+    with pytest.raises(
+        HeadRefused,
+        match=r"its LM head is quantised \(Linear: .*\); legal: fp32, bf16, fp16, fp64 of \[V, H\]",
+    ):
         plain_layer(changed(lambda head: make()))
 
 
@@ -142,10 +163,14 @@ class ModulesToSave(torch.nn.Module):
     def __init__(self, base, active=("default",)):
         super().__init__()
         self.original_module, self.disable_adapters, self.active_adapters = base, False, list(active)
-        self.modules_to_save = torch.nn.ModuleDict({name: torch.nn.Linear(32, 300) for name in ("default", "other")})
+        self.modules_to_save = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(32, 300) for name in ("default", "other")}
+        )
 
     def forward(self, x):
-        chosen = self.original_module if self.disable_adapters else self.modules_to_save[self.active_adapters[0]]
+        chosen = (
+            self.original_module if self.disable_adapters else self.modules_to_save[self.active_adapters[0]]
+        )
         return chosen(x)
 
 
@@ -190,7 +215,9 @@ class Transformed(transformers.LlamaForCausalLM):
     ("logit_scale", 0.25, 0.25), ("logits_scaling", 4.0, 0.25), ("logits_scaling", 0.25, 0.25), ("lm_head_multiplier", 0.25, 0.25),
     ("output_multiplier", 0.25, 0.25), ("attention_multiplier", 0.25, None),
 ])  # fmt: skip
-@pytest.mark.parametrize("softcap", [None, "final_logit_softcapping", "logits_soft_cap", "attn_logit_softcapping"])
+@pytest.mark.parametrize(
+    "softcap", [None, "final_logit_softcapping", "logits_soft_cap", "attn_logit_softcapping"]
+)
 def test_the_names_of_scales_and_softcaps(name, value, scale, softcap):
     """Of several models; a number under another name is not taken for one of the head."""
     model = Transformed(make_model().config)
@@ -232,12 +259,19 @@ def test_a_run_says_why_it_makes_logits(config, capsys):
     assert not config().output_dir().exists()
     first = train_dpo(config(model=None, max_steps=1), model=bounded(), tokenizer=tokenizer).history[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
-    assert capsys.readouterr().out.count("head: logits (it does something to its logits that its configuration does not name") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "head: logits (it does something to its logits that its configuration does not name"
+        )
+        == 1
+    )
 
 
 def test_logprob_fn_takes_logits(config, capsys):
     def logprobs(logits, labels):
-        return logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1).where(labels >= 0, 0)
+        return (
+            logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1).where(labels >= 0, 0)
+        )
 
     train_dpo(config(token_metrics=False, max_steps=1), logprob_fn=logprobs)
     assert "head: logits\n" in capsys.readouterr().out
@@ -249,14 +283,17 @@ def test_logprob_fn_takes_logits(config, capsys):
     ("dpo", lambda: changed(torch.nn.Module.register_forward_hook, lambda *a: a[2] * 2), "the reference model: hooks hang on its LM head"),
     ("tdpo", lambda: build("Cohere", logit_scale=0.5), "the reference model: it scales or caps its logits in another way"),
 ])  # fmt: skip
-def test_policy_and_reference_go_the_same_way(config, tmp_path, capsys, monkeypatch, method, reference, words):
+def test_policy_and_reference_go_the_same_way(
+    config, tmp_path, capsys, monkeypatch, method, reference, words
+):
     """Where the reference's head is refused, or cannot be compared with the policy's, both make logits."""
     folder, own = tmp_path / "reference", reference()
     own.save_pretrained(folder)
     load_tokenizer(config().model).save_pretrained(folder)
     load = fastalign.train.models.packed.load_model
     monkeypatch.setattr(
-        "fastalign.train.models.packed.load_model", lambda d, **options: own if str(d) == str(folder) else load(d, **options)
+        "fastalign.train.models.packed.load_model",
+        lambda d, **options: own if str(d) == str(folder) else load(d, **options),
     )
     with pytest.raises(UserError, match=f"--head fused: .*{words.split(': ')[1]}"):
         train(method, config(ref_model=str(folder), head="fused"))

@@ -17,12 +17,16 @@ def test_linear():
 
 
 def test_ties_keeps_the_largest_and_the_sign_that_wins():
-    """Half of each: (2, -1, 0, 0) and (1, 2, 0, 0). Signs of the sums: +, +. Means of those that agree: 1.5 and 2."""
+    """Half of each: (2, -1, 0, 0) and (1, 2, 0, 0). Signs of the sums: +, +. Means of those that agree: 1.5
+    and 2."""
     assert merge_weights(BASE, [ONE, OTHER], method="ties", density=0.5)["w"].tolist() == [2.5, 3.0, 1.0, 1.0]
 
 
 def test_the_start_keeps_its_dtype():
-    halves = [{name: value.bfloat16() if value.is_floating_point() else value for name, value in model.items()} for model in (BASE, ONE)]
+    halves = [
+        {name: value.bfloat16() if value.is_floating_point() else value for name, value in model.items()}
+        for model in (BASE, ONE)
+    ]
     assert merge_weights(halves[0], halves[1:])["w"].dtype == torch.bfloat16
 
 

@@ -1,4 +1,5 @@
-"""Features of models that packing could break without a sound: what depends on the whole batch, what the head does, what the router asks for."""
+"""Features of models that packing could break without a sound: what depends on the whole batch, what the head
+does, what the router asks for."""
 
 import copy
 
@@ -68,7 +69,8 @@ def sequences(*lengths):
 
 @torch.no_grad()
 def largest_change(make, attention, lengths):
-    """The largest change of logits from those of a model that was given this sequence and nothing before it."""
+    """The largest change of logits from those of a model that was given this sequence and nothing before
+    it."""
     lm, rows = PackedCausalLM(make(), attention=attention), sequences(*lengths)
     found = lm.logits(fastalign.pack(rows)).split(list(lengths))
     alone = [make()(input_ids=row[None], use_cache=False).logits[0] for row in rows]
@@ -89,7 +91,9 @@ def test_the_negative_control(make):
     model, (short, long) = make(), sequences(12, 80)
     batch = fastalign.pack([short, long])
     model.set_attn_implementation("eager")
-    whole = model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False).logits[0, :12]
+    whole = model(
+        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False
+    ).logits[0, :12]
     assert (whole - make()(input_ids=short[None]).logits[0]).abs().max() > 1e-2 * whole.abs().max()
 
 
@@ -107,7 +111,10 @@ def test_scaled_positions_of_copies_and_gradients():
 
 
 def test_a_split_into_packs_changes_nothing_for_longrope(tmp_path, tokenizer):
-    rows = [{"prompt": "q:", "chosen": " good", "rejected": " bad"}, {"prompt": "long " * 12, "chosen": " good", "rejected": " bad"}]
+    rows = [
+        {"prompt": "q:", "chosen": " good", "rejected": " bad"},
+        {"prompt": "long " * 12, "chosen": " good", "rejected": " bad"},
+    ]
     config = {"max_steps": 1, "batch_size": 2, "learning_rate": 1e-3, "progress": False, "tensorboard": False}
     a, b = (
         train(
@@ -124,36 +131,62 @@ def test_a_split_into_packs_changes_nothing_for_longrope(tmp_path, tokenizer):
 
 
 def test_samples_that_could_not_be_scored_as_they_are_drawn(tmp_path, tokenizer):
-    settings = {"output": str(tmp_path / "out"), "batch_size": 2, "max_steps": 1, "progress": False, "tensorboard": False}
+    settings = {
+        "output": str(tmp_path / "out"),
+        "batch_size": 2,
+        "max_steps": 1,
+        "progress": False,
+        "tensorboard": False,
+    }
     data = {
         "tokenizer": tokenizer,
         "prompts": [{"prompt": "abc"}, {"prompt": "d"}],
         "reward": lambda completions: [0.0, 1.0] * (len(completions) // 2),
     }
-    with pytest.raises(UserError, match="beyond 32 this model's rotary frequencies depend on the longest sequence"):
-        train_online("grpo", OnlineConfig(**settings, max_new_tokens=40, samples_per_prompt=2), model=phi3(), **data)
-    train_online("grpo", OnlineConfig(**settings, max_new_tokens=8, samples_per_prompt=2), model=phi3(), **data)
+    with pytest.raises(
+        UserError, match="beyond 32 this model's rotary frequencies depend on the longest sequence"
+    ):
+        train_online(
+            "grpo", OnlineConfig(**settings, max_new_tokens=40, samples_per_prompt=2), model=phi3(), **data
+        )
+    train_online(
+        "grpo", OnlineConfig(**settings, max_new_tokens=8, samples_per_prompt=2), model=phi3(), **data
+    )
 
 
 HEADS = {
-    "gemma2": lambda: build("Gemma2", head_dim=8, sliding_window=16, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
+    "gemma2": lambda: build(
+        "Gemma2", head_dim=8, sliding_window=16, final_logit_softcapping=3.0, attn_logit_softcapping=2.0
+    ),
     "gemma3": lambda: build_gemma3(),
     "cohere": lambda: build("Cohere", logit_scale=0.0625),
-    "granite": lambda: build("Granite", logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.2, attention_multiplier=0.01),
+    "granite": lambda: build(
+        "Granite",
+        logits_scaling=8.0,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.2,
+        attention_multiplier=0.01,
+    ),
     "mistral with a window": lambda: build("Mistral", sliding_window=16),
-    "llama3": lambda: build("Llama", rope_parameters={"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STATIC}),
+    "llama3": lambda: build(
+        "Llama",
+        rope_parameters={"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STATIC},
+    ),
     "yarn": lambda: build("Llama", rope_parameters={"rope_type": "yarn", **STATIC}),
 }
 
 
 def build_gemma3():
     torch.manual_seed(0)
-    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=16)).eval()
+    return transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=16)
+    ).eval()
 
 
 @pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
 def test_what_the_head_and_the_layers_do_is_done(make):
-    """Softcaps, scales of logits and embeddings, windows, static scaling: as transformers' own eager model."""
+    """Softcaps, scales of logits and embeddings, windows, static scaling: as transformers' own eager
+    model."""
 
     def eager():
         model = make()
@@ -165,8 +198,12 @@ def test_what_the_head_and_the_layers_do_is_done(make):
 
 def roberta():
     torch.manual_seed(0)
-    sizes = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "pad_token_id")}
-    return transformers.RobertaForCausalLM(transformers.RobertaConfig(**sizes, pad_token_id=1, is_decoder=True))
+    sizes = {
+        name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "pad_token_id")
+    }
+    return transformers.RobertaForCausalLM(
+        transformers.RobertaConfig(**sizes, pad_token_id=1, is_decoder=True)
+    )
 
 
 REFUSED = {
@@ -187,7 +224,8 @@ def test_what_no_attention_keeps_apart_is_refused(make):
 
 
 class LooksFar(transformers.LlamaForCausalLM):
-    """Scales its logits by the length of the whole input, once that exceeds 40 tokens: no short sequence shows it."""
+    """Scales its logits by the length of the whole input, once that exceeds 40 tokens: no short sequence
+    shows it."""
 
     def forward(self, input_ids=None, position_ids=None, **options):
         output = super().forward(input_ids=input_ids, position_ids=position_ids, **options)
@@ -201,14 +239,19 @@ def test_the_probe_looks_at_the_lengths_of_the_run(tmp_path, tokenizer):
         return LooksFar(make_model().config)
 
     PackedCausalLM(make())
-    with pytest.raises(UserError, match="in a pack of 98 tokens a sequence .the longest has 30. differs from the same sequence alone"):
+    with pytest.raises(
+        UserError,
+        match="in a pack of 98 tokens a sequence .the longest has 30. differs from the same sequence alone",
+    ):
         PackedCausalLM(make(), lengths=Lengths(30, 100))
     settings = {"output": str(tmp_path / "out"), "max_steps": 1, "progress": False, "tensorboard": False}
     with pytest.raises(UserError, match="differs from the same sequence alone"):
         train("dpo", TrainConfig(**settings), model=make(), tokenizer=tokenizer, examples=make_rows())
     with pytest.raises(UserError, match="differs from the same sequence alone"):
         data = {"prompts": [{"prompt": "abc"}] * 4, "reward": lambda completions: [0.0] * len(completions)}
-        train_online("grpo", OnlineConfig(**settings, max_new_tokens=20), model=make(), tokenizer=tokenizer, **data)
+        train_online(
+            "grpo", OnlineConfig(**settings, max_new_tokens=20), model=make(), tokenizer=tokenizer, **data
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -218,7 +261,10 @@ def test_the_probe_looks_at_the_lengths_of_the_run(tmp_path, tokenizer):
 def some_pairs(count=4):
     generator = torch.Generator().manual_seed(2)
     return [
-        token_pair(*(torch.randint(2, 300, (n,), generator=generator, dtype=torch.int32) for n in (5 + i, 4, 3 + i))) for i in range(count)
+        token_pair(
+            *(torch.randint(2, 300, (n,), generator=generator, dtype=torch.int32) for n in (5 + i, 4, 3 + i))
+        )
+        for i in range(count)
     ]
 
 
@@ -233,8 +279,9 @@ def gradients(model, loss, budget):
 @pytest.mark.parametrize("loss", ["dpo", "alpha_dpo"])
 @pytest.mark.parametrize("budget", [4096, 40])
 def test_the_routers_loss_is_that_of_transformers(loss, budget):
-    """Loss and gradient are those without it, plus coefficient x the loss that transformers reports for each pack, weighted by its tokens; in
-    one pack and in several, where all pairs of a step are seen at once (alpha_dpo) too."""
+    """Loss and gradient are those without it, plus coefficient x the loss that transformers reports for each
+    pack, weighted by its tokens; in one pack and in several, where all pairs of a step are seen at once
+    (alpha_dpo) too."""
     plain, before, _, _ = gradients(mixtral(0.0), loss, budget)
     model = mixtral(0.7)
     found, after, lm, data = gradients(model, loss, budget)
@@ -247,18 +294,36 @@ def test_the_routers_loss_is_that_of_transformers(loss, budget):
         aux = lm.forward(model, batch.packed).aux_loss
         (0.7 * aux * len(batch.packed.input_ids) / total).backward()
         own += float(aux.detach()) * len(batch.packed.input_ids) / total
-    assert found["aux_loss"] == pytest.approx(own, rel=1e-6) and found["loss"] == pytest.approx(plain["loss"] + 0.7 * own, rel=1e-6)
-    assert "aux_loss" not in plain and max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) > 1e-3
+    assert found["aux_loss"] == pytest.approx(own, rel=1e-6) and found["loss"] == pytest.approx(
+        plain["loss"] + 0.7 * own, rel=1e-6
+    )
+    assert (
+        "aux_loss" not in plain
+        and max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) > 1e-3
+    )
     for old, new, p in zip(before, after, model.parameters()):
         torch.testing.assert_close(new, old + (p.grad if p.grad is not None else 0.0), rtol=1e-4, atol=1e-6)
 
 
-METHODS = [("dpo", make_rows), ("tdpo", make_rows), ("kto", make_responses), ("bco", make_responses), ("listwise", make_lists)]
+METHODS = [
+    ("dpo", make_rows),
+    ("tdpo", make_rows),
+    ("kto", make_responses),
+    ("bco", make_responses),
+    ("listwise", make_lists),
+]
 
 
 @pytest.mark.parametrize("method, rows", METHODS, ids=[method for method, _ in METHODS])
 def test_every_method_has_it(tmp_path, tokenizer, capsys, method, rows):
-    settings = {"max_steps": 1, "batch_size": 4, "progress": False, "tensorboard": False, "tokens_per_batch": 128, "eval_fraction": 0.3}
+    settings = {
+        "max_steps": 1,
+        "batch_size": 4,
+        "progress": False,
+        "tensorboard": False,
+        "tokens_per_batch": 128,
+        "eval_fraction": 0.3,
+    }
     norms = []
     for name, model in (("off", mixtral(5.0, asked=False)), ("on", mixtral(5.0))):
         config = TrainConfig(output=str(tmp_path / name), **settings)
@@ -279,8 +344,13 @@ def test_online_methods_have_it(tmp_path, tokenizer, method):
             output=str(tmp_path / name), max_steps=1, batch_size=4, max_new_tokens=6, minibatches=None if method == "online_dpo" else 2, progress=False,
             tensorboard=False, tokens_per_batch=64,
         )  # fmt: skip
-        data = {"prompts": [{"prompt": c} for c in "abcd"], "reward": lambda completions: [float(len(set(text))) for text in completions]}
-        record = train_online(method, config, model=mixtral(5.0, asked), tokenizer=tokenizer, **data).history[0]
+        data = {
+            "prompts": [{"prompt": c} for c in "abcd"],
+            "reward": lambda completions: [float(len(set(text))) for text in completions],
+        }
+        record = train_online(method, config, model=mixtral(5.0, asked), tokenizer=tokenizer, **data).history[
+            0
+        ]
         norms.append(record["grad_norm"])
         assert ("aux_loss" in record) == asked
     assert norms[0] != norms[1]
@@ -298,7 +368,10 @@ def test_a_reward_model_says_that_it_has_none(tmp_path, tokenizer, capsys):
         tokenizer=tokenizer,
         examples=make_rows(),
     )
-    assert "router: its load-balancing loss is left out: MixtralForSequenceClassification does not compute it" in capsys.readouterr().out
+    assert (
+        "router: its load-balancing loss is left out: MixtralForSequenceClassification does not compute it"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("coefficient", [-1.0, float("nan"), float("inf")])

@@ -1,4 +1,5 @@
-"""The online methods end to end: what a step's numbers are, exact resume, what is left out, what is refused while running."""
+"""The online methods end to end: what a step's numbers are, exact resume, what is left out, what is refused
+while running."""
 
 import json
 import math
@@ -7,51 +8,38 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from tiny import make_model, make_rows, make_tokenizer, without_times
+from online_cases import TEXTS, plain, save, steps
+from safetensors.torch import load_file
+from tiny import make_model
 
 from fastalign.arena import demo, review_task
 from fastalign.arena.demos import common, ppo
-from fastalign.train import OnlineConfig, TrainConfig, TrainingError, UserError, train, train_online
-
-PROMPTS = [{"prompt": f"the {'cat ' * (i % 4)}number {i}:", "wanted": "a"} for i in range(12)]
-TEXTS = ["the cat sat on the mat", "a dog is good", "that is bad"]
-
-
-def reward(completions, wanted):
-    """The share of the characters that are the wanted one."""
-    return [text.count(letter) / max(1, len(text)) for text, letter in zip(completions, wanted)]
-
-
-@pytest.fixture
-def online(tmp_path, tokenizer):
-    """`online(method, name=value, ...)`: a short run of the tiny model in tmp_path/out."""
-
-    def run(method, *, reward=reward, prompts=PROMPTS, model=None, callback=None, texts=None, out="out", **settings):
-        settings = {"batch_size": 4, "tokens_per_batch": 200, "max_steps": 2, "max_new_tokens": 6, "learning_rate": 1e-3, **settings}
-        config = OnlineConfig(output=str(tmp_path / out), progress=False, tensorboard=False, **settings)
-        model = make_model() if model is None else model
-        run.model = model
-        return train_online(
-            method, config, model=model, tokenizer=tokenizer, reward=reward, prompts=prompts, texts=texts, callback=callback
-        )
-
-    return run
-
-
-def steps(result):
-    return [record for record in result.history if "loss" in record]
-
-
-def plain(history):
-    """Without what the clock says."""
-    return [{name: value for name, value in record.items() if name not in ("eps", "time/sampling")} for record in without_times(history)]
-
+from fastalign.train import TrainingError, UserError
 
 RUNS = [
     ("ppo", {"minibatches": 1, "rollout_epochs": 1}),
-    ("ppo", {"minibatches": 1, "rollout_epochs": 1, "loss": "cispo", "kl_in": "loss", "kl_kind": "k2", "entropy_coef": 0.01}),
-    ("ppo", {"minibatches": 1, "rollout_epochs": 1, "whiten_rewards": True, "bootstrap_truncated": True, "gamma": 0.9, "temperature": 0.7}),
+    (
+        "ppo",
+        {
+            "minibatches": 1,
+            "rollout_epochs": 1,
+            "loss": "cispo",
+            "kl_in": "loss",
+            "kl_kind": "k2",
+            "entropy_coef": 0.01,
+        },
+    ),
+    (
+        "ppo",
+        {
+            "minibatches": 1,
+            "rollout_epochs": 1,
+            "whiten_rewards": True,
+            "bootstrap_truncated": True,
+            "gamma": 0.9,
+            "temperature": 0.7,
+        },
+    ),
     ("grpo", {"samples_per_prompt": 3, "kl_coef": 0.1}),
     ("grpo", {"samples_per_prompt": 3, "loss": "dr_grpo"}),
     ("grpo", {"samples_per_prompt": 3, "loss": "dapo", "drop_equal_groups": True, "overlong_buffer": 3}),
@@ -65,22 +53,30 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("method, settings", RUNS, ids=[f"{method} {' '.join(map(str, s.values()))}" for method, s in RUNS])
+@pytest.mark.parametrize(
+    "method, settings", RUNS, ids=[f"{method} {' '.join(map(str, s.values()))}" for method, s in RUNS]
+)
 def test_every_method_runs_and_starts_at_the_reference(online, method, settings):
-    """The KL of the first step is 0 to the last bit and, as the step makes one update, so is the log-ratio: policy, old policy and
-    reference are the same function of the same packs."""
+    """The KL of the first step is 0 to the last bit and, as the step makes one update, so is the log-ratio:
+    policy, old policy and reference are the same function of the same packs."""
     result = online(method, eval_fraction=0.25, **settings)
     first, last = steps(result)[0], steps(result)[-1]
     assert first.get("objective/kl", 0.0) == 0.0
     if method != "online_dpo":
         assert (first["val/ratio"], first["val/ratio_var"], first["policy/approxkl"]) == (1.0, 0.0, 0.0)
     assert all(math.isfinite(value) for record in result.history for value in record.values())
-    assert last["step"] == 2 and last["episode"] == 2 * 4 * settings.get("samples_per_prompt", {"rloo": 4}.get(method, 1))
+    assert last["step"] == 2 and last["episode"] == 2 * 4 * settings.get(
+        "samples_per_prompt", {"rloo": 4}.get(method, 1)
+    )
     assert {"eval_loss", "eval_objective/scores"} <= result.history[-1].keys()
     transformers.AutoModelForCausalLM.from_pretrained(result.output)
 
 
-LEARNT = [("ppo", {"minibatches": 2, "rollout_epochs": 2}), ("grpo", {}), ("online_dpo", {"loss_options": {"beta": 0.02}})]
+LEARNT = [
+    ("ppo", {"minibatches": 2, "rollout_epochs": 2}),
+    ("grpo", {}),
+    ("online_dpo", {"loss_options": {"beta": 0.02}}),
+]
 
 
 @pytest.mark.parametrize("method, settings", LEARNT, ids=[method for method, _ in LEARNT])
@@ -96,7 +92,9 @@ def test_the_reward_rises(online, method, settings):
         "max_new_tokens": 4,
         "tokens_per_batch": 2000,
     }
-    scores = [record["objective/scores"] for record in steps(online(method, reward=letters, **common, **settings))]
+    scores = [
+        record["objective/scores"] for record in steps(online(method, reward=letters, **common, **settings))
+    ]
     assert sum(scores[-2:]) / 2 > scores[0] + 0.12, scores
 
 
@@ -104,7 +102,16 @@ def test_packs_change_nothing(online):
     """A minibatch is the same update whatever number of packs it needs."""
     weights = []
     for budget in (2000, 60):
-        online("ppo", tokens_per_batch=budget, rollout_epochs=2, minibatches=2, max_steps=1, out=str(budget), ptx_coef=0.5, texts=TEXTS)
+        online(
+            "ppo",
+            tokens_per_batch=budget,
+            rollout_epochs=2,
+            minibatches=2,
+            max_steps=1,
+            out=str(budget),
+            ptx_coef=0.5,
+            texts=TEXTS,
+        )
         weights.append(torch.cat([p.detach().flatten() for p in run_model(online).parameters()]))
     start = torch.cat([p.detach().flatten() for p in make_model().parameters()])
     moved = (weights[0] - start).abs().max()
@@ -161,7 +168,11 @@ def test_equal_rewards_teach_nothing(online):
     """Groups of equal rewards: not a bit of the weights moves."""
     for settings in ({}, {"drop_equal_groups": True}):
         result = online(
-            "grpo", samples_per_prompt=3, reward=lambda completions: [0.1] * len(completions), out=str(len(settings)), **settings
+            "grpo",
+            samples_per_prompt=3,
+            reward=lambda completions: [0.1] * len(completions),
+            out=str(len(settings)),
+            **settings,
         )
         assert all(torch.equal(a, b) for a, b in zip(online.model.parameters(), make_model().parameters()))
         assert [record["frac_zero_std"] for record in steps(result)] == [1.0, 1.0]
@@ -178,7 +189,13 @@ def test_no_response_ends(online):
         model.lm_head.weight[1] = 0.0
         model.generation_config.eos_token_id = None
     free = online("ppo", model=model, reward=lambda completions: [1.0] * len(completions), max_new_tokens=1)
-    fined = online("ppo", reward=lambda completions: [1.0] * len(completions), missing_eos_penalty=3.0, max_new_tokens=1, out="fined")
+    fined = online(
+        "ppo",
+        reward=lambda completions: [1.0] * len(completions),
+        missing_eos_penalty=3.0,
+        max_new_tokens=1,
+        out="fined",
+    )
     for result, score in ((free, 1.0), (fined, -2.0)):
         record = steps(result)[0]
         assert record["num_eos"] == 0 and record["objective/length"] == 1.0
@@ -194,7 +211,10 @@ def test_unscored_responses(online):
     result = online("grpo", reward=some, samples_per_prompt=4)
     assert steps(result)[0]["num_unscored"] == 8 and all(math.isfinite(v) for v in steps(result)[0].values())
     online("online_dpo", reward=lambda completions: [math.nan] * len(completions), out="dpo")
-    with pytest.raises(TrainingError, match="step 1: the reward of 2 of 4 responses is not finite.*ppo needs a score for each"):
+    with pytest.raises(
+        TrainingError,
+        match="step 1: the reward of 2 of 4 responses is not finite.*ppo needs a score for each",
+    ):
         online("ppo", reward=some, out="ppo")
     with pytest.raises(TrainingError, match="inf"):
         online("grpo", reward=lambda completions: [math.inf] * len(completions), out="inf")
@@ -225,7 +245,9 @@ def test_what_a_reward_function_is_given(online):
     chat = [{"prompt": [{"role": "user", "content": f"{i}?"}], "answer": i} for i in range(4)]
     online("grpo", reward=everything, prompts=chat, samples_per_prompt=2, max_steps=1, batch_size=4)
     (columns,) = seen
-    assert columns.keys() == {"prompts", "completions", "answer"} and sorted(columns["answer"]) == sorted([*range(4)] * 2)
+    assert columns.keys() == {"prompts", "completions", "answer"} and sorted(columns["answer"]) == sorted(
+        [*range(4)] * 2
+    )
     for prompt, completion, answer in zip(*(columns[name] for name in ("prompts", "completions", "answer"))):
         assert prompt == [{"role": "user", "content": f"{answer}?"}]
         assert completion[0]["role"] == "assistant" and isinstance(completion[0]["content"], str)
@@ -243,10 +265,22 @@ def test_every_metric_is_documented(online):
     ]
     page = (Path(__file__).parents[2] / "docs" / "training_online.md").read_text(encoding="utf-8")
     of_dpo = {name for name in runs[2].history[0] if name.startswith(("rewards/", "logps/", "logits/"))}
-    of_all = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "entropy", "mean_token_accuracy"}
+    of_all = {
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "step_time",
+        "entropy",
+        "mean_token_accuracy",
+    }
     suffixes = {"policy/clipfrac_low", "policy/clipfrac_high", "policy/clipfrac_lower"}
     known = of_dpo | of_all | suffixes | {"n_empty", "nonfinite_pairs"}
-    assert [name for run in runs for name in run.history[0] if name not in known and f"`{name}`" not in page] == []
+    assert [
+        name for run in runs for name in run.history[0] if name not in known and f"`{name}`" not in page
+    ] == []
 
 
 def test_target_kl_stops_the_updates(online):
@@ -257,11 +291,15 @@ def test_target_kl_stops_the_updates(online):
 
 
 def test_the_reference_follows(online):
-    """A reference that takes over the policy's weights after every second step is the policy in every third."""
+    """A reference that takes over the policy's weights after every second step is the policy in every
+    third."""
     result = online("rloo", max_steps=5, ref_update_every=2)
     assert [record["objective/kl"] == 0.0 for record in steps(result)] == [True, False, True, False, True]
     mixed = online("rloo", max_steps=3, ref_update_every=2, ref_mix=0.5, out="mixed")
-    assert steps(mixed)[1]["objective/kl"] == steps(result)[1]["objective/kl"] and steps(mixed)[2]["objective/kl"] != 0.0
+    assert (
+        steps(mixed)[1]["objective/kl"] == steps(result)[1]["objective/kl"]
+        and steps(mixed)[2]["objective/kl"] != 0.0
+    )
 
 
 def test_token_rewards_of_a_dpo_model(online, tmp_path):
@@ -274,119 +312,46 @@ def test_token_rewards_of_a_dpo_model(online, tmp_path):
     assert steps(same)[0]["objective/non_score_reward"] == 0.0
 
 
-def save(model, folder, tokenizer=None):
-    for part in (model, tokenizer):
-        if part is not None:
-            part.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory, model_dir):
-    """A reward model as `fastalign train reward` makes it."""
-    folder = tmp_path_factory.mktemp("reward")
-    train(
-        "reward",
-        TrainConfig(
-            model=str(model_dir), output=str(folder), batch_size=4, max_steps=3, learning_rate=1e-2, progress=False, tensorboard=False
-        ),
-        examples=make_rows(4),
-    )
-    return folder
-
-
-def test_reward_model(online, reward_model):
-    """Its scores are transformers' own; its head is where the value head starts."""
-    heads = []
-    result = online("ppo", reward=None, reward_model=str(reward_model), max_steps=1, learning_rate=1e-12, save_every=1)
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(reward_model)
-    heads = load_file(result.output / "value_head.safetensors")["linear.weight"], theirs.score.weight
-    assert torch.allclose(*heads, atol=1e-9) and heads[1].abs().max() > 0
-    from fastalign.train.data.tokenise import TokenExample
-    from fastalign.train.models.causal import PackedCausalLM
-    from fastalign.train.sampling.rewards import make_reward
-    from fastalign.train.sampling.rollout import Sampler
-
-    config = OnlineConfig(reward_model=str(reward_model), max_new_tokens=5, tokens_per_batch=60)
-    lm, tokenizer = PackedCausalLM(make_model()), make_tokenizer()
-    rollouts = Sampler(lm, tokenizer, config)([TokenExample(torch.arange(3, 5 + i, dtype=torch.int32), (), {}) for i in range(4)], 2, 0)
-    scores = make_reward(config, tokenizer, 100, "cpu")(rollouts)
-    with torch.no_grad():
-        for rollout, score in zip(rollouts, scores):
-            ids = torch.cat([rollout.example.prompt, *rollout.example.completions]).long()
-            assert torch.allclose(theirs(input_ids=ids[None]).logits.squeeze(), score, atol=1e-5)
-
-
-def test_reward_models_that_do_not_fit(online, reward_model, model_dir, tmp_path):
-    with pytest.raises(UserError, match="lacks weights of its sequence classifier"):
-        online("ppo", reward=None, reward_model=str(model_dir))
-    folder = tmp_path / "other"
-    transformers.AutoModelForSequenceClassification.from_pretrained(reward_model).save_pretrained(folder)
-    tokenizer = make_tokenizer()
-    save_tokenizer_with(tokenizer, {"q": 7}, folder)
-    with pytest.raises(UserError, match=r"--reward-model .*other: its tokenizer differs from the policy's: '.*' is \d+ there and \d+ here"):
-        online("ppo", reward=None, reward_model=str(folder))
-    with pytest.raises(UserError, match="exclude each other"):
-        online("ppo", reward_model=str(reward_model))
-    with pytest.raises(UserError, match="no reward"):
-        online("ppo", reward=None)
-
-
-def save_tokenizer_with(tokenizer, moved, folder):
-    """The tokenizer with some tokens' numbers exchanged."""
-    tokenizer.save_pretrained(folder)
-    content = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    for token, number in moved.items():
-        other = next(name for name, value in vocabulary.items() if value == number)
-        vocabulary[token], vocabulary[other] = number, vocabulary[token]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-
-
 def test_demo_from_start_to_end_in_small(tmp_path, monkeypatch, capsys):
-    """All stages on a model that learns nothing, ranked by a reward that random bytes can differ in: every number and file is there."""
+    """All stages on a model that learns nothing, ranked by a reward that random bytes can differ in: every
+    number and file is there."""
     small = review_task.make_model(review_task.make_tokenizer(), seed=1, hidden=32, layers=1, heads=2)
     monkeypatch.setattr(review_task, "make_model", lambda tokenizer, seed: small)
     monkeypatch.setattr(review_task, "gold_reward", lambda text: len(text) % 7 / 6)
     monkeypatch.setattr(common, "SFT_STEPS", 1)
-    for name, value in {"PROMPTS": 6, "HELD_OUT_PROMPTS": 4, "JUDGED": 4, "BATCH_SIZE": 4, "REWARD_STEPS": 2, "REWARD_BATCH": 4}.items():
+    for name, value in {
+        "PROMPTS": 6,
+        "HELD_OUT_PROMPTS": 4,
+        "JUDGED": 4,
+        "BATCH_SIZE": 4,
+        "REWARD_STEPS": 2,
+        "REWARD_BATCH": 4,
+    }.items():
         monkeypatch.setattr(ppo, name, value)
     monkeypatch.setattr(review_task, "MAX_NEW_TOKENS", 24)
     assert demo.main(["ppo", "--steps", "2", "--output", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert report["policies"].keys() == {"sft", "gold", "model"} and report["curves"].keys() == {"gold", "model"}
-    assert report["policies"]["sft"]["kl"]["k1_per_token"] == 0.0 < report["policies"]["gold"]["kl"]["k3_per_token"]
-    assert [point["step"] for point in report["curves"]["model"]] == [0, 1, 2] and 0 <= report["reward_model"]["held_out_accuracy"] <= 1
+    assert report["policies"].keys() == {"sft", "gold", "model"} and report["curves"].keys() == {
+        "gold",
+        "model",
+    }
+    assert (
+        report["policies"]["sft"]["kl"]["k1_per_token"]
+        == 0.0
+        < report["policies"]["gold"]["kl"]["k3_per_token"]
+    )
+    assert [point["step"] for point in report["curves"]["model"]] == [0, 1, 2] and 0 <= report[
+        "reward_model"
+    ]["held_out_accuracy"] <= 1
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "ppo_model")
     out = capsys.readouterr().out
-    assert all(words in out for words in ("gold reward", "PPO, reward model", "KL to SFT, nats per sequence (k3", "held-out pairs"))
-
-
-def test_a_second_ppo_run_goes_on_with_the_first_ones_value_head(online, tokenizer, tmp_path, capsys):
-    """Iterated RLHF: --model points at a PPO run's output, whose value head goes along; another method's does not."""
-    first = online("ppo")
-    left = load_file(first.output / "value_head.safetensors")
-    assert left["linear.weight"].abs().max() > 0
-
-    def again():
-        """The value head after a step that changes nothing."""
-        config = OnlineConfig(
-            model=str(first.output), output=str(tmp_path / "second"), overwrite=True, batch_size=4, tokens_per_batch=200, max_steps=1,
-            max_new_tokens=6, learning_rate=1e-12, progress=False, tensorboard=False,
-        )  # fmt: skip
-        result = train_online("ppo", config, tokenizer=tokenizer, reward=reward, prompts=PROMPTS)
-        return load_file(result.output / "value_head.safetensors")
-
-    taken = again()
-    assert "value head: that of the PPO run in" in capsys.readouterr().out
-    assert all(torch.allclose(taken[name], left[name], atol=1e-9) for name in left)
-
-    record = json.loads((first.output / "train_config.json").read_text())
-    (first.output / "train_config.json").write_text(json.dumps(record | {"method": "dro"}))
-    assert again()["linear.weight"].abs().max() < 1e-6
-
-    (first.output / "train_config.json").write_text(json.dumps(record))
-    save_file({"linear.weight": torch.zeros(1, 3), "linear.bias": torch.zeros(1)}, first.output / "value_head.safetensors")
-    with pytest.raises(UserError, match=r"value_head\.safetensors: not a value head for this model"):
-        again()
+    assert all(
+        words in out
+        for words in (
+            "gold reward",
+            "PPO, reward model",
+            "KL to SFT, nats per sequence (k3",
+            "held-out pairs",
+        )
+    )

@@ -1,4 +1,5 @@
-"""The parts of the online trainer: advantages against their definitions, sampling, prompts, settings, the command line."""
+"""The parts of the online trainer: advantages against their definitions, sampling, prompts, settings, the
+command line."""
 
 import dataclasses
 import json
@@ -38,10 +39,16 @@ def step():
     draw = torch.Generator().manual_seed(5)
     masks = [[False] * 2 + [True] * n for n in LENGTHS]
     packed = fastalign.pack([[3] * len(mask) for mask in masks], masks)
-    policy = {name: torch.randn(len(packed.labels), generator=draw) for name in ("logprob", "entropy", "value")}
+    policy = {
+        name: torch.randn(len(packed.labels), generator=draw) for name in ("logprob", "entropy", "value")
+    }
     fixed = {"ref_logprobs": torch.randn(len(packed.labels), generator=draw)}
     return Rewarded(
-        Scored([], packed, policy, fixed), torch.tensor(SCORES), torch.tensor(FINISHED), torch.tensor(LENGTHS), torch.tensor(GROUPS)
+        Scored([], packed, policy, fixed),
+        torch.tensor(SCORES),
+        torch.tensor(FINISHED),
+        torch.tensor(LENGTHS),
+        torch.tensor(GROUPS),
     )
 
 
@@ -76,7 +83,10 @@ def k1(step):
 def test_ppo(step, bootstrap):
     found = estimate("gae", settings("ppo", gamma=0.9, lam=0.8, bootstrap_truncated=bootstrap), step, 0.3)
     kl, values, mask = k1(step), step.seen.policy["value"].double().tolist(), step.seen.packed.mask
-    advantages, returns = torch.zeros(len(values), dtype=torch.float64), torch.zeros(len(values), dtype=torch.float64)
+    advantages, returns = (
+        torch.zeros(len(values), dtype=torch.float64),
+        torch.zeros(len(values), dtype=torch.float64),
+    )
     for i, rows in enumerate(rows_of(step)):
         following, trace = values[rows[-1] + 1] if bootstrap and not FINISHED[i] else 0.0, 0.0
         for t in reversed(rows):
@@ -84,7 +94,9 @@ def test_ppo(step, bootstrap):
             trace = reward + 0.9 * following - values[t] + 0.9 * 0.8 * trace
             advantages[t], returns[t], following = trace, trace + values[t], values[t]
     assert torch.allclose(found.advantages.double(), whitened(advantages, mask), atol=1e-5)
-    assert torch.allclose(found.returns.double()[mask], returns[mask], atol=1e-5) and torch.equal(found.mask, mask)
+    assert torch.allclose(found.returns.double()[mask], returns[mask], atol=1e-5) and torch.equal(
+        found.mask, mask
+    )
     error = (returns - step.seen.policy["value"].double())[mask].var() / returns[mask].var()
     assert float(found.metrics["val/explained_variance"][0]) == pytest.approx(1 - float(error), abs=1e-5)
 
@@ -115,7 +127,9 @@ def test_groups(step, method, options):
     config = learner.config
     found = estimate(learner.estimator, config, step, 0.3)
     penalty = 0.3 if config.kl_in == "reward" else 0.0
-    rewards = [final_score(i) - penalty * sum(k1(step)[t] for t in rows) for i, rows in enumerate(rows_of(step))]
+    rewards = [
+        final_score(i) - penalty * sum(k1(step)[t] for t in rows) for i, rows in enumerate(rows_of(step))
+    ]
     for i in range(6):
         peers = torch.tensor([rewards[j] for j in range(6) if GROUPS[j] == GROUPS[i]], dtype=torch.float64)
         expected = rewards[i] - peers.mean()
@@ -128,14 +142,24 @@ def test_groups(step, method, options):
 
 
 def test_what_is_left_out(step):
-    step = dataclasses.replace(step, scores=torch.tensor([1.0, 1.0, 1.0, 0.0, math.nan, 2.0]), finished=torch.tensor([True] * 5 + [False]))
+    step = dataclasses.replace(
+        step,
+        scores=torch.tensor([1.0, 1.0, 1.0, 0.0, math.nan, 2.0]),
+        finished=torch.tensor([True] * 5 + [False]),
+    )
     config = resolved("grpo", drop_equal_groups=True, mask_truncated=True, samples_per_prompt=3)
     found = estimate("grpo", config, step, 0.0)
     assert found.advantages[:3].tolist() == [0.0] * 3 and found.advantages[4] == 0
-    assert float(found.advantages[5]) == -float(found.advantages[3]) == pytest.approx(1 / math.sqrt(2), abs=1e-3)
+    assert (
+        float(found.advantages[5]) == -float(found.advantages[3]) == pytest.approx(1 / math.sqrt(2), abs=1e-3)
+    )
     kept = [bool(found.mask[rows[0]]) for rows in rows_of(step)]
     assert kept == [False, False, False, True, False, False]
-    assert [float(found.metrics[name][0]) for name in ("frac_zero_std", "frac_kept", "num_unscored")] == [0.5, 1.0, 1.0]
+    assert [float(found.metrics[name][0]) for name in ("frac_zero_std", "frac_kept", "num_unscored")] == [
+        0.5,
+        1.0,
+        1.0,
+    ]
 
 
 def test_overlong_penalty(step):
@@ -164,8 +188,8 @@ def prompts_of(*lengths):
 
 
 def test_samples_come_from_the_distribution_that_is_scored():
-    """At another temperature, left-padded, with generation settings of the model's own that would distort it: the mean of -log p over the
-    samples is the mean entropy, which is known exactly for every prefix."""
+    """At another temperature, left-padded, with generation settings of the model's own that would distort it:
+    the mean of -log p over the samples is the mean entropy, which is known exactly for every prefix."""
     torch.manual_seed(0)
     model = make_model()
     with torch.no_grad():
@@ -181,7 +205,9 @@ def test_samples_come_from_the_distribution_that_is_scored():
         seen = Actor(lm, 0.6).score(packed)
     surprise = (-seen["logprob"] - seen["entropy"])[packed.mask]
     assert 1.0 < float(seen["entropy"][packed.mask].mean()) < 5.0
-    assert abs(surprise.mean()) < 4 * surprise.std() / math.sqrt(len(surprise))  # a martingale difference: uncorrelated
+    assert abs(surprise.mean()) < 4 * surprise.std() / math.sqrt(
+        len(surprise)
+    )  # a martingale difference: uncorrelated
     assert lm.model.generation_config.top_k == 5 and lm.model.config._attn_implementation != "sdpa"
 
 
@@ -210,7 +236,11 @@ def test_a_response_ends_with_its_eos():
     rollouts = sampler(prompts_of(3), 60, seed=0)
     for rollout in rollouts:
         ids = rollout.example.completions[0].tolist()
-        assert rollout.ended == (ids[-1] in ends) and not ends & set(ids[:-1]) and (rollout.ended or len(ids) == 12)
+        assert (
+            rollout.ended == (ids[-1] in ends)
+            and not ends & set(ids[:-1])
+            and (rollout.ended or len(ids) == 12)
+        )
         assert "</s>" not in rollout.text
     assert 10 < sum(rollout.ended for rollout in rollouts) < 60
 
@@ -220,7 +250,9 @@ def test_a_response_ends_with_its_eos():
 
 def load(rows, tmp_path, tokenizer=None, positions=64, **options):
     path = write_jsonl(tmp_path / "prompts.jsonl", rows)
-    return load_prompts(OnlineConfig(data=str(path), max_new_tokens=8, **options), tokenizer or make_tokenizer(), positions)
+    return load_prompts(
+        OnlineConfig(data=str(path), max_new_tokens=8, **options), tokenizer or make_tokenizer(), positions
+    )
 
 
 def test_prompts(tmp_path):
@@ -259,14 +291,18 @@ def test_overlong_prompts(tmp_path):
     assert cut.prompt.tolist() == whole[len(whole) - 56 :]
     with pytest.raises(UserError, match="has over-long ones only"):
         load(rows[1:], tmp_path, overlong="drop")
-    with pytest.raises(UserError, match="--max-new-tokens 8 leaves no room for a prompt: a sequence has at most 8 tokens"):
+    with pytest.raises(
+        UserError, match="--max-new-tokens 8 leaves no room for a prompt: a sequence has at most 8 tokens"
+    ):
         load(rows, tmp_path, positions=8)
 
 
 def test_texts(tmp_path):
     path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "the cat"}, {"text": "a dog is good " * 30}])
     short, long = load_texts(OnlineConfig(ptx_data=str(path)), make_tokenizer(), 16)
-    assert short.completions[0][-1] == 1 and short.tokens() == len(make_tokenizer()("the cat")["input_ids"]) + 1
+    assert (
+        short.completions[0][-1] == 1 and short.tokens() == len(make_tokenizer()("the cat")["input_ids"]) + 1
+    )
     assert long.tokens() == 16 and 1 not in long.completions[0]
     write_jsonl(path, [{"text": "a"}, {"body": "b"}])
     with pytest.raises(DataError, match="line 2: field 'text': missing"):
@@ -279,7 +315,13 @@ def test_texts(tmp_path):
 def test_defaults_and_presets():
     assert resolved("ppo").kl_coef == 0.05 and resolved("grpo").samples_per_prompt == 8
     config = resolved("ppo", preset="instructgpt", ptx_data="texts.jsonl")
-    assert (config.kl_coef, config.kl_in, config.kl_kind, config.ptx_coef, config.value_clip) == (0.02, "reward", "k1", 27.8, 0.2)
+    assert (config.kl_coef, config.kl_in, config.kl_kind, config.ptx_coef, config.value_clip) == (
+        0.02,
+        "reward",
+        "k1",
+        27.8,
+        0.2,
+    )
     config = resolved("ppo", preset="anthropic_hh", kl_coef=0.5)
     assert (config.kl_coef, config.gamma, config.entropy_coef) == (0.5, 1.0, 0.0)
     assert make_method("grpo", OnlineConfig(loss="dr_grpo", max_new_tokens=77)).preset.norm_length == 77
@@ -289,14 +331,30 @@ WRONG = [
     ("ppo", {"preset": "instructgpt"}, "--ptx-coef is 27.8, so texts are needed"),
     ("ppo", {"preset": "rto"}, "--dpo-model, which is missing"),
     ("ppo", {"ptx_data": "texts.jsonl"}, "--ptx-data and --ptx-batch have no effect without --ptx-coef"),
-    ("ppo", {"loss": "gspo"}, "gspo takes one advantage per response, and ppo has one per token; legal: ppo, reinforce"),
+    (
+        "ppo",
+        {"loss": "gspo"},
+        "gspo takes one advantage per response, and ppo has one per token; legal: ppo, reinforce",
+    ),
     ("ppo", {"loss": "pqo"}, "'pqo' is unknown; legal: ppo, reinforce"),
     ("ppo", {"loss_options": {"clip": 1}}, "no option 'clip'; legal"),
     ("ppo", {"loss_options": {"kl_clamp": 5}}, "--set kl_clamp has no effect: it is of the KL in the loss"),
-    ("grpo", {"loss_options": {"epsilon": 0.1}}, "no option 'epsilon'; epsilon: write clip_low=0.1, clip_high=0.1"),
-    ("grpo", {"loss_options": {"num_iterations": 2}}, "a setting of the trainer, not of the loss: --rollout-epochs"),
+    (
+        "grpo",
+        {"loss_options": {"epsilon": 0.1}},
+        "no option 'epsilon'; epsilon: write clip_low=0.1, clip_high=0.1",
+    ),
+    (
+        "grpo",
+        {"loss_options": {"num_iterations": 2}},
+        "a setting of the trainer, not of the loss: --rollout-epochs",
+    ),
     ("ppo", {"loss_options": {"kl_coef": 1}}, "--set kl_coef is given by --kl-coef here"),
-    ("ppo", {"loss_options": {"is_mode": "mask", "is_max": 2.0}}, "this trainer samples from the policy itself"),
+    (
+        "ppo",
+        {"loss_options": {"is_mode": "mask", "is_max": 2.0}},
+        "this trainer samples from the policy itself",
+    ),
     ("ppo", {"drop_equal_groups": True}, "fastalign train ppo has no setting --drop-equal-groups"),
     ("ppo", {"minibatches": 64}, "--minibatches 64 exceeds the 32 responses of a step"),
     ("ppo", {"kl_horizon": 100.0}, "--kl-horizon has no effect without --kl-target"),
@@ -354,7 +412,11 @@ def command(tmp_path, model_dir):
             "--batch-size": 2,
         }
         argv = ["train", method, "--max-new-tokens", "4", "--no-tensorboard"]
-        return [*argv, *(str(part) for pair in common.items() for part in pair if pair[1] is not None), *flags]
+        return [
+            *argv,
+            *(str(part) for pair in common.items() for part in pair if pair[1] is not None),
+            *flags,
+        ]
 
     return build
 
@@ -362,12 +424,18 @@ def command(tmp_path, model_dir):
 def test_the_real_command(command, tmp_path):
     """The current directory is where MODULE is looked for."""
     argv = command("ppo", "--preset", "anthropic_hh", "--set", "clip_high=0.3")
-    done = subprocess.run([sys.executable, "-m", "fastalign", *argv], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastalign", *argv], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "step 2/2: loss" in done.stdout and "objective/scores" in done.stdout
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "train_config.json").read_text())
-    assert config["method"] == "ppo" and config["config"]["kl_coef"] == 0.001 and (tmp_path / "out" / "value_head.safetensors").exists()
+    assert (
+        config["method"] == "ppo"
+        and config["config"]["kl_coef"] == 0.001
+        and (tmp_path / "out" / "value_head.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -388,10 +456,17 @@ def test_the_real_command(command, tmp_path):
         ),
         ("grpo", ["--vf-coef", "1"], "my_rewards:length", "fastalign train grpo has no setting --vf-coef"),
         ("online_dpo", ["--loss", "rpo_paired"], "my_rewards:length", "rpo_paired"),
-        ("ppo", ["--ref-model", "nowhere"], "my_rewards:length", "the model directory nowhere does not exist"),
+        (
+            "ppo",
+            ["--ref-model", "nowhere"],
+            "my_rewards:length",
+            "the model directory nowhere does not exist",
+        ),
     ],
 )
-def test_errors_are_one_line_with_exit_code_2(command, capsys, monkeypatch, tmp_path, method, flags, reward, words):
+def test_errors_are_one_line_with_exit_code_2(
+    command, capsys, monkeypatch, tmp_path, method, flags, reward, words
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert cli.main(command(method, *flags, reward=reward)) == 2
@@ -406,5 +481,7 @@ def test_help_shows_the_methods_own_settings(method, capsys):
         cli.main(["train", method, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "--samples-per-prompt" in text
-    assert ("--vf-coef" in text) == (method == "ppo") and ("--[no-]drop-equal-groups" in text) == (method in ("grpo", "rloo"))
+    assert ("--vf-coef" in text) == (method == "ppo") and ("--[no-]drop-equal-groups" in text) == (
+        method in ("grpo", "rloo")
+    )
     assert METHODS[method].settings == tuple(dict.fromkeys(METHODS[method].settings))

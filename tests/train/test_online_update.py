@@ -1,4 +1,5 @@
-"""The gradient of an update against the method's formula in plain PyTorch: padding-free path, losses, denominators and all weights at once."""
+"""The gradient of an update against the method's formula in plain PyTorch: padding-free path, losses,
+denominators and all weights at once."""
 
 import math
 
@@ -23,7 +24,8 @@ class Stop(Exception):
 
 @pytest.fixture
 def first_update(tmp_path, monkeypatch, tokenizer):
-    """`first_update(method, ...)` -> (model, value head, reference, rollouts, scores) as the first update finds them, its gradients in .grad."""
+    """`first_update(method, ...)` -> (model, value head, reference, rollouts, scores) as the first update
+    finds them, its gradients in .grad."""
 
     def build(method, **settings):
         sampled, head, model = [], ValueHead(32), make_model()
@@ -54,7 +56,9 @@ def first_update(tmp_path, monkeypatch, tokenizer):
 
         texts = TEXTS if settings.get("ptx_coef") else None
         with pytest.raises(Stop):
-            train_online(method, config, model=model, tokenizer=tokenizer, reward=reward, prompts=PROMPTS, texts=texts)
+            train_online(
+                method, config, model=model, tokenizer=tokenizer, reward=reward, prompts=PROMPTS, texts=texts
+            )
         return model, head, reference, sampled, reward(sampled)
 
     return build
@@ -86,7 +90,13 @@ def check(parameters, loss):
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
 def test_ppo(first_update, tokenizer, kl_in):
-    options = {"kl_coef": 0.3, "kl_in": kl_in, "kl_kind": "k1" if kl_in == "reward" else "k3", "entropy_coef": 0.05, "temperature": 0.8}
+    options = {
+        "kl_coef": 0.3,
+        "kl_in": kl_in,
+        "kl_kind": "k1" if kl_in == "reward" else "k3",
+        "entropy_coef": 0.05,
+        "temperature": 0.8,
+    }
     options |= {"gamma": 0.9, "lam": 0.7, "vf_coef": 0.4, "ptx_coef": 0.6, "value_clip": 0.0}
     model, head, reference, rollouts, scores = first_update("ppo", **options)
     policy, ref = look(model, rollouts, 0.8, head), look(reference, rollouts, 0.8)
@@ -102,9 +112,17 @@ def test_ppo(first_update, tokenizer, kl_in):
         advantages.append(torch.stack(out))
         returns.append(torch.stack(out) + values.detach())
     logp, entropy, values = (torch.cat(parts) for parts in zip(*policy))
-    ref_logp, advantages, returns = torch.cat([each[0] for each in ref]).detach(), torch.cat(advantages), torch.cat(returns)
+    ref_logp, advantages, returns = (
+        torch.cat([each[0] for each in ref]).detach(),
+        torch.cat(advantages),
+        torch.cat(returns),
+    )
     advantages = (advantages - advantages.mean()) / torch.sqrt(advantages.var() + 1e-8)
-    loss = -(advantages * (logp - logp.detach()).exp()).mean() + 0.4 * 0.5 * ((values - returns) ** 2).mean() - 0.05 * entropy.mean()
+    loss = (
+        -(advantages * (logp - logp.detach()).exp()).mean()
+        + 0.4 * 0.5 * ((values - returns) ** 2).mean()
+        - 0.05 * entropy.mean()
+    )
     if kl_in == "loss":
         loss = loss + 0.3 * ((ref_logp - logp).exp() - 1 + logp - ref_logp).mean()
     nll = []
@@ -123,6 +141,11 @@ def test_grpo(first_update, name):
     for i, (logp, _, _) in enumerate(policy):
         group = torch.tensor(scores[i // 3 * 3 : i // 3 * 3 + 3])
         advantage = (scores[i] - group.mean()) / (1.0 if name == "dr_grpo" else group.std() + 1e-4)
-        weight = {"grpo": 1 / (12 * len(logp)), "dapo": 1 / tokens, "dr_grpo": 1 / (12 * 6), "gspo": 1 / (12 * len(logp))}[name]
+        weight = {
+            "grpo": 1 / (12 * len(logp)),
+            "dapo": 1 / tokens,
+            "dr_grpo": 1 / (12 * 6),
+            "gspo": 1 / (12 * len(logp)),
+        }[name]
         total = total - advantage * weight * logp.sum()
     check(model.parameters(), total)

@@ -1,4 +1,5 @@
-"""Packed sequences do not see each other, packs respect the budget, the step order is a function of the step."""
+"""Packed sequences do not see each other, packs respect the budget, the step order is a function of the
+step."""
 
 import inspect
 
@@ -46,7 +47,8 @@ def mistral(**options):
 @pytest.mark.parametrize("attention", ATTENTION)
 @torch.no_grad()
 def test_mutating_the_neighbours_changes_nothing(attention):
-    """And the negative control: with positions that run through the whole pack, the same comparison sees the neighbours."""
+    """And the negative control: with positions that run through the whole pack, the same comparison sees the
+    neighbours."""
     lm = PackedCausalLM(make_model(), attention=attention)
     assert lm.attention == attention and lm.model.config._attn_implementation.endswith(attention)
     mine, others = sequences(0), sequences(1)
@@ -84,7 +86,8 @@ def test_gradients_of_one_sequence_stop_at_its_boundary(attention):
 
 
 def test_a_model_that_lets_sequences_see_each_other_is_refused():
-    """OPT builds its masks without position_ids: with sdpa and eager its packed sequences are not separate."""
+    """OPT builds its masks without position_ids: with sdpa and eager its packed sequences are not
+    separate."""
     torch.manual_seed(0)
     opt = transformers.OPTForCausalLM(
         transformers.OPTConfig(
@@ -103,7 +106,9 @@ def test_a_model_that_lets_sequences_see_each_other_is_refused():
 
 def test_a_model_without_position_ids_is_refused_with_every_reason():
     torch.manual_seed(0)
-    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=4))
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=4)
+    )
     with pytest.raises(UserError, match="packed: the model takes no position_ids; sdpa: .*; eager: "):
         PackedCausalLM(bloom)
 
@@ -170,7 +175,12 @@ def test_flash_attention_gets_the_boundaries():
 def pairs(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        token_pair(*(torch.randint(300, (int(n),), dtype=torch.int32) for n in torch.randint(1, 20, (3,), generator=generator)))
+        token_pair(
+            *(
+                torch.randint(300, (int(n),), dtype=torch.int32)
+                for n in torch.randint(1, 20, (3,), generator=generator)
+            )
+        )
         for _ in range(count)
     ]
 
@@ -181,9 +191,18 @@ def test_packs_hold_every_pair_once_within_the_budget_and_nothing_but_its_tokens
     batches = pack_examples(data, indices, budget=150)
     assert sorted(i for batch in batches for i in batch.members) == indices
     for batch in batches:
-        expected = [torch.cat([data[i].prompt, side]) for i in batch.members for side in (data[i].chosen, data[i].rejected)]
-        assert batch.packed.input_ids.tolist() == torch.cat(expected).tolist() and len(batch.packed.input_ids) <= 150  # no padding
-        assert batch.packed.mask.sum() == sum(len(data[i].chosen) + len(data[i].rejected) for i in batch.members)
+        expected = [
+            torch.cat([data[i].prompt, side])
+            for i in batch.members
+            for side in (data[i].chosen, data[i].rejected)
+        ]
+        assert (
+            batch.packed.input_ids.tolist() == torch.cat(expected).tolist()
+            and len(batch.packed.input_ids) <= 150
+        )  # no padding
+        assert batch.packed.mask.sum() == sum(
+            len(data[i].chosen) + len(data[i].rejected) for i in batch.members
+        )
         assert batch.packed.cu_seqlens.diff().tolist() == list(map(len, expected))
     tokens = sum(data[i].tokens() for i in indices)
     assert len(batches) <= 1.5 * tokens / 150 + 1

@@ -43,7 +43,9 @@ def same(result, expected):
     lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
     assert without_times(lines) == without_times(expected.history)
     weights, reference = (load_file(run.output / "model.safetensors") for run in (result, expected))
-    assert weights.keys() == reference.keys() and all(torch.equal(weights[name], reference[name]) for name in weights)
+    assert weights.keys() == reference.keys() and all(
+        torch.equal(weights[name], reference[name]) for name in weights
+    )
 
 
 @pytest.fixture
@@ -69,7 +71,11 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("method, changes, rows", FAMILIES, ids=[f"{method} {changes.get('loss', '')}" for method, changes, _ in FAMILIES])
+@pytest.mark.parametrize(
+    "method, changes, rows",
+    FAMILIES,
+    ids=[f"{method} {changes.get('loss', '')}" for method, changes, _ in FAMILIES],
+)
 def test_every_family_resumes_exactly(config, tmp_path, data_file, method, changes, rows):
     """Rules, running means, value heads and baselines are where they were."""
     write_jsonl(data_file, rows())
@@ -86,7 +92,9 @@ def test_every_family_resumes_exactly(config, tmp_path, data_file, method, chang
     same(resumed, expected)
     if method == "dro":
         heads = [load_file(result.output / "value_head.safetensors") for result in (resumed, expected)]
-        assert heads[0]["linear.weight"].any() and all(torch.equal(heads[0][name], heads[1][name]) for name in heads[1])
+        assert heads[0]["linear.weight"].any() and all(
+            torch.equal(heads[0][name], heads[1][name]) for name in heads[1]
+        )
 
 
 def test_another_method_is_refused(config, data_file):
@@ -102,11 +110,15 @@ def test_with_a_model_in_memory(config, uninterrupted):
         5,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(config().model)
-    same(train_dpo(config(**SETTINGS, resume=True), model=model, tokenizer=load_tokenizer(config().model)), uninterrupted)
+    same(
+        train_dpo(config(**SETTINGS, resume=True), model=model, tokenizer=load_tokenizer(config().model)),
+        uninterrupted,
+    )
 
 
 def test_an_interruption_while_saving_is_harmless(config, uninterrupted, monkeypatch):
-    """The third checkpoint breaks off after the model, before the optimizer; a log line is cut off as well."""
+    """The third checkpoint breaks off after the model, before the optimizer; a log line is cut off as
+    well."""
     calls, save = [], torch.save
 
     def breaking(state, path):
@@ -120,11 +132,18 @@ def test_an_interruption_while_saving_is_harmless(config, uninterrupted, monkeyp
         train_dpo(config(**SETTINGS))
     monkeypatch.undo()
     output = config().output_dir()
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000002", "step-00000004", "step-00000006.tmp"]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+        "step-00000006.tmp",
+    ]
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "los')
     same(train_dpo(config(**SETTINGS, resume=True)), uninterrupted)
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000006",
+    ]
 
 
 def test_a_finished_run_resumes_from_its_last_checkpoint(config, uninterrupted, tmp_path):
@@ -158,12 +177,18 @@ def test_more_steps_go_on(config, capsys):
     longer = train_dpo(config(**{**SETTINGS, "max_steps": 9, "resume": True}))
     assert [record["step"] for record in longer.history if "loss" in record] == list(range(1, 10))
     assert "goes on to step 9, not 7" in capsys.readouterr().out
-    assert longer.history[-2]["learning_rate"] < longer.history[-4]["learning_rate"] < longer.history[-6]["learning_rate"]
+    assert (
+        longer.history[-2]["learning_rate"]
+        < longer.history[-4]["learning_rate"]
+        < longer.history[-6]["learning_rate"]
+    )
     again = train_dpo(config(**{**SETTINGS, "max_steps": 11, "resume": True}))  # of a run that was finished
     assert again.history[-1]["step"] == 11
 
 
-def test_paths_are_compared_by_what_they_lead_to(config, uninterrupted, model_dir, data_file, tmp_path, monkeypatch):
+def test_paths_are_compared_by_what_they_lead_to(
+    config, uninterrupted, model_dir, data_file, tmp_path, monkeypatch
+):
     """Another spelling, a copy, a link: the same run. Other weights under the same path: another."""
     interrupted(config, 5)
     copy = shutil.copytree(model_dir, tmp_path / "copy")
@@ -173,7 +198,9 @@ def test_paths_are_compared_by_what_they_lead_to(config, uninterrupted, model_di
     other = make_model(seed=5)
     with monkeypatch.context() as changed:
         changed.setattr("fastalign.train.models.packed.load_model", lambda *args, **options: other)
-        with pytest.raises(UserError, match="the weights of --model are not those that the run was started with"):
+        with pytest.raises(
+            UserError, match="the weights of --model are not those that the run was started with"
+        ):
             train_dpo(config(**settings))
     reference = tmp_path / "reference"
     make_model(seed=3).save_pretrained(reference)
@@ -191,7 +218,8 @@ def test_other_data_is_refused(config, data_file):
 
 
 def test_a_checkpoint_runs_no_code(config, tmp_path):
-    """trainer.pt from elsewhere is data: a pickle that would call something is refused, and the call does not happen."""
+    """trainer.pt from elsewhere is data: a pickle that would call something is refused, and the call does not
+    happen."""
 
     class Malicious:
         def __reduce__(self):

@@ -10,7 +10,15 @@ from tiny import make_model
 
 import fastalign.train.models.scorer as scorer
 from fastalign.arena import review_task
-from fastalign.train import DataError, OnlineConfig, PackedCausalLM, TrainConfig, UserError, train, train_online
+from fastalign.train import (
+    DataError,
+    OnlineConfig,
+    PackedCausalLM,
+    TrainConfig,
+    UserError,
+    train,
+    train_online,
+)
 from fastalign.train.data.formats import LISTWISE, PREFERENCE, UNPAIRED
 from fastalign.train.data.prompts import load_prompts, load_texts
 from fastalign.train.data.specials import stops
@@ -21,17 +29,22 @@ from fastalign.train.sampling.rollout import Rollout, Sampler
 
 
 def tokens(tokenizer, form, row, **options):
-    examples, _ = tokenise([("line 1", row)], tokenizer, form, budget=4096, max_length=None, overlong="error", **options)
+    examples, _ = tokenise(
+        [("line 1", row)], tokenizer, form, budget=4096, max_length=None, overlong="error", **options
+    )
     return tokenizer.decode(examples[0].prompt), [tokenizer.decode(each) for each in examples[0].completions]
 
 
 def everywhere(tokenizer, prompt, yes, no):
-    """{path: (prompt, completions)} of the same texts or messages in every format, and the prompt of the online methods."""
+    """{path: (prompt, completions)} of the same texts or messages in every format, and the prompt of the
+    online methods."""
     config = OnlineConfig(max_new_tokens=4, max_length=512)
     found = {
         "pairs": tokens(tokenizer, PREFERENCE, {"prompt": prompt, "chosen": yes, "rejected": no}),
         "responses": tokens(tokenizer, UNPAIRED, {"prompt": prompt, "completion": yes, "label": True}),
-        "lists": tokens(tokenizer, LISTWISE, {"prompt": prompt, "completions": [yes, no, no], "scores": [1, 0, 0]}),
+        "lists": tokens(
+            tokenizer, LISTWISE, {"prompt": prompt, "completions": [yes, no, no], "scores": [1, 0, 0]}
+        ),
         "implicit": tokens(tokenizer, PREFERENCE, {"chosen": prompt + yes, "rejected": prompt + no}),
     }
     return found, tokenizer.decode(load_prompts(config, tokenizer, 512, [{"prompt": prompt}])[0][0].prompt)
@@ -42,7 +55,9 @@ def everywhere(tokenizer, prompt, yes, no):
 @pytest.mark.parametrize("given", ["", "<s>"], ids=["", "text has BOS"])
 @pytest.mark.parametrize("ending", ["", "</s>", "</s>\n", "</s></s>", "</s>\n</s> "], ids=repr)
 def test_texts(bos, eos, given, ending):
-    found, prompt = everywhere(byte_tokenizer(bos=bos, eos=eos), given + "[INST] hi [/INST]", " yes" + ending, " no" + ending)
+    found, prompt = everywhere(
+        byte_tokenizer(bos=bos, eos=eos), given + "[INST] hi [/INST]", " yes" + ending, " no" + ending
+    )
     expected = ("<s>" if bos or given else "") + "[INST] hi [/INST]"
     assert prompt == expected
     for text, completions in found.values():
@@ -54,27 +69,43 @@ def test_texts(bos, eos, given, ending):
 @pytest.mark.parametrize("ending", ["", "<end>", "</s>", "<end></s>"])
 def test_conversations_with_a_template_that_writes_bos(options, name, ending):
     tokenizer = byte_tokenizer(TEMPLATES[name], CHAT_SPECIALS, **options)
-    found, prompt = everywhere(tokenizer, [user("hi")], [assistant("yes" + ending)], [assistant("no" + ending)])
+    found, prompt = everywhere(
+        tokenizer, [user("hi")], [assistant("yes" + ending)], [assistant("no" + ending)]
+    )
     end = " {}</s>" if name == "mistral" else "{}<end>"
     if name == "mistral" and "<end>" in ending:
         return  # not a token that ends anything there
     assert prompt.startswith("<s>") and prompt.count("<s>") == 1
     for text, completions in found.values():
-        assert text == prompt and completions == [end.format(w) for w in ("yes", "no", "no")][: len(completions)]
+        assert (
+            text == prompt and completions == [end.format(w) for w in ("yes", "no", "no")][: len(completions)]
+        )
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_conversations_without_a_template(bos):
-    found, prompt = everywhere(byte_tokenizer(bos=bos, eos=True), [user("hi")], [assistant("yes</s>")], [assistant("")])
+    found, prompt = everywhere(
+        byte_tokenizer(bos=bos, eos=True), [user("hi")], [assistant("yes</s>")], [assistant("")]
+    )
     assert prompt == "<s>" * bos + "user: hi\n\nassistant:"
-    assert all(text == prompt and completions[:2] == [" yes</s>", " </s>"][: len(completions)] for text, completions in found.values())
+    assert all(
+        text == prompt and completions[:2] == [" yes</s>", " </s>"][: len(completions)]
+        for text, completions in found.values()
+    )
 
 
 def test_empty_completions_are_one_end_of_turn():
     for bos in (False, True):
         found, _ = everywhere(byte_tokenizer(bos=bos, eos=True), "hi:", "", "</s>")
-        assert all(set(completions) == {"</s>"} for name, (_, completions) in found.items() if name != "implicit")
-    found, _ = everywhere(byte_tokenizer(TEMPLATES["gemma"], CHAT_SPECIALS), [user("hi")], [assistant("")], [assistant("<end>\n")])
+        assert all(
+            set(completions) == {"</s>"} for name, (_, completions) in found.items() if name != "implicit"
+        )
+    found, _ = everywhere(
+        byte_tokenizer(TEMPLATES["gemma"], CHAT_SPECIALS),
+        [user("hi")],
+        [assistant("")],
+        [assistant("<end>\n")],
+    )
     assert all(set(completions) == {"<end>"} for name, (_, completions) in found.items())
 
 
@@ -94,7 +125,10 @@ def test_other_ends_of_the_models_generation():
     row = {"prompt": "hi:", "chosen": " yes<end>", "rejected": " no</s>"}
     assert tokens(tokenizer, PREFERENCE, row, stops={1, end})[1] == [" yes</s>", " no</s>"]
     # an id that is a letter of the tokenizer stands in many configurations that nobody looked at
-    assert tokens(tokenizer, PREFERENCE, {**row, "chosen": " yes"}, stops=tokenizer("s")["input_ids"])[1][0] == " yes</s>"
+    assert (
+        tokens(tokenizer, PREFERENCE, {**row, "chosen": " yes"}, stops=tokenizer("s")["input_ids"])[1][0]
+        == " yes</s>"
+    )
     assert stops(make_model().config, None, transformers.GenerationConfig(eos_token_id=[1, 5])) == {1, 5}
 
 
@@ -110,9 +144,17 @@ def test_stops_of_a_directory(tmp_path):
 @pytest.mark.parametrize(
     "row, field, words",
     [
-        ({"prompt": "hi:", "chosen": " yes</s> and", "rejected": " no"}, "chosen", "holds the end of a turn, '</s>', before its end"),
+        (
+            {"prompt": "hi:", "chosen": " yes</s> and", "rejected": " no"},
+            "chosen",
+            "holds the end of a turn, '</s>', before its end",
+        ),
         ({"prompt": "hi:", "chosen": " yes", "rejected": " <s>no"}, "rejected", "holds the BOS token, '<s>'"),
-        ({"prompt": "<s><s>hi:", "chosen": " yes", "rejected": " no"}, "prompt", "begins with the BOS token '<s>' twice"),
+        (
+            {"prompt": "<s><s>hi:", "chosen": " yes", "rejected": " no"},
+            "prompt",
+            "begins with the BOS token '<s>' twice",
+        ),
     ],
 )
 def test_special_tokens_in_the_wrong_place(row, field, words):
@@ -124,8 +166,14 @@ def test_special_tokens_in_the_wrong_place(row, field, words):
 @pytest.mark.parametrize("template", [TEMPLATES["gemma"], None], ids=["template", "none"])
 def test_the_name_of_a_special_token_in_a_message_is_letters(template):
     tokenizer = byte_tokenizer(template, CHAT_SPECIALS, bos=True)
-    row = {"prompt": [user("hi")], "chosen": [assistant("a</s> b<s>c<end></s>")], "rejected": [assistant("<s>old</s>new")]}
-    (pair,), report = tokenise([("line 1", row)], tokenizer, PREFERENCE, budget=4096, max_length=None, overlong="error")
+    row = {
+        "prompt": [user("hi")],
+        "chosen": [assistant("a</s> b<s>c<end></s>")],
+        "rejected": [assistant("<s>old</s>new")],
+    }
+    (pair,), report = tokenise(
+        [("line 1", row)], tokenizer, PREFERENCE, budget=4096, max_length=None, overlong="error"
+    )
     first, second = ("a</s> b<s>c", "<s>old</s>new") if template else (" a</s> b<s>c<end>", " <s>old</s>new")
     end = "<end>" if template else "</s>"
     for ids, words in zip(pair.completions, (first, second)):
@@ -135,8 +183,13 @@ def test_the_name_of_a_special_token_in_a_message_is_letters(template):
 
 
 def test_bos_and_eos_may_be_one_token():
-    tokenizer = byte_tokenizer(None, CHAT_SPECIALS, bos=True, bos_token="<s>", eos_token="<s>", pad_token="<s>")
-    assert tokens(tokenizer, PREFERENCE, {"prompt": "hi:", "chosen": " yes<s>", "rejected": ""}) == ("<s>hi:", [" yes<s>", "<s>"])
+    tokenizer = byte_tokenizer(
+        None, CHAT_SPECIALS, bos=True, bos_token="<s>", eos_token="<s>", pad_token="<s>"
+    )
+    assert tokens(tokenizer, PREFERENCE, {"prompt": "hi:", "chosen": " yes<s>", "rejected": ""}) == (
+        "<s>hi:",
+        [" yes<s>", "<s>"],
+    )
 
 
 class Stubborn:
@@ -157,7 +210,9 @@ class Stubborn:
 
 def test_a_tokenizer_that_always_adds_them():
     found, prompt = everywhere(Stubborn(), "hi:", " yes", " no</s>")
-    assert prompt == "<s>hi:" and all(text == "<s>hi:" and completions[0] == " yes</s>" for text, completions in found.values())
+    assert prompt == "<s>hi:" and all(
+        text == "<s>hi:" and completions[0] == " yes</s>" for text, completions in found.values()
+    )
 
 
 @pytest.mark.parametrize("text", ["a text", "<s>a text", "a text</s>", "<s>a text</s></s>\n"])
@@ -174,7 +229,9 @@ def test_the_sandbox_goes_the_same_way():
     tokenizer = byte_tokenizer(bos=True, eos=True, pad_token="</s>")
     batch = review_task._pack(tokenizer, [review_task.Example("hi:", " yes")])
     assert tokenizer.decode(batch.input_ids) == "<s>hi: yes</s>"
-    (sample,) = review_task.generate(make_model(len(tokenizer)).eval(), tokenizer, ["hi:"], seed=0, max_new_tokens=2)
+    (sample,) = review_task.generate(
+        make_model(len(tokenizer)).eval(), tokenizer, ["hi:"], seed=0, max_new_tokens=2
+    )
     assert tokenizer.decode(sample.prompt) == "<s>hi:"
 
 
@@ -187,7 +244,11 @@ def folders(tmp_path):
     tokenizer = byte_tokenizer(TEMPLATES["gemma"], CHAT_SPECIALS, pad_token="<pad>")
     make_model(len(tokenizer), pad_token_id=2).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
-    yield tmp_path, tokenizer, {"progress": False, "tensorboard": False, "max_steps": 1, "learning_rate": 1e-4}
+    yield (
+        tmp_path,
+        tokenizer,
+        {"progress": False, "tensorboard": False, "max_steps": 1, "learning_rate": 1e-4},
+    )
     shutil.rmtree(tmp_path)
 
 
@@ -206,7 +267,11 @@ def test_a_reward_model_is_read_where_it_was_trained(folders, monkeypatch, chat,
     monkeypatch.setattr(scorer.PackedScorer, "scores", recording)
     prompt, yes, no = ([user("hi")], [assistant("yes")], [assistant("no")]) if chat else ("hi:", "yes", "no")
     rows = [{"prompt": prompt, "chosen": yes, "rejected": no}] * 2
-    train("reward", TrainConfig(model=str(tmp_path / "lm"), output=str(tmp_path / "rm"), batch_size=2, **settings), examples=rows)
+    train(
+        "reward",
+        TrainConfig(model=str(tmp_path / "lm"), output=str(tmp_path / "rm"), batch_size=2, **settings),
+        examples=rows,
+    )
     trained = next(text for text in seen[-1] if "yes" in text)
     model = make_model(len(tokenizer), pad_token_id=2)
     model.generation_config.eos_token_id = [1, 4]
@@ -222,23 +287,33 @@ def test_a_reward_model_is_read_where_it_was_trained(folders, monkeypatch, chat,
 def test_a_response_that_was_cut_off_is_read_as_it_is():
     tokenizer = byte_tokenizer(TEMPLATES["gemma"], CHAT_SPECIALS)
     reward = ModelReward(None, 64, ExampleTokenizer(tokenizer).special)
-    cut = Rollout(TokenExample(torch.tensor([9]), (torch.tensor([9, 10]),), {"prompt": [user("hi")]}), False, "")
+    cut = Rollout(
+        TokenExample(torch.tensor([9]), (torch.tensor([9, 10]),), {"prompt": [user("hi")]}), False, ""
+    )
     assert reward._as_trained(cut) is cut.example
 
 
 def test_the_end_must_be_there_to_be_read():
-    with pytest.raises(UserError, match="--overlong truncate_completion cuts off the end of the turn, where the score is read"):
+    with pytest.raises(
+        UserError,
+        match="--overlong truncate_completion cuts off the end of the turn, where the score is read",
+    ):
         train("reward", TrainConfig(overlong="truncate_completion", output="x"))
 
 
 def test_padding_is_none_of_the_ends(folders):
-    """transformers reads a score before the padding: were the end of a turn the padding, it would be read before the end."""
+    """transformers reads a score before the padding: were the end of a turn the padding, it would be read
+    before the end."""
     tmp_path, tokenizer, settings = folders
     for pad in (None, "</s>", "<end>"):
         tokenizer.pad_token = pad
-        config = TrainConfig(model=str(tmp_path / "lm"), output=str(tmp_path / f"rm {pad}"), batch_size=2, **settings)
+        config = TrainConfig(
+            model=str(tmp_path / "lm"), output=str(tmp_path / f"rm {pad}"), batch_size=2, **settings
+        )
         model = scorer.load_scorer(str(tmp_path / "lm"), seed=0)
-        rows = [{"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("a longer no")]}] * 2
+        rows = [
+            {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("a longer no")]}
+        ] * 2
         result = train("reward", config, model=model, tokenizer=tokenizer, examples=rows)
         saved = transformers.AutoTokenizer.from_pretrained(result.output)
         assert saved.pad_token not in ("<end>", "</s>", None)
@@ -257,4 +332,8 @@ def test_samples_stop_where_the_template_ends_a_turn():
     rollouts = sampler([TokenExample(torch.tensor([0, 9], dtype=torch.int32), (), {"prompt": ""})], 8, seed=0)
     for rollout in rollouts:
         ids = rollout.example.completions[0].tolist()
-        assert not {1, 4} & set(ids[:-1]) and rollout.ended == (ids[-1] in (1, 4)) and "<end>" not in rollout.text
+        assert (
+            not {1, 4} & set(ids[:-1])
+            and rollout.ended == (ids[-1] in (1, 4))
+            and "<end>" not in rollout.text
+        )

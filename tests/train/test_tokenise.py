@@ -38,8 +38,8 @@ def test_empty_completion_is_its_eos(tokenizer):
 
 
 def test_a_token_across_the_boundary_moves_it_for_both_sides(tokenizer):
-    """In "the ca" + "t" the last letters become one token, which begins before the boundary; both sides must continue from the same
-    prompt tokens, so "a" is scored on both."""
+    """In "the ca" + "t" the last letters become one token, which begins before the boundary; both sides must
+    continue from the same prompt tokens, so "a" is scored on both."""
     whole, prompt = tokenizer("the cat")["input_ids"], tokenizer("the ca")["input_ids"]
     assert whole[: len(prompt)] != prompt, "the tokenizer no longer merges here"
     pair, moved = encode(tokenizer, {"prompt": "the ca", "chosen": "t", "rejected": "b"})
@@ -85,7 +85,11 @@ def test_plain_template_without_a_chat_template(tokenizer):
     assert plain_template(messages, True) == "system: be brief\n\nuser: hi\n\nassistant:"
     pair, _ = encode(
         tokenizer,
-        {"prompt": messages, "chosen": [{"role": "assistant", "content": "yes"}], "rejected": [{"role": "assistant", "content": "no"}]},
+        {
+            "prompt": messages,
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        },
     )
     assert text(tokenizer, pair.prompt) == "system: be brief\n\nuser: hi\n\nassistant:"
     assert text(tokenizer, pair.chosen) == " yes</s>"
@@ -114,7 +118,11 @@ def lengths(pair):
         ("truncate_prompt", (5, 12, 3), None),  # the completion alone fills the limit
         ("truncate_completion", (5, 10, 3), (5, 7, 3)),
         ("truncate_completion", (12, 3, 3), None),  # the prompt alone fills the limit
-        ("truncate_completion", (5, 7, 7), (5, 5, 5)),  # fits max_length, not the budget of 20: both sides get half of it
+        (
+            "truncate_completion",
+            (5, 7, 7),
+            (5, 5, 5),
+        ),  # fits max_length, not the budget of 20: both sides get half of it
         ("drop", (5, 5, 5), (5, 5, 5)),
     ],
 )
@@ -127,11 +135,17 @@ def test_overlong(overlong, sizes, expected):
 
 
 def test_truncating_the_prompt_keeps_bos():
-    assert fit(pair_of(5, 10, 3), budget=40, max_length=12, overlong="truncate_prompt", bos=0, source="s").prompt.tolist() == [0, 4]
+    assert fit(
+        pair_of(5, 10, 3), budget=40, max_length=12, overlong="truncate_prompt", bos=0, source="s"
+    ).prompt.tolist() == [0, 4]
 
 
 @pytest.mark.parametrize(
-    "sizes, words", [((5, 10, 3), "a sequence of 15 tokens exceeds 12"), ((5, 7, 7), "example's 24 tokens exceed --tokens-per-batch 20")]
+    "sizes, words",
+    [
+        ((5, 10, 3), "a sequence of 15 tokens exceeds 12"),
+        ((5, 7, 7), "example's 24 tokens exceed --tokens-per-batch 20"),
+    ],
 )
 def test_overlong_is_an_error_by_default(sizes, words):
     with pytest.raises(DataError, match=words):
@@ -139,7 +153,13 @@ def test_overlong_is_an_error_by_default(sizes, words):
 
 
 def test_what_was_cut_or_dropped_is_counted(tokenizer):
-    rows = [("0", make_rows()[0]), ("1", {"prompt": "x", "chosen": "y" * 40, "rejected": "z"}), ("2", pair_of(30, 2, 2))]
-    pairs, report = tokenise(rows, tokenizer, PREFERENCE, budget=60, max_length=30, overlong="truncate_completion")
+    rows = [
+        ("0", make_rows()[0]),
+        ("1", {"prompt": "x", "chosen": "y" * 40, "rejected": "z"}),
+        ("2", pair_of(30, 2, 2)),
+    ]
+    pairs, report = tokenise(
+        rows, tokenizer, PREFERENCE, budget=60, max_length=30, overlong="truncate_completion"
+    )
     assert (len(pairs), report.count, report.truncated, report.dropped) == (2, 2, 1, 1)
     assert "1 truncated" in str(report) and "1 dropped" in str(report)

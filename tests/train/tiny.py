@@ -24,7 +24,9 @@ def make_tokenizer(chat_template=None):
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     )
     bpe.train_from_iterator(["the cat sat on the mat", "a dog is good", "that is bad"] * 20, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=chat_template)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=chat_template
+    )
 
 
 def make_model(vocabulary=300, seed=0, **options):
@@ -49,7 +51,11 @@ def make_model(vocabulary=300, seed=0, **options):
 def make_rows(count=12):
     """Standard pairs of different lengths: chosen praises, rejected does not."""
     return [
-        {"prompt": f"the {'cat ' * (i % 4)}number {i}:", "chosen": " good" * (1 + i % 3), "rejected": " bad" * (1 + (i + 1) % 4)}
+        {
+            "prompt": f"the {'cat ' * (i % 4)}number {i}:",
+            "chosen": " good" * (1 + i % 3),
+            "rejected": " bad" * (1 + (i + 1) % 4),
+        }
         for i in range(count)
     ]
 
@@ -65,7 +71,9 @@ def make_lists(count=12):
     lists = []
     for i, row in enumerate(make_rows(count)):
         completions, scores = [row["rejected"], row["chosen"], " that is so so", " dog"], [0, 2, 1, 0.5]
-        lists.append({"prompt": row["prompt"], "completions": completions[: 2 + i % 3], "scores": scores[: 2 + i % 3]})
+        lists.append(
+            {"prompt": row["prompt"], "completions": completions[: 2 + i % 3], "scores": scores[: 2 + i % 3]}
+        )
     return lists
 
 
@@ -76,3 +84,7 @@ def write_jsonl(path, rows):
 
 def without_times(history):
     return [{name: value for name, value in record.items() if name != "step_time"} for record in history]
+
+
+# Data of every format.
+ROWS = {"pairs": make_rows(11), "responses": make_responses(11), "lists": make_lists(11)}

@@ -1,4 +1,5 @@
-"""What the demonstrations share: the clock, the start from random weights to an SFT model, and the record of the machine."""
+"""What the demonstrations share: the clock, the start from random weights to an SFT model, and the record of
+the machine."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Clock:
 
 
 class Start(NamedTuple):
-    """Where every method begins: a model after SFT (to be trained), its frozen copy, the tokenizer, the losses of SFT."""
+    """Where every method begins: a model after SFT (to be trained), its frozen copy, the tokenizer, the
+    losses of SFT."""
 
     model: torch.nn.Module
     sft: torch.nn.Module
@@ -55,22 +57,32 @@ class Start(NamedTuple):
 
 
 def start_from_sft(clock: Clock, seeds: list[int]) -> Start:
-    """A small model with random weights, warmed up on generated reviews. seeds: for the weights, the reviews, the order."""
+    """A small model with random weights, warmed up on generated reviews. seeds: for the weights, the reviews,
+    the order."""
     from fastalign.arena import review_task
 
     tokenizer = review_task.make_tokenizer()
     model = review_task.make_model(tokenizer, seeds[0])
-    clock.stage(f"SFT: {sum(p.numel() for p in model.parameters()):,} parameters, byte tokenizer, {SFT_STEPS} steps on generated reviews")
-    losses = review_task.train_sft(model, tokenizer, review_task.make_reviews(4000, seeds[1]), steps=SFT_STEPS, seed=seeds[2])
+    clock.stage(
+        f"SFT: {sum(p.numel() for p in model.parameters()):,} parameters, byte tokenizer, {SFT_STEPS} steps on generated reviews"
+    )
+    losses = review_task.train_sft(
+        model, tokenizer, review_task.make_reviews(4000, seeds[1]), steps=SFT_STEPS, seed=seeds[2]
+    )
     return Start(model, copy.deepcopy(model).requires_grad_(False), tokenizer, losses)
 
 
-def sampled_pairs(start: Start, seeds: list[int], known: int, held_out: int) -> tuple[list[TokenExample], list[TokenExample]]:
-    """Preference pairs of the SFT model's samples, best against worst of 4, for so many prompts to learn from and so many others."""
+def sampled_pairs(
+    start: Start, seeds: list[int], known: int, held_out: int
+) -> tuple[list[TokenExample], list[TokenExample]]:
+    """Preference pairs of the SFT model's samples, best against worst of 4, for so many prompts to learn from
+    and so many others."""
     from fastalign.arena import review_task
 
     parts = tuple(
-        review_task.sample_pairs(start.sft, start.tokenizer, review_task.make_prompts(count, seeds[prompts]), seed=seeds[samples])
+        review_task.sample_pairs(
+            start.sft, start.tokenizer, review_task.make_prompts(count, seeds[prompts]), seed=seeds[samples]
+        )
         for count, prompts, samples in ((known, 3, 4), (held_out, 5, 6))
     )
     if not all(parts):
@@ -79,12 +91,16 @@ def sampled_pairs(start: Start, seeds: list[int], known: int, held_out: int) -> 
 
 
 def shown_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Lines with each prompt and, under it, every policy's whole response with its gold reward. samples: policy -> one per prompt."""
+    """Lines with each prompt and, under it, every policy's whole response with its gold reward. samples:
+    policy -> one per prompt."""
     width = max(map(len, samples))
     lines = []
     for row in zip(*samples.values()):
         lines.append(f"  {row[0]['prompt']}")
-        lines += [f"    {name:<{width}} {sample['gold_reward']:.2f} {sample['text'].strip()}" for name, sample in zip(samples, row)]
+        lines += [
+            f"    {name:<{width}} {sample['gold_reward']:.2f} {sample['text'].strip()}"
+            for name, sample in zip(samples, row)
+        ]
     return lines
 
 

@@ -1,4 +1,5 @@
-"""`fastalign demo ppo`: SFT, a reward model from sampled pairs, then PPO twice: on the true reward, and on the reward model."""
+"""`fastalign demo ppo`: SFT, a reward model from sampled pairs, then PPO twice: on the true reward, and on
+the reward model."""
 
 from __future__ import annotations
 
@@ -9,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.arena import review_task
-from fastalign.arena.demos.common import GOLD_REWARD, Clock, Start, machine, sampled_pairs, sampling_copy, shown_samples, start_from_sft
+from fastalign.arena.demos.common import (
+    GOLD_REWARD,
+    Clock,
+    Start,
+    machine,
+    sampled_pairs,
+    sampling_copy,
+    shown_samples,
+    start_from_sft,
+)
 from fastalign.cli.console import table
 from fastalign.train.config import TrainConfig
 from fastalign.train.offline import train
@@ -32,9 +42,14 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     reward_model = train_reward_model(clock, start, seeds, output)
     prompts = review_task.make_prompts(JUDGED, seeds[7])
     policies, curves, histories = {"sft": start.sft}, {}, {}
-    first = {"step": 0, **judge_samples(start.sft, start, prompts, seeds[7])}  # both runs begin with this very model
+    first = {
+        "step": 0,
+        **judge_samples(start.sft, start, prompts, seeds[7]),
+    }  # both runs begin with this very model
     for reward in ("gold", "model"):
-        clock.stage(f"{NAMES[reward]}: {steps} steps of {BATCH_SIZE} samples, KL coefficient {KL_COEF[reward]}")
+        clock.stage(
+            f"{NAMES[reward]}: {steps} steps of {BATCH_SIZE} samples, KL coefficient {KL_COEF[reward]}"
+        )
         policies[reward], curve = copy.deepcopy(start.model), [first]
         source = {"reward": gold} if reward == "gold" else {}
         config = OnlineConfig(
@@ -53,11 +68,25 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
         )
         rows = [{"prompt": prompt} for prompt in review_task.make_prompts(PROMPTS, seeds[3])]
         judge = judging(policies[reward], start, prompts, seeds[7], max(1, steps // CURVE_POINTS), curve)
-        result = train_online("ppo", config, model=policies[reward], tokenizer=start.tokenizer, prompts=rows, callback=judge, **source)
+        result = train_online(
+            "ppo",
+            config,
+            model=policies[reward],
+            tokenizer=start.tokenizer,
+            prompts=rows,
+            callback=judge,
+            **source,
+        )
         curves[reward], histories[reward] = curve, result.history
     clock.stage(f"judgement: {JUDGED} samples of each policy")
     judged = {name: judge_policy(policy, start, prompts, seeds[7]) for name, policy in policies.items()}
-    settings = {"seed": seed, "steps": steps, "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "kl_coef": KL_COEF}
+    settings = {
+        "seed": seed,
+        "steps": steps,
+        "learning_rate": LEARNING_RATE,
+        "batch_size": BATCH_SIZE,
+        "kl_coef": KL_COEF,
+    }
     report = {"settings": settings, "machine": machine(), "sft_loss": start.sft_losses, "reward_model": reward_model, "policies": judged,
               "curves": curves, "histories": histories, "seconds": clock.stop()}  # fmt: skip
     (output / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -76,8 +105,11 @@ def gold(completions: list[str]) -> list[float]:
 
 
 def train_reward_model(clock: Clock, start: Start, seeds: list[int], output: Path) -> dict[str, float]:
-    """A Bradley-Terry reward model from the SFT model's samples, best against worst of four; its accuracy on pairs of other prompts."""
-    clock.stage(f"reward model: {REWARD_STEPS} steps of {REWARD_BATCH} pairs, best against worst of 4 samples")
+    """A Bradley-Terry reward model from the SFT model's samples, best against worst of four; its accuracy on
+    pairs of other prompts."""
+    clock.stage(
+        f"reward model: {REWARD_STEPS} steps of {REWARD_BATCH} pairs, best against worst of 4 samples"
+    )
     known, held_out = sampled_pairs(start, seeds, PROMPTS, HELD_OUT_PROMPTS)
     for part in (start.sft, start.tokenizer):
         part.save_pretrained(output / "sft")
@@ -91,24 +123,38 @@ def train_reward_model(clock: Clock, start: Start, seeds: list[int], output: Pat
         learning_rate=REWARD_RATE,
         log_every=REWARD_STEPS,
     )
-    metrics = train("reward", config, tokenizer=start.tokenizer, examples=known, eval_examples=held_out).metrics
-    return {"pairs": len(known), "held_out_pairs": len(held_out), "held_out_accuracy": metrics["eval_accuracy"]}
+    metrics = train(
+        "reward", config, tokenizer=start.tokenizer, examples=known, eval_examples=held_out
+    ).metrics
+    return {
+        "pairs": len(known),
+        "held_out_pairs": len(held_out),
+        "held_out_accuracy": metrics["eval_accuracy"],
+    }
 
 
-def judging(policy: Any, start: Start, prompts: list[str], seed: int, every: int, curve: list[dict[str, float]]) -> Callable[[Any], None]:
+def judging(
+    policy: Any, start: Start, prompts: list[str], seed: int, every: int, curve: list[dict[str, float]]
+) -> Callable[[Any], None]:
     """A callback that samples the policy every so many steps and scores the samples by the gold reward."""
 
     def judge(record: dict[str, Any]) -> None:
         if record["step"] % every == 0:
-            curve.append({"step": record["step"], **judge_samples(sampling_copy(policy), start, prompts, seed)})
+            curve.append(
+                {"step": record["step"], **judge_samples(sampling_copy(policy), start, prompts, seed)}
+            )
 
     return judge
 
 
 def judge_samples(policy: Any, start: Start, prompts: list[str], seed: int) -> dict[str, float]:
-    """Gold reward and KL to the SFT model from fresh samples. The same prompts and seed throughout: a model's points and its final row agree."""
+    """Gold reward and KL to the SFT model from fresh samples. The same prompts and seed throughout: a model's
+    points and its final row agree."""
     samples = review_task.generate(policy, start.tokenizer, prompts, seed=seed)
-    return {"gold_reward": review_task.mean_gold_reward(samples), **review_task.sampled_kl(policy, start.sft, samples)}
+    return {
+        "gold_reward": review_task.mean_gold_reward(samples),
+        **review_task.sampled_kl(policy, start.sft, samples),
+    }
 
 
 def judge_policy(policy: Any, start: Start, prompts: list[str], seed: int) -> dict[str, Any]:
@@ -126,14 +172,24 @@ def judge_policy(policy: Any, start: Start, prompts: list[str], seed: int) -> di
 def summary(report: dict[str, Any]) -> str:
     """The table and samples that the demo prints."""
     policies = report["policies"]
-    rows = [["gold reward (true reward of fresh samples, 0 to 1)", *(f"{p['gold_reward']:.3f}" for p in policies.values())]]
+    rows = [
+        [
+            "gold reward (true reward of fresh samples, 0 to 1)",
+            *(f"{p['gold_reward']:.3f}" for p in policies.values()),
+        ]
+    ]
     for kind in ("k1", "k3"):
         label = f"KL to SFT, nats per sequence ({kind} on its own samples)"
         rows.append([label, *(f"{p['kl'][f'{kind}_per_sequence']:.2f}" for p in policies.values())])
-    rows.append(["share of samples that end by themselves", *(f"{p['finished']:.2f}" for p in policies.values())])
+    rows.append(
+        ["share of samples that end by themselves", *(f"{p['finished']:.2f}" for p in policies.values())]
+    )
     rows.append(["share of distinct samples", *(f"{p['distinct']:.2f}" for p in policies.values())])
     shown = shown_samples({NAMES[name]: p["samples"] for name, p in policies.items()})
-    model, times = report["reward_model"], [record["step_time"] for record in report["histories"]["gold"] if "step_time" in record]
+    model, times = (
+        report["reward_model"],
+        [record["step_time"] for record in report["histories"]["gold"] if "step_time" in record],
+    )
     return "\n".join([
         table(["", *(NAMES[name] for name in policies)], rows), "",
         GOLD_REWARD, "", "samples for the same prompts, each with its gold reward:", *shown, "",
@@ -144,7 +200,8 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Gold reward, the rewards that PPO saw, and KL over the steps; gold reward over KL; the time per step."""
+    """Gold reward, the rewards that PPO saw, and KL over the steps; gold reward over KL; the time per
+    step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,12 +210,21 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 3, figsize=(14, 7), layout="constrained")
     (rewards, seen_gold, seen_model), (kl, frontier, times) = axes
     for name, curve in report["curves"].items():
-        divergence, gold = [point["k3_per_sequence"] for point in curve], [point["gold_reward"] for point in curve]
+        divergence, gold = (
+            [point["k3_per_sequence"] for point in curve],
+            [point["gold_reward"] for point in curve],
+        )
         steps = [point["step"] for point in curve]
         rewards.plot(steps, gold, marker="o", label=NAMES[name])
         kl.plot(steps, divergence, marker="o", label=NAMES[name])
-        frontier.plot(divergence, gold, marker="o", label=NAMES[name])  # in the order of the steps, from SFT at KL 0
-        history = [record for record in report["histories"][name] if "objective/scores" in record and "step_time" in record]
+        frontier.plot(
+            divergence, gold, marker="o", label=NAMES[name]
+        )  # in the order of the steps, from SFT at KL 0
+        history = [
+            record
+            for record in report["histories"][name]
+            if "objective/scores" in record and "step_time" in record
+        ]
         seen = seen_gold if name == "gold" else seen_model
         seen.plot([r["step"] for r in history], [r["objective/scores"] for r in history], label=NAMES[name])
         seconds = sorted(r["step_time"] for r in history)
@@ -169,7 +235,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     seen_gold.set(title="reward that PPO saw: gold reward", ylim=(0, 1), xlabel="PPO step")
     seen_model.set(title="reward that PPO saw: reward model's score", xlabel="PPO step")
     kl.set(title="KL to SFT, nats per sequence (k3)", xlabel="PPO step")
-    frontier.set(title="gold reward over KL, from step 0 on", xlabel="KL to SFT, nats per sequence (k3)", ylim=(0, 1))
+    frontier.set(
+        title="gold reward over KL, from step 0 on", xlabel="KL to SFT, nats per sequence (k3)", ylim=(0, 1)
+    )
     times.set(title="seconds per step (median), sampling included")
     for axis in axes.flat:
         axis.legend()

@@ -1,7 +1,9 @@
-"""`fastalign demo tdpo`: DPO, TDPO1 and TDPO2 from the same SFT model, on the same pairs, for the same number of steps.
+"""`fastalign demo tdpo`: DPO, TDPO1 and TDPO2 from the same SFT model, on the same pairs, for the same number
+of steps.
 
-Token-level DPO (Zeng et al. 2024, arXiv 2404.11999) is claimed to buy its reward at less divergence from the reference, on the rejected side above
-all. The table and the picture show gold reward against KL as they come out here, for this seed."""
+Token-level DPO (Zeng et al. 2024, arXiv 2404.11999) is claimed to buy its reward at less divergence from the
+reference, on the rejected side above all. The table and the picture show gold reward against KL as they come
+out here, for this seed."""
 
 from __future__ import annotations
 
@@ -45,23 +47,33 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     clock = Clock()
     seeds = [1000 * seed + i for i in range(8)]  # one for each use of chance, as in the demonstration of DPO
     start = model, sft, tokenizer, _ = start_from_sft(clock, seeds)
-    clock.stage(f"preferences: best against worst of 4 samples for each of {PROMPTS + HELD_OUT_PROMPTS} prompts")
+    clock.stage(
+        f"preferences: best against worst of 4 samples for each of {PROMPTS + HELD_OUT_PROMPTS} prompts"
+    )
     pairs, held_out = sampled_pairs(start, seeds, PROMPTS, HELD_OUT_PROMPTS)
     prompts = review_task.make_prompts(SAMPLES, seeds[7])
 
     def judge(policy: torch.nn.Module) -> dict[str, float]:
         samples = review_task.generate(sampling_copy(policy), tokenizer, prompts, seed=seeds[7])
         kl = review_task.sampled_kl(policy, sft, samples)["k3_per_sequence"]
-        return {"gold_reward": review_task.mean_gold_reward(samples), "kl": kl, **held_out_divergence(policy, sft, held_out)}
+        return {
+            "gold_reward": review_task.mean_gold_reward(samples),
+            "kl": kl,
+            **held_out_divergence(policy, sft, held_out),
+        }
 
     before = judge(sft)
     curves: dict[str, list[dict[str, float]]] = {}
     for label, (method, loss, options) in CONTESTANTS.items():
-        clock.stage(f"{label}: {steps} steps of {BATCH_SIZE} pairs, {', '.join(f'{k} {v:g}' for k, v in options.items())}")
+        clock.stage(
+            f"{label}: {steps} steps of {BATCH_SIZE} pairs, {', '.join(f'{k} {v:g}' for k, v in options.items())}"
+        )
         policy = copy.deepcopy(model)
         points = curves[label] = [{"step": 0, **before}]
 
-        def note(record: dict[str, Any], policy: torch.nn.Module = policy, points: list[dict[str, float]] = points) -> None:
+        def note(
+            record: dict[str, Any], policy: torch.nn.Module = policy, points: list[dict[str, float]] = points
+        ) -> None:
             if "eval_loss" in record:
                 points.append({"step": record["step"], **judge(policy)})
 
@@ -69,12 +81,32 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
             output=str(output / label.lower()), overwrite=True, loss=loss, loss_options=options, learning_rate=LEARNING_RATE, seed=seed,
             batch_size=BATCH_SIZE, max_steps=steps, eval_every=max(1, steps // CURVE_POINTS), token_metrics=False,
         )  # fmt: skip
-        train(method, config, model=policy, tokenizer=tokenizer, examples=pairs, eval_examples=held_out, callback=note)
+        train(
+            method,
+            config,
+            model=policy,
+            tokenizer=tokenizer,
+            examples=pairs,
+            eval_examples=held_out,
+            callback=note,
+        )
         if points[-1]["step"] != steps:
             points.append({"step": steps, **judge(policy)})
 
-    settings = {"seed": seed, "steps": steps, "learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "pairs": len(pairs)}
-    report = {"settings": settings, "machine": machine(), "contestants": CONTESTANTS, "curves": curves, "seconds": clock.stop()}
+    settings = {
+        "seed": seed,
+        "steps": steps,
+        "learning_rate": LEARNING_RATE,
+        "batch_size": BATCH_SIZE,
+        "pairs": len(pairs),
+    }
+    report = {
+        "settings": settings,
+        "machine": machine(),
+        "contestants": CONTESTANTS,
+        "curves": curves,
+        "seconds": clock.stop(),
+    }
     (output / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     plot(curves, output / "curves.png")
     print(
@@ -86,11 +118,15 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def held_out_divergence(policy: torch.nn.Module, reference: torch.nn.Module, pairs: Sequence[TokenExample]) -> dict[str, float]:
-    """Mean over the pairs of the exact KL(reference || policy), summed over each response, in nats; and the share of pairs whose chosen
-    response has the larger log-ratio (NaN where all are 0)."""
+def held_out_divergence(
+    policy: torch.nn.Module, reference: torch.nn.Module, pairs: Sequence[TokenExample]
+) -> dict[str, float]:
+    """Mean over the pairs of the exact KL(reference || policy), summed over each response, in nats; and the
+    share of pairs whose chosen response has the larger log-ratio (NaN where all are 0)."""
     sequences = [(pair.prompt.tolist(), side.tolist()) for pair in pairs for side in pair.completions]
-    batch = fastalign.pack([p + c for p, c in sequences], [[False] * len(p) + [True] * len(c) for p, c in sequences])
+    batch = fastalign.pack(
+        [p + c for p, c in sequences], [[False] * len(p) + [True] * len(c) for p, c in sequences]
+    )
     lms = PackedCausalLM(policy), PackedCausalLM(reference)
     try:
         batch = batch.to(lms[0].device)
@@ -98,17 +134,26 @@ def held_out_divergence(policy: torch.nn.Module, reference: torch.nn.Module, pai
     finally:
         for lm in lms:
             lm.restore()
-    stats = fastalign.token_stats(logits, batch.labels, ref_logits=ref_logits, outputs=("logprob", "ref_logprob", "kl_ref_policy"))
+    stats = fastalign.token_stats(
+        logits, batch.labels, ref_logits=ref_logits, outputs=("logprob", "ref_logprob", "kl_ref_policy")
+    )
     kl, ratio = (fastalign.sequence_sum(x, batch.cu_seqlens, mask=batch.mask).view(-1, 2)
                  for x in (stats.kl_ref_policy, stats.logprob - stats.ref_logprob))  # fmt: skip
     accuracy = float((ratio[:, 0] > ratio[:, 1]).float().mean()) if bool(ratio.any()) else float("nan")
-    return {"seqkl_chosen": float(kl[:, 0].mean()), "seqkl_rejected": float(kl[:, 1].mean()), "accuracy": accuracy}
+    return {
+        "seqkl_chosen": float(kl[:, 0].mean()),
+        "seqkl_rejected": float(kl[:, 1].mean()),
+        "accuracy": accuracy,
+    }
 
 
 def summary(curves: dict[str, list[dict[str, float]]]) -> str:
     """The table after the last step, SFT first."""
     ends = {"SFT": next(iter(curves.values()))[0], **{label: points[-1] for label, points in curves.items()}}
-    rows = [[label, *("n/a" if x[key] != x[key] else f"{x[key]:.3f}" for key in COLUMNS)] for label, x in ends.items()]
+    rows = [
+        [label, *("n/a" if x[key] != x[key] else f"{x[key]:.3f}" for key in COLUMNS)]
+        for label, x in ends.items()
+    ]
     note = "KL in nats per sequence; KL(SFT, policy) is exact, over the whole vocabulary at every token of the held-out responses."
     return table(["", *COLUMNS.values()], rows) + "\n" + note
 
@@ -129,7 +174,11 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     for axis, (x, y, title) in zip(axes, panels):
         for label, points in curves.items():
             axis.plot([p[x] for p in points], [p[y] for p in points], marker="o", label=label)
-        axis.set(title=title, xlabel=COLUMNS.get(x, x), ylabel="nats per sequence" if y != "gold_reward" else "gold reward")
+        axis.set(
+            title=title,
+            xlabel=COLUMNS.get(x, x),
+            ylabel="nats per sequence" if y != "gold_reward" else "gold reward",
+        )
         axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -1,4 +1,5 @@
-"""What is measured: the case of every op, with the backends and the other packages that take part on this machine."""
+"""What is measured: the case of every op, with the backends and the other packages that take part on this
+machine."""
 
 from __future__ import annotations
 
@@ -20,18 +21,26 @@ from fastalign.bench.shapes import SHAPES, Shape
 
 def make_case(op: str, shape: Shape, device: torch.device, *, backends: tuple[str, ...] | None = None, compile: bool = True,
               cache_bytes: int = 0) -> Case:  # fmt: skip
-    """The case of `op` at `shape`. backends: ours (default: see `own_backends`); compile: with torch.compile's contestants;
-    cache_bytes: the inputs together are at least three times as large."""
+    """The case of `op` at `shape`. backends: ours (default: see `own_backends`); compile: with
+    torch.compile's contestants; cache_bytes: the inputs together are at least three times as large."""
     case = _MAKERS[op](shape, device, cache_bytes)
     (ours,) = [c for c in case.contestants if c.kind == "ours"]
     names = own_backends(_PUBLIC.get(op, op), case.inputs[0][0]) if backends is None else backends
     mine = [replace(ours, name=f"fastalign {name}", run=_on_backend(name, ours.run)) for name in names]
-    others = [c for c in case.contestants if c.kind in ("read", "floor", "eager") or (c.kind == "compiled" and compile)]
+    others = [
+        c
+        for c in case.contestants
+        if c.kind in ("read", "floor", "eager") or (c.kind == "compiled" and compile)
+    ]
     wrap = _WRAPPED.get(op, no_grad)
     for peer in PEERS.get(op, ()):
         try:
             others.append(Contestant(peer.name, wrap(peer.load()), "peer", peer.overwrites))
-        except (ImportError, RuntimeError, AttributeError) as error:  # not installed, not for this device, or another version's names
+        except (
+            ImportError,
+            RuntimeError,
+            AttributeError,
+        ) as error:  # not installed, not for this device, or another version's names
             case.missing[peer.name] = str(error).splitlines()[0]
     case.contestants = mine + others
     torch._dynamo.reset()  # every case compiles for its own shapes
@@ -39,10 +48,15 @@ def make_case(op: str, shape: Shape, device: torch.device, *, backends: tuple[st
 
 
 def own_backends(public: str, tensor: Tensor) -> tuple[str, ...]:
-    """The backends that can serve a call on `tensor`, fastest first; the reference only where it is alone, Triton's interpreter never."""
+    """The backends that can serve a call on `tensor`, fastest first; the reference only where it is alone,
+    Triton's interpreter never."""
     lines = [line.split(maxsplit=1) for line in fastalign.explain(public, tensor).splitlines()[1:]]
     able = [name for name, why in lines if why == "chosen" or why.startswith("able")]
-    kernels = [name for name in able if name != "reference" and not (name == "triton" and tensor.device.type == "cpu")]
+    kernels = [
+        name
+        for name in able
+        if name != "reference" and not (name == "triton" and tensor.device.type == "cpu")
+    ]
     return tuple(kernels or able)
 
 

@@ -1,4 +1,5 @@
-"""What a case of the benchmark is: inputs, contestants, the least traffic and the truth in fp64; and what makes contestants of functions."""
+"""What a case of the benchmark is: inputs, contestants, the least traffic and the truth in fp64; and what
+makes contestants of functions."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from fastalign.bench.shapes import Rows, Shape
 
 @dataclass
 class Contestant:
-    """`run(*inputs)` is what is timed. kind: "ours" (held to the house rule of accuracy), "eager", "compiled" (by torch.compile), "peer" (another
-    package), "read" (reads the same bytes and does nothing with them), or "floor" (bench/floors.py: also writes as many bytes as the op).
-    `overwrites`: the run destroys its first input, which must be restored before the next one."""
+    """`run(*inputs)` is what is timed. kind: "ours" (held to the house rule of accuracy), "eager", "compiled"
+    (by torch.compile), "peer" (another package), "read" (reads the same bytes and does nothing with them), or
+    "floor" (bench/floors.py: also writes as many bytes as the op). `overwrites`: the run destroys its first
+    input, which must be restored before the next one."""
 
     name: str
     run: Callable[..., Tensor]
@@ -32,9 +34,10 @@ class Contestant:
 
 @dataclass
 class Case:
-    """One op at one shape. `inputs`: several sets, taken in turns so that no cache serves the next run. `traffic`: the bytes that the op must
-    move at least. `truth`, `baseline`: sampled results in fp64 and by plain PyTorch in fp32; `sample` picks the same from a contestant's output;
-    `scale`: the magnitude that rounding errors refer to (None: of the truth). `read`: how many of the inputs the plain read goes over."""
+    """One op at one shape. `inputs`: several sets, taken in turns so that no cache serves the next run.
+    `traffic`: the bytes that the op must move at least. `truth`, `baseline`: sampled results in fp64 and by
+    plain PyTorch in fp32; `sample` picks the same from a contestant's output; `scale`: the magnitude that
+    rounding errors refer to (None: of the truth). `read`: how many of the inputs the plain read goes over."""
 
     op: str
     shape: Shape
@@ -52,17 +55,26 @@ class Case:
         return float((self.sample(output).detach().double().cpu() - self.truth.cpu()).abs().max())
 
     def check(self, contestant: Contestant, output: Tensor) -> str | None:
-        """None if the output may be timed, else what is wrong with it. Ours is held to `testing.assert_close`: plain PyTorch's own error in
-        fp32, twice, and 4 ulp of the output type. Others compute in types of their own: they must be right to 16 ulp of the coarser one."""
+        """None if the output may be timed, else what is wrong with it. Ours is held to
+        `testing.assert_close`: plain PyTorch's own error in fp32, twice, and 4 ulp of the output type. Others
+        compute in types of their own: they must be right to 16 ulp of the coarser one."""
         sampled = self.sample(output)
         if contestant.kind == "ours":
             try:
-                testing.assert_close(sampled, self.truth, self.baseline, what=contestant.name, scale=self.scale)
+                testing.assert_close(
+                    sampled, self.truth, self.baseline, what=contestant.name, scale=self.scale
+                )
             except AssertionError as error:
                 return str(error)
             return None
-        coarse = torch.bfloat16 if isinstance(self.shape, Rows) and self.shape.dtype == "bfloat16" else torch.float32
-        size = max(1.0, float(self.truth.abs().max()), 0.0 if self.scale is None else float(self.scale.abs().max()))
+        coarse = (
+            torch.bfloat16
+            if isinstance(self.shape, Rows) and self.shape.dtype == "bfloat16"
+            else torch.float32
+        )
+        size = max(
+            1.0, float(self.truth.abs().max()), 0.0 if self.scale is None else float(self.scale.abs().max())
+        )
         granted = 16 * torch.finfo(coarse).eps * size
         error = self.error(output)
         return None if error <= granted else f"error {error:.2e} exceeds {granted:.2e}"
@@ -83,12 +95,18 @@ def backward_of(logprobs: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., T
 
 
 def eager_and_compiled(
-    name: str, wrap: Callable[..., Callable[..., Tensor]], function: Callable[..., Tensor], *, compiled: bool = True
+    name: str,
+    wrap: Callable[..., Callable[..., Tensor]],
+    function: Callable[..., Tensor],
+    *,
+    compiled: bool = True,
 ) -> list[Contestant]:
     """A plain PyTorch function, eager and (compiled when first called) through torch.compile."""
     contestants = [Contestant(name, wrap(function), "eager")]
     if compiled:
-        contestants.append(Contestant(f"torch.compile {name}", wrap(torch.compile(function, dynamic=False)), "compiled"))
+        contestants.append(
+            Contestant(f"torch.compile {name}", wrap(torch.compile(function, dynamic=False)), "compiled")
+        )
     return contestants
 
 

@@ -1,4 +1,5 @@
-"""The fused head: log-probs from hidden states and the head's weight. What it costs at least are its products alone."""
+"""The fused head: log-probs from hidden states and the head's weight. What it costs at least are its products
+alone."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, labels
 def logprobs(shape: Head, device: torch.device, cache_bytes: int) -> Case:
     hidden, weight, labels = _inputs(shape, device)
     sampled = _sampled(shape.rows, device)
-    truth, baseline = (eager.linear_log_softmax_gather(hidden[sampled].to(t), weight.to(t), labels[sampled]) for t in _types())
+    truth, baseline = (
+        eager.linear_log_softmax_gather(hidden[sampled].to(t), weight.to(t), labels[sampled])
+        for t in _types()
+    )
     out = torch.empty(shape.rows, shape.vocab, dtype=hidden.dtype, device=device)
     contestants = [
         Contestant("fastalign", no_grad(fastalign.linear_token_logprobs), "ours"),
@@ -32,14 +36,24 @@ def logprobs(shape: Head, device: torch.device, cache_bytes: int) -> Case:
     scale = torch.full_like(truth, _logit_size(hidden, weight))
     traffic = out.numel() * out.element_size()
     return Case(
-        "linear_token_logprobs", shape, [(hidden, weight, labels)], traffic, contestants, truth, baseline, lambda x: x[sampled], scale
+        "linear_token_logprobs",
+        shape,
+        [(hidden, weight, labels)],
+        traffic,
+        contestants,
+        truth,
+        baseline,
+        lambda x: x[sampled],
+        scale,
     )
 
 
 def backward(shape: Head, device: torch.device, cache_bytes: int) -> Case:
     """Gradients of hidden and weight."""
     hidden, weight, labels = _inputs(shape, device)
-    return _backward(shape, hidden.requires_grad_(), weight.requires_grad_(), labels, "linear_token_logprobs_backward")
+    return _backward(
+        shape, hidden.requires_grad_(), weight.requires_grad_(), labels, "linear_token_logprobs_backward"
+    )
 
 
 def frozen(shape: Head, device: torch.device, cache_bytes: int) -> Case:
@@ -64,7 +78,12 @@ def _backward(shape: Head, hidden: Tensor, weight: Tensor, labels: Tensor, op: s
     upstream = torch.linspace(-1.0, 1.0, shape.rows, device=device)
     rows, tokens = _sampled(shape.rows, device), _sampled(shape.vocab, device)
     both = weight.requires_grad
-    grads = [_sampled_gradients(hidden.detach(), weight.detach(), labels, upstream, rows, tokens if both else None, t) for t in _types()]
+    grads = [
+        _sampled_gradients(
+            hidden.detach(), weight.detach(), labels, upstream, rows, tokens if both else None, t
+        )
+        for t in _types()
+    ]
     logits = torch.empty(shape.rows, shape.vocab, dtype=hidden.dtype, device=device)
     out = [torch.empty_like(x) for x in (hidden.detach(), weight.detach())]
 
@@ -86,8 +105,19 @@ def _backward(shape: Head, hidden: Tensor, weight: Tensor, labels: Tensor, op: s
         return torch.cat([*parts, found[1][tokens].flatten()] if both else parts)
 
     traffic = 3 * shape.rows * shape.vocab * hidden.dtype.itemsize
-    scale = torch.full_like(grads[0], _logit_size(hidden.detach(), weight.detach()))  # rounding of logits shows in every slope
-    return Case(op, shape, [(hidden, weight, labels, upstream)], traffic, contestants, *grads, sample=sample, scale=scale)
+    scale = torch.full_like(
+        grads[0], _logit_size(hidden.detach(), weight.detach())
+    )  # rounding of logits shows in every slope
+    return Case(
+        op,
+        shape,
+        [(hidden, weight, labels, upstream)],
+        traffic,
+        contestants,
+        *grads,
+        sample=sample,
+        scale=scale,
+    )
 
 
 def _invariant(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -108,8 +138,12 @@ def _inputs(shape: Head, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of standard deviation 2."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, shape.dtype)
-    hidden = torch.empty(shape.rows, shape.hidden, dtype=dtype, device=device).normal_(std=1.0, generator=generator)
-    weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype, device=device).normal_(std=2.0 * shape.hidden**-0.5, generator=generator)
+    hidden = torch.empty(shape.rows, shape.hidden, dtype=dtype, device=device).normal_(
+        std=1.0, generator=generator
+    )
+    weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype, device=device).normal_(
+        std=2.0 * shape.hidden**-0.5, generator=generator
+    )
     return hidden, weight, torch.randint(shape.vocab, (shape.rows,), device=device, generator=generator)
 
 
@@ -127,7 +161,13 @@ def _logit_size(hidden: Tensor, weight: Tensor) -> float:
 
 
 def _sampled_gradients(
-    hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, rows: Tensor, tokens: Tensor | None, dtype: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    rows: Tensor,
+    tokens: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """By the formula, some rows of the gradient of hidden and some of that of weight: d = upstream (1[label] - softmax)."""
     weight, parts, of_tokens = weight.to(dtype), [], 0.0
@@ -135,7 +175,12 @@ def _sampled_gradients(
         part = slice(first, first + 512)
         h, g = hidden[part].to(dtype), upstream[part].to(dtype).unsqueeze(-1)
         probabilities = torch.softmax(h @ weight.t(), -1)
-        slopes = torch.zeros_like(probabilities).scatter_(-1, labels[part].unsqueeze(-1), 1.0).sub_(probabilities).mul_(g)
+        slopes = (
+            torch.zeros_like(probabilities)
+            .scatter_(-1, labels[part].unsqueeze(-1), 1.0)
+            .sub_(probabilities)
+            .mul_(g)
+        )
         own = rows[(rows >= first) & (rows < first + len(h))] - first
         parts.append((slopes[own] @ weight).flatten())
         if tokens is not None:

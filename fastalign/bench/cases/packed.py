@@ -16,7 +16,9 @@ from fastalign.bench.shapes import Pairs, Sequences
 MOST_STEPS = 8192  # time steps that a loop in Python is run over
 
 
-def _packed_inputs(shape: Pairs, device: torch.device, cache_bytes: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+def _packed_inputs(
+    shape: Pairs, device: torch.device, cache_bytes: int
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
     """([(logprobs, ref_logprobs)], cu_seqlens, the sequence of every token)"""
     tokens = 2 * shape.pairs * shape.length
     generator = torch.Generator(device).manual_seed(0)
@@ -32,12 +34,19 @@ def sequence_sum(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
     inputs, cu_seqlens, sequence = _packed_inputs(shape, device, cache_bytes)
     inputs = [(x,) for pair in inputs for x in pair]
     sequences = 2 * shape.pairs
-    truth, baseline = (eager.segment_sum(inputs[0][0].to(t), sequence, sequences) for t in (torch.float64, torch.float32))
+    truth, baseline = (
+        eager.segment_sum(inputs[0][0].to(t), sequence, sequences) for t in (torch.float64, torch.float32)
+    )
     lengths = cu_seqlens.diff().long()
     contestants = [
         Contestant("fastalign", no_grad(lambda x: fastalign.sequence_sum(x, cu_seqlens)), "ours"),
         *eager_and_compiled("index_add", no_grad, lambda x: eager.segment_sum(x, sequence, sequences)),
-        *eager_and_compiled("torch.segment_reduce", no_grad, lambda x: torch.segment_reduce(x, "sum", lengths=lengths), compiled=False),
+        *eager_and_compiled(
+            "torch.segment_reduce",
+            no_grad,
+            lambda x: torch.segment_reduce(x, "sum", lengths=lengths),
+            compiled=False,
+        ),
     ]
     return Case("sequence_sum", shape, inputs, 4 * inputs[0][0].numel(), contestants, truth, baseline)
 
@@ -46,7 +55,9 @@ def preference_loss(shape: Pairs, device: torch.device, cache_bytes: int) -> Cas
     def fused(logprobs: Tensor, ref: Tensor, cu_seqlens: Tensor) -> Tensor:
         return fastalign.preference_loss(logprobs, ref, cu_seqlens, loss="dpo", beta=eager.BETA).loss
 
-    return _loss_gradient("preference_loss", shape, device, cache_bytes, fused, "index_add, logsigmoid", eager.dpo_loss)
+    return _loss_gradient(
+        "preference_loss", shape, device, cache_bytes, fused, "index_add, logsigmoid", eager.dpo_loss
+    )
 
 
 def listwise_loss(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
@@ -55,17 +66,22 @@ def listwise_loss(shape: Pairs, device: torch.device, cache_bytes: int) -> Case:
     offsets = torch.arange(0, 2 * shape.pairs + 1, 4, dtype=torch.int32, device=device)
 
     def fused(logprobs: Tensor, ref: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return fastalign.listwise_loss(logprobs, ref, cu_seqlens, offsets, scores, loss="plackett_luce", beta=eager.BETA).loss
+        return fastalign.listwise_loss(
+            logprobs, ref, cu_seqlens, offsets, scores, loss="plackett_luce", beta=eager.BETA
+        ).loss
 
     def plain(logprobs: Tensor, ref: Tensor, sequence: Tensor, sequences: int) -> Tensor:
         return eager.plackett_luce_loss(logprobs, ref, sequence, scores.view(-1, 4))
 
-    return _loss_gradient("listwise_loss", shape, device, cache_bytes, fused, "index_add, logcumsumexp", plain)
+    return _loss_gradient(
+        "listwise_loss", shape, device, cache_bytes, fused, "index_add, logcumsumexp", plain
+    )
 
 
 def _loss_gradient(op: str, shape: Pairs, device: torch.device, cache_bytes: int, fused: Callable[..., Tensor], name: str,
                    plain: Callable[..., Tensor]) -> Case:  # fmt: skip
-    """A loss on packed log-probs, forward and backward. fused(logprobs, ref, cu_seqlens), plain(logprobs, ref, sequence, sequences)."""
+    """A loss on packed log-probs, forward and backward. fused(logprobs, ref, cu_seqlens), plain(logprobs,
+    ref, sequence, sequences)."""
     inputs, cu_seqlens, sequence = _packed_inputs(shape, device, cache_bytes)
     inputs = [(logprobs.requires_grad_(), ref) for logprobs, ref in inputs]
 
@@ -76,7 +92,8 @@ def _loss_gradient(op: str, shape: Pairs, device: torch.device, cache_bytes: int
         return plain(logprobs, ref, sequence, 2 * shape.pairs)
 
     truth, baseline = (
-        gradient_of(eagerly)(*(x.detach().to(t).requires_grad_() for x in inputs[0])) for t in (torch.float64, torch.float32)
+        gradient_of(eagerly)(*(x.detach().to(t).requires_grad_() for x in inputs[0]))
+        for t in (torch.float64, torch.float32)
     )
     contestants = [
         Contestant("fastalign", gradient_of(fused, cu_seqlens), "ours"),
@@ -102,13 +119,18 @@ def gae(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
     tokens, gamma, lam = shape.sequences * shape.length, 1.0, 0.95
     generator = torch.Generator(device).manual_seed(0)
     copies = input_sets(8 * tokens, cache_bytes)
-    inputs = [tuple(torch.randn(tokens, device=device, generator=generator) for _ in range(2)) for _ in range(copies)]
+    inputs = [
+        tuple(torch.randn(tokens, device=device, generator=generator) for _ in range(2))
+        for _ in range(copies)
+    ]
     cu_seqlens = torch.arange(0, tokens + 1, shape.length, dtype=torch.int32, device=device)
 
     def fused(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return fastalign.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam)[:2]
 
-    def padded(function: Callable[..., tuple[Tensor, Tensor]], *between: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    def padded(
+        function: Callable[..., tuple[Tensor, Tensor]], *between: Tensor
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         def run(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             rows = (x.view(shape.sequences, shape.length) for x in (rewards, values))
             return tuple(x.flatten() for x in function(*rows, *between, gamma, lam))
@@ -122,13 +144,29 @@ def gae(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
         rivals = [*eager_and_compiled(looped, no_grad, plain, compiled=False),
                   *eager_and_compiled(masked, no_grad, padded(eager.gae_masked_loop, mask), compiled=False)]  # fmt: skip
     else:
-        plain, missing = padded(eager.gae_doubling), dict.fromkeys((looped, masked), f"not run beyond {MOST_STEPS} steps")
+        plain, missing = (
+            padded(eager.gae_doubling),
+            dict.fromkeys((looped, masked), f"not run beyond {MOST_STEPS} steps"),
+        )
         rivals = eager_and_compiled("scan by doubling", no_grad, plain, compiled=False)
-    truth, baseline = (torch.stack(plain(*(x.to(t) for x in inputs[0]))) for t in (torch.float64, torch.float32))
+    truth, baseline = (
+        torch.stack(plain(*(x.to(t) for x in inputs[0]))) for t in (torch.float64, torch.float32)
+    )
     contestants = [Contestant("fastalign", no_grad(fused), "ours"), *rivals, floor_line(floors.copy_each)]
     # Read rewards and values, write advantages and returns. What rounds is of the size of the largest sums.
     scale = torch.full_like(truth, float(truth.abs().max()))
-    return Case("gae", shape, inputs, 16 * tokens, contestants, truth, baseline, sample=torch.stack, scale=scale, missing=missing)
+    return Case(
+        "gae",
+        shape,
+        inputs,
+        16 * tokens,
+        contestants,
+        truth,
+        baseline,
+        sample=torch.stack,
+        scale=scale,
+        missing=missing,
+    )
 
 
 def policy_loss(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
@@ -150,7 +188,9 @@ def policy_loss(shape: Sequences, device: torch.device, cache_bytes: int) -> Cas
 
     logprobs, old, advantages, mask = inputs[0]
     truth, baseline = (
-        gradient_of(eager.ppo_loss)(logprobs.detach().to(t).requires_grad_(), old.to(t), advantages.to(t), mask)
+        gradient_of(eager.ppo_loss)(
+            logprobs.detach().to(t).requires_grad_(), old.to(t), advantages.to(t), mask
+        )
         for t in (torch.float64, torch.float32)
     )
     # Next to a bound the two precisions may disagree about whether it holds: such tokens say nothing.
@@ -164,5 +204,13 @@ def policy_loss(shape: Sequences, device: torch.device, cache_bytes: int) -> Cas
     # Read four tensors, write one gradient.
     scale = torch.full_like(truth[clear], float(truth.abs().max()))
     return Case(
-        "policy_loss", shape, inputs, 17 * tokens, contestants, truth[clear], baseline[clear], sample=lambda g: g[clear], scale=scale
+        "policy_loss",
+        shape,
+        inputs,
+        17 * tokens,
+        contestants,
+        truth[clear],
+        baseline[clear],
+        sample=lambda g: g[clear],
+        scale=scale,
     )

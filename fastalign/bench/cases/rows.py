@@ -10,20 +10,32 @@ from torch import Tensor
 import fastalign
 from fastalign import testing
 from fastalign.bench import eager, floors, measure
-from fastalign.bench.cases.case import Case, Contestant, backward_of, eager_and_compiled, floor_line, input_sets, no_grad
+from fastalign.bench.cases.case import (
+    Case,
+    Contestant,
+    backward_of,
+    eager_and_compiled,
+    floor_line,
+    input_sets,
+    no_grad,
+)
 from fastalign.bench.shapes import Rows
 
 SAMPLED_ROWS = 16  # rows whose results are compared with fp64
 
 
-def _row_inputs(shape: Rows, device: torch.device, cache_bytes: int) -> tuple[list[tuple[Tensor, Tensor]], int, Tensor]:
+def _row_inputs(
+    shape: Rows, device: torch.device, cache_bytes: int
+) -> tuple[list[tuple[Tensor, Tensor]], int, Tensor]:
     """([(logits, labels)], bytes of the logits, sampled rows)"""
     dtype = getattr(torch, shape.dtype)
     size = shape.rows * shape.vocab * dtype.itemsize
     generator = torch.Generator(device).manual_seed(0)
     inputs = []
     for _ in range(input_sets(size, cache_bytes)):
-        logits = torch.empty(shape.rows, shape.vocab, dtype=dtype, device=device).normal_(std=2.0, generator=generator)
+        logits = torch.empty(shape.rows, shape.vocab, dtype=dtype, device=device).normal_(
+            std=2.0, generator=generator
+        )
         inputs.append((logits, torch.randint(shape.vocab, (shape.rows,), device=device, generator=generator)))
     sampled = torch.linspace(0, shape.rows - 1, min(SAMPLED_ROWS, shape.rows), device=device).long()
     return inputs, size, sampled
@@ -45,7 +57,9 @@ def logprobs(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
         *eager_and_compiled("F.cross_entropy", no_grad, eager.cross_entropy),
         _read_only(),
     ]
-    return Case("token_logprobs", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[sampled])
+    return Case(
+        "token_logprobs", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[sampled]
+    )
 
 
 def logprobs_entropy(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
@@ -55,14 +69,26 @@ def logprobs_entropy(shape: Rows, device: torch.device, cache_bytes: int) -> Cas
         stats = fastalign.token_stats(logits, labels, outputs=("logprob", "entropy"))
         return torch.stack([stats.logprob, stats.entropy])
 
-    stats = [testing.token_stats_truth(inputs[0][0][sampled], inputs[0][1][sampled], dtype=t) for t in (torch.float64, torch.float32)]
+    stats = [
+        testing.token_stats_truth(inputs[0][0][sampled], inputs[0][1][sampled], dtype=t)
+        for t in (torch.float64, torch.float32)
+    ]
     truth, baseline = (torch.stack([s["logprob"], s["entropy"]]) for s in stats)
     contestants = [
         Contestant("fastalign", no_grad(both), "ours"),
         *eager_and_compiled("log_softmax, gather and -(p log p).sum", no_grad, eager.logprob_and_entropy),
         _read_only(),
     ]
-    return Case("token_logprobs_entropy", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[:, sampled])
+    return Case(
+        "token_logprobs_entropy",
+        shape,
+        inputs,
+        size,
+        contestants,
+        truth,
+        baseline,
+        sample=lambda x: x[:, sampled],
+    )
 
 
 def logprobs_backward(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
@@ -76,7 +102,12 @@ def logprobs_backward(shape: Rows, device: torch.device, cache_bytes: int) -> Ca
         value = testing.token_stats_truth(leaf, labels, dtype=dtype)["logprob"]
         grads.append(torch.autograd.grad(value, leaf, upstream[sampled].to(dtype))[0])
     contestants = [
-        Contestant("fastalign", backward_of(lambda x, y: fastalign.token_logprobs(x, y, inplace_backward=True)), "ours", overwrites=True),
+        Contestant(
+            "fastalign",
+            backward_of(lambda x, y: fastalign.token_logprobs(x, y, inplace_backward=True)),
+            "ours",
+            overwrites=True,
+        ),
         *eager_and_compiled("log_softmax.gather", backward_of, eager.log_softmax_gather, compiled=False),
         *eager_and_compiled("F.cross_entropy", backward_of, eager.cross_entropy),
         _read_only(),
@@ -84,11 +115,23 @@ def logprobs_backward(shape: Rows, device: torch.device, cache_bytes: int) -> Ca
     ]
     scale = testing.gradient_scale(logits, labels) * upstream[sampled].abs().double().unsqueeze(-1)
     # Read forward, read and write backward.
-    return Case("token_logprobs_backward", shape, inputs, 3 * size, contestants, *grads, sample=lambda x: x[sampled], scale=scale)
+    return Case(
+        "token_logprobs_backward",
+        shape,
+        inputs,
+        3 * size,
+        contestants,
+        *grads,
+        sample=lambda x: x[sampled],
+        scale=scale,
+    )
 
 
-def _kl_inputs(shape: Rows, device: torch.device, cache_bytes: int) -> tuple[list[tuple[Tensor, Tensor]], int, Tensor]:
-    """([(logits, reference logits)], bytes of both, sampled rows). The reference is near the policy, as in training."""
+def _kl_inputs(
+    shape: Rows, device: torch.device, cache_bytes: int
+) -> tuple[list[tuple[Tensor, Tensor]], int, Tensor]:
+    """([(logits, reference logits)], bytes of both, sampled rows). The reference is near the policy, as in
+    training."""
     rows, size, sampled = _row_inputs(shape, device, cache_bytes // 2)
     generator = torch.Generator(device).manual_seed(1)
     inputs = [(x, torch.empty_like(x).normal_(std=0.3, generator=generator).add_(x)) for x, _ in rows]
@@ -96,19 +139,27 @@ def _kl_inputs(shape: Rows, device: torch.device, cache_bytes: int) -> tuple[lis
 
 
 def _read_both() -> Contestant:
-    return Contestant("read only", lambda logits, ref, *rest: (measure.read(logits.detach()), measure.read(ref))[0], "read")
+    return Contestant(
+        "read only", lambda logits, ref, *rest: (measure.read(logits.detach()), measure.read(ref))[0], "read"
+    )
 
 
 def token_kl(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
     inputs, size, sampled = _kl_inputs(shape, device, cache_bytes)
-    truth, baseline = (eager.exact_kl(*(x[sampled].to(t) for x in inputs[0])) for t in (torch.float64, torch.float32))
+    truth, baseline = (
+        eager.exact_kl(*(x[sampled].to(t) for x in inputs[0])) for t in (torch.float64, torch.float32)
+    )
     contestants = [
         Contestant("fastalign", no_grad(fastalign.token_kl), "ours"),
         *eager_and_compiled("log_softmax in fp32, exp, difference, sum", no_grad, eager.exact_kl),
-        *eager_and_compiled("log_softmax, exp, difference, sum", no_grad, eager.exact_kl_rounded, compiled=False),
+        *eager_and_compiled(
+            "log_softmax, exp, difference, sum", no_grad, eager.exact_kl_rounded, compiled=False
+        ),
         _read_both(),
     ]
-    return Case("token_kl", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[sampled], read=2)
+    return Case(
+        "token_kl", shape, inputs, size, contestants, truth, baseline, sample=lambda x: x[sampled], read=2
+    )
 
 
 def token_kl_loss(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
@@ -126,7 +177,11 @@ def token_kl_loss(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
     grads = []
     for dtype in (torch.float64, torch.float32):
         leaf = inputs[0][0].detach()[sampled].to(dtype).requires_grad_()
-        grads.append(torch.autograd.grad((eager.exact_kl(leaf, inputs[0][1][sampled].to(dtype)) * coef[sampled]).sum(), leaf)[0])
+        grads.append(
+            torch.autograd.grad(
+                (eager.exact_kl(leaf, inputs[0][1][sampled].to(dtype)) * coef[sampled]).sum(), leaf
+            )[0]
+        )
     contestants = [
         Contestant("fastalign", fused, "ours", overwrites=True),
         *eager_and_compiled("log_softmax in fp32, exp, difference, sum", wrap, eager.exact_kl),
@@ -135,4 +190,14 @@ def token_kl_loss(shape: Rows, device: torch.device, cache_bytes: int) -> Case:
     ]
     # Read both, write one gradient.
     scale = torch.full_like(grads[0], float(grads[0].abs().max()))
-    return Case("token_kl_loss", shape, inputs, size // 2 * 3, contestants, *grads, sample=lambda x: x[sampled], scale=scale, read=2)
+    return Case(
+        "token_kl_loss",
+        shape,
+        inputs,
+        size // 2 * 3,
+        contestants,
+        *grads,
+        sample=lambda x: x[sampled],
+        scale=scale,
+        read=2,
+    )

@@ -9,7 +9,12 @@ from fastalign.runtime import ffi
 
 
 def gae_fwd(backend, a):
-    tokens, sequences, dtype, device = a.rewards.shape[0], a.cu_seqlens.shape[0] - 1, a.rewards.dtype, a.rewards.device
+    tokens, sequences, dtype, device = (
+        a.rewards.shape[0],
+        a.cu_seqlens.shape[0] - 1,
+        a.rewards.dtype,
+        a.rewards.device,
+    )
     advantages, returns = (ffi.empty((tokens,), dtype, device) for _ in range(2))
     moments = ffi.empty((MOMENT_WIDTH,), dtype, device)
     if sequences == 0:

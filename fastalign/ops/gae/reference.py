@@ -10,7 +10,9 @@ def gae_fwd(a):
     gamma = a.gamma if a.gamma_tensor is None else a.gamma_tensor
     lam = a.lam if a.lam_tensor is None else a.lam_tensor
     advantages, returns = torch.zeros_like(a.rewards), torch.zeros_like(a.rewards)
-    begin, end = (bound.long().clamp(0, a.rewards.shape[0]) for bound in (a.cu_seqlens[:-1], a.cu_seqlens[1:]))
+    begin, end = (
+        bound.long().clamp(0, a.rewards.shape[0]) for bound in (a.cu_seqlens[:-1], a.cu_seqlens[1:])
+    )
     next_value = torch.zeros_like(end, dtype=a.rewards.dtype) if a.bootstrap is None else a.bootstrap
     next_advantage = torch.zeros_like(next_value)
     for step in range(int((end - begin).max()) if end.numel() else 0):

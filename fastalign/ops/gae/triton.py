@@ -16,7 +16,15 @@ from fastalign.runtime import ffi
 
 TOKENS = 1024  # of a sequence, at a time
 PARTS = 256  # moments of sequences, at a time
-TENSORS = ["rewards", "values", "cu_seqlens", "mask", "bootstrap", "gamma_tensor", "lam_tensor"]  # their alignment compiles nothing anew
+TENSORS = [
+    "rewards",
+    "values",
+    "cu_seqlens",
+    "mask",
+    "bootstrap",
+    "gamma_tensor",
+    "lam_tensor",
+]  # their alignment compiles nothing anew
 
 
 @triton.jit
@@ -76,7 +84,13 @@ def gae_fwd_kernel(
     tl.debug_barrier()
     if last:
         all_count, all_mean, all_m2 = merge_parts(
-            parts + MOMENT_COUNT, MOMENT_WIDTH, parts + MOMENT_MEAN, parts + MOMENT_M2, MOMENT_WIDTH, sequences, PARTS
+            parts + MOMENT_COUNT,
+            MOMENT_WIDTH,
+            parts + MOMENT_MEAN,
+            parts + MOMENT_M2,
+            MOMENT_WIDTH,
+            sequences,
+            PARTS,
         )
         tl.store(moments + MOMENT_COUNT, all_count.to(tl.float32))
         tl.store(moments + MOMENT_MEAN, all_mean.to(tl.float32))
@@ -84,9 +98,17 @@ def gae_fwd_kernel(
 
 
 def gae_fwd(a):
-    tokens, sequences, dtype, device = a.rewards.shape[0], a.cu_seqlens.shape[0] - 1, a.rewards.dtype, a.rewards.device
+    tokens, sequences, dtype, device = (
+        a.rewards.shape[0],
+        a.cu_seqlens.shape[0] - 1,
+        a.rewards.dtype,
+        a.rewards.device,
+    )
     advantages, returns = (ffi.empty((tokens,), dtype, device) for _ in range(2))
-    moments, parts = ffi.empty((columns.MOMENT_WIDTH,), dtype, device), ffi.empty((sequences, columns.MOMENT_WIDTH), torch.float64, device)
+    moments, parts = (
+        ffi.empty((columns.MOMENT_WIDTH,), dtype, device),
+        ffi.empty((sequences, columns.MOMENT_WIDTH), torch.float64, device),
+    )
     if sequences == 0:
         return advantages, returns, moments.zero_()
     with ffi.triton_device(device):

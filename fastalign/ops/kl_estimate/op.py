@@ -25,7 +25,10 @@ kl_estimate_fwd = Op(
     "kl_estimate_fwd",
     KlEstimateFwd,
     "(Tensor, Tensor)",
-    lambda a: (torch.empty_like(a.logprobs), a.logprobs.new_empty(a.logprobs.shape[0] if a.with_slope else 0)),
+    lambda a: (
+        torch.empty_like(a.logprobs),
+        a.logprobs.new_empty(a.logprobs.shape[0] if a.with_slope else 0),
+    ),
     "kl_estimate",
     SCALAR_DTYPES,
     public=("kl_estimate",),

@@ -39,7 +39,9 @@ def _check_values(a: ListwiseFwd) -> None:
     check_cu_seqlens_values(a.list_offsets, a.sums.shape[0], name="list_offsets", total="sequences")
     sizes = a.list_offsets.diff()
     if sizes.numel() and int(sizes.max()) > MAX_LIST:
-        raise ValueError(f"list {int(sizes.argmax())} holds {int(sizes.max())} responses; legal: up to {MAX_LIST}")
+        raise ValueError(
+            f"list {int(sizes.argmax())} holds {int(sizes.max())} responses; legal: up to {MAX_LIST}"
+        )
     if not bool(torch.isfinite(a.scores).all()):
         where = int((~torch.isfinite(a.scores)).nonzero()[0])
         raise ValueError(f"scores[{where}] is {float(a.scores[where])}; legal: finite numbers")
@@ -47,7 +49,9 @@ def _check_values(a: ListwiseFwd) -> None:
 
 def _fake(a: ListwiseFwd) -> tuple[torch.Tensor, ...]:
     sequences, lists = a.sums.shape[0], a.list_offsets.shape[0] - 1
-    return tuple(a.sums.new_empty(s) for s in ((), (lists,), (sequences,), (sequences,), (lists, LIST_TABLE_WIDTH)))
+    return tuple(
+        a.sums.new_empty(s) for s in ((), (lists,), (sequences,), (sequences,), (lists, LIST_TABLE_WIDTH))
+    )
 
 
 listwise_fwd = Op(
@@ -75,7 +79,11 @@ def _sequence_grad(grad, slopes, list_offsets):
     """Gradient of every sequence's sum: its slope times the upstream gradient, which may be one per list."""
     if grad.dim():
         numbers = torch.arange(slopes.shape[0], device=slopes.device, dtype=torch.int32)
-        grad = grad[torch.searchsorted(list_offsets[1:].contiguous(), numbers, right=True).clamp(max=max(grad.shape[0] - 1, 0))]
+        grad = grad[
+            torch.searchsorted(list_offsets[1:].contiguous(), numbers, right=True).clamp(
+                max=max(grad.shape[0] - 1, 0)
+            )
+        ]
     return times_slope(grad, slopes)
 
 
@@ -85,10 +93,24 @@ class ListwiseFunction(Function):
     names = "listwise_loss"
 
     @staticmethod
-    def forward(ctx, logprobs, ref_logprobs, cu_seqlens, mask, list_offsets, scores, given: ListTensors, pair, params, count):
+    def forward(
+        ctx,
+        logprobs,
+        ref_logprobs,
+        cu_seqlens,
+        mask,
+        list_offsets,
+        scores,
+        given: ListTensors,
+        pair,
+        params,
+        count,
+    ):
         # Pairs (0, 1), (2, 3), ... visit every sequence once; behind the last one stands an empty one, for
         # odd counts.
-        tokens = PairTokens(logprobs, ref_logprobs, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), None, mask)
+        tokens = PairTokens(
+            logprobs, ref_logprobs, None, torch.cat([cu_seqlens, cu_seqlens[-1:]]), None, mask
+        )
         *_, sums = preference_fwd(PreferenceFwd(tokens, None, PairTensors(), pair, (count + 1) // 2, False))
         sums = sums.flatten(0, 1)[:count]
         value, slopes, rewards, table = _evaluate(ListwiseFwd(sums, list_offsets, scores, given, params))

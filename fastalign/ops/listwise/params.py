@@ -1,4 +1,5 @@
-"""What the list kernel is told by number: a preset\'s numbers in order. The codes among them: ops/columns.py."""
+"""What the list kernel is told by number: a preset\'s numbers in order. The codes among them:
+ops/columns.py."""
 
 from __future__ import annotations
 

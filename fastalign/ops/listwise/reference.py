@@ -54,7 +54,9 @@ def evaluate_lists(p, s, r, live):
     both = live.unsqueeze(2) & live.unsqueeze(1)
     above = both & (r.unsqueeze(2) > r.unsqueeze(1))  # [L, i, j]: i has the higher score
     index = torch.arange(s.shape[1], device=s.device)
-    in_order = above | (both & (r.unsqueeze(2) == r.unsqueeze(1)) & (index.unsqueeze(1) <= index))  # i is ranked before j, or is j
+    in_order = above | (
+        both & (r.unsqueeze(2) == r.unsqueeze(1)) & (index.unsqueeze(1) <= index)
+    )  # i is ranked before j, or is j
     s_i, s_j = s.unsqueeze(2).expand(both.shape), s.unsqueeze(1).expand(both.shape)
     if p.kind == PLACKETT_LUCE:
         tail = _logsumexp(s_j, in_order)
@@ -69,7 +71,9 @@ def evaluate_lists(p, s, r, live):
         z = keep(s_j * factor, member)
         lse = _logsumexp(z, member)
         has_term = live & (own > 0)
-        share = torch.where(member & has_term.unsqueeze(2), torch.exp(z - lse.unsqueeze(2)), torch.zeros_like(z))
+        share = torch.where(
+            member & has_term.unsqueeze(2), torch.exp(z - lse.unsqueeze(2)), torch.zeros_like(z)
+        )
         return total(lse - s * own, has_term), keep((share * factor).sum(1) - keep(own, has_term))
     if p.kind == PAIRWISE:
         gain = torch.ones_like(s_i)
@@ -77,10 +81,14 @@ def evaluate_lists(p, s, r, live):
             higher = both & ((s_j > s_i) | ((s_j == s_i) & (index < index.unsqueeze(1))))
             discount = 1.0 / torch.log1p(1.0 + higher.sum(-1).to(s.dtype))
             label = torch.exp2(r)
-            gain = (label.unsqueeze(2) - label.unsqueeze(1)).abs() * (discount.unsqueeze(2) - discount.unsqueeze(1)).abs()
+            gain = (label.unsqueeze(2) - label.unsqueeze(1)).abs() * (
+                discount.unsqueeze(2) - discount.unsqueeze(1)
+            ).abs()
         value, slope = link(p.link, s_i - s_j, p.target, 1.0, torch.full_like(s_i, 0.5))
         value, slope = keep(gain * value, above), keep(gain * slope, above)
-        norm = torch.clamp(above.sum((1, 2)), min=1).to(s.dtype) if p.pair_mean else torch.ones_like(zero[:, 0])
+        norm = (
+            torch.clamp(above.sum((1, 2)), min=1).to(s.dtype) if p.pair_mean else torch.ones_like(zero[:, 0])
+        )
         return value.sum((1, 2)) / norm, (slope.sum(2) - slope.sum(1)) / norm.unsqueeze(1)
     scaled = r / p.reward_temperature
     log_p = scaled - _logsumexp(scaled, live).unsqueeze(1)
@@ -98,7 +106,7 @@ def evaluate_lists(p, s, r, live):
     return value, keep(q * (gap - value.unsqueeze(1)))
 
 
-def _at_least_one(x):
+def _one_if_zero(x):
     return torch.where(x > 0, x, torch.ones_like(x))
 
 
@@ -118,7 +126,11 @@ def listwise_fwd(a):
 
     policy, ratio, length = (pick(a.sums[:, c]) for c in (SUM_POLICY, SUM_RATIO, SUM_LENGTH))
     r = pick(a.scores)
-    beta = torch.full_like(ratio[:, :1], p.beta) if given.beta is None else given.beta.reshape(-1, 1).expand(lists, 1)
+    beta = (
+        torch.full_like(ratio[:, :1], p.beta)
+        if given.beta is None
+        else given.beta.reshape(-1, 1).expand(lists, 1)
+    )
     norm = torch.clamp(length, min=1.0) ** p.length_norm if p.length_norm else torch.ones_like(length)
     s = beta * (ratio / norm)
     value, slope = evaluate_lists(p, s, r, live)
@@ -144,16 +156,26 @@ def listwise_fwd(a):
     ok = ok | broken
     local = ok.to(value.dtype).sum()
     items = local if given.num_items is None else given.num_items
-    sft_tokens = torch.where(ok, tokens, torch.zeros_like(tokens)).sum() if given.num_sft_tokens is None else given.num_sft_tokens
-    norm = _at_least_one(items) if p.reduction == MEAN else torch.ones_like(local)
+    sft_tokens = (
+        torch.where(ok, tokens, torch.zeros_like(tokens)).sum()
+        if given.num_sft_tokens is None
+        else given.num_sft_tokens
+    )
+    norm = _one_if_zero(items) if p.reduction == MEAN else torch.ones_like(local)
     if p.sft_norm == TOKEN_MEAN_GLOBAL:
-        sft_norm = _at_least_one(sft_tokens) + torch.zeros_like(tokens)
+        sft_norm = _one_if_zero(sft_tokens) + torch.zeros_like(tokens)
     else:
-        sft_norm = _at_least_one(items) * (_at_least_one(tokens) if p.sft_norm == SEQ_MEAN else torch.ones_like(tokens))
+        sft_norm = _one_if_zero(items) * (
+            _one_if_zero(tokens) if p.sft_norm == SEQ_MEAN else torch.ones_like(tokens)
+        )
     if p.reduction != MEAN:
-        sft_norm = sft_norm / _at_least_one(local)
+        sft_norm = sft_norm / _one_if_zero(local)
     zero = torch.zeros_like(value)
-    factor = p.sft_weight * torch.clamp(count - 1, min=0).to(value.dtype) ** p.sft_power / sft_norm if p.sft_weight else zero
+    factor = (
+        p.sft_weight * torch.clamp(count - 1, min=0).to(value.dtype) ** p.sft_power / sft_norm
+        if p.sft_weight
+        else zero
+    )
     nll = torch.where(ok, -factor * best_sum, zero) if p.sft_weight else zero
     term = torch.where(ok, value / norm, zero)
     slope = slope / norm - torch.where(at_best, factor.unsqueeze(1), torch.zeros_like(slope))

@@ -32,7 +32,7 @@ from fastalign.ops.math.columns import (
 )
 from fastalign.ops.math.list import all_finite, evaluate_list
 from fastalign.ops.math.params import kernel_params
-from fastalign.ops.math.scalar import at_least_one, div, is_finite, power
+from fastalign.ops.math.scalar import div, is_finite, one_if_zero, power
 from fastalign.runtime import ffi
 
 BLOCK = 256  # sequences or lists that the last program looks at together
@@ -43,7 +43,10 @@ def _bounds(list_offsets, lists, sequences, n, live):
     """First sequence and number of responses of lists n; -1 responses where the list does not lie inside, is
     too long, or is the first (the last) and leaves out sequences. The values of list_offsets cannot be
     checked without a synchronisation."""
-    begin, end = tl.load(list_offsets + n, mask=live, other=0), tl.load(list_offsets + n + 1, mask=live, other=0)
+    begin, end = (
+        tl.load(list_offsets + n, mask=live, other=0),
+        tl.load(list_offsets + n + 1, mask=live, other=0),
+    )
     good = (begin >= 0) & (end >= begin) & (end <= sequences) & (end - begin <= MAX_LIST)
     good = good & ((n > 0) | (begin == 0)) & ((n < lists - 1) | (end == sequences))
     return begin, tl.where(good, end - begin, -1)
@@ -51,7 +54,11 @@ def _bounds(list_offsets, lists, sequences, n, live):
 
 @triton.jit
 def _sft_weight(p, count):
-    return p.sft_weight * power(at_least_one(count - 1.0), p.sft_power) * tl.where((count > 1) | (p.sft_power == 0), 1.0, 0.0)
+    return (
+        p.sft_weight
+        * power(one_if_zero(count - 1.0), p.sft_power)
+        * tl.where((count > 1) | (p.sft_power == 0), 1.0, 0.0)
+    )
 
 
 class Results(NamedTuple):
@@ -65,7 +72,17 @@ class Results(NamedTuple):
 
 # Neither sizes nor alignments compile anything anew; which tensors are given, and the kind of the loss, do.
 SIZES = ["beta_stride", "sequences", "lists"]
-TENSORS = ["sums", "list_offsets", "scores", *ListTensors._fields, "loss", "list_loss", "slopes", "rewards", "table"]
+TENSORS = [
+    "sums",
+    "list_offsets",
+    "scores",
+    *ListTensors._fields,
+    "loss",
+    "list_loss",
+    "slopes",
+    "rewards",
+    "table",
+]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
@@ -77,9 +94,13 @@ def listwise_fwd_kernel(
     n = tl.program_id(0)
     begin, count = _bounds(list_offsets, lists, sequences, n, True)
     row, i = table + n.to(tl.int64) * LIST_TABLE_WIDTH, tl.arange(0, K)
-    if count < 0:  # it must count, or its NaN would be dropped. Such lists and their neighbours together write every sequence.
+    if (
+        count < 0
+    ):  # it must count, or its NaN would be dropped. Such lists and their neighbours together write every sequence.
         first = tl.where(n == 0, 0, tl.minimum(tl.maximum(begin, 0), sequences))
-        last = tl.where(n == lists - 1, sequences, tl.minimum(tl.maximum(tl.load(list_offsets + n + 1), 0), sequences))
+        last = tl.where(
+            n == lists - 1, sequences, tl.minimum(tl.maximum(tl.load(list_offsets + n + 1), 0), sequences)
+        )
         for start in range(first, last, K):
             tl.store(slopes + start + i, float("nan"), mask=start + i < last)
             tl.store(rewards + start + i, float("nan"), mask=start + i < last)
@@ -89,7 +110,10 @@ def listwise_fwd_kernel(
     else:
         live, at = i < count, begin + i
         of = sums + at * SUM_WIDTH
-        policy, ratio = tl.load(of + SUM_POLICY, mask=live, other=0.0), tl.load(of + SUM_RATIO, mask=live, other=0.0)
+        policy, ratio = (
+            tl.load(of + SUM_POLICY, mask=live, other=0.0),
+            tl.load(of + SUM_RATIO, mask=live, other=0.0),
+        )
         length, r = tl.load(of + SUM_LENGTH, mask=live, other=0.0), tl.load(scores + at, mask=live, other=0.0)
         b = p.beta
         if beta is not None:
@@ -100,7 +124,9 @@ def listwise_fwd_kernel(
         best = tl.argmax(tl.where(live, r, float("-inf")), 0)
         lowest = tl.min(tl.where(live, r, float("inf")), 0)
         worst = tl.max(tl.where(live & (r == lowest), i, 0), 0)
-        values, slope, pairs, correct, margin = evaluate_list(p.kind, p.link, p.pair_gain, s, r, live, p.target, p.reward_temperature)
+        values, slope, pairs, correct, margin = evaluate_list(
+            p.kind, p.link, p.pair_gain, s, r, live, p.target, p.reward_temperature
+        )
         all_pairs = tl.sum(pairs, 0)
         scale = div(p.list_weight, tl.maximum(all_pairs, 1.0)) if p.pair_mean else p.list_weight
         bad = tl.where(all_finite(r, live), 0.0, float("nan"))
@@ -144,17 +170,23 @@ def _normalise(sums, list_offsets, num_items, num_sft_tokens, out, sequences, li
         kept = live & (tl.load(row + LIST_VALID, mask=live, other=0.0) > 0)
         best = begin + tl.load(row + LIST_BEST, mask=live, other=0.0).to(tl.int32)
         lists_here += kept.to(tl.int32)
-        tokens_here += tl.load(sums + best.to(tl.int64) * SUM_WIDTH + SUM_LENGTH, mask=kept & (count > 0), other=0.0)
+        tokens_here += tl.load(
+            sums + best.to(tl.int64) * SUM_WIDTH + SUM_LENGTH, mask=kept & (count > 0), other=0.0
+        )
     local = tl.sum(lists_here, 0).to(tl.float32)
     items, tokens = local, tl.sum(tokens_here, 0)
     if num_items is not None:
         items = tl.load(num_items)
     if num_sft_tokens is not None:
         tokens = tl.load(num_sft_tokens)
-    norm = at_least_one(items) if p.reduction == MEAN else 1.0
+    norm = one_if_zero(items) if p.reduction == MEAN else 1.0
     for start in range(0, sequences, BLOCK):
         at = start + lane
-        tl.store(out.slopes + at, div(tl.load(out.slopes + at, mask=at < sequences, other=0.0), norm), mask=at < sequences)
+        tl.store(
+            out.slopes + at,
+            div(tl.load(out.slopes + at, mask=at < sequences, other=0.0), norm),
+            mask=at < sequences,
+        )
     tl.debug_barrier()  # the best responses' slopes are changed below, by other threads
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, lists, BLOCK):
@@ -165,11 +197,15 @@ def _normalise(sums, list_offsets, num_items, num_sft_tokens, out, sequences, li
         kept = live & (tl.load(row + LIST_VALID, mask=live, other=0.0) > 0)
         best = begin + tl.load(row + LIST_BEST, mask=live, other=0.0).to(tl.int32)
         with_best = kept & (count > 0)
-        divisor = tl.zeros([BLOCK], tl.float32) + (at_least_one(tokens) if p.sft_norm == TOKEN_MEAN_GLOBAL else at_least_one(items))
+        divisor = tl.zeros([BLOCK], tl.float32) + (
+            one_if_zero(tokens) if p.sft_norm == TOKEN_MEAN_GLOBAL else one_if_zero(items)
+        )
         if p.sft_norm == SEQ_MEAN:
-            divisor *= at_least_one(tl.load(sums + best.to(tl.int64) * SUM_WIDTH + SUM_LENGTH, mask=with_best, other=0.0))
+            divisor *= one_if_zero(
+                tl.load(sums + best.to(tl.int64) * SUM_WIDTH + SUM_LENGTH, mask=with_best, other=0.0)
+            )
         if p.reduction != MEAN:
-            divisor = div(divisor, at_least_one(local))
+            divisor = div(divisor, one_if_zero(local))
         term = tl.where(kept, div(tl.load(row + LIST_TERM, mask=live, other=0.0), norm), 0.0)
         nll = tl.where(kept, div(tl.load(row + LIST_NLL, mask=live, other=0.0), divisor), 0.0)
         weight = div(_sft_weight(p, count.to(tl.float32)), divisor)

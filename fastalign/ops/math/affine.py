@@ -1,4 +1,5 @@
-"""csrc/math/affine.h as @triton.jit functions: the affine maps that GAE composes; the rules of scalar.py hold."""
+"""csrc/math/affine.h as @triton.jit functions: the affine maps that GAE composes; the rules of scalar.py
+hold."""
 
 import triton
 import triton.language as tl  # noqa: F401 (the interpreter looks for it in the module of every function)
@@ -8,7 +9,8 @@ from fastalign.ops.math.scalar import fma
 
 @triton.jit
 def compose(inner_a, inner_b, outer_a, outer_b):
-    """The map outer(inner(x)) of x -> a x + b; in the order of a forward scan, which has the inner one first."""
+    """The map outer(inner(x)) of x -> a x + b; in the order of a forward scan, which has the inner one
+    first."""
     return inner_a * outer_a, fma(outer_a, inner_b, outer_b)
 
 

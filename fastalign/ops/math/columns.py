@@ -5,4 +5,10 @@ import triton.language as tl
 
 from fastalign.ops import columns
 
-globals().update({name: tl.constexpr(value) for name, value in vars(columns).items() if name.isupper() and isinstance(value, int)})
+globals().update(
+    {
+        name: tl.constexpr(value)
+        for name, value in vars(columns).items()
+        if name.isupper() and isinstance(value, int)
+    }
+)

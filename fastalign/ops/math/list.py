@@ -23,7 +23,9 @@ def logsumexp(x, where):
 
 
 @triton.jit
-def evaluate_list(KIND: tl.constexpr, LINK: tl.constexpr, GAIN: tl.constexpr, s, r, live, target, temperature):
+def evaluate_list(
+    KIND: tl.constexpr, LINK: tl.constexpr, GAIN: tl.constexpr, s, r, live, target, temperature
+):
     """The responses' shares of the term [K] and d term / d s [K], before list_weight and the division of
     pair_mean; and for the metrics the number of pairs of each response with the ones of a lower score, how
     many of them are right, and their differences of s."""
@@ -31,12 +33,17 @@ def evaluate_list(KIND: tl.constexpr, LINK: tl.constexpr, GAIN: tl.constexpr, s,
     s_i, s_j, r_i, r_j = s[:, None], s[None, :], r[:, None], r[None, :]
     both = live[:, None] & live[None, :]
     above = both & (r_i > r_j)
-    pairs, correct = tl.sum(above.to(tl.int32), 1).to(tl.float32), tl.sum((above & (s_i > s_j)).to(tl.int32), 1).to(tl.float32)
+    pairs, correct = (
+        tl.sum(above.to(tl.int32), 1).to(tl.float32),
+        tl.sum((above & (s_i > s_j)).to(tl.int32), 1).to(tl.float32),
+    )
     margin = tl.sum(tl.where(above, s_i - s_j, 0.0), 1)
     if KIND == PAIRWISE:
         value, slope = link(LINK, s_i - s_j, target, 1.0, tl.zeros_like(s_i - s_j) + 0.5)
         if GAIN == GAIN_LAMBDA:
-            rank = 1 + tl.sum((both & ((s_j > s_i) | ((s_j == s_i) & (k[None, :] < k[:, None])))).to(tl.int32), 1)
+            rank = 1 + tl.sum(
+                (both & ((s_j > s_i) | ((s_j == s_i) & (k[None, :] < k[:, None])))).to(tl.int32), 1
+            )
             discount = div(1.0, log1p(rank.to(tl.float32)))
             label = tl.exp2(r)
             gain = tl.abs(label[:, None] - label[None, :]) * tl.abs(discount[:, None] - discount[None, :])

@@ -36,7 +36,11 @@ def merge_parts(counts, count_stride, means, m2s, stride, parts, BLOCK: tl.const
     """Count, mean and m2 of all parts, in index order, in fp64. Part i's numbers lie at counts + i
     count_stride, means + i stride, m2s + i stride."""
     lane = tl.arange(0, BLOCK)
-    n, weighted, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    n, weighted, squares = (
+        tl.zeros([BLOCK], tl.float64),
+        tl.zeros([BLOCK], tl.float64),
+        tl.zeros([BLOCK], tl.float64),
+    )
     for start in range(0, parts, BLOCK):
         i, inside = start + lane, start + lane < parts
         count = tl.load(counts + i * count_stride, mask=inside, other=0.0).to(tl.float64)
@@ -47,6 +51,9 @@ def merge_parts(counts, count_stride, means, m2s, stride, parts, BLOCK: tl.const
     for start in range(0, parts, BLOCK):
         i, inside = start + lane, start + lane < parts
         count = tl.load(counts + i * count_stride, mask=inside, other=0.0).to(tl.float64)
-        mean, m2 = tl.load(means + i * stride, mask=inside, other=0.0), tl.load(m2s + i * stride, mask=inside, other=0.0)
+        mean, m2 = (
+            tl.load(means + i * stride, mask=inside, other=0.0),
+            tl.load(m2s + i * stride, mask=inside, other=0.0),
+        )
         squares += moved_m2(count, mean, m2, center)
     return all_count, center, tl.sum(squares, 0)

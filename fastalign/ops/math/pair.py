@@ -89,7 +89,16 @@ def link(KIND: tl.constexpr, h, t, tau, prob):
 
 
 @triton.jit
-def weigh_labels(LINK: tl.constexpr, LABELS: tl.constexpr, LABEL_ENTROPY: tl.constexpr, h, target, tau, soft, label_smoothing):
+def weigh_labels(
+    LINK: tl.constexpr,
+    LABELS: tl.constexpr,
+    LABEL_ENTROPY: tl.constexpr,
+    h,
+    target,
+    tau,
+    soft,
+    label_smoothing,
+):
     """The pair term c_pos f(h) + c_neg f(-h) and its slope; labels: hard, smooth, robust, soft. Exo takes the
     label as its target instead."""
     value, slope = link(LINK, h, target, tau, soft)
@@ -142,7 +151,10 @@ def evaluate_pair(win, lose, x, p):
     pair, its slopes in (win.ratio, lose.ratio, win.kl, lose.kl), the two rewards and the logit; before the
     normalisers."""
     beta_l = tl.where(p.beta_rejected == p.beta_rejected, p.beta_rejected, x.beta)  # NaN: the same as beta
-    norm_w, norm_l = power(tl.maximum(win.length, 1.0), p.length_norm), power(tl.maximum(lose.length, 1.0), p.length_norm)
+    norm_w, norm_l = (
+        power(tl.maximum(win.length, 1.0), p.length_norm),
+        power(tl.maximum(lose.length, 1.0), p.length_norm),
+    )
     a_w, a_l = div(win.ratio, norm_w), div(lose.ratio, norm_l)
     g_w, dg_w = transform(p.transform, a_w, p.transform_alpha)
     g_l, dg_l = transform(p.transform, a_l, p.transform_alpha)
@@ -156,7 +168,10 @@ def evaluate_pair(win, lose, x, p):
 
     soft = x.soft_label if p.labels == SOFT else tl.zeros_like(h) + (1.0 - p.label_smoothing)
     loss, dh = weigh_labels(p.link, p.labels, p.label_entropy, h, x.target, p.tau, soft, p.label_smoothing)
-    loss, dh = tl.where(p.pair_weight != 0.0, loss * p.pair_weight, 0.0), tl.where(p.pair_weight != 0.0, dh * p.pair_weight, 0.0)
+    loss, dh = (
+        tl.where(p.pair_weight != 0.0, loss * p.pair_weight, 0.0),
+        tl.where(p.pair_weight != 0.0, dh * p.pair_weight, 0.0),
+    )
     slope_w, slope_l = dh * x.beta * dg_w, -dh * beta_l * dg_l
     slope_w += tl.where(p.pos_penalty != 0.0, tl.where(a_w < 0, dh * x.beta * p.pos_penalty, 0.0), 0.0)
 
@@ -166,8 +181,12 @@ def evaluate_pair(win, lose, x, p):
         t_w = x.soft_label - 0.5 if p.point_soft_target else p.point_target
         t_l = 0.5 - x.soft_label if p.point_soft_target else p.point_target
         prob = tl.zeros_like(h) + (1.0 - p.label_smoothing)
-        value_w, du_w = point_term(p.point_link, beta_pt * g_w - x.anchor, t_w, p.tau, prob, p.chosen_pos, p.chosen_neg)
-        value_l, du_l = point_term(p.point_link, beta_pt * g_l - x.anchor, t_l, p.tau, prob, p.rejected_pos, p.rejected_neg)
+        value_w, du_w = point_term(
+            p.point_link, beta_pt * g_w - x.anchor, t_w, p.tau, prob, p.chosen_pos, p.chosen_neg
+        )
+        value_l, du_l = point_term(
+            p.point_link, beta_pt * g_l - x.anchor, t_l, p.tau, prob, p.rejected_pos, p.rejected_neg
+        )
         loss += scale * value_w + scale * value_l
         slope_w += scale * du_w * beta_pt * dg_w
         slope_l += scale * du_l * beta_pt * dg_l

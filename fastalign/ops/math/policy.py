@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from fastalign.ops.math.columns import CISPO, GMPO, K3, K3_PLUS, REINFORCE, SAPO, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM_NORM, VESPO
+from fastalign.ops.math.columns import (
+    CISPO,
+    GMPO,
+    K3,
+    K3_PLUS,
+    REINFORCE,
+    SAPO,
+    SEQ_MEAN_TOKEN_MEAN,
+    SEQ_MEAN_TOKEN_SUM_NORM,
+    VESPO,
+)
 from fastalign.ops.math.scalar import div, exp, kl_estimate, sigmoid
 
 
@@ -28,7 +38,11 @@ def sequence_term(p, lr, advantage):
     if p.surrogate == VESPO:
         term = clamp(lr, -20.0, 20.0)
     elif p.surrogate == GMPO:
-        term = tl.where(advantage > 0, tl.where(lr > p.ratio_max, p.ratio_max, lr), tl.where(lr < p.ratio_min, p.ratio_min, lr))
+        term = tl.where(
+            advantage > 0,
+            tl.where(lr > p.ratio_max, p.ratio_max, lr),
+            tl.where(lr < p.ratio_min, p.ratio_min, lr),
+        )
     else:
         term = lr
     return term
@@ -58,7 +72,11 @@ def surrogate(p, logprob, lr, log_rho, rho, a):
         phi = exp(lam + k * log_rho - lam * rho)
         value, slope = -phi * a * logprob, -phi * a
     else:
-        low, high, dual = negative & (rho < p.ratio_min), positive & (rho > p.ratio_max), negative & (rho > p.dual_clip)
+        low, high, dual = (
+            negative & (rho < p.ratio_min),
+            positive & (rho > p.ratio_max),
+            negative & (rho > p.dual_clip),
+        )
         held = tl.where(dual, p.dual_clip, tl.where(high, p.ratio_max, tl.where(low, p.ratio_min, rho)))
         value, slope = -a * held, tl.where(low | high | dual, 0.0, -a * rho)
     return value, slope, low, high, dual

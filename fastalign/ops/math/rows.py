@@ -60,7 +60,13 @@ def load_state(p):
 @triton.jit
 def load_ref_state(p):
     """The reference part of it."""
-    return RefState(tl.load(p + COL_REF_M), tl.load(p + COL_REF_S0), tl.load(p + COL_T), tl.load(p + COL_TR), tl.load(p + COL_REF_UMAX))
+    return RefState(
+        tl.load(p + COL_REF_M),
+        tl.load(p + COL_REF_S0),
+        tl.load(p + COL_T),
+        tl.load(p + COL_TR),
+        tl.load(p + COL_REF_UMAX),
+    )
 
 
 @triton.jit
@@ -115,7 +121,9 @@ def merge(a, b):
     s2 = a.s2 * fa * fa + b.s2 * fb * fb
     umax = tl.where(b.umax > a.umax, b.umax, a.umax)
     # Of finished states: umax will not do, as large logits are equal after tanh.
-    take_b = (b.largest > a.largest) | ((b.largest == a.largest) & (b.top >= 0) & ((a.top < 0) | (b.top < a.top)))
+    take_b = (b.largest > a.largest) | (
+        (b.largest == a.largest) & (b.top >= 0) & ((a.top < 0) | (b.top < a.top))
+    )
     top, largest = tl.where(take_b, b.top, a.top), tl.where(take_b, b.largest, a.largest)
     return RowState(m, s0, s1, s2, a.sz + b.sz, umax, top, largest)
 
@@ -183,7 +191,9 @@ def merge_stored_ref(a, ra, b, rb):
     ma, mb = _set_apart(a.m, a.umax, b.m, b.umax)
     rma, rmb = _set_apart(ra.m, ra.umax, rb.m, rb.umax)
     r = merge_ref(tl.where(ma > mb, ma, mb), _at(a, ma), _ref_at(ra, rma), _at(b, mb), _ref_at(rb, rmb))
-    umax = tl.where((rma == rmb) & (r.umax == 0), rb.umax, r.umax)  # m is -inf of a far row's and an empty one's
+    umax = tl.where(
+        (rma == rmb) & (r.umax == 0), rb.umax, r.umax
+    )  # m is -inf of a far row's and an empty one's
     return RefState(tl.where(ra.m > rb.m, ra.m, rb.m), r.s0, r.t, r.tr, umax)
 
 
@@ -212,7 +222,9 @@ def row_bits(u, m, umax, c):
 @triton.jit
 def row_logprob(m, s0, umax, target_u, c):
     d = fma(target_u, c, -m)
-    lp = tl.where(tl.exp2(d) == s0, 0.0, fma(d, LN2, -tl.log(s0)))  # exactly 0 where the label has all the mass
+    lp = tl.where(
+        tl.exp2(d) == s0, 0.0, fma(d, LN2, -tl.log(s0))
+    )  # exactly 0 where the label has all the mass
     lp = tl.where(is_far(umax, c), (0.5 * target_u - 0.5 * umax) * (c * LN2) * 2.0 - tl.log(s0), lp)
     return tl.where(lp > 0, 0.0, lp)
 

@@ -53,7 +53,9 @@ def exp(x):
 @triton.jit
 def expm1(x):
     # The Taylor series where exp(x) - 1 would cancel; the ninth term is below half an ulp at 1/2.
-    r = 1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320)))))))
+    r = 1.0 + x * (
+        1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320))))))
+    )
     return tl.where(tl.abs(x) < 0.5, x * r, exp(x) - 1.0)
 
 
@@ -63,7 +65,9 @@ def log1p(x):
     # harmless.
     s = div(x, 2.0 + x)
     q = s * s
-    r = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
+    r = 1.0 + q * (
+        1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15))))))
+    )
     return tl.where(tl.abs(x) < 0.5, 2.0 * s * r, tl.log(1.0 + x))
 
 
@@ -76,7 +80,11 @@ def tanh(x):
     q = a * a
     p = q * (
         -0.33333298563957214
-        + q * (0.13331924378871918 + q * (-0.053783826529979706 + q * (0.02079596184194088 + q * -0.005895147565752268)))
+        + q
+        * (
+            0.13331924378871918
+            + q * (-0.053783826529979706 + q * (0.02079596184194088 + q * -0.005895147565752268))
+        )
     )
     t = tl.where(a < 0.6, fma(a, p, a), 1.0 - 2.0 / (tl.exp2(a * 2.885390081777927) + 1.0))
     return tl.where(x < 0, -t, t)
@@ -145,5 +153,5 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def at_least_one(x):
+def one_if_zero(x):
     return tl.where(x > 0, x, 1.0)

@@ -8,7 +8,8 @@ from fastalign.runtime import ffi
 
 
 def _scratch(backend, like, cu_seqlens, width):
-    """Segments, and for CUDA a row of statistics for each, with two doubles for each of its moments, and the counter of the last block."""
+    """Segments, and for CUDA a row of statistics for each, with two doubles for each of its moments, and the
+    counter of the last block."""
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     segments = -(-like.shape[0] // POLICY_TILE) if cu_seqlens is None else sequences
     if backend == "cpu":
@@ -25,7 +26,10 @@ def nothing(stats):
 def policy_fwd(backend, a):
     tokens, dtype, device = a.logprobs.shape[0], a.logprobs.dtype, a.logprobs.device
     loss, stats = ffi.empty((), dtype, device), ffi.empty((len(STATS),), dtype, device)
-    slopes, entropy_slopes = ffi.empty((tokens,), dtype, device), ffi.empty((tokens if a.with_entropy_grad else 0,), dtype, device)
+    slopes, entropy_slopes = (
+        ffi.empty((tokens,), dtype, device),
+        ffi.empty((tokens if a.with_entropy_grad else 0,), dtype, device),
+    )
     sequences, rows, counter = _scratch(backend, a.logprobs, a.cu_seqlens, len(STATS) + 4 * len(MOMENTS))
     if tokens == 0:
         return loss.zero_(), slopes, entropy_slopes, nothing(stats)
@@ -42,7 +46,9 @@ def policy_fwd(backend, a):
 def value_fwd(backend, a):
     tokens, dtype, device = a.values.shape[0], a.values.dtype, a.values.device
     loss, slopes, stats = (ffi.empty(shape, dtype, device) for shape in ((), (tokens,), (len(VALUE_STATS),)))
-    sequences, rows, counter = _scratch(backend, a.values, a.cu_seqlens, len(VALUE_STATS) + 4 * len(VALUE_MOMENTS))
+    sequences, rows, counter = _scratch(
+        backend, a.values, a.cu_seqlens, len(VALUE_STATS) + 4 * len(VALUE_MOMENTS)
+    )
     if tokens == 0:
         return loss.zero_(), slopes, nothing(stats)
     ffi.launch(backend, "value_fwd", a.values, (
@@ -55,7 +61,9 @@ def value_fwd(backend, a):
 
 def policy_bwd(backend, a):
     tokens = a.slopes.shape[0]
-    d_logprobs, d_entropy = (ffi.empty(tuple(x.shape), x.dtype, x.device) for x in (a.slopes, a.entropy_slopes))
+    d_logprobs, d_entropy = (
+        ffi.empty(tuple(x.shape), x.dtype, x.device) for x in (a.slopes, a.entropy_slopes)
+    )
     if tokens:
         ffi.launch(backend, "policy_bwd", a.slopes, (
             ffi.ptr(a.grad), ffi.ptr(a.slopes), ffi.ptr(a.entropy_slopes), ffi.ptr(a.stats), tokens,

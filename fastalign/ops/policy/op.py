@@ -70,7 +70,10 @@ def _policy_rules(a: PolicyFwd) -> None:
     )
     for name, tensor, per_sequence in given:
         count = sequences if per_sequence else a.logprobs.shape[0]
-        refuse(tensor is not None and tensor.shape[0] != count, f"{name} does not hold the values that the parameters ask for")
+        refuse(
+            tensor is not None and tensor.shape[0] != count,
+            f"{name} does not hold the values that the parameters ask for",
+        )
 
 
 def _bwd_rules(a: PolicyBwd) -> None:

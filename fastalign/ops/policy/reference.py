@@ -43,14 +43,17 @@ def log_ratio(p, logprobs, old_logprobs, advantages):
     lr = torch.where(logprobs == old_logprobs, torch.zeros_like(logprobs), logprobs - old_logprobs)
     if p.surrogate == GMPO:
         high, low = (advantages > 0) & (lr > p.ratio_max), ~(advantages > 0) & (lr < p.ratio_min)
-        term = torch.where(high, torch.full_like(lr, p.ratio_max), torch.where(low, torch.full_like(lr, p.ratio_min), lr))
+        term = torch.where(
+            high, torch.full_like(lr, p.ratio_max), torch.where(low, torch.full_like(lr, p.ratio_min), lr)
+        )
         return lr, term, high, low
     none = torch.zeros_like(lr, dtype=torch.bool)
     return lr, torch.clamp(lr, -20.0, 20.0) if p.surrogate == VESPO else lr, none, none
 
 
 def choose(where, x, y, like):
-    """x where true, else y: numbers, in the type of `like` (torch.where alone would make fp32 of two numbers)."""
+    """x where true, else y: numbers, in the type of `like` (torch.where alone would make fp32 of two
+    numbers)."""
     return torch.where(where, torch.full_like(like, x), torch.full_like(like, y))
 
 
@@ -74,10 +77,20 @@ def surrogate(p, logprobs, log_rho, advantages, high, low):
         k, lam = choose(a >= 0, p.k_pos, p.k_neg, rho), choose(a >= 0, p.lam_pos, p.lam_neg, rho)
         phi = torch.exp(lam + k * log_rho - lam * rho)
         return -phi * a * logprobs, -phi * a, none, none, none
-    high, low, dual = (a > 0) & (rho > p.ratio_max), (a < 0) & (rho < p.ratio_min), (a < 0) & (rho > p.dual_clip)
+    high, low, dual = (
+        (a > 0) & (rho > p.ratio_max),
+        (a < 0) & (rho < p.ratio_min),
+        (a < 0) & (rho > p.dual_clip),
+    )
     held = torch.where(dual, torch.full_like(rho, p.dual_clip), choose(high, p.ratio_max, p.ratio_min, rho))
     clipped = high | low | dual
-    return -a * torch.where(clipped, held, rho), torch.where(clipped, torch.zeros_like(rho), -a * rho), low, high, dual
+    return (
+        -a * torch.where(clipped, held, rho),
+        torch.where(clipped, torch.zeros_like(rho), -a * rho),
+        low,
+        high,
+        dual,
+    )
 
 
 def kl_term(p, logprobs, ref_logprobs):
@@ -107,7 +120,7 @@ def clips_sequences(p):
     return p.ratio in (RATIO_SEQ_MEAN, RATIO_SEQ_SUM) and p.surrogate != GMPO
 
 
-def at_least_one(x):
+def one_if_zero(x):
     return torch.where(x > 0, x, torch.ones_like(x))
 
 
@@ -118,7 +131,11 @@ class Layout:
         tokens, device = like.shape[0], like.device
         self.packed = cu_seqlens is not None
         self.sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.index = torch.zeros(tokens, dtype=torch.long, device=device) if cu_seqlens is None else _segments(cu_seqlens, tokens)
+        self.index = (
+            torch.zeros(tokens, dtype=torch.long, device=device)
+            if cu_seqlens is None
+            else _segments(cu_seqlens, tokens)
+        )
         self.scored = torch.ones(tokens, dtype=torch.bool, device=device) if mask is None else mask
         self.lengths = self.sums(torch.ones_like(like))
 
@@ -143,8 +160,8 @@ class Layout:
         if aggregation == TOKEN_SUM:
             return torch.ones_like(self.lengths.sum())
         if num_items is not None:
-            return at_least_one(num_items)
-        return at_least_one(self.lengths.sum() if aggregation == TOKEN_MEAN else self.filled())
+            return one_if_zero(num_items)
+        return one_if_zero(self.lengths.sum() if aggregation == TOKEN_MEAN else self.filled())
 
     def filled(self):
         """Sequences with a scored token; 0 where none are known."""
@@ -165,11 +182,16 @@ def policy_fwd(a):
     if p.ratio == RATIO_TOKEN:
         log_rho = term
     else:
-        log_rho = at.sums(term)[at.index] / (torch.ones_like(length) if p.ratio == RATIO_SEQ_SUM else torch.clamp(length, min=1.0))
+        log_rho = at.sums(term)[at.index] / (
+            torch.ones_like(length) if p.ratio == RATIO_SEQ_SUM else torch.clamp(length, min=1.0)
+        )
     log_rho = torch.clamp(log_rho, LOG_W_MIN if p.surrogate == VESPO else -20.0, 20.0)
     rho = torch.exp(log_rho)
     value, slope, low, high, dual = surrogate(p, lp, log_rho, advantage, high, low)
-    if p.ratio == RATIO_SEQ_SUM and p.surrogate in (CLIP, SAPO):  # the sequence's one term, seen from each of its tokens
+    if p.ratio == RATIO_SEQ_SUM and p.surrogate in (
+        CLIP,
+        SAPO,
+    ):  # the sequence's one term, seen from each of its tokens
         slope = slope * length
     weight = torch.ones_like(lp)
     outside = torch.zeros_like(lp, dtype=torch.bool)
@@ -200,7 +222,10 @@ def policy_fwd(a):
     divisor = divisors(p.aggregation, p.norm_length, length)
     items = at.items(p.aggregation, a.num_items)
     loss, policy = at.total(total / divisor), at.total(value / divisor)
-    clips = [(at.sums(flag.to(lp.dtype)) > 0).to(lp.dtype).sum() if clips_sequences(p) else at.total(flag) for flag in (low, high, dual)]
+    clips = [
+        (at.sums(flag.to(lp.dtype)) > 0).to(lp.dtype).sum() if clips_sequences(p) else at.total(flag)
+        for flag in (low, high, dual)
+    ]
     given_weight = torch.zeros_like(lp) if a.is_weight is None else weight
     stats = {
         "items": items, "loss": loss, "policy": policy, "tokens": at.lengths.sum(), "sequences": at.filled(), "ratio": at.total(rho - 1.0),
@@ -211,7 +236,12 @@ def policy_fwd(a):
     entropy_slopes = a.logprobs.new_empty(0)
     if a.with_entropy_grad:
         entropy_slopes = at.keep(-entropy_coef * torch.ones_like(lp) / divisor)
-    return loss / items, at.keep(slope / divisor), entropy_slopes, torch.stack([stats[name] for name in STATS])
+    return (
+        loss / items,
+        at.keep(slope / divisor),
+        entropy_slopes,
+        torch.stack([stats[name] for name in STATS]),
+    )
 
 
 def value_fwd(a):
@@ -221,9 +251,15 @@ def value_fwd(a):
     each, slope, clipped = error * error / 2.0, error, torch.zeros_like(at.scored)
     if a.old_values is not None:
         old = at.keep(a.old_values)
-        held = torch.where(v < old - a.clip, old - a.clip, torch.where(v > old + a.clip, old + a.clip, v)) - target
+        held = (
+            torch.where(v < old - a.clip, old - a.clip, torch.where(v > old + a.clip, old + a.clip, v))
+            - target
+        )
         clipped = held * held > error * error
-        each, slope = torch.where(clipped, held * held / 2.0, each), torch.where(clipped, torch.zeros_like(error), error)
+        each, slope = (
+            torch.where(clipped, held * held / 2.0, each),
+            torch.where(clipped, torch.zeros_like(error), error),
+        )
     divisor = divisors(a.aggregation, a.norm_length, at.lengths[at.index])
     items, loss = at.items(a.aggregation, a.num_items), at.total(each / divisor)
     stats = {
@@ -236,4 +272,6 @@ def value_fwd(a):
 
 
 def policy_bwd(a):
-    return times_slope(a.grad, a.slopes) / a.stats[POLICY_ITEMS], times_slope(a.grad, a.entropy_slopes) / a.stats[POLICY_ITEMS]
+    return times_slope(a.grad, a.slopes) / a.stats[POLICY_ITEMS], times_slope(
+        a.grad, a.entropy_slopes
+    ) / a.stats[POLICY_ITEMS]

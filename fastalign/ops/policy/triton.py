@@ -1,7 +1,8 @@
-"""The policy loss in Triton. Forward, one launch: a program per sequence (or per tile of tokens, where sequences do
-not matter) reads its tokens once for their number and log-ratio if the loss needs these first, then writes their
-slopes and one row of sums; the last program to finish adds the rows in index order (triton_sums.py). Backward, which
-the value loss (triton_value.py) shares, is elementwise. The formulas are in fastalign/ops/math/policy.py."""
+"""The policy loss in Triton. Forward, one launch: a program per sequence (or per tile of tokens, where
+sequences do not matter) reads its tokens once for their number and log-ratio if the loss needs these first,
+then writes their slopes and one row of sums; the last program to finish adds the rows in index order
+(triton_sums.py). Backward, which the value loss (triton_value.py) shares, is elementwise. The formulas are in
+fastalign/ops/math/policy.py."""
 
 import torch
 import triton
@@ -17,13 +18,31 @@ from fastalign.ops.math.columns import (  # isort: skip
 )  # fmt: skip
 from fastalign.ops.math.moments import push_moments
 from fastalign.ops.math.params import kernel_params
-from fastalign.ops.math.policy import clamp_kl, clamp_log_ratio, kl_term, log_ratio, sequence_term, surrogate, token_divisor
+from fastalign.ops.math.policy import (
+    clamp_kl,
+    clamp_log_ratio,
+    kl_term,
+    log_ratio,
+    sequence_term,
+    surrogate,
+    token_divisor,
+)
 from fastalign.ops.math.scalar import div, exp, is_finite, times_slope
 from fastalign.ops.math.segment import scored_tokens
 from fastalign.ops.policy import triton_value
 from fastalign.ops.policy.native import nothing
 from fastalign.ops.policy.params import SCALAR_COUNT
-from fastalign.ops.policy.triton_sums import BLOCK, ROWS, SIZES, TENSORS, Results, piece_bounds, piece_count, reduce_rows, store_moments
+from fastalign.ops.policy.triton_sums import (
+    BLOCK,
+    ROWS,
+    SIZES,
+    TENSORS,
+    Results,
+    piece_bounds,
+    piece_count,
+    reduce_rows,
+    store_moments,
+)
 from fastalign.runtime import ffi
 
 value_fwd = triton_value.value_fwd
@@ -77,7 +96,16 @@ def policy_fwd_kernel(
     zero = tl.zeros([BLOCK], tl.float32)
     s_loss, s_policy, s_tokens, s_ratio, s_approx = zero, zero, zero, zero, zero
     seen, shift, difference, square = zero, zero, zero, zero  # of the ratios
-    s_low, s_high, s_dual, s_kl, s_entropy, s_weight, s_outside, s_bad = zero, zero, zero, zero, zero, zero, zero, zero
+    s_low, s_high, s_dual, s_kl, s_entropy, s_weight, s_outside, s_bad = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     for start in range(begin, end, BLOCK):
         t = start + tl.arange(0, BLOCK)
         scored = scored_tokens(mask, t, t < end)
@@ -119,7 +147,11 @@ def policy_fwd_kernel(
             s_entropy += h
         tl.store(slopes + t, tl.where(scored, div(slope, zero + divisor), 0.0), mask=t < end)
         if entropy_slopes is not None:
-            tl.store(entropy_slopes + t, tl.where(scored, div(zero - entropy_scale, zero + divisor), 0.0), mask=t < end)
+            tl.store(
+                entropy_slopes + t,
+                tl.where(scored, div(zero - entropy_scale, zero + divisor), 0.0),
+                mask=t < end,
+            )
         s_loss += tl.where(scored, total, 0.0)
         s_policy += tl.where(scored, value, 0.0)
         s_tokens += scored.to(tl.float32)
@@ -143,7 +175,9 @@ def policy_fwd_kernel(
     store_moments(parts + PART_WIDTH * k, seen, shift, difference, square)
     tl.store(row + POLICY_APPROX_KL, tl.sum(s_approx, 0))
     n_low, n_high, n_dual = tl.sum(s_low, 0), tl.sum(s_high, 0), tl.sum(s_dual, 0)
-    if (p.ratio == RATIO_SEQ_MEAN or p.ratio == RATIO_SEQ_SUM) and p.surrogate != GMPO:  # one ratio per sequence, which counts once
+    if (
+        p.ratio == RATIO_SEQ_MEAN or p.ratio == RATIO_SEQ_SUM
+    ) and p.surrogate != GMPO:  # one ratio per sequence, which counts once
         n_low, n_high, n_dual = tl.minimum(n_low, 1.0), tl.minimum(n_high, 1.0), tl.minimum(n_dual, 1.0)
     tl.store(row + POLICY_CLIP_LOW, n_low)
     tl.store(row + POLICY_CLIP_HIGH, n_high)
@@ -154,21 +188,44 @@ def policy_fwd_kernel(
     tl.store(row + POLICY_IS_CLIPPED, tl.sum(s_outside, 0))
     tl.store(row + POLICY_NONFINITE, tl.sum(s_bad, 0))
     out = Results(loss, stats, rows, parts, counter)
-    reduce_rows(out, num_items, pieces, p.aggregation, POLICY_WIDTH, POLICY_TOKENS, POLICY_SEQUENCES, POLICY_RATIO_M2, -1, ROWS)
+    reduce_rows(
+        out,
+        num_items,
+        pieces,
+        p.aggregation,
+        POLICY_WIDTH,
+        POLICY_TOKENS,
+        POLICY_SEQUENCES,
+        POLICY_RATIO_M2,
+        -1,
+        ROWS,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
-def policy_bwd_kernel(grad, slopes, entropy_slopes, stats, d_logprobs, d_entropy, tokens: tl.int64, BLOCK: tl.constexpr):
+def policy_bwd_kernel(
+    grad, slopes, entropy_slopes, stats, d_logprobs, d_entropy, tokens: tl.int64, BLOCK: tl.constexpr
+):
     t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g, items = tl.load(grad), tl.zeros([BLOCK], tl.float32) + tl.load(stats + POLICY_ITEMS)
-    tl.store(d_logprobs + t, div(times_slope(g, tl.load(slopes + t, mask=t < tokens, other=0.0)), items), mask=t < tokens)
+    tl.store(
+        d_logprobs + t,
+        div(times_slope(g, tl.load(slopes + t, mask=t < tokens, other=0.0)), items),
+        mask=t < tokens,
+    )
     if entropy_slopes is not None:
-        tl.store(d_entropy + t, div(times_slope(g, tl.load(entropy_slopes + t, mask=t < tokens, other=0.0)), items), mask=t < tokens)
+        tl.store(
+            d_entropy + t,
+            div(times_slope(g, tl.load(entropy_slopes + t, mask=t < tokens, other=0.0)), items),
+            mask=t < tokens,
+        )
 
 
 def policy_fwd(a):
     tokens, dtype, device = a.logprobs.shape[0], a.logprobs.dtype, a.logprobs.device
-    loss, stats, slopes = (ffi.empty(shape, dtype, device) for shape in ((), (columns.POLICY_WIDTH,), (tokens,)))
+    loss, stats, slopes = (
+        ffi.empty(shape, dtype, device) for shape in ((), (columns.POLICY_WIDTH,), (tokens,))
+    )
     entropy_slopes = ffi.empty((tokens if a.with_entropy_grad else 0,), dtype, device)
     if tokens == 0:
         return loss.zero_(), slopes, entropy_slopes, nothing(stats)

@@ -1,5 +1,5 @@
-"""What the kernels of the policy and value losses share: which tokens are a program's, its moments, and the rows of
-sums, which the last program to finish adds up."""
+"""What the kernels of the policy and value losses share: which tokens are a program's, its moments, and the
+rows of sums, which the last program to finish adds up."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from fastalign.ops.math.columns import (  # isort: skip
     PART_M2, PART_MEAN, PART_WIDTH, POLICY_ITEMS, POLICY_LOSS, TOKEN_MEAN, TOKEN_SUM,
 )  # fmt: skip
 from fastalign.ops.math.moments import merge_lanes, merge_parts
-from fastalign.ops.math.scalar import at_least_one, div
+from fastalign.ops.math.scalar import div, one_if_zero
 from fastalign.ops.math.segment import sequence_bounds
 
 BLOCK, ROWS = 512, 64  # tokens, and rows of sums, at a time
@@ -43,8 +43,8 @@ def store_moments(part, count, shift, difference, square):
 
 
 class Results(NamedTuple):
-    """loss [], stats [STATS], and what they come of: rows [pieces, STATS], parts (mean and m2 of every row, fp64,
-    for each m2 column), and the counter of programs that are done."""
+    """loss [], stats [STATS], and what they come of: rows [pieces, STATS], parts (mean and m2 of every row,
+    fp64, for each m2 column), and the counter of programs that are done."""
 
     loss: tl.tensor
     stats: tl.tensor
@@ -68,21 +68,31 @@ def reduce_rows(
         totals = tl.zeros([ROWS, WIDTH], tl.float32)
         for first in range(0, pieces, ROWS):
             i = first + tl.arange(0, ROWS)
-            totals += tl.load(out.rows + i[:, None] * STATS + c[None, :], mask=(i < pieces)[:, None] & (c < STATS)[None, :], other=0.0)
+            totals += tl.load(
+                out.rows + i[:, None] * STATS + c[None, :],
+                mask=(i < pieces)[:, None] & (c < STATS)[None, :],
+                other=0.0,
+            )
         total = tl.sum(totals, 0)
         PARTS: tl.constexpr = PART_WIDTH if OTHER_M2_AT < 0 else 2 * PART_WIDTH
-        _, _, m2 = merge_parts(out.rows + TOKENS, STATS, out.parts + PART_MEAN, out.parts + PART_M2, PARTS, pieces, ROWS)
+        _, _, m2 = merge_parts(
+            out.rows + TOKENS, STATS, out.parts + PART_MEAN, out.parts + PART_M2, PARTS, pieces, ROWS
+        )
         total = tl.where(c == M2_AT, m2.to(tl.float32), total)
         if OTHER_M2_AT >= 0:
             other = out.parts + PART_WIDTH
-            _, _, other_m2 = merge_parts(out.rows + TOKENS, STATS, other + PART_MEAN, other + PART_M2, PARTS, pieces, ROWS)
+            _, _, other_m2 = merge_parts(
+                out.rows + TOKENS, STATS, other + PART_MEAN, other + PART_M2, PARTS, pieces, ROWS
+            )
             total = tl.where(c == OTHER_M2_AT, other_m2.to(tl.float32), total)
         if AGGREGATION == TOKEN_SUM:
             items = 1.0
         elif num_items is not None:
-            items = at_least_one(tl.load(num_items))
+            items = one_if_zero(tl.load(num_items))
         else:
-            items = at_least_one(tl.sum(tl.where(c == (TOKENS if AGGREGATION == TOKEN_MEAN else SEQUENCES), total, 0.0), 0))
+            items = one_if_zero(
+                tl.sum(tl.where(c == (TOKENS if AGGREGATION == TOKEN_MEAN else SEQUENCES), total, 0.0), 0)
+            )
         tl.store(out.stats + c, tl.where(c == POLICY_ITEMS, items, total), mask=c < STATS)
         tl.store(out.loss, div(tl.sum(tl.where(c == POLICY_LOSS, total, 0.0), 0), items))
 

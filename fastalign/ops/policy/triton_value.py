@@ -1,4 +1,5 @@
-"""The value loss in Triton: a program per sequence, or per tile of tokens, as the policy loss in triton.py."""
+"""The value loss in Triton: a program per sequence, or per tile of tokens, as the policy loss in
+triton.py."""
 
 import torch
 import triton
@@ -16,7 +17,17 @@ from fastalign.ops.math.policy import token_divisor, value_error
 from fastalign.ops.math.scalar import div, is_finite
 from fastalign.ops.math.segment import scored_tokens
 from fastalign.ops.policy.native import nothing
-from fastalign.ops.policy.triton_sums import BLOCK, ROWS, SIZES, TENSORS, Results, piece_bounds, piece_count, reduce_rows, store_moments
+from fastalign.ops.policy.triton_sums import (
+    BLOCK,
+    ROWS,
+    SIZES,
+    TENSORS,
+    Results,
+    piece_bounds,
+    piece_count,
+    reduce_rows,
+    store_moments,
+)
 from fastalign.runtime import ffi
 
 
@@ -56,8 +67,12 @@ def value_fwd_kernel(
         s_clipped += (clipped & scored).to(tl.float32)
         s_value += v
         s_returns += target
-        n_returns, of_returns, d_returns, sq_returns = push_moments(target, scored, n_returns, of_returns, d_returns, sq_returns)
-        n_errors, of_errors, d_errors, sq_errors = push_moments(error, scored, n_errors, of_errors, d_errors, sq_errors)
+        n_returns, of_returns, d_returns, sq_returns = push_moments(
+            target, scored, n_returns, of_returns, d_returns, sq_returns
+        )
+        n_errors, of_errors, d_errors, sq_errors = push_moments(
+            error, scored, n_errors, of_errors, d_errors, sq_errors
+        )
         s_error += error
         s_error_sq += error * error
         s_bad += tl.where(is_finite(each), 0.0, scored.to(tl.float32))
@@ -79,12 +94,25 @@ def value_fwd_kernel(
     store_moments(parts + 2 * PART_WIDTH * k, n_returns, of_returns, d_returns, sq_returns)
     store_moments(parts + (2 * k + 1) * PART_WIDTH, n_errors, of_errors, d_errors, sq_errors)
     out = Results(loss, stats, rows, parts, counter)
-    reduce_rows(out, num_items, pieces, AGGREGATION, VALUE_WIDTH, VALUE_TOKENS, VALUE_SEQUENCES, VALUE_RETURNS_M2, VALUE_ERROR_M2, ROWS)
+    reduce_rows(
+        out,
+        num_items,
+        pieces,
+        AGGREGATION,
+        VALUE_WIDTH,
+        VALUE_TOKENS,
+        VALUE_SEQUENCES,
+        VALUE_RETURNS_M2,
+        VALUE_ERROR_M2,
+        ROWS,
+    )
 
 
 def value_fwd(a):
     tokens, dtype, device = a.values.shape[0], a.values.dtype, a.values.device
-    loss, slopes, stats = (ffi.empty(shape, dtype, device) for shape in ((), (tokens,), (columns.VALUE_WIDTH,)))
+    loss, slopes, stats = (
+        ffi.empty(shape, dtype, device) for shape in ((), (tokens,), (columns.VALUE_WIDTH,))
+    )
     if tokens == 0:
         return loss.zero_(), slopes, nothing(stats)
     pieces = piece_count(tokens, a.cu_seqlens)

@@ -110,7 +110,10 @@ def _check_values(a: PreferenceFwd) -> None:
 def _fwd_rules(a: PreferenceFwd) -> None:
     refuse((a.tokens.logprobs is None) == (a.sums is None), "either logprobs or sums must be given")
     refuse(a.sums is None and a.tokens.cu_seqlens is None, "logprobs need cu_seqlens")
-    refuse(a.sums is not None and any(x is not None for x in a.tokens), "what is given per token has no effect beside sums")
+    refuse(
+        a.sums is not None and any(x is not None for x in a.tokens),
+        "what is given per token has no effect beside sums",
+    )
     if a.sums is None:
         _pair_rules(a.tokens, a.params, a.count)
 
@@ -216,7 +219,9 @@ def _to_tokens(ctx, grad: torch.Tensor, *slopes: torch.Tensor) -> tuple[torch.Te
     saved = ctx.saved_tensors
     width = len(PairTokens._fields)
     tokens, (sums, *table) = PairTokens(*saved[:width]), saved[width:]
-    d_logprobs, d_kl = preference_bwd(PreferenceBwd(grad, tokens, sums, *table, *slopes, ctx.params, ctx.with_kl))
+    d_logprobs, d_kl = preference_bwd(
+        PreferenceBwd(grad, tokens, sums, *table, *slopes, ctx.params, ctx.with_kl)
+    )
     return d_logprobs, d_kl if ctx.with_kl else None
 
 
@@ -227,7 +232,9 @@ class PreferenceFromSumsFunction(Function):
 
     @staticmethod
     def forward(ctx, sums, given: PairTensors, params):
-        loss, pair_loss, table, _ = preference_fwd(PreferenceFwd(PairTokens(), sums, given, params, sums.shape[0], True))
+        loss, pair_loss, table, _ = preference_fwd(
+            PreferenceFwd(PairTokens(), sums, given, params, sums.shape[0], True)
+        )
         ctx.save_for_backward(table)
         ctx.mark_non_differentiable(table)
         return (pair_loss if params.reduction == NONE else loss), table

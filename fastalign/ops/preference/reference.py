@@ -78,7 +78,9 @@ def transform(kind, a, alpha):
 def link(kind, h, t, tau, prob):
     """f(h), f'(h)."""
     if kind == HINGE:
-        return torch.relu(t - h), torch.where(h < t, -torch.ones_like(h), torch.where(h == h, torch.zeros_like(h), h))
+        return torch.relu(t - h), torch.where(
+            h < t, -torch.ones_like(h), torch.where(h == h, torch.zeros_like(h), h)
+        )
     if kind == SQUARED:
         return (h - t) ** 2, 2 * (h - t)
     if kind == EXP:
@@ -113,7 +115,9 @@ def _pairs(pairs, count, device):
 def _ranks(mask, cu_seqlens, index):
     """0-based position of each token among the scored tokens of its sequence."""
     before = torch.cumsum(mask, 0) - mask.long()
-    return before - before[cu_seqlens[:-1].long().clamp(0, mask.numel() - 1)][index] if mask.numel() else before
+    return (
+        before - before[cu_seqlens[:-1].long().clamp(0, mask.numel() - 1)][index] if mask.numel() else before
+    )
 
 
 def _tail_weights(p, before):
@@ -153,11 +157,17 @@ def pair_sums(p, t, count):
     plain = [total(w * t.logprobs, scored), total(w * ratio, scored)]
     kl_sums = torch.zeros_like(lengths) if t.kl is None else total(t.kl, scored)
     # With include_prompt every row but a sequence's last predicts something.
-    row_before_last = torch.arange(tokens, device=device) != t.cu_seqlens[1:].long()[index] - 1 if tokens else scored
+    row_before_last = (
+        torch.arange(tokens, device=device) != t.cu_seqlens[1:].long()[index] - 1 if tokens else scored
+    )
     sft_rows = row_before_last if p.sft_include_prompt else scored
     sft, sft_lengths = total(t.logprobs, sft_rows), total(torch.ones_like(t.logprobs), sft_rows)
     columns = torch.stack([*plain, lengths, kl_sums, sft, sft_lengths], -1)
-    sums = torch.where(known.view(-1, 1, 1), columns[pairs], torch.nan) if count else columns.new_zeros(0, 2, SUM_WIDTH)
+    sums = (
+        torch.where(known.view(-1, 1, 1), columns[pairs], torch.nan)
+        if count
+        else columns.new_zeros(0, 2, SUM_WIDTH)
+    )
     if p.ld_alpha != 1.0:
         ranks = _ranks(scored, t.cu_seqlens, index)
         for side in (CHOSEN, REJECTED):
@@ -166,7 +176,9 @@ def pair_sums(p, t, count):
             tail = _tail_weights(p, ranks.unsqueeze(0) < partner.unsqueeze(1)) * own
             for column, values in ((SUM_POLICY, w * t.logprobs), (SUM_RATIO, w * ratio)):
                 kept = torch.where(scored, values, torch.zeros_like(values))
-                sums[:, side, column] = (tail * torch.where(own, kept, torch.zeros_like(kept))).sum(-1).to(kept.dtype)
+                sums[:, side, column] = (
+                    (tail * torch.where(own, kept, torch.zeros_like(kept))).sum(-1).to(kept.dtype)
+                )
     return sums
 
 
@@ -185,7 +197,10 @@ def evaluate_pairs(p, sums, given):
     anchor = p.anchor if given.anchor is None else given.anchor
     norm_w, norm_l = _norm(n_w, p.length_norm), _norm(n_l, p.length_norm)
     a_w, a_l = d_w / norm_w, d_l / norm_l
-    (g_w, dg_w), (g_l, dg_l) = transform(p.transform, a_w, p.transform_alpha), transform(p.transform, a_l, p.transform_alpha)
+    (g_w, dg_w), (g_l, dg_l) = (
+        transform(p.transform, a_w, p.transform_alpha),
+        transform(p.transform, a_l, p.transform_alpha),
+    )
 
     margin = p.gamma + beta * p.gamma_beta_ratio - p.len_coef * (n_w - n_l)
     if given.gamma_ext is not None:
@@ -205,7 +220,10 @@ def evaluate_pairs(p, sums, given):
             if p.labels in (SMOOTH, SOFT):
                 c_pos, c_neg = soft, 1.0 - soft
             elif p.labels == ROBUST:
-                c_pos, c_neg = soft / (1 - 2 * p.label_smoothing), -p.label_smoothing / (1 - 2 * p.label_smoothing) * one
+                c_pos, c_neg = (
+                    soft / (1 - 2 * p.label_smoothing),
+                    -p.label_smoothing / (1 - 2 * p.label_smoothing) * one,
+                )
         value, slope = link(p.link, h, target, p.tau, soft)
         loss, dh = c_pos * value, c_pos * slope
         back, back_slope = link(p.link, -h, target, p.tau, soft)
@@ -221,7 +239,9 @@ def evaluate_pairs(p, sums, given):
     if p.point_link != NO_LINK:
         beta_pt = beta if math.isnan(p.point_beta) else one * p.point_beta
         scale = beta_pt**p.point_beta_power if p.point_beta_power else one
-        t_w, t_l = (soft_label - 0.5, 0.5 - soft_label) if p.point_soft_target else (p.point_target, p.point_target)
+        t_w, t_l = (
+            (soft_label - 0.5, 0.5 - soft_label) if p.point_soft_target else (p.point_target, p.point_target)
+        )
         u_w, u_l = beta_pt * g_w - anchor, beta_pt * g_l - anchor
         prob = one * (1.0 - p.label_smoothing)
         for k, sign, u, t, chosen in ((p.chosen_pos, 1, u_w, t_w, True), (p.chosen_neg, -1, u_w, t_w, True),
@@ -237,7 +257,9 @@ def evaluate_pairs(p, sums, given):
     loss = loss * weight
     slopes = [weight * slope_w / norm_w, weight * slope_l / norm_l, torch.zeros_like(h), torch.zeros_like(h)]
     if with_kl:
-        slopes[TAB_KL_CHOSEN] = torch.zeros_like(h) if p.detach_kl_chosen else weight * dh * beta * p.kl_chosen
+        slopes[TAB_KL_CHOSEN] = (
+            torch.zeros_like(h) if p.detach_kl_chosen else weight * dh * beta * p.kl_chosen
+        )
         slopes[TAB_KL_REJECTED] = -weight * dh * beta * p.kl_rejected
     ok = (n_w > 0) | (n_l > 0)
     if given.valid is not None:
@@ -250,7 +272,7 @@ def evaluate_pairs(p, sums, given):
     return loss, slopes, rewards, h, ok
 
 
-def _at_least_one(x):
+def _one_if_zero(x):
     return torch.where(x > 0, x, torch.ones_like(x))
 
 
@@ -260,14 +282,18 @@ def table_from_sums(p, sums, given):
     own_tokens = sums[:, CHOSEN, SUM_SFT_LENGTH]
     local = ok.to(loss.dtype).sum()
     pairs = local if given.num_items is None else given.num_items
-    sft_tokens = torch.where(ok, own_tokens, zero).sum() if given.num_sft_tokens is None else given.num_sft_tokens
-    pair_norm = _at_least_one(pairs) if p.reduction == MEAN else torch.ones_like(local)
+    sft_tokens = (
+        torch.where(ok, own_tokens, zero).sum() if given.num_sft_tokens is None else given.num_sft_tokens
+    )
+    pair_norm = _one_if_zero(pairs) if p.reduction == MEAN else torch.ones_like(local)
     if p.sft_norm == TOKEN_MEAN_GLOBAL:
-        sft_norm = _at_least_one(sft_tokens) + zero
+        sft_norm = _one_if_zero(sft_tokens) + zero
     else:
-        sft_norm = _at_least_one(pairs) * (_at_least_one(own_tokens) if p.sft_norm == SEQ_MEAN else torch.ones_like(zero))
+        sft_norm = _one_if_zero(pairs) * (
+            _one_if_zero(own_tokens) if p.sft_norm == SEQ_MEAN else torch.ones_like(zero)
+        )
     if p.reduction != MEAN:
-        sft_norm = sft_norm / _at_least_one(local)
+        sft_norm = sft_norm / _one_if_zero(local)
 
     def keep(x):
         return torch.where(ok, x, zero)
@@ -275,7 +301,16 @@ def table_from_sums(p, sums, given):
     nll = keep(p.sft_weight * -sums[:, CHOSEN, SUM_SFT] / sft_norm) if p.sft_weight else zero
     sft_slope = keep(-p.sft_weight / sft_norm) if p.sft_weight else zero
     table = torch.stack(
-        [*(keep(s / pair_norm) for s in slopes), sft_slope, *rewards, h, ok.to(loss.dtype), keep(loss / pair_norm), nll], -1
+        [
+            *(keep(s / pair_norm) for s in slopes),
+            sft_slope,
+            *rewards,
+            h,
+            ok.to(loss.dtype),
+            keep(loss / pair_norm),
+            nll,
+        ],
+        -1,
     )
     pair_loss = table[:, TAB_PAIR] + table[:, TAB_NLL]
     return pair_loss.sum(), pair_loss, table
@@ -299,20 +334,30 @@ def preference_bwd(a):
     w = torch.ones_like(t.logprobs) if t.weights is None else t.weights
     _, is_open = _token_terms(p, t.logprobs, t.ref_logprobs)
     ranks = _ranks(scored, t.cu_seqlens, index) if p.ld_alpha != 1.0 else None
-    row_before_last = torch.arange(tokens, device=device) != t.cu_seqlens[1:].long()[index] - 1 if tokens else scored
+    row_before_last = (
+        torch.arange(tokens, device=device) != t.cu_seqlens[1:].long()[index] - 1 if tokens else scored
+    )
     sft_rows = row_before_last if p.sft_include_prompt else scored
     g = a.grad.expand(count)
     d_logprobs, d_kl = zero.clone(), zero.clone()
     for i in range(count):
         for side in (CHOSEN, REJECTED):
             own = index == pairs[i, side]
-            tail = torch.ones_like(w) if ranks is None else _tail_weights(p, ranks < a.sums[i, 1 - side, SUM_LENGTH]).to(w.dtype)
+            tail = (
+                torch.ones_like(w)
+                if ranks is None
+                else _tail_weights(p, ranks < a.sums[i, 1 - side, SUM_LENGTH]).to(w.dtype)
+            )
             d_logprobs = d_logprobs + torch.where(
-                own & scored & is_open, times_slope(times_slope(times_slope(g[i], a.table[i, TAB_CHOSEN + side]), tail), w), zero
+                own & scored & is_open,
+                times_slope(times_slope(times_slope(g[i], a.table[i, TAB_CHOSEN + side]), tail), w),
+                zero,
             )
             d_kl = d_kl + torch.where(own & scored, times_slope(g[i], a.table[i, TAB_KL_CHOSEN + side]), zero)
             if side == CHOSEN and p.sft_weight:
-                d_logprobs = d_logprobs + torch.where(own & sft_rows, times_slope(g[i], a.table[i, TAB_SFT]), zero)
+                d_logprobs = d_logprobs + torch.where(
+                    own & sft_rows, times_slope(g[i], a.table[i, TAB_SFT]), zero
+                )
     mine = covered(t.cu_seqlens, index)
     d_logprobs, d_kl = (torch.where(mine, d, torch.nan) for d in (d_logprobs, d_kl))
     return d_logprobs, d_kl if a.with_kl else zero.new_empty(0)

@@ -33,7 +33,7 @@ from fastalign.ops.math.columns import (
 )
 from fastalign.ops.math.pair import PairValues, SideSums, evaluate_pair
 from fastalign.ops.math.params import kernel_params
-from fastalign.ops.math.scalar import at_least_one, div, is_finite, times_slope
+from fastalign.ops.math.scalar import div, is_finite, one_if_zero, times_slope
 from fastalign.ops.math.segment import scored_tokens, sequence_bounds, sequence_share
 from fastalign.ops.preference.op import PairTensors, PairTokens
 from fastalign.ops.preference.params import SCALAR_COUNT
@@ -84,7 +84,9 @@ def _scored_between(mask, begin, end, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _sum_side(row, logprobs, ref_logprobs, kl, mask, weights, known, begin, end, shorter, p, TOKENS: tl.constexpr):
+def _sum_side(
+    row, logprobs, ref_logprobs, kl, mask, weights, known, begin, end, shorter, p, TOKENS: tl.constexpr
+):
     """One row of the sums: of the tokens from begin to end, those beyond the first `shorter` weighed by
     ld_alpha. NaN where the sequence is not known."""
     policy, ratio = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
@@ -100,7 +102,9 @@ def _sum_side(row, logprobs, ref_logprobs, kl, mask, weights, known, begin, end,
             w = tl.load(weights + t, mask=scored, other=0.0)
         rank = (before + tl.cumsum(one, 0) - one).to(tl.float32)
         w = tl.where(rank < shorter, w, w * p.ld_alpha)
-        d, _ = _token_ratio(logprob, ref_logprobs, t, scored, p.reference, p.token_clamp_low, p.token_clamp_high)
+        d, _ = _token_ratio(
+            logprob, ref_logprobs, t, scored, p.reference, p.token_clamp_low, p.token_clamp_high
+        )
         # Selected, not multiplied: what masked tokens hold must not leak.
         policy += tl.where(scored, w * logprob, 0.0)
         ratio += tl.where(scored, w * d, 0.0)
@@ -162,7 +166,20 @@ def preference_fwd_kernel(
         shorter = 0.0  # tokens of the partner, beyond which LD-DPO weighs by ld_alpha
         if p.ld_alpha != 1.0:
             shorter = _scored_between(mask, other_begin, other_end, TOKENS)
-        _sum_side(sums + side * SUM_WIDTH, logprobs, ref_logprobs, kl, mask, weights, known, begin, end, shorter, p, TOKENS)
+        _sum_side(
+            sums + side * SUM_WIDTH,
+            logprobs,
+            ref_logprobs,
+            kl,
+            mask,
+            weights,
+            known,
+            begin,
+            end,
+            shorter,
+            p,
+            TOKENS,
+        )
         if WITH_TABLE:
             tl.debug_barrier()  # every thread's sums are written before this program is counted, and read after
             last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
@@ -189,7 +206,12 @@ def preference_fwd_kernel(
                 keep = keep & (tl.load(valid + i, mask=live, other=0) != 0)
             if p.drop_nonfinite:
                 sft = tl.load(w + SUM_SFT, mask=live, other=0.0)
-                keep = keep & is_finite(value) & is_finite(h) & is_finite(tl.where(p.sft_weight != 0.0, sft, 0.0))
+                keep = (
+                    keep
+                    & is_finite(value)
+                    & is_finite(h)
+                    & is_finite(tl.where(p.sft_weight != 0.0, sft, 0.0))
+                )
             tl.store(row + TAB_CHOSEN, tl.where(keep, d_w, 0.0), mask=live)
             tl.store(row + TAB_REJECTED, tl.where(keep, d_l, 0.0), mask=live)
             tl.store(row + TAB_KL_CHOSEN, tl.where(keep, d_kl_w, 0.0), mask=live)
@@ -208,7 +230,7 @@ def preference_fwd_kernel(
             items = tl.load(num_items)
         if num_sft_tokens is not None:
             sft_items = tl.load(num_sft_tokens)
-        pair_norm = at_least_one(items) if p.reduction == MEAN else 1.0
+        pair_norm = one_if_zero(items) if p.reduction == MEAN else 1.0
         total = tl.zeros([PAIRS], tl.float32)
         tl.debug_barrier()
         for first in range(0, count, PAIRS):
@@ -219,13 +241,17 @@ def preference_fwd_kernel(
                 tl.store(row + column, div(tl.load(row + column, mask=live, other=0.0), pair_norm), mask=live)
             kept = tl.load(row + TAB_VALID, mask=live, other=0.0) > 0
             value = div(tl.load(row + TAB_PAIR, mask=live, other=0.0), pair_norm)
-            norm = tl.zeros([PAIRS], tl.float32) + (at_least_one(sft_items) if p.sft_norm == TOKEN_MEAN_GLOBAL else at_least_one(items))
+            norm = tl.zeros([PAIRS], tl.float32) + (
+                one_if_zero(sft_items) if p.sft_norm == TOKEN_MEAN_GLOBAL else one_if_zero(items)
+            )
             if p.sft_norm == SEQ_MEAN:
-                norm *= at_least_one(tl.load(w + SUM_SFT_LENGTH, mask=live, other=0.0))
+                norm *= one_if_zero(tl.load(w + SUM_SFT_LENGTH, mask=live, other=0.0))
             if p.reduction != MEAN:
-                norm = div(norm, at_least_one(local))
+                norm = div(norm, one_if_zero(local))
             with_sft = kept & (tl.zeros([PAIRS], tl.float32) + p.sft_weight != 0.0)
-            nll = tl.where(with_sft, div(-p.sft_weight * tl.load(w + SUM_SFT, mask=live, other=0.0), norm), 0.0)
+            nll = tl.where(
+                with_sft, div(-p.sft_weight * tl.load(w + SUM_SFT, mask=live, other=0.0), norm), 0.0
+            )
             tl.store(row + TAB_SFT, tl.where(with_sft, div(-p.sft_weight, norm), 0.0), mask=live)
             tl.store(row + TAB_PAIR, value, mask=live)
             tl.store(row + TAB_NLL, nll, mask=live)
@@ -264,7 +290,10 @@ def preference_bwd_kernel(
             if pairs is None:
                 named = 1
             else:
-                chosen, rejected = tl.load(pairs + 2 * i, mask=live, other=-1), tl.load(pairs + 2 * i + 1, mask=live, other=-1)
+                chosen, rejected = (
+                    tl.load(pairs + 2 * i, mask=live, other=-1),
+                    tl.load(pairs + 2 * i + 1, mask=live, other=-1),
+                )
                 named = tl.max(((chosen == s) | (rejected == s)).to(tl.int32), 0)
             if named != 0:
                 for pair in range(block, tl.minimum(block + PAIRS, last_pair)):
@@ -282,13 +311,19 @@ def preference_bwd_kernel(
         passes = scored
         if clamps:
             logprob = tl.load(logprobs + t, mask=scored, other=0.0)
-            _, is_open = _token_ratio(logprob, ref_logprobs, t, scored, reference, token_clamp_low, token_clamp_high)
+            _, is_open = _token_ratio(
+                logprob, ref_logprobs, t, scored, reference, token_clamp_low, token_clamp_high
+            )
             passes = scored & is_open
         in_sft = (t < end - 1) if SFT_INCLUDE_PROMPT else scored
         gradient = tl.where(passes, slope, 0.0) + tl.where(in_sft, sft_slope, 0.0)
         tl.store(d_logprobs + t, tl.where(own_token, gradient, float("nan")), mask=t < share_end)
         if d_kl is not None:
-            tl.store(d_kl + t, tl.where(own_token, tl.where(scored, kl_slope, 0.0), float("nan")), mask=t < share_end)
+            tl.store(
+                d_kl + t,
+                tl.where(own_token, tl.where(scored, kl_slope, 0.0), float("nan")),
+                mask=t < share_end,
+            )
 
 
 def _per_pair(given):

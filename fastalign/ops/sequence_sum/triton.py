@@ -12,11 +12,15 @@ TENSORS = ["x", "grad", "cu_seqlens", "mask", "weights"]  # their alignment comp
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=TENSORS)
-def sequence_sum_fwd_kernel(x, cu_seqlens, mask, weights, sums, counts, tokens: tl.int32, BLOCK: tl.constexpr):
+def sequence_sum_fwd_kernel(
+    x, cu_seqlens, mask, weights, sums, counts, tokens: tl.int32, BLOCK: tl.constexpr
+):
     i = tl.program_id(0)
     begin, end = sequence_bounds(cu_seqlens, i, tokens)
     total, count = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
-    for start in range(begin, end, BLOCK):  # lane by lane, so the order of summation depends on the sequence alone
+    for start in range(
+        begin, end, BLOCK
+    ):  # lane by lane, so the order of summation depends on the sequence alone
         t = start + tl.arange(0, BLOCK)
         counted = scored_tokens(mask, t, t < end)
         term = tl.load(x + t, mask=counted, other=0.0)
@@ -50,7 +54,15 @@ def sequence_sum_fwd(a):
     if sequences:
         with ffi.triton_device(device):
             sequence_sum_fwd_kernel[(sequences,)](
-                a.x, a.cu_seqlens, a.mask, a.weights, sums, counts, a.x.shape[0], BLOCK=BLOCK, **ffi.launch_options(256, device)
+                a.x,
+                a.cu_seqlens,
+                a.mask,
+                a.weights,
+                sums,
+                counts,
+                a.x.shape[0],
+                BLOCK=BLOCK,
+                **ffi.launch_options(256, device),
             )
     return sums, counts
 
@@ -61,6 +73,13 @@ def sequence_sum_bwd(a):
     if a.tokens:
         with ffi.triton_device(device):
             sequence_sum_bwd_kernel[(a.grad.shape[0],)](
-                a.grad, a.cu_seqlens, a.mask, a.weights, grad_x, a.tokens, BLOCK=BLOCK, **ffi.launch_options(256, device)
+                a.grad,
+                a.cu_seqlens,
+                a.mask,
+                a.weights,
+                grad_x,
+                a.tokens,
+                BLOCK=BLOCK,
+                **ffi.launch_options(256, device),
             )
     return grad_x

@@ -1,4 +1,5 @@
-"""What every row op agrees on: the names of its outputs, the tensors that it takes, what must hold among them."""
+"""What every row op agrees on: the names of its outputs, the tensors that it takes, what must hold among
+them."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class RowGradients(NamedTuple):
 
 
 class TokenStatsFwd(NamedTuple):
-    """outputs: OUTPUT_BITS. state_in, target_in: the last two results of the vocabulary shards before this one."""
+    """outputs: OUTPUT_BITS. state_in, target_in: the last two results of the vocabulary shards before this
+    one."""
 
     rows: Rows
     outputs: int
@@ -90,9 +92,9 @@ class ScaleRows(NamedTuple):
 
 
 class RowStatesMerge(NamedTuple):
-    """states: what R parts of the vocabulary gave for the same rows, each without a state_in. targets: their last
-    results, of which N is rows, with reference logits 2 rows (the policy's, then the reference's); None without
-    labels."""
+    """states: what R parts of the vocabulary gave for the same rows, each without a state_in. targets: their
+    last results, of which N is rows, with reference logits 2 rows (the policy's, then the reference's); None
+    without labels."""
 
     states: In(f"R,rows,{STATE_WIDTH}")
     targets: Maybe("R,N,K", "acc")
@@ -117,7 +119,10 @@ class RowStatesFinish(NamedTuple):
 def output_shapes(rows, labels, outputs):
     """Shapes of the outputs, (0,) of those that are not asked for."""
     targets = (0,) if labels is None else (rows, labels.shape[1])
-    return [(targets if name in PER_LABEL else (rows,)) if outputs & bit else (0,) for name, bit in OUTPUT_BITS.items()]
+    return [
+        (targets if name in PER_LABEL else (rows,)) if outputs & bit else (0,)
+        for name, bit in OUTPUT_BITS.items()
+    ]
 
 
 def forward_shapes(rows, outputs):
@@ -146,15 +151,23 @@ def row_rules(rows, outputs=0, upstream=None, target_in=None):
     """Whether the labels and the reference are there that the outputs and gradients asked for need."""
     upstream = upstream or RowGradients()
     logits, labels, ref_logits = rows.logits, rows.labels, rows.ref_logits
-    refuse(not 1 <= logits.shape[-1] < MAX_VOCAB, f"logits has a vocabulary of {logits.shape[-1]}; legal: 1 to {MAX_VOCAB - 1}")
+    refuse(
+        not 1 <= logits.shape[-1] < MAX_VOCAB,
+        f"logits has a vocabulary of {logits.shape[-1]}; legal: 1 to {MAX_VOCAB - 1}",
+    )
     output_rules(outputs, labels, ref_logits is not None)
     refuse(labels is None and upstream.g_logprob is not None, "labels is required for these outputs")
     g_kls = (upstream.g_kl_policy_ref, upstream.g_kl_ref_policy)
-    refuse(ref_logits is None and any(g is not None for g in g_kls), "ref_logits is required for these outputs")
+    refuse(
+        ref_logits is None and any(g is not None for g in g_kls), "ref_logits is required for these outputs"
+    )
     if target_in is not None:
         refuse(labels is None, "target_in belongs to labels")
         shape = tuple(labels.shape) if ref_logits is None else (2, *labels.shape)
-        refuse(tuple(target_in.shape) != shape, f"target_in has shape {tuple(target_in.shape)}; legal here: {shape}")
+        refuse(
+            tuple(target_in.shape) != shape,
+            f"target_in has shape {tuple(target_in.shape)}; legal here: {shape}",
+        )
         refuse(
             target_in.dtype != ffi.acc_dtype(logits.dtype) or target_in.device != logits.device,
             "target_in is not of logits' device and arithmetic",

@@ -72,7 +72,8 @@ scale_rows_ = Op(
 
 
 class TokenKLLossFunction(Function):
-    """Forward makes the gradient as well; backward hands it out, scaled where the upstream gradient is not 1."""
+    """Forward makes the gradient as well; backward hands it out, scaled where the upstream gradient is not
+    1."""
 
     names = "token_kl_loss"
 
@@ -86,7 +87,9 @@ class TokenKLLossFunction(Function):
             kl = token_stats_fwd(TokenStatsFwd(rows, OUTPUT_BITS[name], None, None))[index]
         elif inplace:
             grad = logits.detach()
-            kl = token_stats_fused_(TokenStatsFused(rows._replace(logits=grad), OUTPUT_BITS[name], upstream))[index]
+            kl = token_stats_fused_(TokenStatsFused(rows._replace(logits=grad), OUTPUT_BITS[name], upstream))[
+                index
+            ]
             overwrite.retire(logits)
         else:
             *results, grad = token_stats_fused(TokenStatsFused(rows, OUTPUT_BITS[name], upstream))

@@ -101,4 +101,6 @@ def token_stats_fused_(backend, a):
 
 def scale_rows_(backend, a):
     if a.x.numel():
-        ffi.launch(backend, "scale_rows", a.x, (ffi.rows_view(a.x), ffi.DTYPE_CODES[a.x.dtype], ffi.ptr(a.scale)))
+        ffi.launch(
+            backend, "scale_rows", a.x, (ffi.rows_view(a.x), ffi.DTYPE_CODES[a.x.dtype], ffi.ptr(a.scale))
+        )

@@ -72,9 +72,9 @@ token_stats_fwd = Op(
 )
 # Results: the outputs in the order of OUTPUT_BITS (PER_LABEL [rows, K], the others [rows]; empty(0) if not
 # asked for), state [rows, STATE_WIDTH], target [rows, K], with ref_logits [2, rows, K] for policy and
-# reference (raw logit of each label, after tanh if capped; -inf where it lies in another part of the vocabulary;
-# empty(0) without labels). Of a row that is not scored the state is the empty one, which merges with any other
-# without a trace, and the target -inf, as that of every ignored label is.
+# reference (raw logit of each label, after tanh if capped; -inf where it lies in another part of the
+# vocabulary; empty(0) without labels). Of a row that is not scored the state is the empty one, which merges
+# with any other without a trace, and the target -inf, as that of every ignored label is.
 token_stats_bwd = Op(
     "token_stats_bwd",
     TokenStatsBwd,
@@ -103,13 +103,18 @@ def _merge_rules(a: RowStatesMerge) -> None:
     refuse(parts == 0, "states has no part; legal: 1 or more")
     if a.targets is not None:
         entries = a.targets.shape[1]
-        refuse(entries not in (rows, 2 * rows), f"targets has {entries} rows a part; legal here: {rows} or {2 * rows}")
+        refuse(
+            entries not in (rows, 2 * rows),
+            f"targets has {entries} rows a part; legal here: {rows} or {2 * rows}",
+        )
 
 
 def _finish_rules(a: RowStatesFinish) -> None:
     refuse((a.labels is None) != (a.target is None), "target and labels are given together or not at all")
     rows, entries = a.state.shape[0], None if a.target is None else a.target.shape[0]
-    refuse(entries not in (None, rows, 2 * rows), f"target has {entries} rows; legal here: {rows} or {2 * rows}")
+    refuse(
+        entries not in (None, rows, 2 * rows), f"target has {entries} rows; legal here: {rows} or {2 * rows}"
+    )
     output_rules(a.outputs, a.labels, entries in (None, 2 * rows))
 
 
@@ -123,14 +128,16 @@ row_states_merge = Op(
     SCALAR_DTYPES,
     _merge_rules,
 )
-# Results: state [rows, STATE_WIDTH] and target [N, K] (empty(0) without targets) of all R parts, merged in index
-# order: over all of the vocabulary what token_stats_fwd gives for it. One part comes out as it is, to the bit. A
-# label lies in one part at most, and where none holds it the target is -inf.
+# Results: state [rows, STATE_WIDTH] and target [N, K] (empty(0) without targets) of all R parts, merged in
+# index order: over all of the vocabulary what token_stats_fwd gives for it. One part comes out as it is, to
+# the bit. A label lies in one part at most, and where none holds it the target is -inf.
 row_states_finish = Op(
     "row_states_finish",
     RowStatesFinish,
     f"({', '.join(['Tensor'] * len(OUTPUT_BITS))})",
-    lambda a: tuple(a.state.new_empty(shape) for shape in output_shapes(a.state.shape[0], a.labels, a.outputs)),
+    lambda a: tuple(
+        a.state.new_empty(shape) for shape in output_shapes(a.state.shape[0], a.labels, a.outputs)
+    ),
     "token_stats",
     SCALAR_DTYPES,
     _finish_rules,
@@ -151,7 +158,9 @@ class TokenStatsFunction(Function):
         ctx.save_for_backward(*rows[:_TENSORS], state)
         ctx.numbers, ctx.inplace = rows[_TENSORS:], inplace
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(r for name, r in zip(OUTPUT_BITS, results) if name not in DIFFERENTIABLE))
+        ctx.mark_non_differentiable(
+            *(r for name, r in zip(OUTPUT_BITS, results) if name not in DIFFERENTIABLE)
+        )
         return tuple(results)
 
     @staticmethod
@@ -160,7 +169,9 @@ class TokenStatsFunction(Function):
             return None
         *tensors, state = ctx.saved_tensors
         rows = Rows(*tensors, *ctx.numbers)
-        given = {n: None if g is None or g.numel() == 0 else g.contiguous() for n, g in zip(OUTPUT_BITS, grads)}
+        given = {
+            n: None if g is None or g.numel() == 0 else g.contiguous() for n, g in zip(OUTPUT_BITS, grads)
+        }
         upstream = RowGradients(*(given[name] for name in DIFFERENTIABLE))
         if upstream.g_kl_policy_ref is None and upstream.g_kl_ref_policy is None:
             rows = rows._replace(ref_logits=None)

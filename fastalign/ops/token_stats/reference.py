@@ -36,7 +36,11 @@ def _capped(logits, cap_scale):
 def _scale(u, factor, temperature, temperature_tensor):
     """c: bits per unit of u, a 0-dim tensor in the accumulation dtype, formed by one division as in the
     kernels."""
-    t = torch.full((), temperature, dtype=u.dtype, device=u.device) if temperature_tensor is None else temperature_tensor
+    t = (
+        torch.full((), temperature, dtype=u.dtype, device=u.device)
+        if temperature_tensor is None
+        else temperature_tensor
+    )
     return torch.full((), factor, dtype=u.dtype, device=u.device) / t
 
 
@@ -89,7 +93,8 @@ def _row_states(u, c, scored, vocab_start, raw):
     s0 = e.sum(-1)
     s1 = torch.where(e == 0, torch.zeros_like(e), e * d).sum(-1)
     s2 = (e * e).sum(-1)
-    # Move the sums from max(u) * c to its rounded value, which is what the kernels' fma(u, c, -m) counts from.
+    # Move the sums from max(u) * c to its rounded value, which is what the kernels' fma(u, c, -m) counts
+    # from.
     m = umax * c
     shift = _shift(umax, c, m)
     f = torch.exp2(shift)
@@ -117,7 +122,10 @@ def _add_reference(state, u, ref_u, c, scored):
     row = _row_states(ref_u, c, scored, 0, ref_u)
     m, r0, ref_max = row[:, COL_M], row[:, COL_S0], row[:, COL_UMAX]
     d, dr = _cross_bits(u, state[:, COL_M], state[:, COL_UMAX], c), _cross_bits(ref_u, m, ref_max, c)
-    sums = [torch.where(e == 0, torch.zeros_like(e), e * (d - dr)).sum(-1) for e in (torch.exp2(d), torch.exp2(dr))]
+    sums = [
+        torch.where(e == 0, torch.zeros_like(e), e * (d - dr)).sum(-1)
+        for e in (torch.exp2(d), torch.exp2(dr))
+    ]
     far_max = torch.where(_is_far(ref_max, c), ref_max, torch.zeros_like(ref_max))
     return torch.cat([state[:, :COL_REF_M], torch.stack([m, r0, *sums, far_max], -1)], -1)
 
@@ -125,7 +133,9 @@ def _add_reference(state, u, ref_u, c, scored):
 def _local_targets(u, labels, counts, vocab_start):
     """Raw logit of each label that counts and lies in this part of the vocabulary, -inf for the others."""
     local = labels - vocab_start
-    return torch.where(counts & (local >= 0) & (local < u.shape[1]), u.gather(-1, local.clamp(0, u.shape[1] - 1)), -math.inf)
+    return torch.where(
+        counts & (local >= 0) & (local < u.shape[1]), u.gather(-1, local.clamp(0, u.shape[1] - 1)), -math.inf
+    )
 
 
 def _is_mass(state):
@@ -136,7 +146,9 @@ def _is_mass(state):
 
 def _rounding(umax, c, m):
     """umax c - m: what rounding the reference point took."""
-    return torch.where(torch.isfinite(m), umax.double() * c.double() - m.double(), torch.zeros_like(m, dtype=torch.double)).to(umax.dtype)
+    return torch.where(
+        torch.isfinite(m), umax.double() * c.double() - m.double(), torch.zeros_like(m, dtype=torch.double)
+    ).to(umax.dtype)
 
 
 def _shift(umax, c, m):
@@ -156,8 +168,8 @@ def _bad_rows(labels, ignore_index, vocab_total):
 
 
 def _finish(a, state, target, c, scored):
-    """The outputs asked for, in the order of OUTPUT_BITS. a: who says which, and knows the labels; target: [rows, K],
-    with reference logits [2, rows, K]."""
+    """The outputs asked for, in the order of OUTPUT_BITS. a: who says which, and knows the labels; target:
+    [rows, K], with reference logits [2, rows, K]."""
     m, s0, s1, s2, sz, umax, top, _, _, rm, r0, t, tr, ref_max = state.unbind(-1)
     log_s0, log_ratio = torch.log(s0), torch.log(s0 / r0)
     far, shift = _is_far(umax, c), _shift(umax, c, m)
@@ -166,23 +178,33 @@ def _finish(a, state, target, c, scored):
     def logprob(u, d, mass, far, largest):
         """Exactly 0 where the label has all the mass. Of far rows the difference of the logits goes into nats
         at once: bits may overflow first."""
-        nats = torch.where(far.unsqueeze(-1), (0.5 * u - 0.5 * largest.unsqueeze(-1)) * (c * LN2) * 2.0, LN2 * d)
-        lp = torch.where(torch.exp2(d) == mass.unsqueeze(-1), LN2 * (d - d), nats - torch.log(mass).unsqueeze(-1))
+        nats = torch.where(
+            far.unsqueeze(-1), (0.5 * u - 0.5 * largest.unsqueeze(-1)) * (c * LN2) * 2.0, LN2 * d
+        )
+        lp = torch.where(
+            torch.exp2(d) == mass.unsqueeze(-1), LN2 * (d - d), nats - torch.log(mass).unsqueeze(-1)
+        )
         return torch.where(a.labels == a.ignore_index, 0.0, torch.clamp(lp, max=0.0))
 
     def kl(value):
         eps = torch.finfo(state.dtype).eps
-        return torch.where(peaked & (value < 2.0 * eps * (1.0 + log_ratio.abs())), 0.0, torch.clamp(value, min=0.0))
+        return torch.where(
+            peaked & (value < 2.0 * eps * (1.0 + log_ratio.abs())), 0.0, torch.clamp(value, min=0.0)
+        )
 
     policy_target, ref_target = target if target.dim() == 3 else (target, target)
     finished = {
-        "logprob": lambda: logprob(policy_target, _bits(policy_target, umax, c) + shift.unsqueeze(-1), s0, far, umax),
+        "logprob": lambda: logprob(
+            policy_target, _bits(policy_target, umax, c) + shift.unsqueeze(-1), s0, far, umax
+        ),
         "entropy": lambda: _entropy(s0, s1, shift),
         "logsumexp": lambda: torch.where(far, umax * (c * LN2), LN2 * m) + log_s0,
         "log_sum_sq_probs": lambda: torch.clamp(torch.log(s2) - 2 * log_s0, max=0.0),
         "mean_logit": lambda: sz / a.vocab_total / SUM_SHARE * (c * LN2),
         "is_top1": lambda: torch.where(torch.isnan(s0), s0, (top == a.labels[:, 0]).to(state.dtype)),
-        "ref_logprob": lambda: logprob(ref_target, _cross_bits(ref_target, rm, ref_max, c), r0, _is_far(ref_max, c), ref_max),
+        "ref_logprob": lambda: logprob(
+            ref_target, _cross_bits(ref_target, rm, ref_max, c), r0, _is_far(ref_max, c), ref_max
+        ),
         "kl_policy_ref": lambda: kl(LN2 * (t / s0) - log_ratio),
         "kl_ref_policy": lambda: kl(log_ratio - LN2 * (tr / r0)),
     }
@@ -250,7 +272,9 @@ def row_states_finish(a):
     target = state.new_empty(0) if a.target is None else a.target
     if len(target) > len(state):
         target = target.view(2, *a.labels.shape)
-    return tuple(_finish(a, state, target, _scale(state, a.factor, a.temperature, a.temperature_tensor), scored))
+    return tuple(
+        _finish(a, state, target, _scale(state, a.factor, a.temperature, a.temperature_tensor), scored)
+    )
 
 
 def _gradient(r, state, g):
@@ -258,7 +282,11 @@ def _gradient(r, state, g):
     c = _scale(u, r.factor, r.temperature, r.temperature_tensor)
     m, s0, s1, _, _, umax, _, _, _, rm, r0, t, _, ref_max = state.unbind(-1)
     zero = torch.zeros_like(s0)
-    each = None if g.g_logprob is None else torch.where(r.labels == r.ignore_index, torch.zeros_like(g.g_logprob), g.g_logprob)
+    each = (
+        None
+        if g.g_logprob is None
+        else torch.where(r.labels == r.ignore_index, torch.zeros_like(g.g_logprob), g.g_logprob)
+    )
     g_lp = zero if each is None else each.sum(-1)
     g_h = zero if g.g_entropy is None else g.g_entropy
     g_lse = zero if g.g_logsumexp is None else g.g_logsumexp
@@ -279,14 +307,18 @@ def _gradient(r, state, g):
         defined &= (~with_kl | (r0 > 0)) & ((g_p == 0) | torch.isfinite(t))
         d, dr = _cross_bits(u, m, umax, c), _cross_bits(_capped(r.ref_logits, r.cap_scale), rm, ref_max, c)
         e, er = torch.exp2(d), torch.exp2(dr)
-        reverse = torch.where((e == 0) | (g_p == 0).unsqueeze(-1), torch.zeros_like(e), e * (d - dr - (t / s0).unsqueeze(-1)))
+        reverse = torch.where(
+            (e == 0) | (g_p == 0).unsqueeze(-1), torch.zeros_like(e), e * (d - dr - (t / s0).unsqueeze(-1))
+        )
         forward = torch.where((g_r == 0).unsqueeze(-1), torch.zeros_like(e), e - er * (s0 / r0).unsqueeze(-1))
         kl = reverse * (g_p * LN2 / s0).unsqueeze(-1) + forward * (g_r / s0).unsqueeze(-1)
         dz = dz + torch.where(with_kl.unsqueeze(-1), kl, torch.zeros_like(kl))
     if each is not None:
         local = r.labels - r.vocab_start
         here = (local >= 0) & (local < u.shape[1])
-        dz = dz.scatter_add(-1, local.clamp(0, u.shape[1] - 1), torch.where(here, each, torch.zeros_like(each)))
+        dz = dz.scatter_add(
+            -1, local.clamp(0, u.shape[1] - 1), torch.where(here, each, torch.zeros_like(each))
+        )
     slope = c * LN2
     if r.cap_scale:
         slope = slope * r.cap_scale * (1 - u * u)

@@ -1,5 +1,5 @@
-"""Row states of vocabulary parts in plain PyTorch: the monoid that merges them, and its neutral element. The twin in
-C++: `merge_stored` in csrc/math/row_state.h."""
+"""Row states of vocabulary parts in plain PyTorch: the monoid that merges them, and its neutral element. The
+twin in C++: `merge_stored` in csrc/math/row_state.h."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from fastalign.ops.columns import COL_LARGEST, COL_M, COL_REF_M, COL_TOP, COL_UM
 
 
 def _apart(ma, ua, mb, ub):
-    """Two stored reference points as `merge_states` may compare them. Those of two far rows differ by less than
-    their rounding took off: in their place stands how far each lies below the larger."""
+    """Two stored reference points as `merge_states` may compare them. Those of two far rows differ by less
+    than their rounding took off: in their place stands how far each lies below the larger."""
     limit = 2.0**59 if ma.dtype == torch.float64 else 2.0**30
     far = [torch.isfinite(u) & (u != 0) & ~(m.abs() < limit) for m, u in ((ma, ua), (mb, ub))]
     peak = torch.maximum(ua, ub)
-    below = [torch.where(u == peak, torch.zeros_like(m), (0.5 * u - 0.5 * peak) * (m / u) * 2.0) for m, u in ((ma, ua), (mb, ub))]
+    below = [
+        torch.where(u == peak, torch.zeros_like(m), (0.5 * u - 0.5 * peak) * (m / u) * 2.0)
+        for m, u in ((ma, ua), (mb, ub))
+    ]
     return (torch.where(far[0] & far[1], by, m) for m, by in zip((ma, mb), below))
 
 
 def merge_states(a, b):
     """The monoid on states [rows, STATE_WIDTH]: the twin of `merge_stored` in csrc/math/row_state.h."""
-    (ma, a0, a1, a2, az, ua, ta, la), (mb, b0, b1, b2, bz, ub, tb, lb) = (x.unbind(-1)[:COL_VALID] for x in (a, b))
+    (ma, a0, a1, a2, az, ua, ta, la), (mb, b0, b1, b2, bz, ub, tb, lb) = (
+        x.unbind(-1)[:COL_VALID] for x in (a, b)
+    )
     true_m = torch.maximum(ma, mb)
     ma, mb = _apart(ma, ua, mb, ub)
     m = torch.maximum(ma, mb)
@@ -58,7 +63,9 @@ def merge_states(a, b):
         ra0 * ga + rb0 * gb,
         cross(at, a0, da, fa) + cross(bt, b0, db, fb),
         cross(atr, ra0, da, ga) + cross(btr, rb0, db, gb),
-        torch.where((rma == rm) & ((rmb != rm) | (ra != 0)), ra, rb),  # of a far row, if one is: -inf is an empty one's m as well
+        torch.where(
+            (rma == rm) & ((rmb != rm) | (ra != 0)), ra, rb
+        ),  # of a far row, if one is: -inf is an empty one's m as well
     ]
     return torch.stack([*columns, *(torch.where(without, 0.0, x) for x in of_both)], -1)
 
@@ -70,5 +77,11 @@ def found_targets(before, here):
 
 def empty_states(state, with_ref):
     """The monoid's neutral element, which is what the state of an unscored row is."""
-    empty = {COL_M: -math.inf, COL_UMAX: -math.inf, COL_TOP: -1.0, COL_LARGEST: -math.inf, COL_REF_M: -math.inf if with_ref else 0.0}
+    empty = {
+        COL_M: -math.inf,
+        COL_UMAX: -math.inf,
+        COL_TOP: -1.0,
+        COL_LARGEST: -math.inf,
+        COL_REF_M: -math.inf if with_ref else 0.0,
+    }
     return torch.stack([torch.full_like(state[:, COL_M], empty.get(i, 0.0)) for i in range(STATE_WIDTH)], -1)

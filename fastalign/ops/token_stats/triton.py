@@ -1,5 +1,6 @@
-"""Row ops in Triton: the launchers. The kernels over logits alone are in triton_single.py, those over a policy row and a
-reference row in triton_pair.py, those on row states in triton_states.py, and what they share in triton_rows.py."""
+"""Row ops in Triton: the launchers. The kernels over logits alone are in triton_single.py, those over a
+policy row and a reference row in triton_pair.py, those on row states in triton_states.py, and what they share
+in triton_rows.py."""
 
 import math
 
@@ -33,13 +34,21 @@ def token_stats_fwd(a):
         view, base, lanes = ffi.aligned(r.logits)
         _, inner, outer, step = ffi.row_layout(r.logits)
         layout = (base, inner, outer, step)
-        sums = EVERYTHING.value if a.outputs & EVERYTHING_BITS else int(a.outputs & OUTPUT_BITS["entropy"] > 0)
+        sums = (
+            EVERYTHING.value if a.outputs & EVERYTHING_BITS else int(a.outputs & OUTPUT_BITS["entropy"] > 0)
+        )
         numbers = (vocab, targets, r.ignore_index, r.vocab_start, r.vocab_total, scale_of(r))
         # A thread has 16 bytes of each slice of a tile, 16 elements in all.
         itemsize = r.logits.element_size()
         out = Outputs(*(x if a.outputs >> bit & 1 else None for bit, x in enumerate(results)))
         around = (r.labels, r.mask, r.temperature_tensor, a.state_in, a.target_in, out, state, target)
-        kinds = {"OUTPUTS": a.outputs, "SUMS": sums, "LANES": lanes, "SPAN": THREADS * 16 // itemsize, "DEPTH": itemsize}
+        kinds = {
+            "OUTPUTS": a.outputs,
+            "SUMS": sums,
+            "LANES": lanes,
+            "SPAN": THREADS * 16 // itemsize,
+            "DEPTH": itemsize,
+        }
         with ffi.triton_device(device):
             if r.ref_logits is None:
                 triton_single.token_stats_fwd_kernel[(rows,)](
@@ -49,7 +58,11 @@ def token_stats_fwd(a):
             else:
                 ref, *ref_layout = _of_reference(r.ref_logits)
                 together = _share_alignment(r.logits, r.ref_logits, lanes)
-                registers = PAIR_EVERYTHING_REGISTERS if sums == EVERYTHING.value and r.cap_scale else PAIR_FWD_REGISTERS
+                registers = (
+                    PAIR_EVERYTHING_REGISTERS
+                    if sums == EVERYTHING.value and r.cap_scale
+                    else PAIR_FWD_REGISTERS
+                )
                 triton_pair.token_stats_pair_fwd_kernel[(rows,)](
                     view, ref, *around, *layout, *ref_layout, *numbers, TOGETHER=together, **kinds,
                     **ffi.launch_options(THREADS, device, registers),
@@ -74,7 +87,9 @@ def _share_alignment(logits, other, lanes):
     for rows, own_inner, outer, step in layouts:
         if own_inner != inner and own_inner < rows:  # not rows of `inner`
             return lanes == 1
-        strides.append((0 if rows == 1 else step, 0 if rows <= inner else outer if own_inner == inner else inner * step))
+        strides.append(
+            (0 if rows == 1 else step, 0 if rows <= inner else outer if own_inner == inner else inner * step)
+        )
     skews += [a - b for a, b in zip(*strides)]
     return lanes == 1 or (own_lanes == other_lanes and all(skew % lanes == 0 for skew in skews))
 

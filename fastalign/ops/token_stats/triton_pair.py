@@ -68,7 +68,19 @@ from fastalign.ops.token_stats.triton_rows import (
 
 
 @triton.jit
-def _load_tile(logits, window, q, AHEAD: tl.constexpr, column, shift, offset, limit, vocab, SPAN: tl.constexpr, WINDOWED: tl.constexpr):
+def _load_tile(
+    logits,
+    window,
+    q,
+    AHEAD: tl.constexpr,
+    column,
+    shift,
+    offset,
+    limit,
+    vocab,
+    SPAN: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
     """The tile that lies AHEAD of the places q: in 16-byte groups from the aligned window, the rotated part
     still missing; or, not WINDOWED, element by element, complete."""
     if WINDOWED:
@@ -121,7 +133,9 @@ def token_stats_pair_fwd_kernel(
     shift = (offset % LANES).to(tl.int32)
     window = logits + tl.multiple_of(offset - shift, LANES)
     ref_window = ref + tl.multiple_of(ref_offset - shift, LANES) if TOGETHER else ref
-    limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES * scored, LANES)  # a row that does not count is not read
+    limit = tl.multiple_of(
+        (vocab + shift + (LANES - 1)) // LANES * LANES * scored, LANES
+    )  # a row that does not count is not read
     column = tl.arange(0, SPAN)[None, :]
     place = tl.arange(0, DEPTH)[:, None] * SPAN + column
     WITH_T: tl.constexpr = OUT_KL_POLICY_REF & OUTPUTS != 0
@@ -213,7 +227,20 @@ def token_stats_pair_fwd_kernel(
     finish_kls(row, scored, own, beside, c, out, OUTPUTS)
     if labels is not None:
         part = Part(vocab, targets, ignore_index, vocab_start)
-        finish_labels(row, scored, own, c, logits + offset, labels, target_in, target, out.logprob, part, scale, OUT_LOGPROB & OUTPUTS)
+        finish_labels(
+            row,
+            scored,
+            own,
+            c,
+            logits + offset,
+            labels,
+            target_in,
+            target,
+            out.logprob,
+            part,
+            scale,
+            OUT_LOGPROB & OUTPUTS,
+        )
         # The reference's targets lie behind the policy's.
         behind = tl.num_programs(0).to(tl.int64) * targets
         ref_target_in = target_in
@@ -226,8 +253,8 @@ def token_stats_pair_fwd_kernel(
 
 
 class Slope(NamedTuple):
-    """Of a row: the origins of both rows' exponents, the coefficients of the gradient (of the KLs: kc, mean, k,
-    ratio), and the bits per unit of u."""
+    """Of a row: the origins of both rows' exponents, the coefficients of the gradient (of the KLs: kc, mean,
+    k, ratio), and the bits per unit of u."""
 
     base_u: tl.tensor
     m: tl.tensor
@@ -278,11 +305,19 @@ def token_stats_pair_bwd_kernel(
     scored, _ = row_scored(row, labels, mask, targets, ignore_index, vocab_total)
     c = bits_per_unit(scale, temperature)
     p = state + row * STATE_WIDTH
-    m, s0, rm, r0, t = tl.load(p + COL_M), tl.load(p + COL_S0), tl.load(p + COL_REF_M), tl.load(p + COL_REF_S0), tl.load(p + COL_T)
+    m, s0, rm, r0, t = (
+        tl.load(p + COL_M),
+        tl.load(p + COL_S0),
+        tl.load(p + COL_REF_M),
+        tl.load(p + COL_REF_S0),
+        tl.load(p + COL_T),
+    )
 
     base_u, m = gradient_origin(m, tl.load(p + COL_UMAX), c)
     ref_base_u, rm = gradient_origin(rm, tl.load(p + COL_REF_UMAX), c)
-    a, b, upstream = row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
+    a, b, upstream = row_coefficients(
+        row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index
+    )
     g_p, g_r = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     if g_kl_policy_ref is not None:
         g_p = tl.load(g_kl_policy_ref + row)
@@ -291,7 +326,12 @@ def token_stats_pair_bwd_kernel(
     upstream = tl.maximum(upstream, ((g_p != 0) | (g_r != 0)).to(tl.int32))
     slope = c * LN2  # of z in u
     a, b = div(a, s0) * slope, b * slope
-    kc, mean, k, ratio = div(g_p * LN2, s0) * slope, div(t, s0), div(g_r, s0) * slope, tl.where(g_r == 0, 1.0, div(s0, r0))
+    kc, mean, k, ratio = (
+        div(g_p * LN2, s0) * slope,
+        div(t, s0),
+        div(g_r, s0) * slope,
+        tl.where(g_r == 0, 1.0, div(s0, r0)),
+    )
     defined = (s0 > 0) & has_kl_gradient(r0, t, g_p, g_r)
     # Rows that do not count, or that nothing flows back into, are zeros without reading; rows without a
     # gradient are NaN.
@@ -322,7 +362,9 @@ def token_stats_pair_bwd_kernel(
                 y = tl.load(ref_window + q, mask=q < limit, other=0.0)
             else:
                 y = tl.load(ref_window + q, mask=(q >= shift) & (q < vocab + shift), other=0.0)
-            dx = nan + _gradient(x, y, q, start, start + BLOCK, row, z, labels, g_logprob, part, scale, WITH_ENTROPY)
+            dx = nan + _gradient(
+                x, y, q, start, start + BLOCK, row, z, labels, g_logprob, part, scale, WITH_ENTROPY
+            )
         tl.store(out + q, narrow(dx, grad.dtype.element_ty), mask=(q >= first) & (q < last))
     if LANES > 1 and piece == 0:
         i = tl.arange(0, 2 * LANES)

@@ -35,11 +35,15 @@ from fastalign.ops.math.scalar import LN2, SUM_SHRINKS_BY, div, tanh
 from fastalign.ops.token_stats.contract import OUTPUT_BITS
 
 THREADS = 128
-FWD_REGISTERS, PAIR_FWD_REGISTERS = 168, 168  # at least three programs per multiprocessor; see ffi.launch_options
+FWD_REGISTERS, PAIR_FWD_REGISTERS = (
+    168,
+    168,
+)  # at least three programs per multiprocessor; see ffi.launch_options
 PAIR_EVERYTHING_REGISTERS = 232  # two: with a softcap and every output, a row is alive both raw and capped
 BWD_REGISTERS, PAIR_BWD_REGISTERS = 72, 80  # seven and six; six too for the entropy under a softcap
 LABELS = tl.constexpr(32)  # labels of a row that are handled at once
-# Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and everything.
+# Which sums a row keeps: as few kernels as serve the usual losses, those with an entropy term, and
+# everything.
 ENTROPY, EVERYTHING = tl.constexpr(1), tl.constexpr(2)
 EVERYTHING_BITS = sum(OUTPUT_BITS[name] for name in ("log_sum_sq_probs", "mean_logit", "is_top1"))
 
@@ -68,8 +72,8 @@ class Outputs(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How a kernel goes through a row, at compile time: `depth` slices of `span` elements, in groups of `lanes`;
-    together: the reference row in the same groups."""
+    """How a kernel goes through a row, at compile time: `depth` slices of `span` elements, in groups of
+    `lanes`; together: the reference row in the same groups."""
 
     lanes: tl.constexpr
     span: tl.constexpr
@@ -78,7 +82,8 @@ class Tile(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Which labels a row has, and which part of the vocabulary the logits are; first: the label of place 0."""
+    """Which labels a row has, and which part of the vocabulary the logits are; first: the label of place
+    0."""
 
     vocab: tl.tensor
     targets: tl.tensor
@@ -166,7 +171,8 @@ def first_place(top, best, x, q, column, shift, vocab, SPAN: tl.constexpr):
 
 @triton.jit
 def fold(x, SPAN: tl.constexpr):
-    """Sum of a vector by halves, top half onto bottom half: rotating the vector changes no pair at any level."""
+    """Sum of a vector by halves, top half onto bottom half: rotating the vector changes no pair at any
+    level."""
     for level in tl.static_range(1, 16):
         if SPAN >> level > 0:
             x = tl.sum(tl.reshape(x, (2, SPAN >> level)), 0)
@@ -185,7 +191,9 @@ def row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumex
     if g_logprob is not None:
         for first_label in range(0, targets, LABELS):
             k = first_label + tl.arange(0, LABELS)
-            counts = (k < targets) & (tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index) != ignore_index)
+            counts = (k < targets) & (
+                tl.load(labels + row * targets + k, mask=k < targets, other=ignore_index) != ignore_index
+            )
             g = tl.load(g_logprob + row * targets + k, mask=counts, other=0.0)
             a -= tl.sum(g, 0)
             upstream = tl.maximum(upstream, tl.max((g != 0).to(tl.int32), 0))
@@ -230,7 +238,8 @@ SMALL = ["labels", "mask", "temperature", "state_in", "target_in", "state", "g_l
 
 @triton.jit
 def finish_row(row, scored, s, c, vocab_total, labels, out, OUTPUTS: tl.constexpr):
-    """Writes what is finished from the policy row's state, the log-probs excepted. s: RowState; out: Outputs."""
+    """Writes what is finished from the policy row's state, the log-probs excepted. s: RowState; out:
+    Outputs."""
     if OUT_ENTROPY & OUTPUTS:
         tl.store(out.entropy + row, tl.where(scored != 0, row_entropy(s.m, s.s0, s.s1, s.umax, c), 0.0))
     if OUT_LOGSUMEXP & OUTPUTS:
@@ -258,13 +267,17 @@ def finish_kls(row, scored, s, r, c, out, OUTPUTS: tl.constexpr):
 
 
 @triton.jit
-def finish_labels(row, scored, s, c, logits, labels, target_in, target, logprob, part, scale, WANTED: tl.constexpr):
+def finish_labels(
+    row, scored, s, c, logits, labels, target_in, target, logprob, part, scale, WANTED: tl.constexpr
+):
     """Writes u of every label of the row that begins at `logits` and, if WANTED, its log-prob under the row's
     state s. part: Part."""
     for first in range(0, part.targets, LABELS):
         k = first + tl.arange(0, LABELS)
         inside, at = k < part.targets, row * part.targets + k
-        y = tl.where(scored != 0, tl.load(labels + at, mask=inside, other=part.ignore_index), part.ignore_index)
+        y = tl.where(
+            scored != 0, tl.load(labels + at, mask=inside, other=part.ignore_index), part.ignore_index
+        )
         counts = y != part.ignore_index
         here = counts & (y >= part.first) & (y < part.first + part.vocab)
         u = capped(tl.load(logits + (y - part.first), mask=here, other=0.0), scale)

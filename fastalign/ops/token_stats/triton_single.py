@@ -1,5 +1,5 @@
-"""The Triton kernels over logits alone: one program streams one vocabulary row forward; backward is elementwise over
-pieces of rows.
+"""The Triton kernels over logits alone: one program streams one vocabulary row forward; backward is
+elementwise over pieces of rows.
 
 16-byte loads at any V and stride. A row starts at any element, so programs count in aligned coordinates: q =
 element + shift, where LANES elements are 16 bytes and shift < LANES is the row's distance from the boundary
@@ -70,7 +70,9 @@ def token_stats_fwd_kernel(
     offset = row_offset(row, base, inner, stride_outer, stride_inner)
     shift = (offset % LANES).to(tl.int32)
     window = logits + tl.multiple_of(offset - shift, LANES)
-    limit = tl.multiple_of((vocab + shift + (LANES - 1)) // LANES * LANES * scored, LANES)  # a row that does not count is not read
+    limit = tl.multiple_of(
+        (vocab + shift + (LANES - 1)) // LANES * LANES * scored, LANES
+    )  # a row that does not count is not read
     column = tl.arange(0, SPAN)[None, :]
     place = tl.arange(0, DEPTH)[:, None] * SPAN + column
 
@@ -88,7 +90,9 @@ def token_stats_fwd_kernel(
         x, next_x = next_x, later_x  # two tiles are under way while one is worked on
         later_x = tl.load(window + q + 2 * TILE, mask=q < limit - 2 * TILE, other=float("-inf"))
         if shift != 0:
-            beyond = tl.load(window + q + SPAN, mask=(q < limit - SPAN) & (column < LANES), other=float("-inf"))
+            beyond = tl.load(
+                window + q + SPAN, mask=(q < limit - SPAN) & (column < LANES), other=float("-inf")
+            )
             x = tl.where(column < shift, beyond, x)
         if SUMS == EVERYTHING:
             top, best = first_place(top, best, x, q, column, shift, vocab, SPAN)
@@ -147,7 +151,20 @@ def token_stats_fwd_kernel(
         tl.store(state + row * STATE_WIDTH + i, 0.0)
     if labels is not None:
         part = Part(vocab, targets, ignore_index, vocab_start)
-        finish_labels(row, scored, s, c, logits + offset, labels, target_in, target, out.logprob, part, scale, OUT_LOGPROB & OUTPUTS)
+        finish_labels(
+            row,
+            scored,
+            s,
+            c,
+            logits + offset,
+            labels,
+            target_in,
+            target,
+            out.logprob,
+            part,
+            scale,
+            OUT_LOGPROB & OUTPUTS,
+        )
 
 
 class Slope(NamedTuple):
@@ -193,7 +210,9 @@ def token_stats_bwd_kernel(
     m, s0 = tl.load(p + COL_M), tl.load(p + COL_S0)
 
     base_u, m = gradient_origin(m, tl.load(p + COL_UMAX), c)
-    a, b, upstream = row_coefficients(row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index)
+    a, b, upstream = row_coefficients(
+        row, state, s0, c, labels, g_logprob, g_entropy, g_logsumexp, targets, ignore_index
+    )
     a, b = div(a, s0) * (c * LN2), b * (c * LN2)  # and the slope of z in u
     # Rows that do not count, or that nothing flows back into, are zeros without reading; NaN rows and rows
     # without mass are NaN.
@@ -245,11 +264,18 @@ def scale_rows_kernel(x, scale, base: tl.int64, inner: tl.int64, stride_outer: t
         q = piece * BLOCK + tl.arange(0, BLOCK)
         inside = (q >= first) & (q < last)
         tl.store(
-            window + q, narrow(times_slope(by, tl.load(window + q, mask=inside, other=0.0).to(tl.float32)), x.dtype.element_ty), mask=inside
+            window + q,
+            narrow(
+                times_slope(by, tl.load(window + q, mask=inside, other=0.0).to(tl.float32)),
+                x.dtype.element_ty,
+            ),
+            mask=inside,
         )
         if LANES > 1 and piece == 0:
             i = tl.arange(0, 2 * LANES)
             edge = tl.where(i < LANES, i, last - LANES + i)
-            mine = (edge < vocab + shift) & tl.where(i < LANES, (edge >= shift) & (edge < first), edge >= first)
+            mine = (edge < vocab + shift) & tl.where(
+                i < LANES, (edge >= shift) & (edge < first), edge >= first
+            )
             dx = times_slope(by, tl.load(window + edge, mask=mine, other=0.0).to(tl.float32))
             tl.store(window + edge, narrow(dx, x.dtype.element_ty), mask=mine)

@@ -19,7 +19,15 @@ from fastalign.ops.math.rows import (
     store_state,
 )
 from fastalign.ops.token_stats.contract import merge_shapes, output_shapes
-from fastalign.ops.token_stats.triton_rows import LABELS, Outputs, bits_per_unit, finish_kls, finish_row, row_scored, uncapped
+from fastalign.ops.token_stats.triton_rows import (
+    LABELS,
+    Outputs,
+    bits_per_unit,
+    finish_kls,
+    finish_row,
+    row_scored,
+    uncapped,
+)
 from fastalign.runtime import ffi
 
 ROWS = 128  # that a program merges, and as many of the labels' logits
@@ -29,7 +37,9 @@ SMALL = ["states", "part_targets", "state", "target", "labels", "mask", "tempera
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
-def row_states_merge_kernel(states, part_targets, state, target, parts: tl.int32, rows: tl.int64, entries: tl.int64):
+def row_states_merge_kernel(
+    states, part_targets, state, target, parts: tl.int32, rows: tl.int64, entries: tl.int64
+):
     """Programs beyond the last row, and lanes, merge that one again: what they write is the same."""
     ROWS: tl.constexpr = 128
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -41,7 +51,10 @@ def row_states_merge_kernel(states, part_targets, state, target, parts: tl.int32
     rm, r0, t, tr, ref_umax = r.m, r.s0, r.t, r.tr, r.umax
     for part in range(1, parts):
         p = states + (part * rows + row) * STATE_WIDTH
-        before, ref_before = RowState(m, s0, s1, s2, sz, umax, top, largest), RefState(rm, r0, t, tr, ref_umax)
+        before, ref_before = (
+            RowState(m, s0, s1, s2, sz, umax, top, largest),
+            RefState(rm, r0, t, tr, ref_umax),
+        )
         here = load_state(p)
         r = merge_stored_ref(before, ref_before, here, load_ref_state(p))
         s = merge_stored(before, here)
@@ -51,7 +64,11 @@ def row_states_merge_kernel(states, part_targets, state, target, parts: tl.int32
     p = state + row * STATE_WIDTH
     store_state(RowState(m, s0, s1, s2, sz, umax, top, largest), valid, p)
     rm, r0 = tl.where(without_ref, 0.0, rm), tl.where(without_ref, 0.0, r0)
-    t, tr, ref_umax = tl.where(without_ref, 0.0, t), tl.where(without_ref, 0.0, tr), tl.where(without_ref, 0.0, ref_umax)
+    t, tr, ref_umax = (
+        tl.where(without_ref, 0.0, t),
+        tl.where(without_ref, 0.0, tr),
+        tl.where(without_ref, 0.0, ref_umax),
+    )
     store_ref_state(RefState(rm, r0, t, tr, ref_umax), p)
     if part_targets is not None:
         u = tl.load(part_targets + i, mask=i < entries, other=0.0)
@@ -98,7 +115,9 @@ def merge(a):
         entries = target.numel()
         blocks = triton.cdiv(max(rows, entries), ROWS)
         with ffi.triton_device(device):
-            row_states_merge_kernel[(blocks,)](a.states, a.targets, state, target, parts, rows, entries, **ffi.launch_options(ROWS, device))
+            row_states_merge_kernel[(blocks,)](
+                a.states, a.targets, state, target, parts, rows, entries, **ffi.launch_options(ROWS, device)
+            )
     return state, target
 
 

@@ -1,4 +1,5 @@
-"""The examples of a run: read, tokenised, split into training and evaluation, ordered, and grouped into packs."""
+"""The examples of a run: read, tokenised, split into training and evaluation, ordered, and grouped into
+packs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from fastalign.train.errors import UserError
 
 
 class Batch(NamedTuple):
-    """One forward pass: which examples of the split, and their sequences packed example by example (a pair: chosen, rejected)."""
+    """One forward pass: which examples of the split, and their sequences packed example by example (a pair:
+    chosen, rejected)."""
 
     members: list[int]
     packed: Any
@@ -33,8 +35,8 @@ def load_examples(
     *,
     stops: Collection[int] = (),
 ) -> tuple[list[TokenExample], list[TokenExample]]:
-    """(training examples, evaluation examples). `examples` and `eval_examples` stand in for the files; what was cut or dropped is printed.
-    `stops`: see `ExampleTokenizer`."""
+    """(training examples, evaluation examples). `examples` and `eval_examples` stand in for the files; what
+    was cut or dropped is printed. `stops`: see `ExampleTokenizer`."""
     if positions is not None and (config.max_length or 0) > positions:
         raise UserError(f"--max-length {config.max_length} exceeds the model's {positions} positions")
 
@@ -44,7 +46,9 @@ def load_examples(
         source = "in memory" if rows is not None else path
         if source is None:
             raise UserError("--data is missing: it names the file with the training data")
-        numbered = read_jsonl(path) if rows is None else ((f"{name} example {i}", row) for i, row in enumerate(rows))
+        numbered = (
+            read_jsonl(path) if rows is None else ((f"{name} example {i}", row) for i, row in enumerate(rows))
+        )
         kept, report = tokenise(
             numbered,
             tokenizer,
@@ -73,7 +77,9 @@ def load_examples(
     return hold_out(config, train, form.noun)
 
 
-def hold_out(config: RunConfig, examples: list[TokenExample], noun: str) -> tuple[list[TokenExample], list[TokenExample]]:
+def hold_out(
+    config: RunConfig, examples: list[TokenExample], noun: str
+) -> tuple[list[TokenExample], list[TokenExample]]:
     """(training, evaluation) examples by --eval-fraction, drawn from the seed."""
     if config.eval_every and not config.eval_fraction:
         raise UserError("--eval-every needs --eval-data or --eval-fraction")
@@ -88,7 +94,8 @@ def hold_out(config: RunConfig, examples: list[TokenExample], noun: str) -> tupl
 
 
 class Schedule:
-    """Which examples each optimizer step sees. A function of the step alone, so that a resumed run needs no other state."""
+    """Which examples each optimizer step sees. A function of the step alone, so that a resumed run needs no
+    other state."""
 
     def __init__(self, examples: int, config: RunConfig):
         self.examples, self.batch_size, self.seed = examples, config.batch_size, config.seed
@@ -97,7 +104,8 @@ class Schedule:
         self._epoch, self._order = -1, []
 
     def indices(self, step: int) -> list[int]:
-        """The examples of step 0, 1, ...: a fresh permutation in every epoch, the last step of an epoch takes what is left."""
+        """The examples of step 0, 1, ...: a fresh permutation in every epoch, the last step of an epoch takes
+        what is left."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -106,7 +114,8 @@ class Schedule:
 
 
 def pack_examples(examples: Sequence[TokenExample], indices: Iterable[int], budget: int) -> list[Batch]:
-    """Group the examples into as few packs of at most `budget` tokens as first-fit decreasing finds. An example is never split."""
+    """Group the examples into as few packs of at most `budget` tokens as first-fit decreasing finds. An
+    example is never split."""
     groups: list[tuple[int, list[int]]] = []  # (tokens used, examples)
     for i in sorted(indices, key=lambda i: (-examples[i].tokens(), i)):
         tokens = examples[i].tokens()
@@ -126,7 +135,8 @@ def _pack(examples: list[TokenExample]) -> fastalign.PackedBatch:
 
 
 def fingerprint(*splits: Iterable[TokenExample]) -> str:
-    """Hash of token ids, boundaries and numbers: any change of data, tokenizer, template, truncation or of the split changes it."""
+    """Hash of token ids, boundaries and numbers: any change of data, tokenizer, template, truncation or of
+    the split changes it."""
     digest = hashlib.blake2b(digest_size=16)
     for i, examples in enumerate(splits):
         digest.update(b"split" * (i > 0))

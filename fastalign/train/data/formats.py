@@ -7,11 +7,12 @@
     listwise                      {"prompt": ..., "completions": [..., ...], "scores": [..., ...]}, each completion text or messages
     optional columns of a pair    "soft_label": P(chosen is better); "weight": of the pair; "margin": what chosen should win by; "target"
 
-A content is a text, or a list that holds one part of text, [{"type": "text", "text": "..."}]. A completion is one assistant turn.
-An implicit prompt is what both sides share: the longest common run of messages, or the longest common text, less the space that
-would end it. A conversational pair may carry its prompt as text as well (UltraFeedback does); the messages decide then. An optional
-column stands in every line or in none. Other columns are left alone, except those that would change the prompt (`tools`, `images`,
-`system`, ...): they are refused, as are parts of a message that are not its content (`tool_calls`, `reasoning_content`, ...).
+A content is a text, or a list that holds one part of text, [{"type": "text", "text": "..."}]. A completion is
+one assistant turn. An implicit prompt is what both sides share: the longest common run of messages, or the
+longest common text, less the space that would end it. A conversational pair may carry its prompt as text as
+well (UltraFeedback does); the messages decide then. An optional column stands in every line or in none. Other
+columns are left alone, except those that would change the prompt (`tools`, `images`, `system`, ...): they are
+refused, as are parts of a message that are not its content (`tool_calls`, `reasoning_content`, ...).
 """
 
 from __future__ import annotations
@@ -37,15 +38,37 @@ _UNPAIRED_COLUMNS = {"score": _ANY, "weight": (0.0, math.inf)}
 MAX_LIST = 64  # what the list kernel takes
 MAX_LINE = 16 << 20  # bytes of a line
 _PAIR_COLUMNS = {"soft_label": (0.0, 1.0), "weight": (0.0, math.inf), "margin": _ANY, "target": _ANY}
-_UNSUPPORTED = ("tools", "functions", "system", "system_prompt", "images", "image", "videos", "audio", "chat_template_kwargs")
-# What a message may say beside its content. A template that writes it puts words of its own around it, most write it in some turns only.
-_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "image", "videos", "audio")
+_UNSUPPORTED = (
+    "tools",
+    "functions",
+    "system",
+    "system_prompt",
+    "images",
+    "image",
+    "videos",
+    "audio",
+    "chat_template_kwargs",
+)
+# What a message may say beside its content. A template that writes it puts words of its own around it, most
+# write it in some turns only.
+_BESIDE_CONTENT = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "images",
+    "image",
+    "videos",
+    "audio",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """One example with an explicit prompt: texts, or lists of messages. `source` says where it came from; `fields` names each
-    completion's place in the line, for error messages; `values` holds the example's numbers (labels, scores, weights)."""
+    """One example with an explicit prompt: texts, or lists of messages. `source` says where it came from;
+    `fields` names each completion's place in the line, for error messages; `values` holds the example's
+    numbers (labels, scores, weights)."""
 
     source: str
     prompt: Text | Messages
@@ -72,19 +95,23 @@ class Format:
         return dataclasses.replace(self, required=(*self.required, *columns))
 
     def check_values(self, source: str, values: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-        """Refuse an example without a required column, and one whose columns are not those of the first example."""
+        """Refuse an example without a required column, and one whose columns are not those of the first
+        example."""
         for column in self.required:
             if column not in values:
                 raise DataError(source, column, "missing: the chosen method and loss need it in every line")
         for column in {**first, **values}:
             if column not in first or column not in values:
                 raise DataError(
-                    source, column, f"{'missing' if column in first else 'given'} here, unlike in the first line; give it in all or none"
+                    source,
+                    column,
+                    f"{'missing' if column in first else 'given'} here, unlike in the first line; give it in all or none",
                 )
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("file, line n", value) for every line of a JSON Lines file that is not blank, reading one line at a time."""
+    """Yield ("file, line n", value) for every line of a JSON Lines file that is not blank, reading one line
+    at a time."""
     path = Path(path).expanduser()
     try:
         with path.open("rb") as lines:
@@ -94,7 +121,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
                 source = f"{path}, line {number}"
                 if len(line) > MAX_LINE:
                     raise DataError(
-                        source, None, f"longer than {MAX_LINE >> 20} MiB, as no sequence of tokens is; is it one JSON object per line?"
+                        source,
+                        None,
+                        f"longer than {MAX_LINE >> 20} MiB, as no sequence of tokens is; is it one JSON object per line?",
                     )
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -109,7 +138,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def parse_preference(source: str, row: Any) -> Texts:
-    """Check one row and make its prompt explicit. Raises `DataError` naming the source and the field at fault."""
+    """Check one row and make its prompt explicit. Raises `DataError` naming the source and the field at
+    fault."""
     _check_row(source, row, ("chosen", "rejected"))
     conversational = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
     texts = (_conversational if conversational else _standard)(source, row)
@@ -118,7 +148,11 @@ def parse_preference(source: str, row: Any) -> Texts:
 
 def _columns(source: str, row: dict[str, Any], legal: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """The optional numbers of a row: name -> (lowest, highest legal value)."""
-    return {name: _number(source, name, row[name], low, high) for name, (low, high) in legal.items() if row.get(name) is not None}
+    return {
+        name: _number(source, name, row[name], low, high)
+        for name, (low, high) in legal.items()
+        if row.get(name) is not None
+    }
 
 
 def parse_unpaired(source: str, row: Any) -> Texts:
@@ -139,18 +173,37 @@ def parse_listwise(source: str, row: Any) -> Texts:
         if not isinstance(row[field], list):
             raise DataError(source, field, f"expected a list, got {_kind(row[field])}")
     if not 1 <= len(row["completions"]) <= MAX_LIST:
-        raise DataError(source, "completions", f"expected 1 to {MAX_LIST} of them, got {len(row['completions'])}")
+        raise DataError(
+            source, "completions", f"expected 1 to {MAX_LIST} of them, got {len(row['completions'])}"
+        )
     if len(row["scores"]) != len(row["completions"]):
-        raise DataError(source, "scores", f"expected one for each of the {len(row['completions'])} completions, got {len(row['scores'])}")
+        raise DataError(
+            source,
+            "scores",
+            f"expected one for each of the {len(row['completions'])} completions, got {len(row['scores'])}",
+        )
     scores = tuple(_number(source, f"scores[{i}]", score) for i, score in enumerate(row["scores"]))
-    return _with_prompt(source, row, [(f"completions[{i}]", each) for i, each in enumerate(row["completions"])], {"scores": scores})
+    return _with_prompt(
+        source,
+        row,
+        [(f"completions[{i}]", each) for i, each in enumerate(row["completions"])],
+        {"scores": scores},
+    )
 
 
-def _with_prompt(source: str, row: dict[str, Any], completions: list[tuple[str, Any]], values: dict[str, Any]) -> Texts:
+def _with_prompt(
+    source: str, row: dict[str, Any], completions: list[tuple[str, Any]], values: dict[str, Any]
+) -> Texts:
     """An explicit prompt and completions of its kind: all texts, or all lists of messages."""
     read = _messages if isinstance(row["prompt"], list) else _text
     fields = tuple(field for field, _ in completions)
-    texts = Texts(source, read(source, "prompt", row["prompt"]), tuple(read(source, *each) for each in completions), fields, values)
+    texts = Texts(
+        source,
+        read(source, "prompt", row["prompt"]),
+        tuple(read(source, *each) for each in completions),
+        fields,
+        values,
+    )
     return _check_roles(texts) if texts.conversational else texts
 
 
@@ -187,12 +240,17 @@ def _standard(source: str, row: dict[str, Any]) -> Texts:
     if chosen[shared - 1 : shared] == " ":  # a word and the space before it belong together
         shared -= 1
     if not shared:
-        raise DataError(source, "prompt", "missing, and chosen and rejected share no beginning that could be the prompt")
+        raise DataError(
+            source, "prompt", "missing, and chosen and rejected share no beginning that could be the prompt"
+        )
     return Texts(source, chosen[:shared], (chosen[shared:], rejected[shared:]), _SIDES)
 
 
 def _conversational(source: str, row: dict[str, Any]) -> Texts:
-    chosen, rejected = _messages(source, "chosen", row["chosen"]), _messages(source, "rejected", row["rejected"])
+    chosen, rejected = (
+        _messages(source, "chosen", row["chosen"]),
+        _messages(source, "rejected", row["rejected"]),
+    )
     prompt = row.get("prompt")
     if isinstance(prompt, list):
         prompt = _messages(source, "prompt", prompt)
@@ -204,7 +262,9 @@ def _conversational(source: str, row: dict[str, Any]) -> Texts:
         # An identical pair still has completions: the last message is never part of the prompt.
         shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         if not shared:
-            raise DataError(source, "prompt", "missing as messages, and chosen and rejected share no first message")
+            raise DataError(
+                source, "prompt", "missing as messages, and chosen and rejected share no first message"
+            )
         if prompt is not None and not any(prompt in message["content"] for message in chosen[:shared]):
             raise DataError(source, "prompt", "differs from the messages that chosen and rejected share")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
@@ -214,7 +274,9 @@ def _conversational(source: str, row: dict[str, Any]) -> Texts:
 def _check_roles(texts: Texts) -> Texts:
     """The example, if its prompt leaves the turn to the assistant and its completions are the assistant's."""
     if texts.prompt[-1]["role"] == "assistant":
-        raise DataError(texts.source, "prompt", "ends with an assistant turn; the completion must be a turn of its own")
+        raise DataError(
+            texts.source, "prompt", "ends with an assistant turn; the completion must be a turn of its own"
+        )
     for field, completion in zip(texts.fields, texts.completions):
         roles = {message["role"] for message in completion}
         if roles != {"assistant"}:
@@ -248,14 +310,20 @@ def _number(source: str, field: str, value: Any, low: float = -math.inf, high: f
         raise DataError(source, field, f"expected a number, got {_kind(value)}")
     # Comparisons, which integers of any size can take: NaN fails every one of them.
     if not (-sys.float_info.max <= value <= sys.float_info.max and low <= value <= high):
-        legal = "a finite number" if math.isinf(low) else f"a number from {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
+        legal = (
+            "a finite number"
+            if math.isinf(low)
+            else f"a number from {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
+        )
         raise DataError(source, field, f"expected {legal}, got {shown(value)}")
     return float(value)
 
 
 def _messages(source: str, field: str, value: Any) -> Messages:
     if not isinstance(value, list):
-        raise DataError(source, field, f"expected a list of messages like the rest of the example, got {_kind(value)}")
+        raise DataError(
+            source, field, f"expected a list of messages like the rest of the example, got {_kind(value)}"
+        )
     if not value:
         raise DataError(source, field, "has no message")
     return [_message(source, f"{field}[{i}]", message) for i, message in enumerate(value)]
@@ -270,7 +338,9 @@ def _message(source: str, field: str, message: Any) -> dict[str, Any]:
             raise DataError(source, f"{field}.{key}", "missing")
     for key in _BESIDE_CONTENT:
         if message.get(key):
-            raise DataError(source, f"{field}.{key}", "not supported: what a message says must be in its content")
+            raise DataError(
+                source, f"{field}.{key}", "not supported: what a message says must be in its content"
+            )
     _text(source, f"{field}.role", message["role"])
     content = message["content"]
     if isinstance(content, list):
@@ -280,8 +350,17 @@ def _message(source: str, field: str, message: Any) -> dict[str, Any]:
 
 def _one_part(source: str, field: str, parts: list[Any]) -> Any:
     """The text of [{"type": "text", "text": text}]."""
-    if len(parts) != 1 or not isinstance(parts[0], dict) or parts[0].get("type") != "text" or "text" not in parts[0]:
-        raise DataError(source, field, 'expected text, or a list of one part {"type": "text", "text": ...}; join several to one')
+    if (
+        len(parts) != 1
+        or not isinstance(parts[0], dict)
+        or parts[0].get("type") != "text"
+        or "text" not in parts[0]
+    ):
+        raise DataError(
+            source,
+            field,
+            'expected text, or a list of one part {"type": "text", "text": ...}; join several to one',
+        )
     return parts[0]["text"]
 
 
@@ -291,7 +370,15 @@ def common_prefix(a: Any, b: Any) -> int:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    names = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)
 
 

@@ -26,11 +26,16 @@ def load_prompts(
     rows: Iterable[Any] | None = None,
     eval_rows: Iterable[Any] | None = None,
 ) -> tuple[list[TokenExample], list[TokenExample]]:
-    """(training prompts, evaluation prompts): examples without completions, whose `values` are the columns of their line. `rows` and
-    `eval_rows` stand in for the files."""
-    to_tokens, limit = ExampleTokenizer(tokenizer, template_options=config.template_options), sequence_limit(config, positions)
+    """(training prompts, evaluation prompts): examples without completions, whose `values` are the columns of
+    their line. `rows` and `eval_rows` stand in for the files."""
+    to_tokens, limit = (
+        ExampleTokenizer(tokenizer, template_options=config.template_options),
+        sequence_limit(config, positions),
+    )
     if config.max_new_tokens >= limit:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: a sequence has at most {limit} tokens")
+        raise UserError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: a sequence has at most {limit} tokens"
+        )
 
     def load(name: str, path: str | None, rows: Iterable[Any] | None) -> list[TokenExample]:
         if rows is not None and path is not None:
@@ -38,10 +43,16 @@ def load_prompts(
         if rows is None and path is None:
             raise UserError("--data is missing: it names the file with the prompts")
         kept, counts = [], {"truncated": 0, "dropped": 0}
-        for source, row in read_jsonl(path) if rows is None else ((f"{name} prompt {i}", row) for i, row in enumerate(rows)):
+        for source, row in (
+            read_jsonl(path) if rows is None else ((f"{name} prompt {i}", row) for i, row in enumerate(rows))
+        ):
             ids = to_tokens.prompt(parse_prompt(source, row))
             if not ids:
-                raise DataError(source, "prompt", "gives no token to sample from (it is empty and the tokenizer adds no BOS token)")
+                raise DataError(
+                    source,
+                    "prompt",
+                    "gives no token to sample from (it is empty and the tokenizer adds no BOS token)",
+                )
             fitted = _fit(ids, limit - config.max_new_tokens, config, tokenizer.bos_token_id, source)
             if fitted is not None:
                 kept.append(TokenExample(torch.tensor(fitted, dtype=torch.int32), (), dict(row)))
@@ -49,12 +60,15 @@ def load_prompts(
             counts["truncated"] += fitted is not None and fitted is not ids
         if not kept:
             raise UserError(
-                f"no prompt to sample from: {path or 'the list'} " + ("has over-long ones only" if counts["dropped"] else "is empty")
+                f"no prompt to sample from: {path or 'the list'} "
+                + ("has over-long ones only" if counts["dropped"] else "is empty")
             )
         notes = "".join(f", {count} {what}" for what, count in counts.items() if count)
         notes += "".join(f", {count} {note}" for note, count in sorted(to_tokens.notes.items()))
         to_tokens.notes.clear()
-        print(f"{name} data: {len(kept)} prompts, longest {max(len(p.prompt) for p in kept)} tokens{notes} ({path or 'in memory'})")
+        print(
+            f"{name} data: {len(kept)} prompts, longest {max(len(p.prompt) for p in kept)} tokens{notes} ({path or 'in memory'})"
+        )
         for remark in to_tokens.remarks() if name == "training" else ():
             print(remark)
         return kept
@@ -73,10 +87,14 @@ def load_texts(
     *,
     stops: Collection[int] = (),
 ) -> list[TokenExample]:
-    """The texts of --ptx-data, each with BOS (if the tokenizer adds one) and EOS, cut to the longest sequence there may be. `stops`: see
-    `ExampleTokenizer`."""
+    """The texts of --ptx-data, each with BOS (if the tokenizer adds one) and EOS, cut to the longest sequence
+    there may be. `stops`: see `ExampleTokenizer`."""
     to_tokens, limit, kept = ExampleTokenizer(tokenizer, stops), sequence_limit(config, positions), []
-    lines = read_jsonl(config.ptx_data) if texts is None else ((f"text {i}", {"text": text}) for i, text in enumerate(texts))
+    lines = (
+        read_jsonl(config.ptx_data)
+        if texts is None
+        else ((f"text {i}", {"text": text}) for i, text in enumerate(texts))
+    )
     for source, row in lines:
         ids = to_tokens.text(source, parse_text(source, row))
         if len(ids) < 2:
@@ -85,7 +103,9 @@ def load_texts(
         kept.append(TokenExample(ids[:1], (ids[1:],)))
     if not kept:
         raise UserError(f"--ptx-data: {config.ptx_data} is empty")
-    print(f"pretraining data: {len(kept)} texts, {sum(text.tokens() for text in kept)} tokens ({config.ptx_data or 'in memory'})")
+    print(
+        f"pretraining data: {len(kept)} texts, {sum(text.tokens() for text in kept)} tokens ({config.ptx_data or 'in memory'})"
+    )
     return kept
 
 
@@ -96,7 +116,9 @@ def sequence_limit(config: OnlineConfig, positions: int | None) -> int:
     return min(config.max_length or positions or config.tokens_per_batch, config.tokens_per_batch)
 
 
-def _fit(ids: Sequence[int], limit: int, config: OnlineConfig, bos: int | None, source: str) -> Sequence[int] | None:
+def _fit(
+    ids: Sequence[int], limit: int, config: OnlineConfig, bos: int | None, source: str
+) -> Sequence[int] | None:
     if len(ids) <= limit:
         return ids
     if config.overlong == "error":

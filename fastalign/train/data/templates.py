@@ -1,16 +1,21 @@
 """What the tokenizer's chat template makes of messages, compared with the messages.
 
-A chat template is a program: it may leave out a system message, move it, cut reasoning out of a turn, change the case, walk over the letters
+A chat template is a program: it may leave out a system message, move it, cut reasoning out of a turn, change
+the case, walk over the letters
 of a text as if they were parts, or write the prompt otherwise once an answer follows. So every example is checked, with two questions:
 
-1. **Is every message in the prompt?** An outline is rendered from the same roles with a mark in the place of each content. Every mark must
-   come out of it, and the outline with the contents put back must be the prompt, up to white space around a content. The prompt is what
-   the online methods sample from: rendered alone, with the turn left to the assistant.
-2. **Is what follows the prompt the assistant's words and the end of the turn, nothing else?** The prompt with its answer must begin with the very
+1. **Is every message in the prompt?** An outline is rendered from the same roles with a mark in the place of
+each content. Every mark must
+   come out of it, and the outline with the contents put back must be the prompt, up to white space around a
+   content. The prompt is what the online methods sample from: rendered alone, with the turn left to the
+   assistant.
+2. **Is what follows the prompt the assistant's words and the end of the turn, nothing else?** The prompt with
+its answer must begin with the very
    prompt; then, up to white space, the words, and then what the template writes behind a mark in their place.
 
-What fails is a `DataError` that says what the template does. White space that it trims, a system message that it moves within the prompt, and
-fields that it ignores are put into `notes`, which whoever counts them empties.
+What fails is a `DataError` that says what the template does. White space that it trims, a system message that
+it moves within the prompt, and fields that it ignores are put into `notes`, which whoever counts them
+empties.
 """
 
 from __future__ import annotations
@@ -23,7 +28,16 @@ from fastalign.train.data.formats import Messages, common_prefix
 from fastalign.train.errors import DataError, UserError
 
 _WHO = "the tokenizer's chat template"
-_GIVEN = ("messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "tokenize", "bos_token", "eos_token")
+_GIVEN = (
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tools",
+    "documents",
+    "tokenize",
+    "bos_token",
+    "eos_token",
+)
 _NOTHING = (None, "", False)
 TRIMMED = "with white space around a message that the chat template trims"
 MOVED = "with a system message that the chat template moves"
@@ -31,8 +45,9 @@ IGNORED = "with a message field {!r} that the chat template ignores"
 
 
 def plain_template(messages: Messages, add_generation_prompt: bool) -> str:
-    """The chat format for tokenizers without a template of their own: `role: content`, turns separated by a blank line. The prompt
-    ends with "assistant:", so that a completion begins with a space, as words inside a text do."""
+    """The chat format for tokenizers without a template of their own: `role: content`, turns separated by a
+    blank line. The prompt ends with "assistant:", so that a completion begins with a space, as words inside a
+    text do."""
     turns = [f"{message['role']}: {message['content']}" for message in messages]
     return "\n\n".join(turns + (["assistant:"] if add_generation_prompt else []))
 
@@ -52,8 +67,14 @@ class ChatTemplate:
         self.tokenizer, self.own = tokenizer, bool(getattr(tokenizer, "chat_template", None))
         self.options = dict(options or {})
         for name in self.options:
-            if name in _GIVEN or not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template) if self.own else ""):
-                where = "is set by the trainer" if name in _GIVEN else "is no variable of the tokenizer's chat template"
+            if name in _GIVEN or not re.search(
+                rf"\b{re.escape(name)}\b", str(tokenizer.chat_template) if self.own else ""
+            ):
+                where = (
+                    "is set by the trainer"
+                    if name in _GIVEN
+                    else "is no variable of the tokenizer's chat template"
+                )
                 raise UserError(f"--template {name}: it {where}")
         self.notes: set[str] = set()
         self._outlines: dict[Any, str | None] = {}
@@ -75,7 +96,9 @@ class ChatTemplate:
         if outline is not None:
             for i in shown:
                 if _mark(i) not in outline:
-                    raise self._refusal(source, f"prompt[{i}]", self._loss(_mark(i), outline, messages[i]["role"]))
+                    raise self._refusal(
+                        source, f"prompt[{i}]", self._loss(_mark(i), outline, messages[i]["role"])
+                    )
             places = [outline.index(_mark(i)) for i in shown if messages[i]["role"] != "system"]
             if places != sorted(places):
                 raise self._refusal(source, "prompt", "puts the messages in another order")
@@ -87,8 +110,11 @@ class ChatTemplate:
         self._find_in_order(source, messages, text)
         return text
 
-    def answer(self, source: str, field: str, prompt: Messages, prompt_text: str, message: dict[str, Any]) -> str:
-        """What follows the prompt when the assistant says this: its words, and the end of the turn if the template writes one."""
+    def answer(
+        self, source: str, field: str, prompt: Messages, prompt_text: str, message: dict[str, Any]
+    ) -> str:
+        """What follows the prompt when the assistant says this: its words, and the end of the turn if the
+        template writes one."""
         messages = [*prompt, message]
         text = self._checked_render(source, field, messages, False)
         if not self.own:
@@ -114,16 +140,30 @@ class ChatTemplate:
         """What a user should know of the template, whatever the data."""
         source, said = str(self.tokenizer.chat_template), []
         if self.turn_end not in (None, self.tokenizer.eos_token_id):
-            ends = (self.tokenizer.convert_ids_to_tokens(i) for i in (self.turn_end, self.tokenizer.eos_token_id))
-            said.append("chat template: a turn ends with {!r}, not with the tokenizer's EOS {!r}".format(*ends))
+            ends = (
+                self.tokenizer.convert_ids_to_tokens(i) for i in (self.turn_end, self.tokenizer.eos_token_id)
+            )
+            said.append(
+                "chat template: a turn ends with {!r}, not with the tokenizer's EOS {!r}".format(*ends)
+            )
         head = (self._outline(_user(), True) or "").partition(_mark(0))[0]
         if len(re.findall(r"[^\W\d_]+", self._without_markers(head))) > 3:  # more than a role's name
-            said.append(f"chat template: it opens a conversation without a system message with words of its own: {_short(head)}")
+            said.append(
+                f"chat template: it opens a conversation without a system message with words of its own: {_short(head)}"
+            )
         if "strftime_now" in source:
-            said.append("chat template: it writes the date into the prompts, so the data of another day are other data to --resume")
+            said.append(
+                "chat template: it writes the date into the prompts, so the data of another day are other data to --resume"
+            )
         bos = self.tokenizer.bos_token
-        if bos and self.tokenizer.bos_token_id in self.tokenizer("a")["input_ids"] and bos not in (self._outline(_user(), True) or bos):
-            said.append(f"chat template: conversations have no BOS, since it writes none, though the tokenizer begins texts with {bos!r}")
+        if (
+            bos
+            and self.tokenizer.bos_token_id in self.tokenizer("a")["input_ids"]
+            and bos not in (self._outline(_user(), True) or bos)
+        ):
+            said.append(
+                f"chat template: conversations have no BOS, since it writes none, though the tokenizer begins texts with {bos!r}"
+            )
         return said
 
     # --- rendering ---------------------------------------------------------------------------------------------------------------------------
@@ -132,19 +172,33 @@ class ChatTemplate:
         if not self.own:
             return plain_template(messages, generation)
         if self._in_parts:
-            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **self.options)
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages
+            ]
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation, **self.options
+        )
 
     def _checked_render(self, source: str, field: str, messages: Messages, generation: bool) -> str:
         try:
             return self._render(messages, generation)
-        except Exception as error:  # templates are programs of their own: any error in one is about this example
+        except (
+            Exception
+        ) as error:  # templates are programs of their own: any error in one is about this example
             raise DataError(source, field, f"{_WHO} refuses it: {' '.join(str(error).split())}") from None
 
     def _outline(self, messages: Messages, generation: bool) -> str | None:
-        """The messages rendered with a mark in the place of every content that is not blank; None if the template refuses that."""
-        extras = tuple(repr({key: value for key, value in m.items() if key not in ("role", "content")}) for m in messages)
-        key = (generation, tuple(m["role"] for m in messages), tuple(m["content"] if _blank(m) else None for m in messages), extras)
+        """The messages rendered with a mark in the place of every content that is not blank; None if the
+        template refuses that."""
+        extras = tuple(
+            repr({key: value for key, value in m.items() if key not in ("role", "content")}) for m in messages
+        )
+        key = (
+            generation,
+            tuple(m["role"] for m in messages),
+            tuple(m["content"] if _blank(m) else None for m in messages),
+            extras,
+        )
         if key not in self._outlines:
             if len(self._outlines) >= 4096:  # fields of a message that are never the same
                 self._outlines.clear()
@@ -156,7 +210,8 @@ class ChatTemplate:
         return self._outlines[key]
 
     def _wants_parts(self) -> bool:
-        """Whether the template walks over the parts of a content, [{"type": "text", ...}], and finds none in a text."""
+        """Whether the template walks over the parts of a content, [{"type": "text", ...}], and finds none in
+        a text."""
         if _mark(0) in (self._outline(_user(), True) or ""):
             return False
         self._outlines, self._in_parts = {}, True
@@ -167,8 +222,9 @@ class ChatTemplate:
     # --- the end of a turn -------------------------------------------------------------------------------------------------------------------
 
     def _find_turn_end(self) -> int | None:
-        """The special token behind the assistant's words that also stands there when the conversation goes on (some templates close the whole
-        conversation with a token of its own); among several EOS goes first, since "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>" ends at the second."""
+        """The special token behind the assistant's words that also stands there when the conversation goes on
+        (some templates close the whole conversation with a token of its own); among several EOS goes first,
+        since "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>" ends at the second."""
         turns = [*_user(), {"role": "assistant", "content": "a"}]
         last, within = self._outline(turns, False), self._outline([*turns, *_user()], False)
         if last is None or _mark(1) not in last:
@@ -177,8 +233,14 @@ class ChatTemplate:
         within = (within or "").partition(_mark(1))[2].partition(_mark(2))[0]
         eos = self.tokenizer.eos_token_id
         for text in (last[: common_prefix(last, within)], last):
-            ids = [i for i in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if i in self.added]
-            ids = [i for i in ids if self.tokenizer.convert_ids_to_tokens(i) in text]  # not those that the tokenizer puts around it
+            ids = [
+                i
+                for i in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                if i in self.added
+            ]
+            ids = [
+                i for i in ids if self.tokenizer.convert_ids_to_tokens(i) in text
+            ]  # not those that the tokenizer puts around it
             if ids:
                 return eos if eos in ids else ids[0]
         return None
@@ -193,12 +255,21 @@ class ChatTemplate:
         return outline.rpartition(mark)[2]
 
     def _cut_at_end(self, source: str, field: str, tail: str) -> str:
-        """The tail up to the end of the turn, that included; without one, up to the white space at its end. Nothing in it may be words."""
-        ends = [self.tokenizer.convert_ids_to_tokens(i) for i in (self.turn_end, self.tokenizer.eos_token_id) if i is not None]
+        """The tail up to the end of the turn, that included; without one, up to the white space at its end.
+        Nothing in it may be words."""
+        ends = [
+            self.tokenizer.convert_ids_to_tokens(i)
+            for i in (self.turn_end, self.tokenizer.eos_token_id)
+            if i is not None
+        ]
         end = next((end for end in ends if end in tail), None)
         kept = tail.rstrip() if end is None else tail[: tail.index(end) + len(end)]
         if re.search(r"\w", self._without_markers(kept)):
-            raise self._refusal(source, field, f"writes {_short(kept)} behind the assistant's words, which would be trained on")
+            raise self._refusal(
+                source,
+                field,
+                f"writes {_short(kept)} behind the assistant's words, which would be trained on",
+            )
         return kept
 
     def _without_markers(self, text: str) -> str:
@@ -210,7 +281,8 @@ class ChatTemplate:
     # --- comparison --------------------------------------------------------------------------------------------------------------------------
 
     def _matches(self, outline: str, messages: Messages, text: str) -> bool:
-        """Whether the text is the outline with every content in the place of its mark, as it stands or with white space trimmed."""
+        """Whether the text is the outline with every content in the place of its mark, as it stands or with
+        white space trimmed."""
         marks = {_mark(i): message["content"] for i, message in enumerate(messages) if not _blank(message)}
         pieces = re.split(f"({'|'.join(marks)})", outline) if marks else [outline]
         if "".join(marks.get(piece, piece) for piece in pieces) == text:
@@ -218,14 +290,17 @@ class ChatTemplate:
         ends = {0}  # every place that the pieces so far can reach
         for piece in pieces:
             content = marks.get(piece)
-            forms = {piece} if content is None else {content, content.strip(), content.lstrip(), content.rstrip()}
+            forms = (
+                {piece} if content is None else {content, content.strip(), content.lstrip(), content.rstrip()}
+            )
             ends = {end + len(form) for end in ends for form in forms if text.startswith(form, end)}
         if len(text) in ends:
             self.notes.add(TRIMMED)
         return len(text) in ends
 
     def _find_in_order(self, source: str, messages: Messages, text: str) -> None:
-        """For a prompt that hangs on more of its contents than that they are there: each must still be found, one behind the other."""
+        """For a prompt that hangs on more of its contents than that they are there: each must still be found,
+        one behind the other."""
         place = 0
         for i, message in enumerate(messages):
             words, start = message["content"].strip(), 0 if message["role"] == "system" else place
@@ -239,16 +314,27 @@ class ChatTemplate:
 
     def _check_fields(self, source: str, field: str, messages: Messages, text: str, generation: bool) -> None:
         """Refuse a name that the template does not write, and count other fields that it ignores."""
-        for key in sorted({key for message in messages for key, value in message.items() if value not in _NOTHING} - {"role", "content"}):
+        for key in sorted(
+            {key for message in messages for key, value in message.items() if value not in _NOTHING}
+            - {"role", "content"}
+        ):
             without = [{k: v for k, v in message.items() if k != key} for message in messages]
             try:
                 ignored = self._render(without, generation) == text
             except Exception:  # see _checked_render
                 ignored = False
             values = [message[key] for message in messages if isinstance(message.get(key), str)]
-            lost = next((value for value in values if value.strip() not in text), None) if key == "name" else None
+            lost = (
+                next((value for value in values if value.strip() not in text), None)
+                if key == "name"
+                else None
+            )
             if key == "name" and (ignored or lost is not None):
-                raise self._refusal(source, field, f"leaves out the {key} {_short(lost if lost is not None else values[0])} of a message")
+                raise self._refusal(
+                    source,
+                    field,
+                    f"leaves out the {key} {_short(lost if lost is not None else values[0])} of a message",
+                )
             if ignored:
                 self.notes.add(IGNORED.format(key))
 
@@ -275,7 +361,9 @@ class ChatTemplate:
                 return f"leaves out the {message['role']} message ({_short(words)}) once an answer follows, so it would learn without it"
         same = common_prefix(before, after)
         was, becomes = before[same:], after[same : same + len(before) - same + 20]
-        return f"writes the prompt differently once an answer follows: {_short(was)} becomes {_short(becomes)}"
+        return (
+            f"writes the prompt differently once an answer follows: {_short(was)} becomes {_short(becomes)}"
+        )
 
     def _other_answer(self, prompt: Messages, prompt_text: str, words: str, rest: str, tail: str) -> str:
         if words not in rest:

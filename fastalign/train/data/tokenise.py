@@ -1,15 +1,17 @@
 """From texts to token ids: where the prompt ends, which EOS is learnt, what happens to over-long examples.
 
-**Boundary.** Prompt and completion are tokenised together, as one text, and the prompt alone. The prompt's part is the longest run of
-tokens that the prompt alone and the prompt with each of its completions have in common. Usually that is the whole prompt. Where a
-token straddles the boundary (" a" + "bc" may become " abc"), the boundary moves left until all completions continue from the very
-same tokens: what follows is scored in each, so the comparison stays fair. Examples whose boundary moved are counted.
+**Boundary.** Prompt and completion are tokenised together, as one text, and the prompt alone. The prompt's
+part is the longest run of tokens that the prompt alone and the prompt with each of its completions have in
+common. Usually that is the whole prompt. Where a token straddles the boundary (" a" + "bc" may become "
+abc"), the boundary moves left until all completions continue from the very same tokens: what follows is
+scored in each, so the comparison stays fair. Examples whose boundary moved are counted.
 
-**Special tokens** come from one place, `specials.py`: one BOS before a text (from the tokenizer, or from the text), one end of turn behind a
-completion, whether the data, the tokenizer or the template bring some along. What a chat template makes of messages is compared with them,
-`templates.py`.
+**Special tokens** come from one place, `specials.py`: one BOS before a text (from the tokenizer, or from the
+text), one end of turn behind a completion, whether the data, the tokenizer or the template bring some along.
+What a chat template makes of messages is compared with them, `templates.py`.
 
-**Length.** The limit of a sequence is `max_length`, and an equal share of the token budget where an example's sequences together exceed it.
+**Length.** The limit of a sequence is `max_length`, and an equal share of the token budget where an example's
+sequences together exceed it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ from fastalign.train.data.specials import SpecialTokens
 from fastalign.train.data.templates import ChatTemplate, plain_template
 from fastalign.train.errors import DataError
 
-__all__ = ["DataReport", "ExampleTokenizer", "TokenExample", "fit", "plain_template", "token_pair", "tokenise"]
+__all__ = [
+    "DataReport",
+    "ExampleTokenizer",
+    "TokenExample",
+    "fit",
+    "plain_template",
+    "token_pair",
+    "tokenise",
+]
 
 UNKNOWN = "with characters that the tokenizer does not know"
 SPELLED = "with the name of a special token inside an answer, taken as letters"
@@ -36,8 +46,8 @@ SPELLED = "with the name of a special token inside an answer, taken as letters"
 
 @dataclass(frozen=True, slots=True)
 class TokenExample:
-    """Token ids (int32 tensors) of a prompt and its completions, each with its EOS, and the example's numbers. A pair has the completions
-    (chosen, rejected)."""
+    """Token ids (int32 tensors) of a prompt and its completions, each with its EOS, and the example's
+    numbers. A pair has the completions (chosen, rejected)."""
 
     prompt: torch.Tensor
     completions: tuple[torch.Tensor, ...]
@@ -56,14 +66,17 @@ class TokenExample:
         return [len(self.prompt) + len(completion) for completion in self.completions]
 
     def tokens(self) -> int:
-        """Tokens of all sequences together, the prompt counted in each: what the example takes from a token budget."""
+        """Tokens of all sequences together, the prompt counted in each: what the example takes from a token
+        budget."""
         return sum(self.lengths())
 
     def longest(self) -> int:
         return max(self.lengths())
 
 
-def token_pair(prompt: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, **values: Any) -> TokenExample:
+def token_pair(
+    prompt: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, **values: Any
+) -> TokenExample:
     """A pair that is tokenised already."""
     return TokenExample(prompt, (chosen, rejected), values)
 
@@ -86,19 +99,25 @@ class DataReport:
         notes = [f"{self.count} {self.noun}s, {self.tokens} tokens, longest sequence {self.longest}"]
         notes += [f"{self.truncated} truncated"] if self.truncated else []
         notes += [f"{self.dropped} dropped as over-long"] if self.dropped else []
-        notes += [f"{self.boundary_moved} with a token across the prompt boundary"] if self.boundary_moved else []
+        notes += (
+            [f"{self.boundary_moved} with a token across the prompt boundary"] if self.boundary_moved else []
+        )
         notes += [f"{count} {note}" for note, count in sorted(self.notes.items())]
         return ", ".join(notes)
 
 
 class ExampleTokenizer:
-    """The one place where a prompt and its completions, texts or messages, become token ids: `__call__` (prompt and completions), `prompt` (alone,
-    to sample from), `text` (all of it predicted). `stops`: ids at which the model's generation stops beside the tokenizer's EOS;
-    `template_options`: variables for the chat template.
+    """The one place where a prompt and its completions, texts or messages, become token ids: `__call__`
+    (prompt and completions), `prompt` (alone, to sample from), `text` (all of it predicted). `stops`: ids at
+    which the model's generation stops beside the tokenizer's EOS; `template_options`: variables for the chat
+    template.
 
-    `notes` counts what happened to the examples, `remarks()` says what is worth knowing of the chat template once it has been used."""
+    `notes` counts what happened to the examples, `remarks()` says what is worth knowing of the chat template
+    once it has been used."""
 
-    def __init__(self, tokenizer: Any, stops: Collection[int] = (), template_options: Mapping[str, Any] | None = None):
+    def __init__(
+        self, tokenizer: Any, stops: Collection[int] = (), template_options: Mapping[str, Any] | None = None
+    ):
         self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer, template_options)
         # Configurations name ids that are letters of this tokenizer where nobody set them; those end nothing.
         others = {i for i in stops if i in self.template.added}
@@ -110,7 +129,10 @@ class ExampleTokenizer:
         """The example's tokens, and whether its boundary moved."""
         text, prompt = self._prompt(texts)
         end = self.special.end_of(texts.conversational, prompt)
-        whole = [self._with_completion(texts, text, field, each, end) for field, each in zip(texts.fields, texts.completions)]
+        whole = [
+            self._with_completion(texts, text, field, each, end)
+            for field, each in zip(texts.fields, texts.completions)
+        ]
         self._count([prompt, *whole])
         boundary = min(common_prefix(prompt, ids) for ids in whole)
         if boundary == 0:
@@ -122,7 +144,9 @@ class ExampleTokenizer:
         for field, ids in zip(texts.fields, whole):
             self.special.check_completion(texts.source, field, ids[boundary:-1])
         completions = tuple(torch.tensor(ids[boundary:], dtype=torch.int32) for ids in whole)
-        return TokenExample(torch.tensor(prompt[:boundary], dtype=torch.int32), completions, texts.values), boundary < len(prompt)
+        return TokenExample(
+            torch.tensor(prompt[:boundary], dtype=torch.int32), completions, texts.values
+        ), boundary < len(prompt)
 
     def prompt(self, texts: Texts) -> list[int]:
         """Ids of the prompt alone, ready for a completion."""
@@ -132,7 +156,9 @@ class ExampleTokenizer:
 
     def text(self, source: str, text: Text) -> list[int]:
         """Ids of a text of its own, with BOS (if the tokenizer adds one) and EOS."""
-        ids = self.special.begun(source, "text", self.special.encode(self.special.without_ends(text)), bare=True)
+        ids = self.special.begun(
+            source, "text", self.special.encode(self.special.without_ends(text)), bare=True
+        )
         return [*ids, self.special.eos]
 
     def remarks(self) -> list[str]:
@@ -149,15 +175,19 @@ class ExampleTokenizer:
         return self.special.begun(texts.source, field, self.special.encode(text), bare=bare)
 
     def _with_completion(self, texts: Texts, prompt: str, field: str, completion: Any, end: int) -> list[int]:
-        """Ids of the prompt with one completion, which ends with the token `end`, and with no other end of turn before that."""
+        """Ids of the prompt with one completion, which ends with the token `end`, and with no other end of
+        turn before that."""
         if not texts.conversational:
             return [*self._encode(texts, field, prompt + self.special.without_ends(completion)), end]
         message = {**completion[0], "content": self.special.without_ends(completion[0]["content"])}
-        text = self.special.without_ends(self.template.answer(texts.source, field, texts.prompt, prompt, message))
+        text = self.special.without_ends(
+            self.template.answer(texts.source, field, texts.prompt, prompt, message)
+        )
         words = message["content"].strip()
         if not self.special.spells_special(words):
             return [*self._encode(texts, field, prompt + text), end]
-        # The content of a message is words: "</s>" in it is a text about tokens, or one that got there by mistake.
+        # The content of a message is words: "</s>" in it is a text about tokens, or one that got there by
+        # mistake.
         self.template.notes.add(SPELLED)
         before, _, behind = text.partition(words)
         ids = self._encode(texts, field, prompt + before)
@@ -165,7 +195,9 @@ class ExampleTokenizer:
 
     def _count(self, sequences: list[list[int]]) -> None:
         unknown = self.tokenizer.unk_token_id
-        if unknown not in (None, self.special.bos, self.special.eos) and any(unknown in ids for ids in sequences):
+        if unknown not in (None, self.special.bos, self.special.eos) and any(
+            unknown in ids for ids in sequences
+        ):
             self.notes[UNKNOWN] += 1
         self.notes.update(self.template.notes)
         self.template.notes.clear()
@@ -183,16 +215,25 @@ def tokenise(
     stops: Collection[int] = (),
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[list[TokenExample], DataReport]:
-    """Check, tokenise and fit every example (a row in the format `form`, or a ready `TokenExample`). `stops` and
-    `template_options`: see `ExampleTokenizer`."""
+    """Check, tokenise and fit every example (a row in the format `form`, or a ready `TokenExample`). `stops`
+    and `template_options`: see `ExampleTokenizer`."""
     to_tokens, kept, report = ExampleTokenizer(tokenizer, stops, template_options), [], DataReport(form.noun)
     first: Mapping[str, Any] | None = None
-    for source, row in tqdm(examples, desc="tokenising", unit=f" {form.noun}s", leave=False, disable=None if progress else True):
+    for source, row in tqdm(
+        examples, desc="tokenising", unit=f" {form.noun}s", leave=False, disable=None if progress else True
+    ):
         example, moved = (row, False) if isinstance(row, TokenExample) else to_tokens(form.parse(source, row))
         first = example.values if first is None else first
         form.check_values(source, example.values, first)
         report.boundary_moved += moved
-        fitted = fit(example, budget=budget, max_length=max_length, overlong=overlong, bos=tokenizer.bos_token_id, source=source)
+        fitted = fit(
+            example,
+            budget=budget,
+            max_length=max_length,
+            overlong=overlong,
+            bos=tokenizer.bos_token_id,
+            source=source,
+        )
         if fitted is None:
             report.dropped += 1
             continue
@@ -205,11 +246,14 @@ def tokenise(
     return kept, report
 
 
-def fit(example: TokenExample, *, budget: int, max_length: int | None, overlong: str, bos: int | None, source: str) -> TokenExample | None:
+def fit(
+    example: TokenExample, *, budget: int, max_length: int | None, overlong: str, bos: int | None, source: str
+) -> TokenExample | None:
     """The example itself if it fits, else what `overlong` makes of it; None: leave it out.
 
-    truncate_prompt keeps the end of the prompt (and its BOS), the same for every completion; truncate_completion keeps the beginning of
-    each completion (its EOS goes). Neither leaves an empty prompt or completion: an example for which there is no room is left out.
+    truncate_prompt keeps the end of the prompt (and its BOS), the same for every completion;
+    truncate_completion keeps the beginning of each completion (its EOS goes). Neither leaves an empty prompt
+    or completion: an example for which there is no room is left out.
     """
     limit = max_length or budget
     if example.longest() <= limit and example.tokens() <= budget:
@@ -220,7 +264,11 @@ def fit(example: TokenExample, *, budget: int, max_length: int | None, overlong:
             if example.longest() > limit
             else f"the example's {example.tokens()} tokens exceed --tokens-per-batch {budget}"
         )
-        raise DataError(source, None, f"{what}; raise it, or choose --overlong drop, truncate_prompt or truncate_completion")
+        raise DataError(
+            source,
+            None,
+            f"{what}; raise it, or choose --overlong drop, truncate_prompt or truncate_completion",
+        )
     if overlong == "drop":
         return None
     if sum(min(limit, length) for length in example.lengths()) > budget:
@@ -229,6 +277,12 @@ def fit(example: TokenExample, *, budget: int, max_length: int | None, overlong:
     if overlong == "truncate_prompt":
         keep = limit - max(map(len, completions))
         start = prompt[:1] if prompt[0] == bos and keep > 1 else prompt[:0]
-        return dataclasses.replace(example, prompt=torch.cat([start, prompt[len(start) - keep :]])) if keep > 0 else None
+        return (
+            dataclasses.replace(example, prompt=torch.cat([start, prompt[len(start) - keep :]]))
+            if keep > 0
+            else None
+        )
     room = limit - len(prompt)
-    return dataclasses.replace(example, completions=tuple(c[:room] for c in completions)) if room > 0 else None
+    return (
+        dataclasses.replace(example, completions=tuple(c[:room] for c in completions)) if room > 0 else None
+    )

@@ -14,8 +14,8 @@ from fastalign.train.online_config import OnlineConfig
 
 
 class Page(NamedTuple):
-    """What `fastalign train METHOD --help` says before its options. `data`: one line of the data file. `command`: it
-    runs as it stands, given such a file and a model in ./model."""
+    """What `fastalign train METHOD --help` says before its options. `data`: one line of the data file.
+    `command`: it runs as it stands, given such a file and a model in ./model."""
 
     what: str
     formula: str
@@ -25,9 +25,9 @@ class Page(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A method. `home`: "module:class", a `Method` or an `OnlineMethod`. `config`: the class of its configuration, which
-    says what it learns from: a data file, or the policy's own samples. `settings`: those of `config` that it has beside
-    the common ones; `defaults`: its own values for those that are None."""
+    """A method. `home`: "module:class", a `Method` or an `OnlineMethod`. `config`: the class of its
+    configuration, which says what it learns from: a data file, or the policy's own samples. `settings`: those
+    of `config` that it has beside the common ones; `defaults`: its own values for those that are None."""
 
     summary: str
     home: str
@@ -56,7 +56,16 @@ _UPDATES = (
 _KL = ("kl_coef", "kl_in", "kl_kind", "kl_target", "kl_horizon")
 _GRADIENT = (*_REWARD, *_SAMPLING, *_UPDATES, *_KL)
 _STEPS = ("gamma", "whiten_rewards")  # of methods whose advantages differ from token to token
-_VALUES = ("lam", "vf_coef", "value_clip", "bootstrap_truncated", "dpo_model", "dpo_coef", "dpo_clip", "preset")
+_VALUES = (
+    "lam",
+    "vf_coef",
+    "value_clip",
+    "bootstrap_truncated",
+    "dpo_model",
+    "dpo_coef",
+    "dpo_clip",
+    "preset",
+)
 _GROUPS = ("overlong_buffer", "drop_equal_groups", "mask_truncated")
 _ONCE = {"minibatches": 1, "rollout_epochs": 1, "entropy_coef": 0.0, "ptx_coef": 0.0, "samples_per_prompt": 1}
 
@@ -213,7 +222,8 @@ METHODS: dict[str, Row] = {
             _PROMPT,
             _online("rloo") + " --samples-per-prompt 4",
         ),
-        _ONCE | {"samples_per_prompt": 4, "loss": "rloo", "kl_coef": 0.05, "kl_in": "reward", "kl_kind": "k1"},
+        _ONCE
+        | {"samples_per_prompt": 4, "loss": "rloo", "kl_coef": 0.05, "kl_in": "reward", "kl_kind": "k1"},
     ),
     "reinforce_pp": Row(
         "RLHF by REINFORCE++: returns whitened over the batch, no value head",
@@ -255,19 +265,25 @@ _FUNCTIONS = {TrainConfig: "train", OnlineConfig: "train_online"}
 
 
 def check_kind(name: str, config: Any, kind: type[RunConfig]) -> None:
-    """Refuse a method or a configuration that belongs to the other function for training than that of `kind`."""
+    """Refuse a method or a configuration that belongs to the other function for training than that of
+    `kind`."""
     function, row = _FUNCTIONS[kind], METHODS.get(name)
     if row is not None and row.config is not kind:
-        raise UserError(f"{function} has no method {name!r}: call {_FUNCTIONS[row.config]}({name!r}, {row.config.__name__}(...))")
+        raise UserError(
+            f"{function} has no method {name!r}: call {_FUNCTIONS[row.config]}({name!r}, {row.config.__name__}(...))"
+        )
     if not isinstance(config, kind):
         other = _FUNCTIONS.get(type(config))
         hint = f", which belongs to {other}" if other else ""
         found = type(config).__name__
-        raise UserError(f"{function}({name!r}, config): config must be an instance of {kind.__name__}, got {found}{hint}")
+        raise UserError(
+            f"{function}({name!r}, config): config must be an instance of {kind.__name__}, got {found}{hint}"
+        )
 
 
 def make_method(name: str, config: RunConfig, **options: Any) -> Any:
-    """The method of this name for this configuration. Raises `UserError` for an unknown name, loss or option."""
+    """The method of this name for this configuration. Raises `UserError` for an unknown name, loss or
+    option."""
     if name not in METHODS:
         legal = [other for other, row in METHODS.items() if isinstance(config, row.config)]
         raise UserError(f"unknown method {name!r}; legal: {', '.join(legal)}")

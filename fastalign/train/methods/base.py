@@ -1,4 +1,5 @@
-"""What a method is. The loop asks it for packed batches, for the numbers of a batch that the loss is made of, and for the loss."""
+"""What a method is. The loop asks it for packed batches, for the numbers of a batch that the loss is made of,
+and for the loss."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ TOKEN_METRICS = ("entropy", "mean_logit", "is_top1")
 
 @dataclass
 class Split:
-    """Examples to train or evaluate on, and where their reference log-probs come from (None: the loss needs none)."""
+    """Examples to train or evaluate on, and where their reference log-probs come from (None: the loss needs
+    none)."""
 
     examples: Sequence[TokenExample]
     reference: Callable[[Any, Any], torch.Tensor] | None = None
@@ -35,8 +37,8 @@ class Split:
 
 @dataclass
 class Scored:
-    """A packed batch (on the device) and the numbers that its loss is made of: `policy` depends on the weights that are trained, `fixed`
-    does not. Per token [T] throughout if the method is joint."""
+    """A packed batch (on the device) and the numbers that its loss is made of: `policy` depends on the
+    weights that are trained, `fixed` does not. Per token [T] throughout if the method is joint."""
 
     examples: Sequence[TokenExample]
     packed: fastalign.PackedBatch
@@ -53,11 +55,17 @@ def join(parts: Sequence[Scored]) -> Scored:
     """Several batches end to end, as if they had been one pack."""
     lengths = torch.cat([part.packed.cu_seqlens.diff() for part in parts])
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
-    tensors = {name: torch.cat([getattr(part.packed, name) for part in parts]) for name in ("input_ids", "position_ids", "labels", "mask")}
-    packed = fastalign.PackedBatch(**tensors, cu_seqlens=cu_seqlens, max_seqlen=max(part.packed.max_seqlen for part in parts))
+    tensors = {
+        name: torch.cat([getattr(part.packed, name) for part in parts])
+        for name in ("input_ids", "position_ids", "labels", "mask")
+    }
+    packed = fastalign.PackedBatch(
+        **tensors, cu_seqlens=cu_seqlens, max_seqlen=max(part.packed.max_seqlen for part in parts)
+    )
     examples = [example for part in parts for example in part.examples]
     policy, fixed = (
-        {key: torch.cat([getattr(part, which)[key] for part in parts]) for key in getattr(parts[0], which)} for which in ("policy", "fixed")
+        {key: torch.cat([getattr(part, which)[key] for part in parts]) for key in getattr(parts[0], which)}
+        for which in ("policy", "fixed")
     )
     return Scored(examples, packed, policy, fixed)
 
@@ -73,8 +81,11 @@ class Learner:
     def load_model(self, directory: str, *, trust_remote_code: bool) -> torch.nn.Module:
         return models.load_model(directory, trust_remote_code=trust_remote_code)
 
-    def make_lm(self, model: torch.nn.Module, tokenizer: Any, **options: Any) -> tuple[models.PackedModel, Any]:
-        """(the model on packed sequences, the tokenizer that is saved with it). `options`: of `PackedCausalLM`."""
+    def make_lm(
+        self, model: torch.nn.Module, tokenizer: Any, **options: Any
+    ) -> tuple[models.PackedModel, Any]:
+        """(the model on packed sequences, the tokenizer that is saved with it). `options`: of
+        `PackedCausalLM`."""
         return PackedCausalLM(model, **options), tokenizer
 
     def modules(self) -> Mapping[str, torch.nn.Module]:
@@ -91,14 +102,16 @@ class Learner:
 class Method(Learner):
     """Base of the methods that learn from a data file.
 
-    `joint`: the loss must see all examples of a step at once,
-    because it sorts them or takes statistics over them; otherwise it is a sum over batches with `constants` as the denominators.
+    `joint`: the loss must see all examples of a step at once, because it sorts them or takes statistics over
+    them; otherwise it is a sum over batches with `constants` as the denominators.
     """
 
     format: ClassVar[Format]
     default_loss: ClassVar[str]
     needs_reference = True
-    exact_kl = False  # the loss compares whole distributions: the reference model must have the policy's vocabulary
+    exact_kl = (
+        False  # the loss compares whole distributions: the reference model must have the policy's vocabulary
+    )
     joint = False
     max_length: int | None = None  # longest sequence, in tokens; set when the model is known
 
@@ -116,8 +129,8 @@ class Method(Learner):
             self.config = dataclasses.replace(self.config, head="logits")
 
     def token_stats(self, scores: Scores, labels: torch.Tensor) -> Any:
-        """(a forward pass, labels [T]) -> an object with .logprob [T] and the other `outputs`. Policy and reference go through the same
-        function, so that equal weights give equal bits."""
+        """(a forward pass, labels [T]) -> an object with .logprob [T] and the other `outputs`. Policy and
+        reference go through the same function, so that equal weights give equal bits."""
         if self.logprob_fn is not None:
             return SimpleNamespace(logprob=self.logprob_fn(scores.logits, labels))
         return scores.stats(labels, outputs=self.outputs)
@@ -141,20 +154,24 @@ class Method(Learner):
         return pack_examples(split.examples, indices, self.config.tokens_per_batch)
 
     def constants(self, lm: Any, split: Split, indices: Sequence[int]) -> dict[str, Any]:
-        """What the loss is given besides a batch: numbers of the whole step, so that the split into batches changes nothing."""
+        """What the loss is given besides a batch: numbers of the whole step, so that the split into batches
+        changes nothing."""
         return {}
 
     def score(self, lm: Any, split: Split, batch: Batch, *, policy_only: bool = False) -> Scored:
-        """Run the model on a batch. `policy_only`: leave out what does not depend on the weights. Here: the statistics of the labels'
-        tokens, and the reference's log-probs."""
+        """Run the model on a batch. `policy_only`: leave out what does not depend on the weights. Here: the
+        statistics of the labels' tokens, and the reference's log-probs."""
         packed = lm.to_device(batch.packed)
-        fixed = {} if policy_only or split.reference is None else {"ref_logprobs": split.reference(batch, packed)}
+        fixed = (
+            {} if policy_only or split.reference is None else {"ref_logprobs": split.reference(batch, packed)}
+        )
         stats = self.token_stats(lm.scores(packed), self.labels(packed))
         policy = {name: value for name, value in _fields(stats).items() if value is not None}
         return Scored([split.examples[i] for i in batch.members], packed, policy, fixed)
 
     def loss(self, scored: Scored, *, training: bool, **known: Any) -> tuple[torch.Tensor, Metrics]:
-        """(this batch's part of the step's loss, metrics as name -> (sum, count)). `training`: update what the method remembers."""
+        """(this batch's part of the step's loss, metrics as name -> (sum, count)). `training`: update what
+        the method remembers."""
         raise TypeError(f"{type(self).__name__} does not say what its loss is")
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -168,8 +185,8 @@ def _fields(stats: Any) -> dict[str, Any]:
 
 
 def token_metrics(scored: Scored, chosen: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """TRL's per-token metrics over the scored tokens: entropy (all), logits/chosen, logits/rejected (mean over tokens and vocabulary),
-    mean_token_accuracy (chosen). chosen: [sequences] bool."""
+    """TRL's per-token metrics over the scored tokens: entropy (all), logits/chosen, logits/rejected (mean
+    over tokens and vocabulary), mean_token_accuracy (chosen). chosen: [sequences] bool."""
     packed = scored.packed
     rows = torch.arange(packed.mask.numel(), device=packed.mask.device, dtype=packed.cu_seqlens.dtype)
     side = chosen[torch.searchsorted(packed.cu_seqlens, rows, right=True) - 1]

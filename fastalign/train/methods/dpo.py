@@ -31,44 +31,60 @@ _RULE_METRICS = {"beta": "beta_used", "valid": "kept_fraction", "gamma_ext": "ma
 class PreferenceMethod(Method):
     """DPO and its variants.
 
-    A loss that looks at all pairs of a step (a rule with memory, sorting) is joint: with more than one pack per step the policy runs
-    twice. Weights that a loss makes from the policy (WPO) are computed; the other numbers per pair are columns of the data.
+    A loss that looks at all pairs of a step (a rule with memory, sorting) is joint: with more than one pack
+    per step the policy runs twice. Weights that a loss makes from the policy (WPO) are computed; the other
+    numbers per pair are columns of the data.
 
     Args:
-        logprob_fn: (logits [T, V], labels [T], -100 where nothing is scored) -> log-probs [T], in place of `fastalign.token_stats`; for
-            comparisons. It yields no token metrics, so `config.token_metrics` must be off.
+        logprob_fn: (logits [T, V], labels [T], -100 where nothing is scored) -> log-probs [T], in place of
+            `fastalign.token_stats`; for comparisons. It yields no token metrics, so `config.token_metrics`
+            must be off.
         loss_fn: in place of `fastalign.preference_loss`, called in the same way.
     """
 
     name, format, default_loss = "dpo", PREFERENCE, "dpo"
 
-    def __init__(self, config: TrainConfig, *, logprob_fn: LogprobFn | None = None, loss_fn: Callable[..., Any] | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        logprob_fn: LogprobFn | None = None,
+        loss_fn: Callable[..., Any] | None = None,
+    ):
         super().__init__(config, logprob_fn=logprob_fn)
         self.loss_fn = loss_fn or fastalign.preference_loss
         self.parts, self.rules, self.clamp = resolve_loss(self.config, exact_kl=self.exact_kl)
         presets = [preset for preset, _ in self.parts]
         self.needs_reference = any(p.needs_reference for p in presets)
         if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
-            raise UserError(f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it")
+            raise UserError(
+                f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it"
+            )
         self.joint = any(p.rule is not None or p.order is not None or p.nonfinite == "drop" for p in presets)
         self.include_prompt = any(p.sft_include_prompt for p in presets)
         self.weights = next((p.weights for p in presets if p.weights), "")
         if self.weights:
             statistic = WEIGHTS[self.weights]
             if logprob_fn is not None:
-                raise UserError(f"logprob_fn yields no {statistic}, from which {presets[0].name.upper()}'s weights are made")
+                raise UserError(
+                    f"logprob_fn yields no {statistic}, from which {presets[0].name.upper()}'s weights are made"
+                )
             self.outputs += (statistic,)
-        self.format = PREFERENCE.requiring(*(column for column, option in COLUMNS.items() if self._requires(option)))
+        self.format = PREFERENCE.requiring(
+            *(column for column, option in COLUMNS.items() if self._requires(option))
+        )
         self.columns: tuple[str, ...] = ()
         # A lone loss travels as itself: it alone may have numbers per pair.
         self.mixture = len(self.parts) > 1 or self.parts[0][1] != 1.0
         self.loss_argument = self.parts if self.mixture else presets[0]
-        self._rehearse()
+        self._dry_run()
 
-    def _rehearse(self) -> None:
+    def _dry_run(self) -> None:
         """Evaluate the loss on a pair of one token each: what it refuses, it refuses now."""
         token = torch.zeros(2)
-        options: dict[str, Any] = {option: torch.ones(1) for option in COLUMNS.values() if self._requires(option)}
+        options: dict[str, Any] = {
+            option: torch.ones(1) for option in COLUMNS.values() if self._requires(option)
+        }
         options |= {"omega": torch.ones(1)} if self.weights else {}
         options |= {"kl_ref_policy": token} if self.exact_kl else {}
         options |= {"state": [rule.eval() for rule in self.rules]} if self.rules else {}
@@ -87,7 +103,9 @@ class PreferenceMethod(Method):
         """Whether the loss has a use for a column that the data has."""
         preset = self.parts[0][0]
         if self.mixture or preset.order is not None:
-            return False  # a mixture shares no numbers per pair among its losses; a sorted pair has no partner
+            return (
+                False  # a mixture shares no numbers per pair among its losses; a sorted pair has no partner
+            )
         return {
             "soft_label": preset.takes_soft_labels,
             "weight": True,
@@ -104,11 +122,17 @@ class PreferenceMethod(Method):
         for text in loops:
             print(f"note: {text}")
         if not any(preset.sft_weight for preset, _ in self.parts):
-            note_examples((torch.equal(e.chosen, e.rejected) for e in train), "pair", "chosen and rejected are the same tokens")
+            note_examples(
+                (torch.equal(e.chosen, e.rejected) for e in train),
+                "pair",
+                "chosen and rejected are the same tokens",
+            )
         found = [column for column in COLUMNS if column in train[0].values]
         self.columns = tuple(column for column in found if self._reads(column))
         for column in found:
-            print(f"column {column}: {'used' if column in self.columns else f'not used by --loss {self.config.loss}'}")
+            print(
+                f"column {column}: {'used' if column in self.columns else f'not used by --loss {self.config.loss}'}"
+            )
         lacking = [column for column in self.columns if evaluation and column not in evaluation[0].values]
         if lacking:
             raise UserError(f"the evaluation data lacks the column {lacking[0]!r} that the training data has")
@@ -121,15 +145,23 @@ class PreferenceMethod(Method):
             rule.load_state_dict(state[rule.rule])
 
     def labels(self, packed: fastalign.PackedBatch) -> torch.Tensor:
-        # An SFT term over the prompt needs the log-probs of its tokens too; the mask keeps them out of everything else.
-        return fastalign.shift_labels(packed.input_ids, packed.cu_seqlens) if self.include_prompt else packed.labels
+        # An SFT term over the prompt needs the log-probs of its tokens too; the mask keeps them out of
+        # everything else.
+        return (
+            fastalign.shift_labels(packed.input_ids, packed.cu_seqlens)
+            if self.include_prompt
+            else packed.labels
+        )
 
     def constants(self, lm: Any, split: Split, indices: Sequence[int]) -> dict[str, Any]:
         if self.joint:  # the one call sees every pair and counts for itself
             return {}
         examples = [split.examples[i] for i in indices]
         prompt = sum(len(example.prompt) - 1 for example in examples) if self.include_prompt else 0
-        return {"num_items": len(examples), "num_sft_tokens": prompt + sum(len(example.chosen) for example in examples)}
+        return {
+            "num_items": len(examples),
+            "num_sft_tokens": prompt + sum(len(example.chosen) for example in examples),
+        }
 
     def loss(self, scored: Scored, *, training: bool, **known: Any) -> tuple[torch.Tensor, Metrics]:
         packed, logprob = scored.packed, scored.policy["logprob"]
@@ -159,15 +191,19 @@ class PreferenceMethod(Method):
         return output.loss, {**output.metrics(), **metrics, **token_metrics(scored, chosen)}
 
 
-def resolve_loss(config: TrainConfig, *, exact_kl: bool = False) -> tuple[list[tuple[fastalign.Preset, float]], list[Any], float | None]:
-    """(losses with their weights, rule objects, upper bound of weights made from the policy) that --loss and --set name. Raises `UserError` that lists
-    the legal names, or says why the trainer cannot serve it."""
+def resolve_loss(
+    config: TrainConfig, *, exact_kl: bool = False
+) -> tuple[list[tuple[fastalign.Preset, float]], list[Any], float | None]:
+    """(losses with their weights, rule objects, upper bound of weights made from the policy) that --loss and
+    --set name. Raises `UserError` that lists the legal names, or says why the trainer cannot serve it."""
     weights = _mixture(config.loss or PreferenceMethod.default_loss)
     options: dict[str, dict[str, Any]] = {name: {} for name in weights}
     for key, value in config.loss_options.items():
         name, dot, option = key.rpartition(".")
         if len(weights) > 1 and not dot:
-            raise UserError(f"--set {key}: in a mixture an option belongs to one of its losses, for example {next(iter(weights))}.{key}")
+            raise UserError(
+                f"--set {key}: in a mixture an option belongs to one of its losses, for example {next(iter(weights))}.{key}"
+            )
         if dot and name not in weights:
             raise UserError(f"--set {key}: --loss {config.loss} has no part {name!r}")
         if option in ("soft_labels", "omega", "gamma_ext"):
@@ -191,7 +227,9 @@ def resolve_loss(config: TrainConfig, *, exact_kl: bool = False) -> tuple[list[t
     try:
         check_number("clamp", 1.0 if clamp is None else clamp, above=0.0)
     except (ValueError, TypeError):
-        raise UserError(f"--set clamp={shown(clamp)}: a positive number, or None for weights without an upper bound") from None
+        raise UserError(
+            f"--set clamp={shown(clamp)}: a positive number, or None for weights without an upper bound"
+        ) from None
     return parts, list(rules.values()), clamp
 
 
@@ -205,9 +243,13 @@ def _mixture(text: str) -> dict[str, float]:
         try:
             weights[name] = float(weight) if equals else 1.0
         except ValueError:
-            raise UserError(f"--loss {text}: the weight of {name!r} must be a number, got {weight!r}") from None
+            raise UserError(
+                f"--loss {text}: the weight of {name!r} must be a number, got {weight!r}"
+            ) from None
         if not (weights[name] > 0 and math.isfinite(weights[name])):
-            raise UserError(f"--loss {text}: the weight of {name!r} must be positive, got {weight}; leave out a loss that should not count")
+            raise UserError(
+                f"--loss {text}: the weight of {name!r} must be positive, got {weight}; leave out a loss that should not count"
+            )
     return weights
 
 
@@ -223,15 +265,19 @@ def _check_served(name: str, preset: fastalign.Preset, *, mixed: bool, exact_kl:
     """What cannot work on a file of pairs, and where to find it."""
     needs = [*preset.requires, *(["soft_labels"] if preset.needs_soft_labels else [])]
     elsewhere: Mapping[str, bool] = {
-        "the KL between whole distributions; 'fastalign train tdpo' computes it": preset.needs_kl and not exact_kl,
+        "the KL between whole distributions; 'fastalign train tdpo' computes it": preset.needs_kl
+        and not exact_kl,
         "the scores of a reward model; 'fastalign train reward' trains one": preset.of_scores,
-        f"one number per pair ({', '.join(needs)}), which the losses of a mixture cannot share; use it alone": mixed and bool(needs),
+        f"one number per pair ({', '.join(needs)}), which the losses of a mixture cannot share; use it alone": mixed
+        and bool(needs),
     }
     for reason, applies in elsewhere.items():
         if applies:
             raise UserError(f"--loss {name} needs {reason}")
     if exact_kl and not mixed and not preset.needs_kl:
-        raise UserError(f"--loss {name} uses no KL between whole distributions: 'fastalign train dpo' trains it, at less cost")
+        raise UserError(
+            f"--loss {name} uses no KL between whole distributions: 'fastalign train dpo' trains it, at less cost"
+        )
     other = [field for field in needs if field not in COLUMNS.values()]
     if other:
         raise UserError(f"--loss {name} needs {other[0]}, for which the data has no column")

@@ -24,9 +24,10 @@ from fastalign.train.models.heads import ValueHead
 class DRO(UnpairedMethod):
     """DRO-V (Richemond et al. 2024, arXiv 2405.19107): (r - V(x) - tau D)^2 / 2.
 
-    The reward r is the column `score`, or the label as 1 or 0, standardised to mean 0 and variance 1 over the training data (--set
-    standardise=false: as it stands). V is a linear head on the policy's hidden state at the last token of the prompt, trained by the same
-    optimizer and saved as value_head.safetensors; the paper has a value network of its own."""
+    The reward r is the column `score`, or the label as 1 or 0, standardised to mean 0 and variance 1 over the
+    training data (--set standardise=false: as it stands). V is a linear head on the policy's hidden state at
+    the last token of the prompt, trained by the same optimizer and saved as value_head.safetensors; the paper
+    has a value network of its own."""
 
     name, default_loss, losses = "dro", "dro", ("dro",)
     format = UNPAIRED
@@ -37,7 +38,9 @@ class DRO(UnpairedMethod):
         self.standardise = self.options.pop("standardise", True)
         for name in ("rewards", "values"):
             if name in self.options:
-                raise UserError(f"--set {name}: rewards are the data's column 'score', values come from the value head")
+                raise UserError(
+                    f"--set {name}: rewards are the data's column 'score', values come from the value head"
+                )
         self.check_options(rewards=torch.zeros(1), values=torch.zeros(1))
         self.mean, self.deviation = 0.0, 1.0
 
@@ -53,7 +56,9 @@ class DRO(UnpairedMethod):
         if self.standardise:
             self.mean, self.deviation = mean, deviation or 1.0
         how = "standardised" if self.standardise else "as they stand"
-        print(f"rewards: column {self.reward_column}, mean {mean:.4g}, standard deviation {deviation:.4g}, {how}")
+        print(
+            f"rewards: column {self.reward_column}, mean {mean:.4g}, standard deviation {deviation:.4g}, {how}"
+        )
 
     def start(self, lm: Any) -> None:
         self.head = ValueHead(lm.head().weight.shape[1]).to(lm.device)
@@ -66,7 +71,9 @@ class DRO(UnpairedMethod):
         examples = [split.examples[i] for i in batch.members]
         fixed = {} if policy_only else {"ref_logprobs": split.reference(batch, packed)}
         scores = lm.scores(packed)
-        last = packed.cu_seqlens[:-1].long() + torch.tensor([len(e.prompt) - 1 for e in examples], device=scores.hidden.device)
+        last = packed.cu_seqlens[:-1].long() + torch.tensor(
+            [len(e.prompt) - 1 for e in examples], device=scores.hidden.device
+        )
         values = self.head(scores.hidden[last])
         stats = self.token_stats(scores, packed.labels)
         policy = {name: value for name, value in stats._asdict().items() if value is not None}
@@ -76,7 +83,11 @@ class DRO(UnpairedMethod):
         return {"num_items": len(indices)}
 
     def desirable(self, scored: Scored) -> torch.Tensor:
-        return scored.column("label") > 0 if "label" in scored.examples[0].values else scored.column(self.reward_column) > self.mean
+        return (
+            scored.column("label") > 0
+            if "label" in scored.examples[0].values
+            else scored.column(self.reward_column) > self.mean
+        )
 
     def loss(self, scored: Scored, *, training: bool, **known: Any) -> tuple[torch.Tensor, Metrics]:
         packed, values = scored.packed, scored.policy["values"]

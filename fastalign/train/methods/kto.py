@@ -28,15 +28,24 @@ class UnpairedMethod(Method):
     def __init__(self, config: TrainConfig):
         super().__init__(config)
         if self.config.loss not in self.losses:
-            raise UserError(f"--loss {self.config.loss} is unknown to fastalign train {self.name}; legal: {', '.join(self.losses)}")
+            raise UserError(
+                f"--loss {self.config.loss} is unknown to fastalign train {self.name}; legal: {', '.join(self.losses)}"
+            )
         self.options = dict(self.config.loss_options)
 
     def check_options(self, **given: Any) -> None:
-        """Refuse wrong options before anything is loaded, by evaluating the loss of one token. `given`: what it needs besides."""
+        """Refuse wrong options before anything is loaded, by evaluating the loss of one token. `given`: what
+        it needs besides."""
         one = torch.zeros(1)
         try:
             fastalign.unpaired_loss(
-                one, one, torch.tensor([0, 1], dtype=torch.int32), one > 0, loss=self.config.loss, **given, **self.options
+                one,
+                one,
+                torch.tensor([0, 1], dtype=torch.int32),
+                one > 0,
+                loss=self.config.loss,
+                **given,
+                **self.options,
             )
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
@@ -62,8 +71,9 @@ class UnpairedMethod(Method):
 
 
 class KTO(UnpairedMethod):
-    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306). Its baseline z0 comes from mismatched pairs: within every optimizer step (and the
-    evaluation set), each prompt with the completion of the example before it, scored by policy and reference without gradient."""
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306). Its baseline z0 comes from mismatched pairs: within
+    every optimizer step (and the evaluation set), each prompt with the completion of the example before it,
+    scored by policy and reference without gradient."""
 
     name, default_loss, losses = "kto", "kto", ("kto", "apo_zero_unpaired")
 
@@ -77,19 +87,26 @@ class KTO(UnpairedMethod):
                 "change from step to step; a cache does not hold them (--loss apo_zero_unpaired has no baseline)"
             )
         if self.mismatched and config.batch_size == 1:
-            raise UserError("--batch-size 1: KTO's baseline pairs each prompt with another completion of its step, so a step needs two")
+            raise UserError(
+                "--batch-size 1: KTO's baseline pairs each prompt with another completion of its step, so a step needs two"
+            )
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
         super().read(train, evaluation)
         if self.mismatched and 1 in (len(train), len(evaluation)):
-            raise UserError("KTO's baseline pairs each prompt with the completion of another example: one response alone has none")
+            raise UserError(
+                "KTO's baseline pairs each prompt with the completion of another example: one response alone has none"
+            )
 
     def longest(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> int:
         longest = super().longest(train, evaluation)
         if not self.mismatched:
             return longest
         examples = (*train, *evaluation)
-        prompt, completion = max(len(e.prompt) for e in examples), max(len(e.completions[0]) for e in examples)
+        prompt, completion = (
+            max(len(e.prompt) for e in examples),
+            max(len(e.completions[0]) for e in examples),
+        )
         return max(longest, min(prompt + completion, self._limit()))
 
     def _limit(self) -> int:
@@ -105,17 +122,28 @@ class KTO(UnpairedMethod):
 
     @torch.no_grad()
     def _baseline(self, lm: Any, split: Split, indices: list[int]) -> torch.Tensor:
-        before = [indices[-1], *indices[:-1]] if len(indices) > 1 else [indices[0] - 1]  # one left over at the end of an epoch
+        before = (
+            [indices[-1], *indices[:-1]] if len(indices) > 1 else [indices[0] - 1]
+        )  # one left over at the end of an epoch
         budget, limit = self.config.tokens_per_batch, self._limit()
         mismatched = []
         for i, j in zip(indices, before):
             prompt = split.examples[i].prompt
-            completion = split.examples[j].completions[0][: limit - len(prompt)]  # which may be longer than the prompt's own
+            completion = split.examples[j].completions[0][
+                : limit - len(prompt)
+            ]  # which may be longer than the prompt's own
             mismatched.append(TokenExample(prompt, (completion,)))
         pairs = dataclasses.replace(split, examples=mismatched)
-        scored = join([self.score(lm, pairs, batch) for batch in pack_examples(mismatched, range(len(mismatched)), budget)])
+        scored = join(
+            [
+                self.score(lm, pairs, batch)
+                for batch in pack_examples(mismatched, range(len(mismatched)), budget)
+            ]
+        )
         packed = scored.packed
-        return fastalign.kto_baseline(scored.policy["logprob"], scored.fixed["ref_logprobs"], packed.cu_seqlens, mask=packed.mask)
+        return fastalign.kto_baseline(
+            scored.policy["logprob"], scored.fixed["ref_logprobs"], packed.cu_seqlens, mask=packed.mask
+        )
 
     def loss(self, scored: Scored, *, training: bool, **known: Any) -> tuple[torch.Tensor, Metrics]:
         packed = scored.packed
@@ -135,8 +163,9 @@ class KTO(UnpairedMethod):
 
 
 class BCO(UnpairedMethod):
-    """BCO (Jung et al. 2024, arXiv 2404.04656). Its reward shift delta is the running mean of the rewards of all responses seen: it is
-    updated by every step before use, frozen in evaluation, saved in checkpoints. A `weight` column weighs undesirable responses."""
+    """BCO (Jung et al. 2024, arXiv 2404.04656). Its reward shift delta is the running mean of the rewards of
+    all responses seen: it is updated by every step before use, frozen in evaluation, saved in checkpoints. A
+    `weight` column weighs undesirable responses."""
 
     name, default_loss, losses = "bco", "bco", ("bco",)
     joint = True

@@ -32,10 +32,14 @@ class Listwise(Method):
             raise UserError(str(error)) from None
         if self.preset.of_scores:
             name = self.config.loss
-            raise UserError(f"--loss {name} needs the scores of a reward model; 'fastalign train reward --loss {name}' trains one")
+            raise UserError(
+                f"--loss {name} needs the scores of a reward model; 'fastalign train reward --loss {name}' trains one"
+            )
         self.needs_reference = self.preset.reference
         if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
-            raise UserError(f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it")
+            raise UserError(
+                f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it"
+            )
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
         if not self.preset.sft_weight:
@@ -57,20 +61,30 @@ class Listwise(Method):
             **known,
         )
         where = packed.mask
-        metrics = {"entropy": (scored.policy["entropy"].detach().where(where, 0).sum(), where.sum())} if "entropy" in scored.policy else {}
+        metrics = (
+            {"entropy": (scored.policy["entropy"].detach().where(where, 0).sum(), where.sum())}
+            if "entropy" in scored.policy
+            else {}
+        )
         return output.loss, {**output.metrics(), **metrics}
 
 
 def note_lists(examples: Sequence[TokenExample]) -> None:
     """Say how many lists compare nothing."""
-    note_examples((len(set(e.values["scores"])) < 2 for e in examples), "list", "no two responses of different score")
+    note_examples(
+        (len(set(e.values["scores"])) < 2 for e in examples), "list", "no two responses of different score"
+    )
 
 
 def list_inputs(scored: Scored) -> tuple[torch.Tensor, torch.Tensor]:
     """(list_offsets [L + 1], scores [S]) of the batch's lists."""
     device = scored.packed.labels.device
     sizes = torch.tensor([0, *(len(example.completions) for example in scored.examples)], device=device)
-    scores = torch.tensor([score for example in scored.examples for score in example.values["scores"]], dtype=torch.float32, device=device)
+    scores = torch.tensor(
+        [score for example in scored.examples for score in example.values["scores"]],
+        dtype=torch.float32,
+        device=device,
+    )
     return sizes.cumsum(0).to(torch.int32), scores
 
 

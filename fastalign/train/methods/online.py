@@ -1,5 +1,5 @@
-"""What a method that learns from the policy's own samples is, and what each of them does in a step: sample responses,
-have them scored, learn from them."""
+"""What a method that learns from the policy's own samples is, and what each of them does in a step: sample
+responses, have them scored, learn from them."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ from fastalign.train.sampling.rollout import Rollout, Sampler
 
 
 class OnlineMethod(Learner):
-    """Base of the methods that learn from the policy's own samples, and the loop's `Task`: sampling, scores, evaluation. A
-    subclass says in `learn` what is learnt from a step's responses.
+    """Base of the methods that learn from the policy's own samples, and the loop's `Task`: sampling, scores,
+    evaluation. A subclass says in `learn` what is learnt from a step's responses.
 
-    All chance comes from the seed and the number of the step, so that a resumed run goes on with the same samples.
+    All chance comes from the seed and the number of the step, so that a resumed run goes on with the same
+    samples.
 
     Args:
-        config: the settings that were given. `self.config` has the preset's and the method's values where none was given.
+        config: the settings that were given. `self.config` has the preset's and the method's values where
+            none was given.
         texts_in_memory: whether texts to mix in are given in place of `config.ptx_data`.
 
     Raises:
         UserError: settings that exclude each other, or would have no effect."""
 
-    # Whether it compares the samples for one prompt: it needs two at least, and leaves out a response that the reward
-    # cannot score. Otherwise such a response ends the run.
+    # Whether it compares the samples for one prompt: it needs two at least, and leaves out a response that
+    # the reward cannot score. Otherwise such a response ends the run.
     compares_samples = False
 
     def __init__(self, config: OnlineConfig, *, texts_in_memory: bool = False):
@@ -66,19 +68,27 @@ class OnlineMethod(Learner):
         if not config.kl_coef and (given.kl_in is not None or given.kl_kind is not None):
             raise UserError("--kl-in and --kl-kind have no effect with --kl-coef 0")
         if config.kl_kind == "k3+" and config.kl_in == "reward":
-            raise UserError("--kl-kind k3+ differs from k3 in its gradient only, and a reward has none; choose k3, or --kl-in loss")
+            raise UserError(
+                "--kl-kind k3+ differs from k3 in its gradient only, and a reward has none; choose k3, or --kl-in loss"
+            )
         if config.ptx_coef and not has_texts:
-            raise UserError(f"--ptx-coef is {config.ptx_coef:g}, so texts are needed: give --ptx-data, or --ptx-coef 0")
+            raise UserError(
+                f"--ptx-coef is {config.ptx_coef:g}, so texts are needed: give --ptx-data, or --ptx-coef 0"
+            )
         if (has_texts or config.ptx_batch != OnlineConfig.ptx_batch) and not config.ptx_coef:
             raise UserError("--ptx-data and --ptx-batch have no effect without --ptx-coef")
         if config.dpo_model is None and (config.dpo_coef is not None or config.dpo_clip is not None):
-            raise UserError("--dpo-coef, --dpo-clip and --preset rto weigh the reward of --dpo-model, which is missing")
+            raise UserError(
+                "--dpo-coef, --dpo-clip and --preset rto weigh the reward of --dpo-model, which is missing"
+            )
         if self.compares_samples and config.samples_per_prompt < 2:
             raise UserError(
                 f"{self.name} compares samples for the same prompt: --samples-per-prompt must be at least 2, not {config.samples_per_prompt}"
             )
         if config.ref_update_every and not (config.ref_model or self.needs_reference):
-            raise UserError("--ref-update-every: without --kl-coef or --ref-model there is no reference to update")
+            raise UserError(
+                "--ref-update-every: without --kl-coef or --ref-model there is no reference to update"
+            )
         if config.ref_mix != 1.0 and not config.ref_update_every:
             raise UserError("--ref-mix has no effect without --ref-update-every")
         responses = config.batch_size * config.samples_per_prompt
@@ -127,7 +137,11 @@ class OnlineMethod(Learner):
 
     def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
         started = time.perf_counter()
-        rollouts = self.sample([self.train[i] for i in self.schedule.indices(step)], self.config.samples_per_prompt, f"train/{step}")
+        rollouts = self.sample(
+            [self.train[i] for i in self.schedule.indices(step)],
+            self.config.samples_per_prompt,
+            f"train/{step}",
+        )
         sampled = time.perf_counter()
         scores = self.scores(rollouts, f"step {step + 1}", self.compares_samples)
         metrics = self.learn(step, rollouts, scores, optimizer)
@@ -135,17 +149,31 @@ class OnlineMethod(Learner):
             self.actor.update_reference(self.config.ref_mix)
         self.responses += len(rollouts)
         now = time.perf_counter()
-        metrics |= {"episode": self.responses, "eps": len(rollouts) / (now - started), "time/sampling": sampled - started}
+        metrics |= {
+            "episode": self.responses,
+            "eps": len(rollouts) / (now - started),
+            "time/sampling": sampled - started,
+        }
         return metrics, sum(rollout.example.tokens() for rollout in rollouts)
 
-    def learn(self, step: int, rollouts: list[Rollout], scores: torch.Tensor, optimizer: Optimizer) -> dict[str, float]:
+    def learn(
+        self, step: int, rollouts: list[Rollout], scores: torch.Tensor, optimizer: Optimizer
+    ) -> dict[str, float]:
         """Update the weights; the step's metrics, "loss", "grad_norm" and "learning_rate" among them."""
         raise TypeError(f"{type(self).__name__} does not say what it learns")
 
     def evaluate(self) -> dict[str, float]:
-        """From the same seed every time: what differs between two evaluations is the policy. "loss" is the negative objective."""
+        """From the same seed every time: what differs between two evaluations is the policy. "loss" is the
+        negative objective."""
         rollouts = self.sample(self.evaluation, 1, "evaluation")
-        seen = self.look(rollouts, [pack_examples([r.example for r in rollouts], range(len(rollouts)), self.config.tokens_per_batch)])
+        seen = self.look(
+            rollouts,
+            [
+                pack_examples(
+                    [r.example for r in rollouts], range(len(rollouts)), self.config.tokens_per_batch
+                )
+            ],
+        )
         sums = MetricSums()
         scores = self.scores(rollouts, "evaluation", may_lack=True)
         sums.add(shaped_rewards(self.config, self.rewarded(rollouts, scores, *seen), self.kl_coef())[1])
@@ -163,25 +191,36 @@ class OnlineMethod(Learner):
         return random.Random(f"{self.config.seed}/{purpose}")
 
     def scores(self, rollouts: Sequence[Rollout], when: str, may_lack: bool) -> torch.Tensor:
-        """[responses], on the CPU. An infinite score ends the run, and NaN (not scorable) unless some `may_lack` one."""
+        """[responses], on the CPU. An infinite score ends the run, and NaN (not scorable) unless some
+        `may_lack` one."""
         scores = self.reward(rollouts)
         bad = scores.isinf() if may_lack else ~scores.isfinite()
         if bad.any():
             first = int(bad.nonzero()[0])
             raise TrainingError(
                 f"{when}: the reward of {int(bad.sum())} of {len(scores)} responses is not finite; the first is "
-                f"{float(scores[first])}, of {rollouts[first].text[:80]!r}" + ("" if may_lack else f" ({self.name} needs a score for each)")
+                f"{float(scores[first])}, of {rollouts[first].text[:80]!r}"
+                + ("" if may_lack else f" ({self.name} needs a score for each)")
             )
         return scores
 
-    def look(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Batch]]) -> tuple[list[Any], list[int]]:
+    def look(
+        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Batch]]
+    ) -> tuple[list[Any], list[int]]:
         """(what the models say of every pack, the responses in the order of the packs)."""
         packs = [batch for batches in minibatches for batch in batches]
-        return [self.actor.look(rollouts, batch) for batch in packs], [i for batch in packs for i in batch.members]
+        return [self.actor.look(rollouts, batch) for batch in packs], [
+            i for batch in packs for i in batch.members
+        ]
 
-    def rewarded(self, rollouts: Sequence[Rollout], scores: torch.Tensor, seen: Sequence[Any], order: Sequence[int]) -> Rewarded:
+    def rewarded(
+        self, rollouts: Sequence[Rollout], scores: torch.Tensor, seen: Sequence[Any], order: Sequence[int]
+    ) -> Rewarded:
         device, per_prompt = self.actor.lm.device, self.config.samples_per_prompt
-        finished, lengths = torch.tensor([r.ended for r in rollouts]), torch.tensor([r.length for r in rollouts])
+        finished, lengths = (
+            torch.tensor([r.ended for r in rollouts]),
+            torch.tensor([r.length for r in rollouts]),
+        )
         columns = (scores, finished, lengths, torch.arange(len(rollouts)) // per_prompt)
         return Rewarded(join(seen), *(column[order].to(device) for column in columns))
 

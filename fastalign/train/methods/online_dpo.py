@@ -28,19 +28,23 @@ from fastalign.train.sampling.rollout import Rollout
 
 
 def make_learner(config: OnlineConfig) -> PreferenceMethod:
-    """DPO, or what --loss names, on pairs of samples. Raises `UserError` for a loss that such pairs cannot serve."""
+    """DPO, or what --loss names, on pairs of samples. Raises `UserError` for a loss that such pairs cannot
+    serve."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(LossConfig)}
     learner = PreferenceMethod(TrainConfig(**shared))
     if learner.format.required:
-        raise UserError(f"--loss {config.loss} needs columns ({', '.join(learner.format.required)}) that pairs of samples do not have")
+        raise UserError(
+            f"--loss {config.loss} needs columns ({', '.join(learner.format.required)}) that pairs of samples do not have"
+        )
     return learner
 
 
 class OnlineDPO(OnlineMethod):
-    """Sample, score, pair the best with the worst response to each prompt, and take one step of a preference loss on the pairs.
+    """Sample, score, pair the best with the worst response to each prompt, and take one step of a preference
+    loss on the pairs.
 
-    Prompts whose responses score the same give no pair. Responses that cannot be scored are left out. The loss takes log-probs at
-    temperature 1."""
+    Prompts whose responses score the same give no pair. Responses that cannot be scored are left out. The
+    loss takes log-probs at temperature 1."""
 
     name, compares_samples, needs_reference = "online_dpo", True, True
 
@@ -53,7 +57,11 @@ class OnlineDPO(OnlineMethod):
 
     def begin(self, *parts: Any) -> None:
         super().begin(*parts)
-        self.reference = LiveReference(self.actor.reference, self.learner.token_stats) if self.learner.needs_reference else None
+        self.reference = (
+            LiveReference(self.actor.reference, self.learner.token_stats)
+            if self.learner.needs_reference
+            else None
+        )
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return self.learner.modules()
@@ -65,9 +73,13 @@ class OnlineDPO(OnlineMethod):
         super().load_state_dict(state)
         self.learner.load_state_dict(state["method"])
 
-    def learn(self, step: int, rollouts: list[Rollout], scores: torch.Tensor, optimizer: Optimizer) -> dict[str, float]:
+    def learn(
+        self, step: int, rollouts: list[Rollout], scores: torch.Tensor, optimizer: Optimizer
+    ) -> dict[str, float]:
         budget = self.config.tokens_per_batch
-        seen, order = self.look(rollouts, [pack_examples([r.example for r in rollouts], range(len(rollouts)), budget)])
+        seen, order = self.look(
+            rollouts, [pack_examples([r.example for r in rollouts], range(len(rollouts)), budget)]
+        )
         rewarded, judged = self.rewarded(rollouts, scores, seen, order), MetricSums()
         judged.add(shaped_rewards(self.config, rewarded, 0.0)[1])
         finals = torch.empty(len(rollouts))
@@ -75,7 +87,9 @@ class OnlineDPO(OnlineMethod):
         pairs = best_against_worst(rollouts, finals.tolist(), self.config.samples_per_prompt)
         metrics = {"loss": 0.0, "grad_norm": 0.0}
         if pairs:
-            sums, _ = accumulate(self.actor.lm, self.learner, Split(pairs, self.reference), range(len(pairs)), backward=True)
+            sums, _ = accumulate(
+                self.actor.lm, self.learner, Split(pairs, self.reference), range(len(pairs)), backward=True
+            )
             sums.add({"grad_norm": (optimizer.clip(), 1)})
             metrics = self.learner.derived(sums.means())
             optimizer.update(step, metrics)
@@ -83,7 +97,9 @@ class OnlineDPO(OnlineMethod):
         return judged.means() | metrics | {"num_pairs": len(pairs), "learning_rate": rate}
 
 
-def best_against_worst(rollouts: Sequence[Rollout], scores: Sequence[float], per_prompt: int) -> list[TokenExample]:
+def best_against_worst(
+    rollouts: Sequence[Rollout], scores: Sequence[float], per_prompt: int
+) -> list[TokenExample]:
     """A pair for every prompt whose responses differ in score (NaN: not scored)."""
     pairs = []
     for start in range(0, len(rollouts), per_prompt):

@@ -1,4 +1,5 @@
-"""What PPO, GRPO, RLOO and REINFORCE++ share: several updates of a policy-gradient loss on the responses of a step."""
+"""What PPO, GRPO, RLOO and REINFORCE++ share: several updates of a policy-gradient loss on the responses of a
+step."""
 
 from __future__ import annotations
 
@@ -44,34 +45,42 @@ class Part:
 
 
 class PolicyGradient(OnlineMethod):
-    """Sample, score, estimate advantages over the whole step, then `rollout_epochs` passes of `minibatches` updates each.
-    A subclass names its `estimator`, a row of `ESTIMATORS`.
+    """Sample, score, estimate advantages over the whole step, then `rollout_epochs` passes of `minibatches`
+    updates each. A subclass names its `estimator`, a row of `ESTIMATORS`.
 
-    The responses are dealt to minibatches and packs once per step; the old log-probs come from these very packs, so that the first update
-    of a step sees ratios of exactly 1."""
+    The responses are dealt to minibatches and packs once per step; the old log-probs come from these very
+    packs, so that the first update of a step sees ratios of exactly 1."""
 
     estimator: str
 
     def __init__(self, config: OnlineConfig, **options: Any):
         super().__init__(config, **options)
         self.preset, target = self._resolve_loss(), config.kl_target
-        self.controller = None if target is None else fastalign.AdaptiveKLController(self.config.kl_coef, target, config.kl_horizon)
+        self.controller = (
+            None
+            if target is None
+            else fastalign.AdaptiveKLController(self.config.kl_coef, target, config.kl_horizon)
+        )
 
     @property
     def compares_samples(self) -> bool:
         return not ESTIMATORS[self.estimator].per_token
 
     def _resolve_loss(self) -> fastalign.PolicyPreset:
-        """The preset that --loss and --set name. Raises `UserError` that lists the legal names, or says why the trainer
-        cannot serve it."""
+        """The preset that --loss and --set name. Raises `UserError` that lists the legal names, or says why
+        the trainer cannot serve it."""
         config = self.config
         for name, flag in _OWN_FLAGS.items():
             if name in config.loss_options:
                 raise UserError(f"--set {name} is given by {flag} here")
         for name in ("kl_clamp", "kl_bias_correction"):
             if name in config.loss_options and not (config.kl_coef and config.kl_in == "loss"):
-                raise UserError(f"--set {name} has no effect: it is of the KL in the loss (--kl-in loss and --kl-coef above 0)")
-        options = {"entropy_coef": config.entropy_coef} | ({"kl_kind": config.kl_kind} if config.kl_in == "loss" else {})
+                raise UserError(
+                    f"--set {name} has no effect: it is of the KL in the loss (--kl-in loss and --kl-coef above 0)"
+                )
+        options = {"entropy_coef": config.entropy_coef} | (
+            {"kl_kind": config.kl_kind} if config.kl_in == "loss" else {}
+        )
         try:
             check_booleans(config.loss_options, fastalign.policy_losses.PolicyPreset)
             preset, _ = fastalign.policy_losses.resolve(config.loss, {**config.loss_options, **options})
@@ -80,9 +89,13 @@ class PolicyGradient(OnlineMethod):
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
         if preset.is_mode is not None:
-            raise UserError("--set is_mode corrects for a sampler with other weights, and this trainer samples from the policy itself")
+            raise UserError(
+                "--set is_mode corrects for a sampler with other weights, and this trainer samples from the policy itself"
+            )
         if preset.needs_sequence_values and not self.compares_samples:
-            fitting = [name for name, p in fastalign.policy_losses.PRESETS.items() if not p.needs_sequence_values]
+            fitting = [
+                name for name, p in fastalign.policy_losses.PRESETS.items() if not p.needs_sequence_values
+            ]
             raise UserError(
                 f"--loss {config.loss} takes one advantage per response, and {self.name} has one per token; legal: {', '.join(fitting)}"
             )
@@ -94,8 +107,8 @@ class PolicyGradient(OnlineMethod):
             actor.value_head = self._value_head(actor.lm, reward, directory)
 
     def _value_head(self, lm: PackedCausalLM, reward: Reward, directory: str | None) -> ValueHead:
-        """The value head that an earlier run of this method left beside the model in `directory`; else a new one: that of
-        the reward model where its hidden states have the policy's size, or zeros."""
+        """The value head that an earlier run of this method left beside the model in `directory`; else a new
+        one: that of the reward model where its hidden states have the policy's size, or zeros."""
         size = lm.model.get_output_embeddings().weight.shape[1]
         head = ValueHead(size).to(lm.device)
         if directory is not None and head.load_beside(directory, method=self.name):
@@ -118,7 +131,9 @@ class PolicyGradient(OnlineMethod):
         return {} if self.actor.value_head is None else {"value_head": self.actor.value_head}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | ({} if self.controller is None else {"controller": self.controller.state_dict()})
+        return super().state_dict() | (
+            {} if self.controller is None else {"controller": self.controller.state_dict()}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -128,7 +143,9 @@ class PolicyGradient(OnlineMethod):
     def kl_coef(self) -> float | Tensor:
         return self.config.kl_coef if self.controller is None else self.controller.value
 
-    def learn(self, step: int, rollouts: list[Rollout], scores: Tensor, optimizer: Optimizer) -> dict[str, float]:
+    def learn(
+        self, step: int, rollouts: list[Rollout], scores: Tensor, optimizer: Optimizer
+    ) -> dict[str, float]:
         config, draw = self.config, self.draw(f"updates/{step}")
         examples = [rollout.example for rollout in rollouts]
         dealt = split_evenly(draw.sample(range(len(rollouts)), len(rollouts)), config.minibatches)
@@ -149,15 +166,24 @@ class PolicyGradient(OnlineMethod):
         if self.controller is not None:
             metrics["objective/kl_coef"] = float(self.controller.value)
             self.controller.update(metrics["objective/kl"], len(rollouts))
-        return metrics | {"policy/updates": updates, "learning_rate": learning_rate(step, self.steps, optimizer.config)}
+        return metrics | {
+            "policy/updates": updates,
+            "learning_rate": learning_rate(step, self.steps, optimizer.config),
+        }
 
     def _turns(self, count: int, draw: random.Random) -> list[int]:
-        """The minibatches in the order of their updates: as they were dealt, then in a new order in every further pass."""
-        passes = [list(range(count))] + [draw.sample(range(count), count) for _ in range(self.config.rollout_epochs - 1)]
+        """The minibatches in the order of their updates: as they were dealt, then in a new order in every
+        further pass."""
+        passes = [list(range(count))] + [
+            draw.sample(range(count), count) for _ in range(self.config.rollout_epochs - 1)
+        ]
         return [chosen for each in passes for chosen in each]
 
-    def _update(self, parts: list[Part], optimizer: Optimizer, step: int, draw: random.Random) -> MetricSums | None:
-        """One update on a minibatch: its metrics; None if the policy has moved too far for it, so that it was not made."""
+    def _update(
+        self, parts: list[Part], optimizer: Optimizer, step: int, draw: random.Random
+    ) -> MetricSums | None:
+        """One update on a minibatch: its metrics; None if the policy has moved too far for it, so that it was
+        not made."""
         sums, total = MetricSums(), 0.0
         for loss in (*self._policy_losses(parts, sums), *self._text_losses(draw, sums)):
             loss.backward()
@@ -179,7 +205,11 @@ class PolicyGradient(OnlineMethod):
         in_loss = config.kl_in == "loss" and bool(config.kl_coef)
         for part in parts:
             now, packed = self.actor.score(part.seen.packed), part.seen.packed
-            penalty = {"ref_logprobs": part.seen.fixed["ref_logprobs"], "kl_coef": self.kl_coef()} if in_loss else {}
+            penalty = (
+                {"ref_logprobs": part.seen.fixed["ref_logprobs"], "kl_coef": self.kl_coef()}
+                if in_loss
+                else {}
+            )
             output = fastalign.policy_loss(
                 now["logprob"],
                 part.seen.policy["logprob"],
@@ -195,10 +225,22 @@ class PolicyGradient(OnlineMethod):
             loss = output.loss
             if part.returns is not None:
                 value = fastalign.value_loss(
-                    now["value"], part.seen.policy["value"], part.returns, mask=part.mask, clip=config.value_clip or None, num_items=tokens
+                    now["value"],
+                    part.seen.policy["value"],
+                    part.returns,
+                    mask=part.mask,
+                    clip=config.value_clip or None,
+                    num_items=tokens,
                 )
-                # The explained variance of a step is that before its first update, over all packs: see advantages.estimate.
-                sums.add({name: metric for name, metric in value.metrics().items() if name != "val/explained_variance"})
+                # The explained variance of a step is that before its first update, over all packs: see
+                # advantages.estimate.
+                sums.add(
+                    {
+                        name: metric
+                        for name, metric in value.metrics().items()
+                        if name != "val/explained_variance"
+                    }
+                )
                 loss = loss + config.vf_coef * value.loss
             if router is not None:
                 loss = loss + router.part(packed.mask.numel(), whole, sums)
@@ -224,7 +266,12 @@ def _cut(found: Estimate, seen: Sequence[Scored], minibatches: Sequence[Sequence
     masks = found.mask.split(tokens)
     advantages = found.advantages.split(tokens if found.per_token else sequences)
     returns = found.returns.split(tokens) if found.returns is not None else [None] * len(seen)
-    filled = [fastalign.sequence_sum(mask.float(), scored.packed.cu_seqlens) > 0 for mask, scored in zip(masks, seen)]
-    counts = torch.stack([torch.stack([mask.sum(), full.sum()]) for mask, full in zip(masks, filled)]).tolist()
+    filled = [
+        fastalign.sequence_sum(mask.float(), scored.packed.cu_seqlens) > 0
+        for mask, scored in zip(masks, seen)
+    ]
+    counts = torch.stack(
+        [torch.stack([mask.sum(), full.sum()]) for mask, full in zip(masks, filled)]
+    ).tolist()
     parts = iter([Part(*each, *count) for *each, count in zip(seen, advantages, returns, masks, counts)])
     return [[next(parts) for _ in batches] for batches in minibatches]

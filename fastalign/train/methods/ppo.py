@@ -1,4 +1,5 @@
-"""The methods whose advantages differ from token to token: PPO, with a value head, and REINFORCE++, without."""
+"""The methods whose advantages differ from token to token: PPO, with a value head, and REINFORCE++,
+without."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from fastalign.train.methods.policy_gradient import PolicyGradient
 
 
 class PPO(PolicyGradient):
-    """RLHF by PPO (Ouyang et al. 2022, arXiv 2203.02155): generalised advantage estimation on a value head, whitened."""
+    """RLHF by PPO (Ouyang et al. 2022, arXiv 2203.02155): generalised advantage estimation on a value head,
+    whitened."""
 
     name, estimator = "ppo", "gae"
 

@@ -29,9 +29,10 @@ _PAIR_METRICS = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
 
 class Reward(Method):
-    """A reward model from pairs (bt_rm; columns `margin` and `soft_label` are used where present) or from lists (kwise_rm). --model is a
-    causal LM, which gets a new score head, or a sequence classifier with one label. The score is read at the last token, and the result
-    loads with transformers' AutoModelForSequenceClassification."""
+    """A reward model from pairs (bt_rm; columns `margin` and `soft_label` are used where present) or from
+    lists (kwise_rm). --model is a causal LM, which gets a new score head, or a sequence classifier with one
+    label. The score is read at the last token, and the result loads with transformers'
+    AutoModelForSequenceClassification."""
 
     name, default_loss = "reward", "bt_rm"
     needs_reference = False
@@ -40,14 +41,20 @@ class Reward(Method):
         super().__init__(config)
         legal = {name: own for kind, own in _KINDS for name, preset in kind.items() if preset.of_scores}
         if self.config.loss not in legal:
-            raise UserError(f"--loss {self.config.loss} is unknown to fastalign train reward; legal: {', '.join(legal)}")
+            raise UserError(
+                f"--loss {self.config.loss} is unknown to fastalign train reward; legal: {', '.join(legal)}"
+            )
         self.options, own = dict(config.loss_options), legal[self.config.loss]
         unknown = [name for name in self.options if name not in own]
         if unknown:
             hint = preference_hint(unknown[0], self.options[unknown[0]])
-            raise UserError(f"loss {self.config.loss!r} has no option {unknown[0]!r}{hint}; legal: {', '.join(own) or 'none'}")
+            raise UserError(
+                f"loss {self.config.loss!r} has no option {unknown[0]!r}{hint}; legal: {', '.join(own) or 'none'}"
+            )
         if config.overlong == "truncate_completion":
-            raise UserError("--overlong truncate_completion cuts off the end of the turn, where the score is read: drop or truncate_prompt")
+            raise UserError(
+                "--overlong truncate_completion cuts off the end of the turn, where the score is read: drop or truncate_prompt"
+            )
         self.pairs = self.config.loss in fastalign.losses.PRESETS
         self.format = PREFERENCE if self.pairs else LISTWISE
         if self.pairs:
@@ -61,18 +68,26 @@ class Reward(Method):
         if not self.pairs:
             note_lists(train)
         else:
-            note_examples((torch.equal(e.chosen, e.rejected) for e in train), "pair", "chosen and rejected are the same tokens")
+            note_examples(
+                (torch.equal(e.chosen, e.rejected) for e in train),
+                "pair",
+                "chosen and rejected are the same tokens",
+            )
             self.columns = tuple(column for column in _COLUMNS if column in train[0].values)
             for column in self.columns:
                 print(f"column {column}: used")
             lacking = [column for column in self.columns if evaluation and column not in evaluation[0].values]
             if lacking:
-                raise UserError(f"the evaluation data lacks the column {lacking[0]!r} that the training data has")
+                raise UserError(
+                    f"the evaluation data lacks the column {lacking[0]!r} that the training data has"
+                )
 
     def load_model(self, directory: str, *, trust_remote_code: bool) -> torch.nn.Module:
         return load_scorer(directory, seed=self.config.seed, trust_remote_code=trust_remote_code)
 
-    def make_lm(self, model: torch.nn.Module, tokenizer: Any, *, head: Any = None, **options: Any) -> tuple[models.PackedModel, Any]:
+    def make_lm(
+        self, model: torch.nn.Module, tokenizer: Any, *, head: Any = None, **options: Any
+    ) -> tuple[models.PackedModel, Any]:
         tokenizer = with_padding(model, tokenizer)
         return PackedScorer(model, **options), tokenizer
 
@@ -93,4 +108,9 @@ class Reward(Method):
         found, seen = output.metrics(), scores.detach()
         metrics = {name: found[key] for key, name in _PAIR_METRICS.items()}
         low, high = extremes_of(seen)
-        return output.loss, {**metrics, "mean_reward": (seen.sum(), seen.numel()), "min_reward": low, "max_reward": high}
+        return output.loss, {
+            **metrics,
+            "mean_reward": (seen.sum(), seen.numel()),
+            "min_reward": low,
+            "max_reward": high,
+        }

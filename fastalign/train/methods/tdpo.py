@@ -1,4 +1,5 @@
-"""Token-level DPO (Zeng et al. 2024, arXiv 2404.11999): the pair's margin holds the KL between whole distributions at every token."""
+"""Token-level DPO (Zeng et al. 2024, arXiv 2404.11999): the pair's margin holds the KL between whole
+distributions at every token."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from fastalign.train.methods.dpo import PreferenceMethod
 
 
 class TDPO(PreferenceMethod):
-    """tdpo1 and tdpo2. The reference model runs beside the policy: its whole distributions, not only its log-probs, enter the loss."""
+    """tdpo1 and tdpo2. The reference model runs beside the policy: its whole distributions, not only its
+    log-probs, enter the loss."""
 
     name, default_loss = "tdpo", "tdpo2"
     exact_kl = True
@@ -32,6 +34,13 @@ class TDPO(PreferenceMethod):
         with torch.no_grad():
             ref = split.reference.lm.scores(packed)
         outputs = ("ref_logprob", "kl_ref_policy", *self.outputs)
-        stats = lm.scores(packed).stats(self.labels(packed), ref=ref, outputs=outputs, differentiable=("logprob", "kl_ref_policy"))
+        stats = lm.scores(packed).stats(
+            self.labels(packed), ref=ref, outputs=outputs, differentiable=("logprob", "kl_ref_policy")
+        )
         policy = {name: value for name, value in stats._asdict().items() if value is not None}
-        return Scored([split.examples[i] for i in batch.members], packed, policy, {"ref_logprobs": policy.pop("ref_logprob")})
+        return Scored(
+            [split.examples[i] for i in batch.members],
+            packed,
+            policy,
+            {"ref_logprobs": policy.pop("ref_logprob")},
+        )

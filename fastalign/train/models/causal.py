@@ -17,8 +17,8 @@ HEADS = ("fused", "logits")
 
 
 class Scores(NamedTuple):
-    """A forward pass. hidden: [T, H], what the LM head is given; None where the model does not say what that is.
-    logits: [T, V], or None where the head is fused: then `stats` multiplies a part of them at a time."""
+    """A forward pass. hidden: [T, H], what the LM head is given; None where the model does not say what that
+    is. logits: [T, V], or None where the head is fused: then `stats` multiplies a part of them at a time."""
 
     lm: PackedCausalLM
     hidden: torch.Tensor | None
@@ -33,12 +33,15 @@ class Scores(NamedTuple):
         ref: Scores | None = None,
         temperature: float = 1.0,
     ) -> fastalign.TokenStats:
-        """`fastalign.token_stats` of the pass, once: the gradient of logits is written over them. `ref`: the reference's
-        pass on the same batch. `differentiable`: the outputs through which a gradient comes back."""
+        """`fastalign.token_stats` of the pass, once: the gradient of logits is written over them. `ref`: the
+        reference's pass on the same batch. `differentiable`: the outputs through which a gradient comes
+        back."""
         known = {"outputs": outputs, "temperature": temperature}
         if self.logits is not None:
             ref_logits = None if ref is None else ref.logits
-            return fastalign.token_stats(self.logits, labels, ref_logits=ref_logits, inplace_backward=True, **known)
+            return fastalign.token_stats(
+                self.logits, labels, ref_logits=ref_logits, inplace_backward=True, **known
+            )
         other = None if ref is None else (ref.lm.fused, ref.hidden)
         known["differentiable"] = [name for name in differentiable if name in outputs]
         with self.lm.autocast():  # as the head itself would be multiplied
@@ -49,8 +52,8 @@ class PackedCausalLM(models.PackedModel):
     """A causal LM on packed sequences.
 
     Args:
-        head: "fused": `scores` make no logits; a model whose head cannot be had is refused. None: the same, but for such
-            a model they do, and `head_note` says why. "logits": they do.
+        head: "fused": `scores` make no logits; a model whose head cannot be had is refused. None: the same,
+            but for such a model they do, and `head_note` says why. "logits": they do.
         options: of `PackedModel`."""
 
     def __init__(self, model: torch.nn.Module, *, head: str | None = "logits", **options: Any):
@@ -62,7 +65,9 @@ class PackedCausalLM(models.PackedModel):
         if self.fused is not None and not self._try_head():
             self._choose(options.get("attention", "auto"))  # by its logits, which may tell more
         if head == "fused" and self.fused is None:
-            raise UserError(f"--head fused: {type(model).__name__}: {self.head_note}; --head logits trains it")
+            raise UserError(
+                f"--head fused: {type(model).__name__}: {self.head_note}; --head logits trains it"
+            )
 
     @property
     def head_used(self) -> str:
@@ -84,7 +89,8 @@ class PackedCausalLM(models.PackedModel):
 
     @torch.no_grad()
     def _try_head(self) -> bool:
-        """Whether the logits can be had from the hidden states, on short sequences and in a pack as long as there will be."""
+        """Whether the logits can be had from the hidden states, on short sequences and in a pack as long as
+        there will be."""
         generator = torch.Generator().manual_seed(0)
         longest, total = self.lengths
 
@@ -107,7 +113,8 @@ class PackedCausalLM(models.PackedModel):
         return self.forward(self.model, batch).logits.squeeze(0)
 
     def rows(self, batch: Any) -> torch.Tensor:
-        """What the sequences of a pack are told apart by: hidden states, or the logits where these are made."""
+        """What the sequences of a pack are told apart by: hidden states, or the logits where these are
+        made."""
         if self.fused is None:
             return self.logits(batch)
         try:
@@ -134,7 +141,8 @@ class PackedCausalLM(models.PackedModel):
         return head
 
     def logits_and_hidden(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits, and the last hidden states [T, H] that the LM head made them from: what a value head reads."""
+        """The logits, and the last hidden states [T, H] that the LM head made them from: what a value head
+        reads."""
         seen = []
         hook = self.head().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
@@ -150,4 +158,6 @@ class PackedCausalLM(models.PackedModel):
         return twin
 
     def load_weights(self, directory: str, *, trust_remote_code: bool = False) -> None:
-        self.model.load_state_dict(models.load_model(directory, trust_remote_code=trust_remote_code).state_dict())
+        self.model.load_state_dict(
+            models.load_model(directory, trust_remote_code=trust_remote_code).state_dict()
+        )

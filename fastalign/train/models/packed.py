@@ -20,22 +20,32 @@ from fastalign.train.models import probe
 from fastalign.train.models.probe import Lengths
 from fastalign.train.models.router import find_router
 
-# 4.56 brought the calls used here; masks from position_ids are a little older. What a model really does is measured, see probe.py.
+# 4.56 brought the calls used here; masks from position_ids are a little older. What a model really does is
+# measured, see probe.py.
 _OLDEST = (4, 56)
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
-    raise UserError(f"transformers {transformers.__version__} is too old: fastalign.train needs {_OLDEST[0]}.{_OLDEST[1]} or newer")
+    raise UserError(
+        f"transformers {transformers.__version__} is too old: fastalign.train needs {_OLDEST[0]}.{_OLDEST[1]} or newer"
+    )
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
-_IMPLEMENTATION = {"packed": packed.NAME, "sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash_attention_2"}
+_IMPLEMENTATION = {
+    "packed": packed.NAME,
+    "sdpa": "sdpa",
+    "eager": "eager",
+    "flash_attention_2": "flash_attention_2",
+}
 
 
 def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory."""
-    return from_directory(AutoTokenizer.from_pretrained, directory, "tokenizer", trust_remote_code=trust_remote_code)
+    return from_directory(
+        AutoTokenizer.from_pretrained, directory, "tokenizer", trust_remote_code=trust_remote_code
+    )
 
 
 def load_model(directory: str, *, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The causal LM of a directory, in float32. Raises `UserError` for a directory that does not hold all of its weights."""
+    """The causal LM of a directory, in float32. Raises `UserError` for a directory that does not hold all of
+    its weights."""
     model, info = from_directory(
         AutoModelForCausalLM.from_pretrained,
         directory,
@@ -56,10 +66,13 @@ def load_model(directory: str, *, trust_remote_code: bool = False) -> torch.nn.M
 
 
 def check_sizes(directory: str, info: Mapping[str, Any]) -> None:
-    """Refuse weights of other sizes than those of the model that is to be loaded. `info`: what transformers says of the loading."""
+    """Refuse weights of other sizes than those of the model that is to be loaded. `info`: what transformers
+    says of the loading."""
     for name, found, wanted in sorted(info["mismatched_keys"]):
         there, here = (" x ".join(map(str, shape)) for shape in (found, wanted))
-        raise UserError(f"the model directory {directory} holds weights of another size: {name} is {there} there, and must be {here} here")
+        raise UserError(
+            f"the model directory {directory} holds weights of another size: {name} is {there} there, and must be {here} here"
+        )
 
 
 def check_device(device: str) -> None:
@@ -85,63 +98,36 @@ def token_ids(tokenizer: Any) -> set[int]:
     return set(tokenizer.get_vocab().values())
 
 
-def max_positions(config: Any) -> int | None:
-    """How many positions a model of this configuration has; None where it sets no bound."""
-    parts = [config, *(getattr(config, name, None) for name in ("text_config", "llm_config"))]  # of a model that sees, too
-    found = [getattr(part, name, None) for part in parts for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    return next((number for number in found if isinstance(number, int) and number > 0), None)
-
-
-def check_positions(what: str, config: Any, longest: int) -> None:
-    """Refuse a model beside the policy that has fewer positions than a sequence may have tokens: it would read beyond them, or fail."""
-    positions = max_positions(config)
-    if positions is not None and positions < longest:
-        raise UserError(f"{what}: it has {positions} positions, and a sequence may have {longest} tokens; lower --max-length")
-
-
-def has_tokenizer(directory: str) -> bool:
-    """Whether a tokenizer was saved in a model directory."""
-    return any(any(Path(directory).expanduser().glob(name)) for name in _TOKENIZER_FILES)
-
-
-def check_tokenizer(what: str, theirs: Any, ours: Any) -> None:
-    """A model beside the policy reads the policy's token ids, so a token must mean the same to both."""
-    a, b = ours.get_vocab(), theirs.get_vocab()
-    for token, number in a.items():
-        if token in b and b[token] != number:
-            raise UserError(f"{what}: its tokenizer differs from the policy's: {token!r} is {b[token]} there and {number} here")
-    missing = [token for token in a if token not in b]
-    if missing:
-        raise UserError(f"{what}: its tokenizer differs from the policy's: it lacks {len(missing)} tokens, {missing[0]!r} first")
-
-
-def check_companion(flag: str, directory: str, tokenizer: Any, longest: int, *, trust_remote_code: bool = False) -> None:
-    """Refuse the directory of a model beside the policy whose tokenizer (where it has one) or positions do not fit; no weight is read."""
-    what = f"{flag} {directory}"
-    check_positions(what, load_config(directory, trust_remote_code=trust_remote_code), longest)
-    if has_tokenizer(directory):
-        check_tokenizer(what, load_tokenizer(directory, trust_remote_code=trust_remote_code), tokenizer)
-
-
 def load_config(directory: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model directory."""
-    return from_directory(AutoConfig.from_pretrained, directory, "configuration", trust_remote_code=trust_remote_code)
+    return from_directory(
+        AutoConfig.from_pretrained, directory, "configuration", trust_remote_code=trust_remote_code
+    )
 
 
 def load_stops(directory: str | None, config: Any, model: torch.nn.Module | None = None) -> set[int]:
-    """The token ids at which the model's generation stops, by its configuration and its generation settings: those of the model in memory, or of
-    the directory."""
+    """The token ids at which the model's generation stops, by its configuration and its generation settings:
+    those of the model in memory, or of the directory."""
     generation = getattr(model, "generation_config", None)
-    if model is None and directory is not None and (Path(directory).expanduser() / "generation_config.json").is_file():
-        generation = from_directory(transformers.GenerationConfig.from_pretrained, directory, "generation settings")
+    if (
+        model is None
+        and directory is not None
+        and (Path(directory).expanduser() / "generation_config.json").is_file()
+    ):
+        generation = from_directory(
+            transformers.GenerationConfig.from_pretrained, directory, "generation settings"
+        )
     return stops(config, generation)
 
 
 def from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
-    """What a function of transformers loads from a directory; every way in which that fails is a `UserError`."""
+    """What a function of transformers loads from a directory; every way in which that fails is a
+    `UserError`."""
     path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
-        raise UserError(f"the model directory {directory} is a file; give the directory that holds config.json, weights and tokenizer")
+        raise UserError(
+            f"the model directory {directory} is a file; give the directory that holds config.json, weights and tokenizer"
+        )
     if not path.is_dir():
         raise UserError(f"the model directory {directory} does not exist (fetch a model from the hub first)")
     if not (path / "config.json").is_file():
@@ -151,14 +137,17 @@ def from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
     except Exception as error:  # files that are cut off or not what their names say fail in many ways
         reason = " ".join(str(error).split())[:300]
         named = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and reason
-        raise UserError(f"cannot load the {what} in {directory}: {reason if named else f'{type(error).__name__}: {reason}'}") from error
+        raise UserError(
+            f"cannot load the {what} in {directory}: {reason if named else f'{type(error).__name__}: {reason}'}"
+        ) from error
 
 
 class PackedModel:
-    """A model that reads packed sequences. `rows(batch)` is what it makes of a `fastalign.PackedBatch` of T tokens, [T, *].
+    """A model that reads packed sequences. `rows(batch)` is what it makes of a `fastalign.PackedBatch` of T
+    tokens, [T, *].
 
-    Dropout is off (the model stays in evaluation mode) because policy and reference must be the same function at step 0. With
-    dtype="bfloat16" the forward pass runs under autocast; weights stay in float32.
+    Dropout is off (the model stays in evaluation mode) because policy and reference must be the same function
+    at step 0. With dtype="bfloat16" the forward pass runs under autocast; weights stay in float32.
     """
 
     def __init__(
@@ -181,7 +170,9 @@ class PackedModel:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"cannot use --device {device}: {str(error).splitlines()[0]}") from None
         if any(p.dtype is not torch.float32 for p in model.parameters()):
-            raise UserError("the model's weights must be float32; --dtype bfloat16 chooses the precision of the forward pass")
+            raise UserError(
+                "the model's weights must be float32; --dtype bfloat16 chooses the precision of the forward pass"
+            )
         self.dtype = getattr(torch, dtype)
         self.router, self.router_note = find_router(model)
         self._scaled = packed.length_scaled(model)
@@ -189,7 +180,9 @@ class PackedModel:
         self._choose(attention)
         if self.router is not None and not self.router.seen():
             self.router = None
-            self.router_note = f"its load-balancing loss is left out: {type(model).__name__} does not compute it"
+            self.router_note = (
+                f"its load-balancing loss is left out: {type(model).__name__} does not compute it"
+            )
 
     def _choose(self, attention: str) -> None:
         """Switch the model to this attention; "auto": the first that keeps packed sequences apart."""
@@ -212,20 +205,24 @@ class PackedModel:
         raise TypeError(f"{type(self).__name__} does not say how it is loaded")
 
     def forward(self, module: torch.nn.Module, batch: Any) -> Any:
-        """The output of the model, or of a part of it, on the packed batch, with what keeps its sequences apart."""
+        """The output of the model, or of a part of it, on the packed batch, with what keeps its sequences
+        apart."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids[None], "use_cache": False}
         lengths: tuple[int, ...] = ()
         if self.attention == "packed" or self._scaled:
             lengths = tuple(batch.cu_seqlens.diff().tolist())
         if self.attention is not None:  # None: a lone sequence, as transformers itself runs it
-            # sdpa and eager build a block-diagonal mask where position_ids start again; it needs attention_mask=None and no cache.
+            # sdpa and eager build a block-diagonal mask where position_ids start again; it needs
+            # attention_mask=None and no cache.
             inputs |= {"position_ids": batch.position_ids[None], "attention_mask": None}
         if self.attention == "packed":
             inputs["packed_lengths"] = lengths
         elif self.attention == "flash_attention_2":
             inputs |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
             inputs |= {"max_length_q": int(batch.max_seqlen), "max_length_k": int(batch.max_seqlen)}
-        apart = packed.rotary_per_sequence(self._scaled, lengths) if self._scaled else contextlib.nullcontext()
+        apart = (
+            packed.rotary_per_sequence(self._scaled, lengths) if self._scaled else contextlib.nullcontext()
+        )
         with apart, self.autocast():
             output = module(**inputs)
         if self.router is not None:
@@ -233,7 +230,9 @@ class PackedModel:
         return output
 
     def autocast(self) -> Any:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16 and not self.exact)
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16 and not self.exact
+        )
 
     def frozen_copy(self) -> PackedModel:
         """An independent copy that takes no gradient: the reference."""
@@ -249,8 +248,12 @@ class PackedModel:
     def vocabulary_weight(self) -> tuple[str, torch.Tensor]:
         """(name, weight) of the layer that says how many."""
         layers = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        weight = min((layer.weight for layer in layers if layer is not None), key=lambda weight: weight.shape[0])
-        return next((name for name, each in self.model.named_parameters() if each is weight), "its embedding"), weight
+        weight = min(
+            (layer.weight for layer in layers if layer is not None), key=lambda weight: weight.shape[0]
+        )
+        return next(
+            (name for name, each in self.model.named_parameters() if each is weight), "its embedding"
+        ), weight
 
     def check_tokens(self, what: str, ids: Iterable[torch.Tensor]) -> None:
         """Refuse token ids that the model does not have. `what`: the model, for the message."""
@@ -266,8 +269,8 @@ class PackedModel:
             )
 
     def check_generation(self, longest: int) -> None:
-        """Refuse to sample sequences of this many tokens where those generated beside one another would change each other's positions: the samples
-        would not be drawn from what is scored."""
+        """Refuse to sample sequences of this many tokens where those generated beside one another would
+        change each other's positions: the samples would not be drawn from what is scored."""
         limit = min((packed.scaled_beyond(module) for module in self._scaled), default=longest)
         if longest > limit:
             raise UserError(
@@ -277,8 +280,8 @@ class PackedModel:
 
     @contextlib.contextmanager
     def generating(self, settings: transformers.GenerationConfig) -> Iterator[torch.nn.Module]:
-        """The model as `generate` needs it: the attention it came with, since what serves packed sequences knows no padding, and these
-        generation settings in place of its own."""
+        """The model as `generate` needs it: the attention it came with, since what serves packed sequences
+        knows no padding, and these generation settings in place of its own."""
         own, self.model.generation_config = self.model.generation_config, settings
         self.restore()
         try:
@@ -290,8 +293,8 @@ class PackedModel:
 
     @contextlib.contextmanager
     def unpacked(self, names: Sequence[str]) -> Iterator[None]:
-        """Within: a batch is one sequence that the model is given as transformers gives it, with its own positions and masks; attention by the first
-        of these implementations that it has."""
+        """Within: a batch is one sequence that the model is given as transformers gives it, with its own
+        positions and masks; attention by the first of these implementations that it has."""
         attention = self.attention
         try:
             for name in names:
@@ -309,11 +312,16 @@ class PackedModel:
         self.model.set_attn_implementation(self._original)
 
     def _candidates(self) -> tuple[str, ...]:
-        flash = self.device.type == "cuda" and self.dtype is torch.bfloat16 and transformers.utils.is_flash_attn_2_available()
+        flash = (
+            self.device.type == "cuda"
+            and self.dtype is torch.bfloat16
+            and transformers.utils.is_flash_attn_2_available()
+        )
         return (("flash_attention_2",) if flash else ()) + ("packed", "sdpa", "eager")
 
     def _try(self, name: str) -> str | None:
-        """Switch the model to this attention and see whether packed sequences stay apart; otherwise say why not."""
+        """Switch the model to this attention and see whether packed sequences stay apart; otherwise say why
+        not."""
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             return "the model takes no position_ids"
         if name == "packed" and not getattr(self.model, "_supports_flash_attn", False):

@@ -26,11 +26,14 @@ def softcapped(model: torch.nn.Module) -> bool:
 
 @torch.no_grad()
 def leak(lm: Any) -> str | None:
-    """Why the packed sequences of a `PackedModel` are not what they are alone; None if they are. First three short ones, whose neighbours change;
-    then a pack as full and with sequences as long as training will have: some models look further than a few tokens (scaled positions, chunks)."""
+    """Why the packed sequences of a `PackedModel` are not what they are alone; None if they are. First three
+    short ones, whose neighbours change; then a pack as full and with sequences as long as training will have:
+    some models look further than a few tokens (scaled positions, chunks)."""
     generator = torch.Generator().manual_seed(0)
     a, middle, b, other_a, other_b = torch.randint(lm.vocabulary(), (5, SHORT), generator=generator)
-    lm.exact = lm.attention != "flash_attention_2"  # in float32 it is the sequences that make a difference, not the rounding
+    lm.exact = (
+        lm.attention != "flash_attention_2"
+    )  # in float32 it is the sequences that make a difference, not the rounding
     try:
         first, second = (_rows_of(lm, pack, 1) for pack in ([a, middle, b], [other_a, middle, other_b]))
         if not torch.isfinite(first).all():
@@ -66,5 +69,7 @@ def _rows_of(lm: Any, sequences: Sequence[torch.Tensor], which: int) -> torch.Te
 
 def _alone(lm: Any, sequence: torch.Tensor) -> torch.Tensor:
     """The same rows of a sequence that is in no pack."""
-    with lm.unpacked(("sdpa", "eager") if len(sequence) > 1024 and not softcapped(lm.model) else ("eager", "sdpa")):
+    with lm.unpacked(
+        ("sdpa", "eager") if len(sequence) > 1024 and not softcapped(lm.model) else ("eager", "sdpa")
+    ):
         return _rows_of(lm, [sequence], 0)

@@ -23,7 +23,8 @@ Reference = Callable[[Batch, Any], torch.Tensor]
 
 
 class LiveReference:
-    """A frozen model that scores every batch, on the same path as the policy: with equal weights the log-probs are bitwise equal."""
+    """A frozen model that scores every batch, on the same path as the policy: with equal weights the
+    log-probs are bitwise equal."""
 
     def __init__(self, lm: PackedCausalLM, token_stats: Callable[[Scores, torch.Tensor], Any]):
         self.lm, self.token_stats = lm, token_stats
@@ -34,8 +35,8 @@ class LiveReference:
 
 
 class CachedReference:
-    """Log-probs of every example, computed once. They came out of other packs than training uses, so they agree with a live reference
-    to rounding (float32: about 1e-6 per token), not bitwise."""
+    """Log-probs of every example, computed once. They came out of other packs than training uses, so they
+    agree with a live reference to rounding (float32: about 1e-6 per token), not bitwise."""
 
     def __init__(self, examples: Sequence[TokenExample], logprobs: torch.Tensor):
         self.parts = logprobs.split([example.tokens() for example in examples])
@@ -45,9 +46,16 @@ class CachedReference:
 
 
 def precompute(
-    reference: LiveReference, examples: Sequence[TokenExample], path: Path, *, weights: str, budget: int, progress: bool
+    reference: LiveReference,
+    examples: Sequence[TokenExample],
+    path: Path,
+    *,
+    weights: str,
+    budget: int,
+    progress: bool,
 ) -> CachedReference:
-    """Read the cache at `path` if it was made with the same weights, data, tokenisation and precision; otherwise say so and make it."""
+    """Read the cache at `path` if it was made with the same weights, data, tokenisation and precision;
+    otherwise say so and make it."""
     lm = reference.lm
     fused = ("fused",) if lm.head_used == "fused" else ()
     key = "/".join((weights, fingerprint(examples), str(lm.dtype), str(lm.attention), *fused))
@@ -55,13 +63,21 @@ def precompute(
     if logprobs is None:
         parts: list[torch.Tensor] = [torch.empty(0)] * len(examples)
         batches = pack_examples(examples, range(len(examples)), budget)
-        for batch in tqdm(batches, desc="reference log-probs", unit=" packs", leave=False, disable=None if progress else True):
+        for batch in tqdm(
+            batches,
+            desc="reference log-probs",
+            unit=" packs",
+            leave=False,
+            disable=None if progress else True,
+        ):
             scored = reference(batch, lm.to_device(batch.packed)).float().cpu()
             for i, part in zip(batch.members, scored.split([examples[i].tokens() for i in batch.members])):
                 parts[i] = part.clone()
         logprobs = torch.cat(parts)
         with writing(f"the reference cache {path}"):
-            replace_file(path, lambda temporary: save_file({"logprobs": logprobs}, temporary, metadata={"key": key}))
+            replace_file(
+                path, lambda temporary: save_file({"logprobs": logprobs}, temporary, metadata={"key": key})
+            )
         print(f"reference log-probs of {len(examples)} examples computed and cached in {path}")
     return CachedReference(examples, logprobs)
 
@@ -76,15 +92,22 @@ def _read(path: Path, key: str, tokens: int) -> torch.Tensor | None:
         print(f"warning: the reference cache {path} is unreadable and is computed again ({error})")
         return None
     if found != key or logprobs.shape != (tokens,):
-        print(f"warning: the reference cache {path} belongs to other weights, data, tokenisation, precision or head; it is computed again")
+        print(
+            f"warning: the reference cache {path} belongs to other weights, data, tokenisation, precision or head; it is computed again"
+        )
         return None
     print(f"reference log-probs read from {path}")
     return logprobs
 
 
 def weights_of(config: RunConfig, models: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """Setting -> hash of its model's weights, for a run that is resumed or may be: the same model under another path is the same."""
-    return {name: weights_fingerprint(model) for name, model in models.items()} if config.resume or config.save_every else {}
+    """Setting -> hash of its model's weights, for a run that is resumed or may be: the same model under
+    another path is the same."""
+    return (
+        {name: weights_fingerprint(model) for name, model in models.items()}
+        if config.resume or config.save_every
+        else {}
+    )
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -13,9 +13,12 @@ from fastalign.train.errors import UserError
 from fastalign.train.models import packed as models
 
 
-def load_scorer(directory: str, *, seed: int | None = None, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The sequence classifier with one label in a directory, in float32. The directory of a causal LM gives one whose score head is new,
-    drawn from `seed`; with seed None that is refused, as are other missing weights."""
+def load_scorer(
+    directory: str, *, seed: int | None = None, trust_remote_code: bool = False
+) -> torch.nn.Module:
+    """The sequence classifier with one label in a directory, in float32. The directory of a causal LM gives
+    one whose score head is new, drawn from `seed`; with seed None that is refused, as are other missing
+    weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         model, info = models.from_directory(
@@ -30,10 +33,17 @@ def load_scorer(directory: str, *, seed: int | None = None, trust_remote_code: b
         )
     models.check_sizes(directory, info)
     head = score_head(model)
-    new = {f"{name}.{part}" for name, module in model.named_modules() if module is head for part, _ in module.named_parameters()}
+    new = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if module is head
+        for part, _ in module.named_parameters()
+    }
     wrong = sorted(set(info["missing_keys"]) - (new if seed is not None else set()))
     if wrong:
-        raise UserError(f"the model directory {directory} lacks weights of its sequence classifier: {', '.join(wrong[:3])}")
+        raise UserError(
+            f"the model directory {directory} lacks weights of its sequence classifier: {', '.join(wrong[:3])}"
+        )
     return model
 
 
@@ -41,7 +51,9 @@ def score_head(model: torch.nn.Module) -> torch.nn.Module:
     """The linear layer from a hidden state to the score."""
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear) or head.out_features != 1 or model.base_model is model:
-        raise UserError(f"{type(model).__name__} has no linear head 'score' with one output on top of its transformer")
+        raise UserError(
+            f"{type(model).__name__} has no linear head 'score' with one output on top of its transformer"
+        )
     return head
 
 
@@ -72,12 +84,17 @@ class PackedScorer(models.PackedModel):
 def with_padding(model: torch.nn.Module, tokenizer: Any) -> Any:
     """A copy of the tokenizer with a padding token, which the model's configuration gets as well.
 
-    transformers reads the score of a padded sequence at its last token that is not padding. Were that a token which ends a turn, as is usual
-    where a tokenizer has no padding of its own, the end, where the score is trained, would be passed over: another special token takes
-    its place, and where there is none the tokenizer gets one."""
+    transformers reads the score of a padded sequence at its last token that is not padding. Were that a token
+    which ends a turn, as is usual where a tokenizer has no padding of its own, the end, where the score is
+    trained, would be passed over: another special token takes its place, and where there is none the
+    tokenizer gets one."""
     tokenizer, ends = copy.deepcopy(tokenizer), ExampleTokenizer(tokenizer).special.ends
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
-        others = [token for token in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens) if token is not None]
+        others = [
+            token
+            for token in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens)
+            if token is not None
+        ]
         usable = [token for token in others if tokenizer.convert_tokens_to_ids(token) not in ends]
         if usable:
             tokenizer.pad_token = usable[0]

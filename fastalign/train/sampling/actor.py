@@ -17,10 +17,11 @@ from fastalign.train.sampling.rollout import Rollout
 
 @dataclass
 class Actor:
-    """The policy, its value head (None: the method has none), and frozen models: the reference, and a DPO-trained one (RTO).
-    `differentiable`: what the loss reads of logprob and entropy.
+    """The policy, its value head (None: the method has none), and frozen models: the reference, and a
+    DPO-trained one (RTO). `differentiable`: what the loss reads of logprob and entropy.
 
-    Everything is scored at the sampling temperature, on one path: models with equal weights give equal bits."""
+    Everything is scored at the sampling temperature, on one path: models with equal weights give equal
+    bits."""
 
     lm: PackedCausalLM
     temperature: float = 1.0
@@ -30,12 +31,15 @@ class Actor:
     differentiable: tuple[str, ...] = ("logprob", "entropy")
 
     def score(self, packed: fastalign.PackedBatch) -> dict[str, torch.Tensor]:
-        """logprob, entropy and (with a value head) value of the batch, [T] each, differentiable. Row t is the state before the
-        token that it predicts."""
+        """logprob, entropy and (with a value head) value of the batch, [T] each, differentiable. Row t is the
+        state before the token that it predicts."""
         scores = self.lm.scores(packed)
         values = {} if self.value_head is None else {"value": self.value_head(scores.hidden)}
         stats = scores.stats(
-            packed.labels, outputs=("logprob", "entropy"), differentiable=self.differentiable, temperature=self.temperature
+            packed.labels,
+            outputs=("logprob", "entropy"),
+            differentiable=self.differentiable,
+            temperature=self.temperature,
         )
         return {"logprob": stats.logprob, "entropy": stats.entropy, **values}
 

@@ -1,4 +1,5 @@
-"""From a step's scores to the advantages of its tokens or responses. Always over the whole step, before it is cut into minibatches."""
+"""From a step's scores to the advantages of its tokens or responses. Always over the whole step, before it is
+cut into minibatches."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ from fastalign.train.online_config import OnlineConfig
 
 @dataclass
 class Rewarded:
-    """A step's responses in the order of their packs: what the models said of them, and what the reward did. All tensors on one device.
+    """A step's responses in the order of their packs: what the models said of them, and what the reward did.
+    All tensors on one device.
 
-    scores: [S] as the reward gave them, NaN: not scorable. finished: [S] bool. lengths: [S] tokens of each response. groups: [S] the
-    number of the response's prompt."""
+    scores: [S] as the reward gave them, NaN: not scorable. finished: [S] bool. lengths: [S] tokens of each
+    response. groups: [S] the number of the response's prompt."""
 
     seen: Scored
     scores: Tensor
@@ -33,8 +35,8 @@ class Rewarded:
 
 @dataclass
 class Estimate:
-    """advantages: [T], or [S] where `per_token` is False. returns: [T], for the value loss. mask: [T] bool, the rows that are learnt from.
-    metrics: of the rewards."""
+    """advantages: [T], or [S] where `per_token` is False. returns: [T], for the value loss. mask: [T] bool,
+    the rows that are learnt from. metrics: of the rewards."""
 
     advantages: Tensor
     mask: Tensor
@@ -44,9 +46,9 @@ class Estimate:
 
 
 class Estimator(NamedTuple):
-    """A way from rewards to advantages. `advantages`: (settings, step, rewards per token [T], metrics of the rewards) ->
-    `Estimate`. `per_token`: one advantage per token, else one per response, relative to the others for the same prompt.
-    `reads_values`: of a value head."""
+    """A way from rewards to advantages. `advantages`: (settings, step, rewards per token [T], metrics of the
+    rewards) -> `Estimate`. `per_token`: one advantage per token, else one per response, relative to the
+    others for the same prompt. `reads_values`: of a value head."""
 
     advantages: Callable[[OnlineConfig, Rewarded, Tensor, Metrics], Estimate]
     per_token: bool
@@ -60,19 +62,31 @@ def estimate(estimator: str, config: OnlineConfig, step: Rewarded, kl_coef: floa
 
 
 def _gae(config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics) -> Estimate:
-    """Generalised advantage estimation on the value head, whitened (Schulman et al. 2016, arXiv 1506.02438)."""
+    """Generalised advantage estimation on the value head, whitened (Schulman et al. 2016, arXiv
+    1506.02438)."""
     packed, values = step.seen.packed, step.seen.policy["value"]
     rewards, bootstrap = _whitened(config, rewards, packed.mask), None
     if config.bootstrap_truncated:
         bootstrap = torch.where(step.finished, 0.0, values[packed.cu_seqlens[1:].long() - 1])
-    gae = fastalign.gae(rewards, values, packed.cu_seqlens, mask=packed.mask, bootstrap=bootstrap, gamma=config.gamma, lam=config.lam)
+    gae = fastalign.gae(
+        rewards,
+        values,
+        packed.cu_seqlens,
+        mask=packed.mask,
+        bootstrap=bootstrap,
+        gamma=config.gamma,
+        lam=config.lam,
+    )
     returns, errors = (variance_of(x, packed.mask) for x in (gae.returns, gae.returns - values))
     metrics = {**metrics, "val/explained_variance": (1.0 - errors.m2 / returns.m2, (returns.m2 > 0).double())}
-    return Estimate(fastalign.whiten(gae.advantages, packed.mask, moments=gae.moments), packed.mask, metrics, gae.returns)
+    return Estimate(
+        fastalign.whiten(gae.advantages, packed.mask, moments=gae.moments), packed.mask, metrics, gae.returns
+    )
 
 
 def _reinforce_pp(config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics) -> Estimate:
-    """Returns to go, whitened. With several samples per prompt their mean score goes off first (REINFORCE++-baseline)."""
+    """Returns to go, whitened. With several samples per prompt their mean score goes off first
+    (REINFORCE++-baseline)."""
     packed = step.seen.packed
     if config.samples_per_prompt > 1:
         scores = final_scores(config, step)
@@ -84,19 +98,29 @@ def _reinforce_pp(config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics
 
 
 def shaped_rewards(config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor) -> tuple[Tensor, Metrics]:
-    """Rewards per token [T] (score at the last one, KL and token rewards at each), and the metrics objective/*, per response."""
+    """Rewards per token [T] (score at the last one, KL and token rewards at each), and the metrics
+    objective/*, per response."""
     packed, policy, fixed = step.seen.packed, step.seen.policy, step.seen.fixed
     scores = final_scores(config, step)
     in_reward = config.kl_in == "reward" and "ref_logprobs" in fixed
     penalty = (
-        {"kl_coef": kl_coef, "kl_kind": config.kl_kind, "logprobs": policy["logprob"], "ref_logprobs": fixed["ref_logprobs"]}
+        {
+            "kl_coef": kl_coef,
+            "kl_kind": config.kl_kind,
+            "logprobs": policy["logprob"],
+            "ref_logprobs": fixed["ref_logprobs"],
+        }
         if in_reward
         else {}
     )
     rewards = fastalign.shape_rewards(scores, packed.cu_seqlens, mask=packed.mask, **penalty)
     if "dpo_logprobs" in fixed:  # RTO
         implicit = fastalign.token_rewards(
-            fixed["dpo_logprobs"], fixed["ref_logprobs"], packed.cu_seqlens, mask=packed.mask, beta=config.dpo_coef
+            fixed["dpo_logprobs"],
+            fixed["ref_logprobs"],
+            packed.cu_seqlens,
+            mask=packed.mask,
+            beta=config.dpo_coef,
         )
         rewards = rewards + implicit.rewards.clamp(-config.dpo_clip, config.dpo_clip)
     known = ~scores.isnan()
@@ -113,7 +137,9 @@ def shaped_rewards(config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor
         "num_unscored": Total((~known).sum(), len(scores)),
     }
     if "ref_logprobs" in fixed:
-        kl, sequences = fastalign.mean_sequence_kl(policy["logprob"], fixed["ref_logprobs"], packed.cu_seqlens, mask=packed.mask)
+        kl, sequences = fastalign.mean_sequence_kl(
+            policy["logprob"], fixed["ref_logprobs"], packed.cu_seqlens, mask=packed.mask
+        )
         metrics["objective/kl"] = (kl * sequences, sequences)
     return rewards, metrics
 
@@ -122,27 +148,39 @@ def final_scores(config: OnlineConfig, step: Rewarded) -> Tensor:
     """[S]: the reward's scores, clipped, less the penalties of how the response ended."""
     scores = step.scores
     if config.overlong_buffer:
-        scores = scores + fastalign.overlong_penalty(step.lengths, max_length=config.max_new_tokens, cache_length=config.overlong_buffer)
-    ending = {} if config.missing_eos_penalty is None else {"finished": step.finished, "missing_eos_penalty": config.missing_eos_penalty}
+        scores = scores + fastalign.overlong_penalty(
+            step.lengths, max_length=config.max_new_tokens, cache_length=config.overlong_buffer
+        )
+    ending = (
+        {}
+        if config.missing_eos_penalty is None
+        else {"finished": step.finished, "missing_eos_penalty": config.missing_eos_penalty}
+    )
     cu_seqlens, mask = step.seen.packed.cu_seqlens, step.seen.packed.mask
     placed = fastalign.shape_rewards(scores, cu_seqlens, mask=mask, score_clip=config.reward_clip, **ending)
     return fastalign.sequence_sum(placed, cu_seqlens, mask=mask)
 
 
 def _whitened(config: OnlineConfig, rewards: Tensor, mask: Tensor) -> Tensor:
-    """With --whiten-rewards the scored rewards divided by their standard deviation; their mean is not taken off, so that
-    no reward stays none."""
+    """With --whiten-rewards the scored rewards divided by their standard deviation; their mean is not taken
+    off, so that no reward stays none."""
     if not config.whiten_rewards:
         return rewards
     variance = variance_of(rewards, mask)
-    scale = torch.where(variance.m2 > 0, torch.rsqrt(variance.m2 / (variance.count - 1.0).clamp(min=1.0)), 1.0)
+    scale = torch.where(
+        variance.m2 > 0, torch.rsqrt(variance.m2 / (variance.count - 1.0).clamp(min=1.0)), 1.0
+    )
     return torch.where(mask, rewards * scale.to(rewards.dtype), 0.0)
 
 
-def _within_groups(config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics, *, kind: str) -> Estimate:
-    """One advantage per response, relative to the other responses for the same prompt (`fastalign.group_advantages`). What cannot be scored is left out.
+def _within_groups(
+    config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics, *, kind: str
+) -> Estimate:
+    """One advantage per response, relative to the other responses for the same prompt
+    (`fastalign.group_advantages`). What cannot be scored is left out.
 
-    Which groups teach nothing is judged by the reward's own scores, as in DAPO: penalties for length or KL would make every group differ."""
+    Which groups teach nothing is judged by the reward's own scores, as in DAPO: penalties for length or KL
+    would make every group differ."""
     packed = step.seen.packed
     totals = fastalign.sequence_sum(rewards, packed.cu_seqlens, mask=packed.mask)
     group = fastalign.group_advantages(totals, step.groups, kind=kind)
@@ -152,7 +190,9 @@ def _within_groups(config: OnlineConfig, step: Rewarded, rewards: Tensor, metric
         keep &= raw.informative
     if config.mask_truncated:
         keep &= step.finished
-    mask = packed.mask & torch.repeat_interleave(keep, packed.cu_seqlens.diff().long(), output_size=packed.mask.numel())
+    mask = packed.mask & torch.repeat_interleave(
+        keep, packed.cu_seqlens.diff().long(), output_size=packed.mask.numel()
+    )
     metrics = {**metrics, "frac_zero_std": (raw.frac_zero_std, 1), "frac_kept": (keep.sum(), len(keep))}
     return Estimate(group.advantages, mask, metrics, per_token=False)
 
@@ -160,5 +200,8 @@ def _within_groups(config: OnlineConfig, step: Rewarded, rewards: Tensor, metric
 ESTIMATORS: dict[str, Estimator] = {
     "gae": Estimator(_gae, per_token=True, reads_values=True),
     "reinforce_pp": Estimator(_reinforce_pp, per_token=True),
-    **{kind: Estimator(partial(_within_groups, kind=kind), per_token=False) for kind in ("grpo", "dr_grpo", "rloo")},
+    **{
+        kind: Estimator(partial(_within_groups, kind=kind), per_token=False)
+        for kind in ("grpo", "dr_grpo", "rloo")
+    },
 }

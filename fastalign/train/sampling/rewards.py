@@ -17,12 +17,15 @@ from fastalign.train.data.examples import pack_examples
 from fastalign.train.data.specials import SpecialTokens
 from fastalign.train.data.tokenise import ExampleTokenizer, TokenExample
 from fastalign.train.errors import TrainingError, UserError
+from fastalign.train.models import companions
 from fastalign.train.models import packed as models
 from fastalign.train.models.scorer import PackedScorer, load_scorer
 from fastalign.train.online_config import OnlineConfig
 from fastalign.train.sampling.rollout import Rollout
 
-Reward = Callable[[Sequence[Rollout]], torch.Tensor]  # [responses] float32 on the CPU; NaN: this one cannot be scored
+Reward = Callable[
+    [Sequence[Rollout]], torch.Tensor
+]  # [responses] float32 on the CPU; NaN: this one cannot be scored
 
 
 class FunctionReward:
@@ -32,7 +35,8 @@ class FunctionReward:
         prompts       the prompts as the data has them
         ...           every other column of the data (None where a line lacks it)
 
-    It may take any of them, or **columns. It returns a number per response; None or NaN: the response cannot be scored."""
+    It may take any of them, or **columns. It returns a number per response; None or NaN: the response cannot
+    be scored."""
 
     def __init__(self, function: Callable[..., Any], name: str):
         self.function, self.name = function, name
@@ -52,21 +56,37 @@ class FunctionReward:
         """Refuse data without a column that the function needs."""
         for name in sorted(self.required - {"completions", "prompts"}):
             if not any(name in row.values for row in rows):
-                raise UserError(f"--reward {self.name}: the function needs the column '{name}', which no line of the data has")
+                raise UserError(
+                    f"--reward {self.name}: the function needs the column '{name}', which no line of the data has"
+                )
 
     def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         rows = [rollout.example.values for rollout in rollouts]
         chat = [isinstance(row["prompt"], list) for row in rows]
-        texts = [[{"role": "assistant", "content": r.text}] if turn else r.text for r, turn in zip(rollouts, chat)]
-        columns = {name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row} if name != "prompt"}
+        texts = [
+            [{"role": "assistant", "content": r.text}] if turn else r.text for r, turn in zip(rollouts, chat)
+        ]
+        columns = {
+            name: [row.get(name) for row in rows]
+            for name in {name: None for row in rows for name in row}
+            if name != "prompt"
+        }
         arguments = {**columns, "prompts": [row["prompt"] for row in rows], "completions": texts}
         try:
-            values = self.function(**{name: value for name, value in arguments.items() if self.everything or name in self.accepted})
+            values = self.function(
+                **{
+                    name: value
+                    for name, value in arguments.items()
+                    if self.everything or name in self.accepted
+                }
+            )
             numbers = _numbers(values)
         except Exception as error:  # the user's own code
             raise TrainingError(f"--reward {self.name}: {type(error).__name__}: {error}") from error
         if len(numbers) != len(rollouts):
-            raise TrainingError(f"--reward {self.name} returned {len(numbers)} values for {len(rollouts)} completions")
+            raise TrainingError(
+                f"--reward {self.name} returned {len(numbers)} values for {len(rollouts)} completions"
+            )
         scores = torch.tensor(numbers, dtype=torch.float64)
         beyond = scores.isfinite() & ~scores.float().isfinite()
         if beyond.any():
@@ -77,23 +97,34 @@ class FunctionReward:
 
 
 def _numbers(values: Any) -> list[float]:
-    """What a reward function returned, one number per response. Only what is in an order and holds numbers: the keys of a dict and the characters
-    of a text can be read as numbers, too."""
-    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable) and not isinstance(values, torch.Tensor):
-        raise TypeError(f"it returned {shown(values)}; legal: a list with a number, None or NaN per completion")
+    """What a reward function returned, one number per response. Only what is in an order and holds numbers:
+    the keys of a dict and the characters of a text can be read as numbers, too."""
+    if (
+        isinstance(values, (str, bytes, Mapping, Set))
+        or not isinstance(values, Iterable)
+        and not isinstance(values, torch.Tensor)
+    ):
+        raise TypeError(
+            f"it returned {shown(values)}; legal: a list with a number, None or NaN per completion"
+        )
     if isinstance(getattr(values, "ndim", 1), int) and getattr(values, "ndim", 1) != 1:
-        raise TypeError(f"it returned an array of shape {tuple(values.shape)}; legal: one number per completion, in one dimension")
+        raise TypeError(
+            f"it returned an array of shape {tuple(values.shape)}; legal: one number per completion, in one dimension"
+        )
     numbers = []
     for value in values.detach() if isinstance(values, torch.Tensor) else values:
         if value is not None and not hasattr(value, "__float__"):  # a text of digits has none, either
-            raise ValueError(f"could not convert {shown(value)}, returned for completion {len(numbers)}; legal: a number, None or NaN")
+            raise ValueError(
+                f"could not convert {shown(value)}, returned for completion {len(numbers)}; legal: a number, None or NaN"
+            )
         numbers.append(math.nan if value is None else float(value))
     return numbers
 
 
 class ModelReward:
-    """A trained reward model. It reads the very tokens that were sampled, except for the last one of a response that came to an end: that is
-    the token which the trainer's data end with for such a prompt, since there the score was trained. A model may have several ways to stop."""
+    """A trained reward model. It reads the very tokens that were sampled, except for the last one of a
+    response that came to an end: that is the token which the trainer's data end with for such a prompt, since
+    there the score was trained. A model may have several ways to stop."""
 
     def __init__(self, scorer: PackedScorer, budget: int, special: SpecialTokens):
         self.scorer, self.budget, self.special = scorer, budget, special
@@ -103,11 +134,15 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         scores = torch.empty(len(rollouts))
-        for batch in pack_examples([self._as_trained(rollout) for rollout in rollouts], range(len(rollouts)), self.budget):
+        for batch in pack_examples(
+            [self._as_trained(rollout) for rollout in rollouts], range(len(rollouts)), self.budget
+        ):
             scores[batch.members] = self.scorer.scores(self.scorer.to_device(batch.packed)).float().cpu()
         if not scores.isfinite().all():
             bad = scores[~scores.isfinite()]
-            raise TrainingError(f"--reward-model: {len(bad)} of {len(scores)} scores are not finite; the first is {float(bad[0])}")
+            raise TrainingError(
+                f"--reward-model: {len(bad)} of {len(scores)} scores are not finite; the first is {float(bad[0])}"
+            )
         return scores
 
     def _as_trained(self, rollout: Rollout) -> TokenExample:
@@ -115,7 +150,9 @@ class ModelReward:
         if not rollout.ended:
             return example
         completion = example.completions[0].clone()
-        completion[-1] = self.special.end_of(isinstance(example.values.get("prompt"), list), example.prompt.tolist())
+        completion[-1] = self.special.end_of(
+            isinstance(example.values.get("prompt"), list), example.prompt.tolist()
+        )
         return TokenExample(example.prompt, (completion,), example.values)
 
 
@@ -128,14 +165,18 @@ def make_reward(
     *,
     lengths: models.Lengths | None = None,
 ) -> Any:
-    """The reward that the settings name; `function` stands in for --reward. `limit`: the most tokens of a sequence; `lengths`: what a reward model
-    is tried at."""
+    """The reward that the settings name; `function` stands in for --reward. `limit`: the most tokens of a
+    sequence; `lengths`: what a reward model is tried at."""
     given = [
-        name for name, value in (("--reward", config.reward or function), ("--reward-model", config.reward_model)) if value is not None
+        name
+        for name, value in (("--reward", config.reward or function), ("--reward-model", config.reward_model))
+        if value is not None
     ]
     if len(given) != 1:
         raise UserError(
-            "--reward and --reward-model exclude each other" if given else "no reward: give --reward-model DIR or --reward MODULE:FUNCTION"
+            "--reward and --reward-model exclude each other"
+            if given
+            else "no reward: give --reward-model DIR or --reward MODULE:FUNCTION"
         )
     if function is not None:
         return FunctionReward(function, getattr(function, "__name__", type(function).__name__))
@@ -144,8 +185,8 @@ def make_reward(
     directory, trust = config.reward_model, {"trust_remote_code": config.trust_remote_code}
     what = f"--reward-model {directory}"
     theirs = models.load_tokenizer(directory, **trust)
-    models.check_tokenizer(what, theirs, tokenizer)
-    models.check_positions(what, models.load_config(directory, **trust), limit)
+    companions.check_tokenizer(what, theirs, tokenizer)
+    companions.check_positions(what, models.load_config(directory, **trust), limit)
     scorer = PackedScorer(
         load_scorer(directory, **trust).requires_grad_(False),
         attention=config.attention,

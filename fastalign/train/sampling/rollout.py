@@ -17,8 +17,9 @@ from fastalign.train.online_config import OnlineConfig
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A sampled response. `example`: the tokens of its prompt and of itself, with the EOS it came to, and the columns of the prompt's line;
-    `ended`: whether it came to one; `text`: what it says, without special tokens."""
+    """A sampled response. `example`: the tokens of its prompt and of itself, with the EOS it came to, and the
+    columns of the prompt's line; `ended`: whether it came to one; `text`: what it says, without special
+    tokens."""
 
     example: TokenExample
     ended: bool
@@ -33,12 +34,15 @@ class Rollout:
 class Sampler:
     """Samples `samples_per_prompt` responses to every prompt, those of one prompt behind each other.
 
-    Everything that the model's own generation settings would add (top-k, penalties, ...) is left out: the samples are drawn from the very
-    distribution that the trainer scores. Only ids that a model beside the policy does not know are never drawn (`vocabulary`: how many it
-    knows): the padding of the policy's vocabulary, of which no text is made. Generation stops at the tokenizer's EOS, where the chat template
+    Everything that the model's own generation settings would add (top-k, penalties, ...) is left out: the
+    samples are drawn from the very distribution that the trainer scores. Only ids that a model beside the
+    policy does not know are never drawn (`vocabulary`: how many it knows): the padding of the policy's
+    vocabulary, of which no text is made. Generation stops at the tokenizer's EOS, where the chat template
     ends a turn, and at the EOS tokens of the model's generation settings."""
 
-    def __init__(self, lm: PackedCausalLM, tokenizer: Any, config: OnlineConfig, vocabulary: int | None = None):
+    def __init__(
+        self, lm: PackedCausalLM, tokenizer: Any, config: OnlineConfig, vocabulary: int | None = None
+    ):
         self.lm, self.tokenizer, self.batch = lm, tokenizer, config.sample_batch
         to_tokens = ExampleTokenizer(tokenizer, template_options=config.template_options)
         self.eos = sorted(to_tokens.special.ends | stops(lm.model.generation_config))
@@ -61,10 +65,14 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[TokenExample], count: int, seed: int) -> list[Rollout]:
-        """`count` responses to each prompt. Seed, weights and prompts determine them; torch's own random state is not touched."""
+        """`count` responses to each prompt. Seed, weights and prompts determine them; torch's own random
+        state is not touched."""
         wanted = [prompt for prompt in prompts for _ in range(count)]
         device, rollouts = self.lm.device, []
-        with self.lm.generating(self.settings) as model, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with (
+            self.lm.generating(self.settings) as model,
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
             torch.manual_seed(seed)
             for start in range(0, len(wanted), self.batch):
                 chunk = wanted[start : start + self.batch]
@@ -74,7 +82,9 @@ class Sampler:
                 for row, prompt in enumerate(chunk):  # left-padded: all responses begin in the same column
                     ids[row, width - len(prompt.prompt) :] = prompt.prompt
                     mask[row, width - len(prompt.prompt) :] = 1
-                sampled = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=self.settings)
+                sampled = model.generate(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=self.settings
+                )
                 rollouts += [self._rollout(*pair) for pair in zip(chunk, sampled[:, width:].tolist())]
         return rollouts
 
