@@ -213,3 +213,12 @@ def test_no_argument_is_counted_off():
     """Lists of None, as many as there are arguments, stand where only the order says what is what."""
     for path in FILES:
         assert "*(None,) * " not in path.read_text() or layer(path) == "bench/floors.py", layer(path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "most"), [("fastalign", 400), ("csrc", 400), ("benchmarks", 400), ("tests", 500)]
+)
+def test_files_are_read_in_one_sitting(folder, most):
+    suffixes = (".py", ".h", ".cuh", ".cpp", ".cu")
+    sizes = {p: len(p.read_text().splitlines()) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
+    assert sizes and not [f"{p}: {n} lines" for p, n in sizes.items() if n > most]
