@@ -164,9 +164,12 @@ def settings(title: str, lines: Lines, name: str) -> str:
 
 # What is read off ncu's table: (column, section, metric).
 COUNTERS = (
-    ("us", "GPU Speed Of Light Throughput", "Duration"), ("dram %", "GPU Speed Of Light Throughput", "DRAM Throughput"),
-    ("L2 %", "GPU Speed Of Light Throughput", "L2 Cache Throughput"), ("SM %", "GPU Speed Of Light Throughput", "Compute (SM) Throughput"),
-    ("issue %", "Scheduler Statistics", "One or More Eligible"), ("occupancy %", "Occupancy", "Achieved Occupancy"),
+    ("us", "GPU Speed Of Light Throughput", "Duration"),
+    ("dram %", "GPU Speed Of Light Throughput", "DRAM Throughput"),
+    ("L2 %", "GPU Speed Of Light Throughput", "L2 Cache Throughput"),
+    ("SM %", "GPU Speed Of Light Throughput", "Compute (SM) Throughput"),
+    ("issue %", "Scheduler Statistics", "One or More Eligible"),
+    ("occupancy %", "Occupancy", "Achieved Occupancy"),
     ("registers", "Launch Statistics", "Registers Per Thread"),
 )  # fmt: skip
 

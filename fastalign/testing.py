@@ -97,8 +97,8 @@ class Batch(NamedTuple):
 
 
 def make_batch(
-    pairs: int = 4, *, min_len: int = 2, max_len: int = 12, prompt: int = 2, vocab: int = 50, noise: float = 0.3,
-    dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
+    pairs: int = 4, *, min_len: int = 2, max_len: int = 12, prompt: int = 2, vocab: int = 50,
+    noise: float = 0.3, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
 ) -> Batch:  # fmt: skip
     """Random pairs (chosen, rejected, chosen, ...) of unequal lengths with a common prompt length; log-probs
     are 0 at unscored rows."""
@@ -117,8 +117,9 @@ def make_batch(
 
 
 def token_stats_truth(
-    logits: Tensor, labels: Tensor | None, *, dtype: torch.dtype = torch.float64, temperature: Any = 1.0, logit_scale: float = 1.0,
-    softcap: float | None = None, ignore_index: int = -100, mask: Tensor | None = None,
+    logits: Tensor, labels: Tensor | None, *, dtype: torch.dtype = torch.float64, temperature: Any = 1.0,
+    logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = -100,
+    mask: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Every output of `token_stats` written with log_softmax in `dtype` (fp64: the truth; fp32: the plain
     computation to compare errors with). Differentiable by autograd. labels (...) only."""

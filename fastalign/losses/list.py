@@ -87,9 +87,10 @@ class ListPreset(LossPreset):
     def params(self, reduction: str = "mean") -> ListParams:
         """The numbers that the kernels take."""
         return ListParams(
-            self.length_norm, self.beta, self.target, self.reward_temperature, self.list_weight, self.sft_weight, self.sft_power,
-            KINDS.index(self.kind), LINKS.index(self.link), PAIR_GAINS.index(self.pair_gain), int(self.pair_mean),
-            SFT_NORMS.index(self.sft_norm), int(self.nonfinite == "drop"), REDUCTIONS.index(reduction),
+            self.length_norm, self.beta, self.target, self.reward_temperature, self.list_weight,
+            self.sft_weight, self.sft_power, KINDS.index(self.kind), LINKS.index(self.link),
+            PAIR_GAINS.index(self.pair_gain), int(self.pair_mean), SFT_NORMS.index(self.sft_norm),
+            int(self.nonfinite == "drop"), REDUCTIONS.index(reduction),
         )  # fmt: skip
 
 

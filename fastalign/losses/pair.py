@@ -40,7 +40,8 @@ _RATIO: Effect = (lambda p: p.compares, "pair_weight or point_link")  # only ter
 _TARGET: Effect = (lambda p: p.link in TARGET_LINKS and p.pair_weight != 0, f"link in {TARGET_LINKS}")
 _POINT_TARGET: Effect = (lambda p: p.point_link in TARGET_LINKS, f"point_link in {TARGET_LINKS}")
 _TAU: Effect = (
-    lambda p: p.link in TAU_LINKS or p.point_link in TAU_LINKS, " or ".join(f'link="{name}"' for name in TAU_LINKS)
+    lambda p: p.link in TAU_LINKS or p.point_link in TAU_LINKS,
+    " or ".join(f'link="{name}"' for name in TAU_LINKS)
 )  # fmt: skip
 _ALPHA: Effect = (lambda p: p.transform == "alpha", 'transform="alpha"')
 _SMOOTH: Effect = (
@@ -53,7 +54,8 @@ _ENTROPY: Effect = (
 )
 _DETACHED: Effect = (lambda p: not p.detach_kl_chosen or p.kl_chosen != 0, "kl_chosen")
 _POINTS: Effect = (
-    lambda p: p.point_link is None or any((*p.point_chosen, *p.point_rejected)), "point_chosen or point_rejected"
+    lambda p: p.point_link is None or any((*p.point_chosen, *p.point_rejected)),
+    "point_chosen or point_rejected"
 )  # fmt: skip
 _SFT: Effect = (lambda p: p.sft_weight != 0, "sft_weight")
 _SFT_PROMPT: Effect = (lambda p: not p.sft_include_prompt or p.sft_weight != 0, "sft_weight")
@@ -181,18 +183,23 @@ class Preset(LossPreset):
         low, high = self.token_clamp or (-math.inf, math.inf)
         soft_points = self.point_target == "soft"
         return PairParams(
-            reference=float(self.reference), length_norm=self.length_norm, ld_alpha=self.ld_alpha, token_clamp_low=low, token_clamp_high=high,
-            transform_alpha=self.transform_alpha, beta=self.beta, beta_rejected=math.nan if self.beta_rejected is None else self.beta_rejected,
-            gamma=self.gamma, gamma_beta_ratio=self.gamma_beta_ratio, len_coef=self.len_coef, pos_penalty=self.pos_penalty,
-            kl_chosen=self.kl_chosen, kl_rejected=self.kl_rejected, target=self.target, tau=self.link_tau, label_smoothing=self.label_smoothing,
-            pair_weight=self.pair_weight, point_beta=math.nan if self.point_beta is None else self.point_beta,
-            point_beta_power=self.point_beta_power, point_target=0.0 if soft_points else self.point_target, anchor=self.anchor,
-            chosen_pos=self.point_chosen[0], chosen_neg=self.point_chosen[1], rejected_pos=self.point_rejected[0],
-            rejected_neg=self.point_rejected[1], sft_weight=self.sft_weight, transform=TRANSFORMS.index(self.transform),
-            link=LINKS.index(self.link), labels=LABELS.index(self.labels), label_entropy=int(self.label_entropy),
-            detach_kl_chosen=int(self.detach_kl_chosen), point_link=NO_LINK if self.point_link is None else LINKS.index(self.point_link),
-            point_soft_target=int(soft_points), sft_norm=SFT_NORMS.index(self.sft_norm), sft_include_prompt=int(self.sft_include_prompt),
-            drop_nonfinite=int(self.nonfinite == "drop"), reduction=REDUCTIONS.index(reduction),
+            reference=float(self.reference), length_norm=self.length_norm, ld_alpha=self.ld_alpha,
+            token_clamp_low=low, token_clamp_high=high, transform_alpha=self.transform_alpha, beta=self.beta,
+            beta_rejected=math.nan if self.beta_rejected is None else self.beta_rejected, gamma=self.gamma,
+            gamma_beta_ratio=self.gamma_beta_ratio, len_coef=self.len_coef, pos_penalty=self.pos_penalty,
+            kl_chosen=self.kl_chosen, kl_rejected=self.kl_rejected, target=self.target, tau=self.link_tau,
+            label_smoothing=self.label_smoothing, pair_weight=self.pair_weight,
+            point_beta=math.nan if self.point_beta is None else self.point_beta,
+            point_beta_power=self.point_beta_power, point_target=0.0 if soft_points else self.point_target,
+            anchor=self.anchor, chosen_pos=self.point_chosen[0], chosen_neg=self.point_chosen[1],
+            rejected_pos=self.point_rejected[0], rejected_neg=self.point_rejected[1],
+            sft_weight=self.sft_weight, transform=TRANSFORMS.index(self.transform),
+            link=LINKS.index(self.link), labels=LABELS.index(self.labels),
+            label_entropy=int(self.label_entropy), detach_kl_chosen=int(self.detach_kl_chosen),
+            point_link=NO_LINK if self.point_link is None else LINKS.index(self.point_link),
+            point_soft_target=int(soft_points), sft_norm=SFT_NORMS.index(self.sft_norm),
+            sft_include_prompt=int(self.sft_include_prompt), drop_nonfinite=int(self.nonfinite == "drop"),
+            reduction=REDUCTIONS.index(reduction),
         )  # fmt: skip
 
 

@@ -74,8 +74,8 @@ REWARDS = slice(TAB_REWARD_CHOSEN, TAB_REWARD_REJECTED + 1)
 # Statistics of the policy and value losses: sums over the scored tokens of a call. Both begin with items and
 # loss.
 STATS = (
-    "items", "loss", "policy", "tokens", "sequences", "ratio", "ratio_m2", "approx_kl", "clip_low", "clip_high", "clip_dual", "kl", "entropy",
-    "is_weight", "is_clipped", "nonfinite",
+    "items", "loss", "policy", "tokens", "sequences", "ratio", "ratio_m2", "approx_kl", "clip_low",
+    "clip_high", "clip_dual", "kl", "entropy", "is_weight", "is_clipped", "nonfinite",
 )  # fmt: skip
 VALUE_STATS = ("items", "loss", "tokens", "sequences", "clipped", "value", "returns", "returns_m2", "error", "error_sq",
                "error_m2", "nonfinite")  # fmt: skip

@@ -79,6 +79,13 @@ def multiply_type(head: Head) -> torch.dtype:
     return head.operands if same or _widens(head.weight.device, head.operands) else head.logits
 
 
+def bytes_per_logit(precision: Precision, device: torch.device) -> int:
+    """Of a tile; where 16-bit operands meet as such, its gradient is rounded to their type for the way back.
+    Counted without a way back, too: both kinds of call then have the same tiles, and the same bits."""
+    narrow = _widens(device, precision.operands) and precision.operands != precision.logits
+    return precision.logits.itemsize + (precision.operands.itemsize if narrow else 0)
+
+
 def operand(head: Head, x: Tensor) -> Tensor:
     """x rounded to the operands' type, in the type in which they meet."""
     x = x.to(head.operands).to(multiply_type(head))

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastalign.ops.token_stats.contract import DIFFERENTIABLE, NEED_REF, PER_LABEL
 from fastalign.ops.token_stats.op import check_row_values
 from fastalign.rows import vocab_parallel
-from fastalign.rows.head import PRECISIONS, precision_of
+from fastalign.rows.head import PRECISIONS, bytes_per_logit, precision_of
 from fastalign.rows.linear_op import LinearTokenStatsFunction
 from fastalign.rows.planner import WORKSPACE_BYTES, Work, make_plan
 from fastalign.rows.spec import RowSpec, row_spec, scored_rows
@@ -183,9 +183,10 @@ class LinearHead(NamedTuple):
         precision, ref_precision = precision_of(hidden, weight, options.head_precision), None
         start, total = vocab_parallel.place(weight.shape[0], options.tp_group)
         spec = row_spec(
-            tuple(hidden.shape[:-1]), total, precision.logits, hidden, of="hidden", labels=self.labels, mask=self.mask,
-            outputs=self.outputs, with_ref=ref_hidden is not None, temperature=options.temperature, logit_scale=options.logit_scale,
-            softcap=options.softcap, ignore_index=options.ignore_index,
+            tuple(hidden.shape[:-1]), total, precision.logits, hidden, of="hidden", labels=self.labels,
+            mask=self.mask, outputs=self.outputs, with_ref=ref_hidden is not None,
+            temperature=options.temperature, logit_scale=options.logit_scale, softcap=options.softcap,
+            ignore_index=options.ignore_index,
         )  # fmt: skip
         if values_are_here(hidden):
             check_row_values(spec.rows(hidden))
@@ -207,9 +208,11 @@ class LinearHead(NamedTuple):
             1 if ref_hidden is None else 2,
         )
         call = Call(
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, spec.labels, None if self.counts() else scored, index, spec.temperature,
-            precision, ref_precision, spec.options, spec.outputs, differentiable, make_plan(work, workspace_budget(options.workspace_bytes), known),
-            start, total, options.tp_group, self.counts(),
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, spec.labels,
+            None if self.counts() else scored, index, spec.temperature, precision, ref_precision,
+            spec.options, spec.outputs, differentiable,
+            make_plan(work, workspace_budget(options.workspace_bytes), known), start, total, options.tp_group,
+            self.counts(),
         )  # fmt: skip
         return spec, call
 
@@ -292,8 +295,8 @@ def _work(head: LinearHead, rows: int, differentiable: tuple[str, ...], towers: 
     per_row = 1 if labels is None or labels.dim() < head.hidden.dim() else labels.shape[-1]
     precision = precision_of(head.hidden, head.weight, head.options.head_precision)
     return Work(
-        rows, head.hidden.shape[-1], head.weight.shape[0], precision.logits.itemsize, towers,
-        slopes=sum(per_row if name in PER_LABEL else 1 for name in differentiable),
+        rows, head.hidden.shape[-1], head.weight.shape[0], bytes_per_logit(precision, head.hidden.device),
+        towers, slopes=sum(per_row if name in PER_LABEL else 1 for name in differentiable),
         need_hidden=grad and head.hidden.requires_grad,
         need_weight=grad and (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)),
         weight_size=head.weight.dtype.itemsize, pinned=head.options.batch_invariant,

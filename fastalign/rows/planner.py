@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a plan depends on. rows: scored ones. size: bytes per logit. towers: 2 with a reference head.
+    """What a plan depends on. rows: scored ones. size: bytes per logit, with what a tile of them needs beside it. towers: 2 with a reference head.
     slopes: outputs that gradients may come back through, one number per row each; 0 without any."""
 
     rows: int

@@ -65,8 +65,8 @@ class RowSpec(NamedTuple):
         """The arguments that finish these rows' states. target: empty without labels."""
         options = self.options
         return RowStatesFinish(
-            state, None if self.labels is None else target, self.labels, self.mask, self.temperature, options.factor,
-            options.temperature, options.ignore_index, self.vocab, self.bits,
+            state, None if self.labels is None else target, self.labels, self.mask, self.temperature,
+            options.factor, options.temperature, options.ignore_index, self.vocab, self.bits,
         )  # fmt: skip
 
     def named(self, results: Any) -> dict[str, Tensor]:

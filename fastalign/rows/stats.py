@@ -119,9 +119,9 @@ def token_stats(
     logits = check_logits(logits)
     ref_logits = None if ref_logits is None else check_ref(ref_logits, logits)
     spec = row_spec(
-        tuple(logits.shape[:-1]), logits.shape[-1], logits.dtype, logits, labels=labels, mask=mask, outputs=outputs,
-        with_ref=ref_logits is not None, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        ignore_index=ignore_index,
+        tuple(logits.shape[:-1]), logits.shape[-1], logits.dtype, logits, labels=labels, mask=mask,
+        outputs=outputs, with_ref=ref_logits is not None, temperature=temperature, logit_scale=logit_scale,
+        softcap=softcap, ignore_index=ignore_index,
     )  # fmt: skip
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward:
@@ -159,8 +159,8 @@ def token_logprobs(
     """log softmax(z)[label] per row: `token_stats(...).logprob`. Same arguments, shapes, dtypes and
     errors."""
     return token_stats(
-        logits, labels, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-        inplace_backward=inplace_backward,
+        logits, labels, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        ignore_index=ignore_index, inplace_backward=inplace_backward,
     ).logprob  # fmt: skip
 
 

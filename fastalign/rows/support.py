@@ -120,7 +120,8 @@ def logprobs_at(
     start, total = vocab_parallel.place(weight.shape[0], own.tp_group)
     spec = row_spec(
         shape, total, precision.logits, hidden, of="hidden", labels=labels, mask=mask,
-        temperature=own.temperature, logit_scale=own.logit_scale, softcap=own.softcap, ignore_index=own.ignore_index,
+        temperature=own.temperature, logit_scale=own.logit_scale, softcap=own.softcap,
+        ignore_index=own.ignore_index,
     )  # fmt: skip
     if values_are_here(hidden):
         check_row_values(spec.rows(hidden))

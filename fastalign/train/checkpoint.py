@@ -42,13 +42,15 @@ from fastalign.train.files import (
 # directories only what a run puts there.
 RECORD = "train_config.json"
 RUN_FILES = (
-    "metrics.jsonl", "ref_logprobs.safetensors", "ref_logprobs_eval.safetensors", "value_head.safetensors", RECORD,
+    "metrics.jsonl", "ref_logprobs.safetensors", "ref_logprobs_eval.safetensors", "value_head.safetensors",
+    RECORD,
 )  # fmt: skip
 RUN_DIRECTORIES = {"checkpoints": r"step-\d{8}(\.tmp|\.old)?", "tensorboard": r"events\.out\.tfevents\..*"}
 # A directory with one of these holds a model.
 _MODEL_FILES = (
-    "config.json", "generation_config.json", "adapter_config.json", "adapter_model.*", "*model*.safetensors", "pytorch_model*.bin", "*.gguf",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "config.json", "generation_config.json", "adapter_config.json", "adapter_model.*", "*model*.safetensors",
+    "pytorch_model*.bin", "*.gguf", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 _WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 # The form of trainer.pt, and what it holds. The number goes up when an older state no longer says what a run

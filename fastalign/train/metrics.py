@@ -21,9 +21,10 @@ Metrics = Mapping[str, Any]
 
 # What the console shows of a record; the files have everything.
 _CONSOLE = (
-    "loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "mean_reward", "kl", "delta", "seqkl/chosen", "seqkl/rejected",
-    "logps/chosen", "logps/rejected", "objective/scores", "objective/kl", "objective/entropy", "policy/approxkl", "policy/clipfrac", "loss/value",
-    "grad_norm", "learning_rate", "step_time",
+    "loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "mean_reward", "kl", "delta",
+    "seqkl/chosen", "seqkl/rejected", "logps/chosen", "logps/rejected", "objective/scores", "objective/kl",
+    "objective/entropy", "policy/approxkl", "policy/clipfrac", "loss/value", "grad_norm", "learning_rate",
+    "step_time",
 )  # fmt: skip
 
 

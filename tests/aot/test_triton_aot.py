@@ -153,23 +153,26 @@ def launch_all():
     """The kernels of the usual calls: (storage types x sets of sums x softcap) thinned out, and every other
     op."""
     for dtype, outputs, capped in (
-        (torch.bfloat16, 1, False), (torch.bfloat16, 3, False), (torch.bfloat16, ALL_BITS, False), (torch.bfloat16, 3, True),
-        (torch.float16, 1, False), (torch.float32, 1, False), (torch.float32, ALL_BITS, False), (torch.float32, 3, True),
+        (torch.bfloat16, 1, False), (torch.bfloat16, 3, False), (torch.bfloat16, ALL_BITS, False),
+        (torch.bfloat16, 3, True), (torch.float16, 1, False), (torch.float32, 1, False),
+        (torch.float32, ALL_BITS, False), (torch.float32, 3, True),
     ):  # fmt: skip
         forward(dtype, outputs, capped)
     for dtype, options in (
-        (torch.bfloat16, {}), (torch.bfloat16, {"entropy": True, "in_place": True}), (torch.bfloat16, {"entropy": True, "capped": True}),
-        (torch.float16, {"entropy": True}), (torch.float32, {"in_place": True}),
+        (torch.bfloat16, {}), (torch.bfloat16, {"entropy": True, "in_place": True}),
+        (torch.bfloat16, {"entropy": True, "capped": True}), (torch.float16, {"entropy": True}),
+        (torch.float32, {"in_place": True}),
     ):  # fmt: skip
         backward(dtype, **options)
     for dtype, outputs, capped in (
-        (torch.bfloat16, 128, False), (torch.bfloat16, 1 + 64 + 256, False), (torch.bfloat16, 511, True), (torch.float16, 1 + 2 + 128, False),
-        (torch.float32, 511, False),
+        (torch.bfloat16, 128, False), (torch.bfloat16, 1 + 64 + 256, False), (torch.bfloat16, 511, True),
+        (torch.float16, 1 + 2 + 128, False), (torch.float32, 511, False),
     ):  # fmt: skip
         pair_forward(dtype, outputs, capped)
     for dtype, options in (
-        (torch.bfloat16, {"in_place": True, "forward": False}), (torch.bfloat16, {"entropy": True, "capped": True}),
-        (torch.float16, {"reverse": False}), (torch.float32, {"in_place": True}),
+        (torch.bfloat16, {"in_place": True, "forward": False}),
+        (torch.bfloat16, {"entropy": True, "capped": True}), (torch.float16, {"reverse": False}),
+        (torch.float32, {"in_place": True}),
     ):  # fmt: skip
         pair_backward(dtype, **options)
     rows.scale_rows_(ScaleRows(torch.zeros(3, VOCAB, dtype=torch.bfloat16), torch.ones(())))

@@ -137,8 +137,8 @@ def public_calls(
 
 
 NAMES = (
-    "token_stats", "inplace", "reference_stats", "token_kl_loss", "scaled_kl_loss", "row_states", "sequence_sum", "kl_estimate",
-    "preference_loss", "listwise_loss", "gae", "policy_loss", "value_loss",
+    "token_stats", "inplace", "reference_stats", "token_kl_loss", "scaled_kl_loss", "row_states",
+    "sequence_sum", "kl_estimate", "preference_loss", "listwise_loss", "gae", "policy_loss", "value_loss",
 )  # fmt: skip
 
 

@@ -115,8 +115,8 @@ def check_logprobs_at(
     real = case.indices >= 0
     for indices, offsets in ((case.indices, None), case.csr()):
         got = fa.logprobs_at(
-            own.hidden, own.weight, indices, own.labels, bias=own.bias, offsets=offsets, with_mass=True, mask=own.mask,
-            host_counts=counts, **options,
+            own.hidden, own.weight, indices, own.labels, bias=own.bias, offsets=offsets, with_mass=True,
+            mask=own.mask, host_counts=counts, **options,
         )  # fmt: skip
         pick = (lambda x: x) if offsets is None else (lambda x: x[real])
         assert_close(got.logprobs, pick(want.logprobs), scale=8.0, what="logprobs")

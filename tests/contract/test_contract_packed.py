@@ -330,8 +330,9 @@ def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, 
         [0, *itertools.accumulate(cu[s + 1] - cu[s] for s in order)], dtype=torch.int32, device=device
     )
     moved = batch._replace(
-        packed=batch.packed._replace(cu_seqlens=moved_cu, mask=batch.packed.mask[index]), logprobs=batch.logprobs[index],
-        ref_logprobs=batch.ref_logprobs[index], kl_ref_policy=batch.kl_ref_policy[index],
+        packed=batch.packed._replace(cu_seqlens=moved_cu, mask=batch.packed.mask[index]),
+        logprobs=batch.logprobs[index], ref_logprobs=batch.ref_logprobs[index],
+        kl_ref_policy=batch.kl_ref_policy[index],
     )  # fmt: skip
     pairs = torch.tensor([[order.index(2 * p), order.index(2 * p + 1)] for p in range(4)], device=device)
     repacked = run_pairs(moved, pairs=pairs, **options)
@@ -344,8 +345,9 @@ def test_invariance_to_packing_and_micro_batches(backend, device, name):  # C1, 
             [c - half.start for c in cu if half.start <= c <= half.stop], dtype=torch.int32, device=device
         )
         part = batch._replace(
-            packed=batch.packed._replace(cu_seqlens=part_cu, mask=batch.packed.mask[half]), logprobs=batch.logprobs[half],
-            ref_logprobs=batch.ref_logprobs[half], kl_ref_policy=batch.kl_ref_policy[half],
+            packed=batch.packed._replace(cu_seqlens=part_cu, mask=batch.packed.mask[half]),
+            logprobs=batch.logprobs[half], ref_logprobs=batch.ref_logprobs[half],
+            kl_ref_policy=batch.kl_ref_policy[half],
         )  # fmt: skip
         extra = {"num_sft_tokens": sft_tokens} if preset.sft_weight else {}
         out = run_pairs(part, num_items=4, **extra, **options)

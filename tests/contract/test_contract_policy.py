@@ -392,10 +392,13 @@ def test_mask_may_be_left_out_where_nothing_is_counted(backend, device):
     x = torch.randn(4, device=device)
     cu = torch.tensor([0, 1, 4], dtype=torch.int32, device=device)
     for options, legal in (
-        ({"aggregation": "token_sum"}, True), ({"aggregation": "token_mean"}, False), ({"aggregation": "token_mean", "num_items": 4}, True),
-        ({"aggregation": "seq_mean_token_sum", "num_items": 2}, True), ({"aggregation": "seq_mean_token_mean", "num_items": 2}, False),
+        ({"aggregation": "token_sum"}, True), ({"aggregation": "token_mean"}, False),
+        ({"aggregation": "token_mean", "num_items": 4}, True),
+        ({"aggregation": "seq_mean_token_sum", "num_items": 2}, True),
+        ({"aggregation": "seq_mean_token_mean", "num_items": 2}, False),
         ({"aggregation": "seq_mean_token_sum_norm", "norm_length": 5.0, "num_items": 2}, True),
-        ({"aggregation": "token_sum", "ratio": "seq_mean_token"}, False), ({"aggregation": "token_sum", "loss": "reinforce"}, True),
+        ({"aggregation": "token_sum", "ratio": "seq_mean_token"}, False),
+        ({"aggregation": "token_sum", "loss": "reinforce"}, True),
     ):  # fmt: skip
         calls = [lambda mask, o=options: fa.policy_loss(x, x, x, cu_seqlens=cu, mask=mask, **o)]
         if not {"ratio", "loss"} & set(options):

@@ -456,8 +456,10 @@ def test_bad_states_are_refused(backend, device):
         op.row_states_merge(states[..., :-1], None)
     labels, rest = LABELS.to(device).unsqueeze(-1), (None, None, 1.44, 1.0, -100, VOCAB)
     for wrong, message in (
-        ((states[0], None, labels, *rest, 1), "given together"), ((states[0], targets[0, :3], labels, *rest, 1), "target has 3 rows"),
-        ((states[0], None, None, *rest, 1), "labels is required"), ((states[0], targets[0], labels, *rest, 64), "ref_logits is required"),
+        ((states[0], None, labels, *rest, 1), "given together"),
+        ((states[0], targets[0, :3], labels, *rest, 1), "target has 3 rows"),
+        ((states[0], None, None, *rest, 1), "labels is required"),
+        ((states[0], targets[0], labels, *rest, 64), "ref_logits is required"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             op.row_states_finish(*wrong)

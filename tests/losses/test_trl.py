@@ -73,14 +73,16 @@ def trl_loss(
         def __call__(self, **_):
             zeros = torch.zeros(shifted.shape, dtype=logprobs.dtype)
             return SimpleNamespace(
-                log_probs=torch.where(shifted, padded(self.values)[:, :-1], zeros), entropy=zeros, mean_logits=zeros, is_top1=zeros > 1,
-                log_sum_sq_probs=zeros - 1.5,
+                log_probs=torch.where(shifted, padded(self.values)[:, :-1], zeros), entropy=zeros,
+                mean_logits=zeros, is_top1=zeros > 1, log_sum_sq_probs=zeros - 1.5,
             )  # fmt: skip
 
     trainer = SimpleNamespace(
-        model=Model(logprobs), ref_model=Model(batch.ref_logprobs), accelerator=Accelerator(), ld_alpha=ld_alpha, precompute_ref_logps=False,
-        f_divergence_type=f_divergence, f_alpha_divergence_coef=alpha, loss_types=losses, loss_weights=weights, beta=0.1, label_smoothing=0.05,
-        use_weighting=use_weighting, aux_loss_enabled=False, _total_train_tokens=0, _tp_size=1,
+        model=Model(logprobs), ref_model=Model(batch.ref_logprobs), accelerator=Accelerator(),
+        ld_alpha=ld_alpha, precompute_ref_logps=False, f_divergence_type=f_divergence,
+        f_alpha_divergence_coef=alpha, loss_types=losses, loss_weights=weights, beta=0.1,
+        label_smoothing=0.05, use_weighting=use_weighting, aux_loss_enabled=False, _total_train_tokens=0,
+        _tp_size=1,
         args=SimpleNamespace(discopop_tau=0.05, gradient_checkpointing=False, gradient_checkpointing_kwargs=None),
         _metrics={"train": defaultdict(list)},
     )  # fmt: skip

@@ -255,8 +255,9 @@ def test_unpaired_losses_are_those_of_the_kto_trainer(loss):
 
     policy, reference = Model(x, kl_lp), Model(ref, kl_ref)
     trainer = SimpleNamespace(
-        model=policy, ref_model=reference, accelerator=Accelerator(), aux_loss_enabled=False, precompute_ref_logps=False, beta=0.3,
-        calculate_KL=loss == "kto", loss_type=loss, desirable_weight=1.2, undesirable_weight=0.7, _metrics={"eval": defaultdict(list)},
+        model=policy, ref_model=reference, accelerator=Accelerator(), aux_loss_enabled=False,
+        precompute_ref_logps=False, beta=0.3, calculate_KL=loss == "kto", loss_type=loss,
+        desirable_weight=1.2, undesirable_weight=0.7, _metrics={"eval": defaultdict(list)},
         _compute_kl_logps=lambda model, batch: model.other.sum(-1), _total_train_tokens=0, _tp_size=1,
         args=SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None),
     )  # fmt: skip

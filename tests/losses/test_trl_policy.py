@@ -68,10 +68,12 @@ def trl_loss(logps, old, ref, advantages, mask, entropy, **attributes):
                            vespo_lambda_neg=2.0)  # fmt: skip
     cls = attributes.pop("cls", GRPOTrainer)
     me = SimpleNamespace(
-        args=args, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, max_completion_length=12,
-        current_gradient_accumulation_steps=1, accelerator=Accelerator(), model=SimpleNamespace(training=False), aux_loss_enabled=False,
-        _entropy_bonus_enabled=False, _metrics=defaultdict(lambda: defaultdict(list)), get_gamma_weights=GRPOTrainer.get_gamma_weights,
-        _get_per_token_logps_and_entropies=lambda *a, **k: (logps, entropy, None), beta=0.0, importance_sampling_level="token",
+        args=args, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        max_completion_length=12, current_gradient_accumulation_steps=1, accelerator=Accelerator(),
+        model=SimpleNamespace(training=False), aux_loss_enabled=False, _entropy_bonus_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)), get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        _get_per_token_logps_and_entropies=lambda *a, **k: (logps, entropy, None), beta=0.0,
+        importance_sampling_level="token",
     )  # fmt: skip
     for name, value in attributes.items():
         setattr(me, name, value)
@@ -141,8 +143,9 @@ def test_rloo_is_that_of_the_rloo_trainer(spread):
     """TRL keeps only the old sum of a response, of which our ratio is made too."""
     logps, old, _, advantages, mask, entropy = batch(spread)
     me = SimpleNamespace(
-        epsilon_low=0.2, epsilon_high=0.2, aux_loss_enabled=False, accelerator=Accelerator(), model=SimpleNamespace(training=False),
-        _metrics=defaultdict(lambda: defaultdict(list)), _get_per_token_logps_and_entropies=lambda *a, **k: (x, entropy, None),
+        epsilon_low=0.2, epsilon_high=0.2, aux_loss_enabled=False, accelerator=Accelerator(),
+        model=SimpleNamespace(training=False), _metrics=defaultdict(lambda: defaultdict(list)),
+        _get_per_token_logps_and_entropies=lambda *a, **k: (x, entropy, None),
     )  # fmt: skip
     ids = torch.zeros(B, T, dtype=torch.long)
     x, y = logps.clone().requires_grad_(), logps.flatten().clone().requires_grad_()

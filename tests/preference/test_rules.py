@@ -343,8 +343,8 @@ def _worker(rank, port, results):
     rows = slice(0, cut) if rank == 0 else slice(cut, None)
     cu = whole.packed.cu_seqlens[:9] if rank == 0 else whole.packed.cu_seqlens[8:] - cut
     part = whole._replace(
-        packed=whole.packed._replace(cu_seqlens=cu, mask=whole.packed.mask[rows]), logprobs=whole.logprobs[rows],
-        ref_logprobs=whole.ref_logprobs[rows],
+        packed=whole.packed._replace(cu_seqlens=cu, mask=whole.packed.mask[rows]),
+        logprobs=whole.logprobs[rows], ref_logprobs=whole.ref_logprobs[rows],
     )  # fmt: skip
     for name, rule in (
         ("beta_dpo", fa.BetaDPO(group=group)),

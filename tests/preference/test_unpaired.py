@@ -96,8 +96,8 @@ def test_micro_batches_with_num_items():
     ):
         cu_seqlens = batch.packed.cu_seqlens[cu] - batch.packed.cu_seqlens[cu][0]
         part = batch._replace(
-            packed=batch.packed._replace(cu_seqlens=cu_seqlens, mask=batch.packed.mask[rows]), logprobs=batch.logprobs[rows],
-            ref_logprobs=batch.ref_logprobs[rows],
+            packed=batch.packed._replace(cu_seqlens=cu_seqlens, mask=batch.packed.mask[rows]),
+            logprobs=batch.logprobs[rows], ref_logprobs=batch.ref_logprobs[rows],
         )  # fmt: skip
         total += float(call(part, desirable=DESIRABLE[d], baseline=0.1, num_items=6).loss)
     assert abs(total - float(call(batch, baseline=0.1).loss)) < 1e-12

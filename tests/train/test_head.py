@@ -80,8 +80,8 @@ def test_online_methods_train_alike(tmp_path, tokenizer, method):
             else {"samples_per_prompt": 2}
         )
         config = OnlineConfig(
-            output=str(tmp_path / head), head=head, batch_size=4, max_steps=2, max_new_tokens=6, temperature=0.8, learning_rate=1e-3,
-            progress=False, tensorboard=False, **own,
+            output=str(tmp_path / head), head=head, batch_size=4, max_steps=2, max_new_tokens=6,
+            temperature=0.8, learning_rate=1e-3, progress=False, tensorboard=False, **own,
         )  # fmt: skip
         data = {
             "prompts": [{"prompt": c} for c in "abcd"],

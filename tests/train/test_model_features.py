@@ -341,8 +341,9 @@ def test_online_methods_have_it(tmp_path, tokenizer, method):
     norms = []
     for name, asked in (("off", False), ("on", True)):
         config = OnlineConfig(
-            output=str(tmp_path / name), max_steps=1, batch_size=4, max_new_tokens=6, minibatches=None if method == "online_dpo" else 2, progress=False,
-            tensorboard=False, tokens_per_batch=64,
+            output=str(tmp_path / name), max_steps=1, batch_size=4, max_new_tokens=6,
+            minibatches=None if method == "online_dpo" else 2, progress=False, tensorboard=False,
+            tokens_per_batch=64,
         )  # fmt: skip
         data = {
             "prompts": [{"prompt": c} for c in "abcd"],

@@ -117,8 +117,7 @@ def test_reinforce_pp(step, samples):
 
 @pytest.mark.parametrize(
     "method, options",
-    [("grpo", {}), ("grpo", {"scale_rewards": False}), ("grpo", {"loss": "dr_grpo"}), ("grpo", {"kl_in": "reward", "kl_kind": "k1"}),
-     ("rloo", {})],
+    [("grpo", {}), ("grpo", {"scale_rewards": False}), ("grpo", {"loss": "dr_grpo"}), ("grpo", {"kl_in": "reward", "kl_kind": "k1"}), ("rloo", {})],
     ids=["grpo", "unscaled", "dr_grpo", "kl in reward", "rloo"],
 )  # fmt: skip
 def test_groups(step, method, options):

@@ -86,8 +86,9 @@ def test_a_second_ppo_run_goes_on_with_the_first_ones_value_head(online, tokeniz
     def again():
         """The value head after a step that changes nothing."""
         config = OnlineConfig(
-            model=str(first.output), output=str(tmp_path / "second"), overwrite=True, batch_size=4, tokens_per_batch=200, max_steps=1,
-            max_new_tokens=6, learning_rate=1e-12, progress=False, tensorboard=False,
+            model=str(first.output), output=str(tmp_path / "second"), overwrite=True, batch_size=4,
+            tokens_per_batch=200, max_steps=1, max_new_tokens=6, learning_rate=1e-12, progress=False,
+            tensorboard=False,
         )  # fmt: skip
         result = train_online("ppo", config, tokenizer=tokenizer, reward=reward, prompts=PROMPTS)
         return load_file(result.output / "value_head.safetensors")

@@ -47,8 +47,9 @@ def first_update(tmp_path, monkeypatch, tokenizer):
         monkeypatch.setattr(PolicyGradient, "_value_head", lambda *arguments: head)
         monkeypatch.setattr(Optimizer, "update", stop)
         config = OnlineConfig(
-            output=str(tmp_path / "out"), ref_model=str(tmp_path / "reference"), batch_size=4, minibatches=1, tokens_per_batch=70, max_new_tokens=6,
-            max_grad_norm=0.0, progress=False, tensorboard=False, **settings,
+            output=str(tmp_path / "out"), ref_model=str(tmp_path / "reference"), batch_size=4, minibatches=1,
+            tokens_per_batch=70, max_new_tokens=6, max_grad_norm=0.0, progress=False, tensorboard=False,
+            **settings,
         )  # fmt: skip
 
         def reward(completions):

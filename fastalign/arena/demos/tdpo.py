@@ -78,8 +78,9 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
                 points.append({"step": record["step"], **judge(policy)})
 
         config = TrainConfig(
-            output=str(output / label.lower()), overwrite=True, loss=loss, loss_options=options, learning_rate=LEARNING_RATE, seed=seed,
-            batch_size=BATCH_SIZE, max_steps=steps, eval_every=max(1, steps // CURVE_POINTS), token_metrics=False,
+            output=str(output / label.lower()), overwrite=True, loss=loss, loss_options=options,
+            learning_rate=LEARNING_RATE, seed=seed, batch_size=BATCH_SIZE, max_steps=steps,
+            eval_every=max(1, steps // CURVE_POINTS), token_metrics=False,
         )  # fmt: skip
         train(
             method,

@@ -36,8 +36,8 @@ def _load(rewards, values, mask, t, inside):
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=TENSORS)
 def gae_fwd_kernel(
-    rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam, advantages, returns, moments,
-    parts, counter, tokens: tl.int32, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+    rewards, values, cu_seqlens, mask, bootstrap, gamma_tensor, lam_tensor, gamma, lam, advantages, returns,
+    moments, parts, counter, tokens: tl.int32, TOKENS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
     begin, end = sequence_bounds(cu_seqlens, s, tokens)
@@ -113,8 +113,8 @@ def gae_fwd(a):
         return advantages, returns, moments.zero_()
     with ffi.triton_device(device):
         gae_fwd_kernel[(sequences,)](
-            a.rewards, a.values, a.cu_seqlens, a.mask, a.bootstrap, a.gamma_tensor, a.lam_tensor, a.gamma, a.lam,
-            advantages, returns, moments, parts, ffi.counter(a.rewards), tokens, TOKENS=TOKENS, PARTS=PARTS,
-            **ffi.launch_options(256, device),
+            a.rewards, a.values, a.cu_seqlens, a.mask, a.bootstrap, a.gamma_tensor, a.lam_tensor, a.gamma,
+            a.lam, advantages, returns, moments, parts, ffi.counter(a.rewards), tokens, TOKENS=TOKENS,
+            PARTS=PARTS, **ffi.launch_options(256, device),
         )  # fmt: skip
     return advantages, returns, moments

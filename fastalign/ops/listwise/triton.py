@@ -87,8 +87,9 @@ TENSORS = [
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def listwise_fwd_kernel(
-    sums, list_offsets, scores, beta, num_items, num_sft_tokens, loss, list_loss, slopes, rewards, table, counter,
-    beta_stride: tl.int32, sequences: tl.int32, lists: tl.int32, p, K: tl.constexpr, BLOCK: tl.constexpr,
+    sums, list_offsets, scores, beta, num_items, num_sft_tokens, loss, list_loss, slopes, rewards, table,
+    counter, beta_stride: tl.int32, sequences: tl.int32, lists: tl.int32, p, K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """p: ListParams."""
     n = tl.program_id(0)
@@ -227,8 +228,8 @@ def listwise_fwd(a):
     beta_stride = 0 if a.given.beta is None or a.given.beta.numel() == 1 else a.given.beta.stride(0)
     with ffi.triton_device(device):
         listwise_fwd_kernel[(lists,)](
-            a.sums, a.list_offsets, a.scores, *a.given, loss, list_loss, slopes, rewards, table, ffi.counter(a.sums),
-            beta_stride, sequences, lists, kernel_params(a.params, LIST_SCALAR_COUNT), K=columns.MAX_LIST, BLOCK=BLOCK,
-            **ffi.launch_options(BLOCK, device),
+            a.sums, a.list_offsets, a.scores, *a.given, loss, list_loss, slopes, rewards, table,
+            ffi.counter(a.sums), beta_stride, sequences, lists, kernel_params(a.params, LIST_SCALAR_COUNT),
+            K=columns.MAX_LIST, BLOCK=BLOCK, **ffi.launch_options(BLOCK, device),
         )  # fmt: skip
     return loss, list_loss, slopes, rewards, table

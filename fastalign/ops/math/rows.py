@@ -52,8 +52,9 @@ class RefState(NamedTuple):
 def load_state(p):
     """A row's state, which begins at p."""
     return RowState(
-        tl.load(p + COL_M), tl.load(p + COL_S0), tl.load(p + COL_S1), tl.load(p + COL_S2), tl.load(p + COL_SZ),
-        tl.load(p + COL_UMAX), tl.load(p + COL_TOP).to(tl.int32), tl.load(p + COL_LARGEST),
+        tl.load(p + COL_M), tl.load(p + COL_S0), tl.load(p + COL_S1), tl.load(p + COL_S2),
+        tl.load(p + COL_SZ), tl.load(p + COL_UMAX), tl.load(p + COL_TOP).to(tl.int32),
+        tl.load(p + COL_LARGEST),
     )  # fmt: skip
 
 

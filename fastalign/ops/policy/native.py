@@ -52,9 +52,9 @@ def value_fwd(backend, a):
     if tokens == 0:
         return loss.zero_(), slopes, nothing(stats)
     ffi.launch(backend, "value_fwd", a.values, (
-        ffi.ptr(a.values), ffi.ptr(a.old_values), ffi.ptr(a.returns), ffi.ptr(a.cu_seqlens), tokens, sequences,
-        ffi.ptr(a.mask), ffi.DTYPE_CODES[dtype], ffi.ptr(a.num_items), a.clip, a.aggregation, a.norm_length,
-        ffi.ptr(loss), ffi.ptr(slopes), ffi.ptr(stats), ffi.ptr(rows), ffi.ptr(counter),
+        ffi.ptr(a.values), ffi.ptr(a.old_values), ffi.ptr(a.returns), ffi.ptr(a.cu_seqlens), tokens,
+        sequences, ffi.ptr(a.mask), ffi.DTYPE_CODES[dtype], ffi.ptr(a.num_items), a.clip, a.aggregation,
+        a.norm_length, ffi.ptr(loss), ffi.ptr(slopes), ffi.ptr(stats), ffi.ptr(rows), ffi.ptr(counter),
     ))  # fmt: skip
     return loss, slopes, stats
 

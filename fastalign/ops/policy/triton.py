@@ -60,9 +60,9 @@ def _per(values, t, sequence, scored, PER_SEQUENCE: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def policy_fwd_kernel(
-    logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef, entropy_coef, num_items,
-    loss, slopes, entropy_slopes, stats, rows, parts, counter, tokens: tl.int32, pieces: tl.int32, p,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    logprobs, old_logprobs, advantages, cu_seqlens, mask, ref_logprobs, entropy, is_weight, kl_coef,
+    entropy_coef, num_items, loss, slopes, entropy_slopes, stats, rows, parts, counter, tokens: tl.int32,
+    pieces: tl.int32, p, TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """p: PolicyParams."""
     k = tl.program_id(0)
@@ -234,11 +234,11 @@ def policy_fwd(a):
     parts = ffi.empty((pieces, len(columns.MOMENTS), columns.PART_WIDTH), torch.float64, device)
     with ffi.triton_device(device):
         policy_fwd_kernel[(pieces,)](
-            a.logprobs, a.old_logprobs, a.advantages, a.cu_seqlens, a.mask, a.ref_logprobs, a.entropy, a.is_weight,
-            a.kl_coef, a.entropy_coef, a.num_items, loss, slopes, entropy_slopes if a.with_entropy_grad else None,
-            stats, rows, parts, ffi.counter(a.logprobs), tokens, pieces,
-            kernel_params(a.params, SCALAR_COUNT), TILE=columns.POLICY_TILE, BLOCK=BLOCK, ROWS=ROWS,
-            **ffi.launch_options(256, device, 128),
+            a.logprobs, a.old_logprobs, a.advantages, a.cu_seqlens, a.mask, a.ref_logprobs, a.entropy,
+            a.is_weight, a.kl_coef, a.entropy_coef, a.num_items, loss, slopes,
+            entropy_slopes if a.with_entropy_grad else None, stats, rows, parts, ffi.counter(a.logprobs),
+            tokens, pieces, kernel_params(a.params, SCALAR_COUNT), TILE=columns.POLICY_TILE, BLOCK=BLOCK,
+            ROWS=ROWS, **ffi.launch_options(256, device, 128),
         )  # fmt: skip
     return loss, slopes, entropy_slopes, stats
 

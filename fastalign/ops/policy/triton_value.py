@@ -120,8 +120,8 @@ def value_fwd(a):
     parts = ffi.empty((pieces, len(columns.VALUE_MOMENTS), columns.PART_WIDTH), torch.float64, device)
     with ffi.triton_device(device):
         value_fwd_kernel[(pieces,)](
-            a.values, a.old_values, a.returns, a.cu_seqlens, a.mask, a.num_items, loss, slopes, stats, rows, parts,
-            ffi.counter(a.values), tokens, pieces, a.clip, a.norm_length, AGGREGATION=a.aggregation, TILE=columns.POLICY_TILE,
-            BLOCK=BLOCK, ROWS=ROWS, **ffi.launch_options(256, device),
+            a.values, a.old_values, a.returns, a.cu_seqlens, a.mask, a.num_items, loss, slopes, stats, rows,
+            parts, ffi.counter(a.values), tokens, pieces, a.clip, a.norm_length, AGGREGATION=a.aggregation,
+            TILE=columns.POLICY_TILE, BLOCK=BLOCK, ROWS=ROWS, **ffi.launch_options(256, device),
         )  # fmt: skip
     return loss, slopes, stats

@@ -36,9 +36,10 @@ def preference_bwd(backend, a):
     d_kl = ffi.empty((tokens if a.with_kl else 0,), t.logprobs.dtype, t.logprobs.device)
     if tokens:
         ffi.launch(backend, "preference_bwd", t.logprobs, (
-            ffi.ptr(a.grad), a.grad.dim(), ffi.ptr(t.logprobs), ffi.ptr(t.ref_logprobs), ffi.ptr(t.cu_seqlens),
-            tokens, t.cu_seqlens.shape[0] - 1, a.table.shape[0], ffi.ptr(t.pairs), ffi.ptr(t.mask),
-            ffi.ptr(t.weights), ffi.DTYPE_CODES[t.logprobs.dtype], *ffi.numbers(a.params, SCALAR_COUNT),
-            ffi.ptr(a.sums), ffi.ptr(a.table), ffi.ptr(d_logprobs), ffi.ptr(d_kl),
+            ffi.ptr(a.grad), a.grad.dim(), ffi.ptr(t.logprobs), ffi.ptr(t.ref_logprobs),
+            ffi.ptr(t.cu_seqlens), tokens, t.cu_seqlens.shape[0] - 1, a.table.shape[0], ffi.ptr(t.pairs),
+            ffi.ptr(t.mask), ffi.ptr(t.weights), ffi.DTYPE_CODES[t.logprobs.dtype],
+            *ffi.numbers(a.params, SCALAR_COUNT), ffi.ptr(a.sums), ffi.ptr(a.table), ffi.ptr(d_logprobs),
+            ffi.ptr(d_kl),
         ))  # fmt: skip
     return d_logprobs, d_kl

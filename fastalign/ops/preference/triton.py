@@ -264,7 +264,8 @@ def preference_fwd_kernel(
 def preference_bwd_kernel(
     logprobs, ref_logprobs, kl, cu_seqlens, pairs, mask, weights, grad, sums, table, d_logprobs, d_kl,
     grad_stride: tl.int32, tokens: tl.int32, sequences: tl.int32, count: tl.int32, reference, ld_alpha,
-    token_clamp_low, token_clamp_high, SFT_INCLUDE_PROMPT: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr,
+    token_clamp_low, token_clamp_high, SFT_INCLUDE_PROMPT: tl.constexpr, TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
     begin, end = sequence_bounds(cu_seqlens, s, tokens)
@@ -346,8 +347,8 @@ def preference_fwd(a):
         preference_fwd_kernel[(2 * a.count if with_sums else 1,)](
             *t, *given, _per_pair(given), out_sums, loss, pair_loss, rows,
             ffi.counter(like) if with_sums and a.table else None, tokens, sequences, a.count,
-            kernel_params(a.params, SCALAR_COUNT), WITH_SUMS=with_sums, WITH_TABLE=bool(a.table), TOKENS=TOKENS,
-            PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
+            kernel_params(a.params, SCALAR_COUNT), WITH_SUMS=with_sums, WITH_TABLE=bool(a.table),
+            TOKENS=TOKENS, PAIRS=PAIRS, **ffi.launch_options(PAIRS, device, 168),
         )  # fmt: skip
     return loss, pair_loss, rows, out_sums
 
@@ -361,8 +362,8 @@ def preference_bwd(a):
     if tokens:
         with ffi.triton_device(device):
             preference_bwd_kernel[(sequences,)](
-                *t, a.grad, a.sums, a.table, d_logprobs, d_kl if a.with_kl else None, a.grad.dim(), tokens, sequences,
-                a.table.shape[0], p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
+                *t, a.grad, a.sums, a.table, d_logprobs, d_kl if a.with_kl else None, a.grad.dim(), tokens,
+                sequences, a.table.shape[0], p.reference, p.ld_alpha, p.token_clamp_low, p.token_clamp_high,
                 SFT_INCLUDE_PROMPT=p.sft_include_prompt, TOKENS=TOKENS, PAIRS=PAIRS,
                 **ffi.launch_options(PAIRS, device, 168),
             )  # fmt: skip

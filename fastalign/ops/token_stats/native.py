@@ -10,9 +10,9 @@ def _row_args(r):
     """The RowArgs that both argument structs of csrc/ops.h begin with."""
     labels = r.labels
     return (
-        ffi.rows_view(r.logits), ffi.rows_view(r.ref_logits), ffi.DTYPE_CODES[r.logits.dtype], ffi.ptr(labels),
-        0 if labels is None else labels.shape[1], ffi.ptr(r.mask), r.ignore_index, r.factor, r.cap_scale,
-        ffi.ptr(r.temperature_tensor), r.temperature, r.vocab_start, r.vocab_total,
+        ffi.rows_view(r.logits), ffi.rows_view(r.ref_logits), ffi.DTYPE_CODES[r.logits.dtype],
+        ffi.ptr(labels), 0 if labels is None else labels.shape[1], ffi.ptr(r.mask), r.ignore_index, r.factor,
+        r.cap_scale, ffi.ptr(r.temperature_tensor), r.temperature, r.vocab_start, r.vocab_total,
     )  # fmt: skip
 
 
@@ -21,8 +21,8 @@ def _forward(r, outputs, state_in, target_in):
     acc, device = ffi.acc_dtype(r.logits.dtype), r.logits.device
     *results, state, target = (ffi.empty(shape, acc, device) for shape in forward_shapes(r, outputs))
     arguments = (
-        *_row_args(r), *(ffi.ptr(x) for x in results), outputs, ffi.ptr(state_in), ffi.ptr(target_in), ffi.ptr(state),
-        ffi.ptr(target),
+        *_row_args(r), *(ffi.ptr(x) for x in results), outputs, ffi.ptr(state_in), ffi.ptr(target_in),
+        ffi.ptr(state), ffi.ptr(target),
     )  # fmt: skip
     return results, state, target, arguments
 
@@ -39,8 +39,8 @@ def row_states_merge(backend, a):
     entries = target.numel()
     if rows:
         ffi.launch(backend, "row_states_merge", a.states, (
-            ffi.ptr(a.states), ffi.ptr(a.targets), parts, rows, entries, ffi.DTYPE_CODES[dtype], ffi.ptr(state),
-            ffi.ptr(target),
+            ffi.ptr(a.states), ffi.ptr(a.targets), parts, rows, entries, ffi.DTYPE_CODES[dtype],
+            ffi.ptr(state), ffi.ptr(target),
         ))  # fmt: skip
     return results
 
@@ -51,8 +51,8 @@ def row_states_finish(backend, a):
     if rows:
         ffi.launch(backend, "row_states_finish", a.state, (
             *(ffi.ptr(x) for x in results), ffi.ptr(a.state), ffi.ptr(a.target), rows, ffi.DTYPE_CODES[dtype],
-            ffi.ptr(a.labels), 0 if a.labels is None else a.labels.shape[1], ffi.ptr(a.mask), a.ignore_index, a.factor,
-            ffi.ptr(a.temperature_tensor), a.temperature, a.vocab_total,
+            ffi.ptr(a.labels), 0 if a.labels is None else a.labels.shape[1], ffi.ptr(a.mask), a.ignore_index,
+            a.factor, ffi.ptr(a.temperature_tensor), a.temperature, a.vocab_total,
         ))  # fmt: skip
     return results
 

@@ -121,8 +121,8 @@ def _backward(r, state, g, grad):
             ref, *ref_layout = _of_reference(r.ref_logits)
             together = _share_alignment(r.logits, r.ref_logits, lanes)
             triton_pair.token_stats_pair_bwd_kernel[(rows * pieces,)](
-                view, ref, *around, *g, *layout, *ref_layout, *numbers, tile_of(lanes, block, blocks, together),
-                IN_PLACE=in_place, **options,
+                view, ref, *around, *g, *layout, *ref_layout, *numbers,
+                tile_of(lanes, block, blocks, together), IN_PLACE=in_place, **options,
             )  # fmt: skip
 
 

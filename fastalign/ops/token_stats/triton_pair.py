@@ -118,11 +118,11 @@ def _add(d, dr, s0, s1, s2, r0, t, tr, SUMS: tl.constexpr, WITH_T: tl.constexpr,
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_pair_fwd_kernel(
-    logits, ref, labels, mask, temperature, state_in, target_in, out, state, target, base: tl.int64, inner: tl.int64,
-    stride_outer: tl.int64, stride_inner: tl.int64, ref_base: tl.int64, ref_inner: tl.int64, ref_stride_outer: tl.int64,
-    ref_stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32, ignore_index: tl.int64, vocab_start: tl.int32,
-    vocab_total: tl.int32, scale, OUTPUTS: tl.constexpr, SUMS: tl.constexpr, TOGETHER: tl.constexpr,
-    LANES: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
+    logits, ref, labels, mask, temperature, state_in, target_in, out, state, target, base: tl.int64,
+    inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, ref_base: tl.int64, ref_inner: tl.int64,
+    ref_stride_outer: tl.int64, ref_stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32,
+    ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, scale, OUTPUTS: tl.constexpr,
+    SUMS: tl.constexpr, TOGETHER: tl.constexpr, LANES: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out: Outputs; scale: Scale."""
     row = tl.program_id(0).to(tl.int64)
@@ -247,8 +247,8 @@ def token_stats_pair_fwd_kernel(
         if target_in is not None:
             ref_target_in = target_in + behind
         finish_labels(
-            row, scored, beside, c, ref + ref_offset, labels, ref_target_in, target + behind, out.ref_logprob, part, scale,
-            OUT_REF_LOGPROB & OUTPUTS,
+            row, scored, beside, c, ref + ref_offset, labels, ref_target_in, target + behind, out.ref_logprob,
+            part, scale, OUT_REF_LOGPROB & OUTPUTS,
         )  # fmt: skip
 
 

@@ -58,10 +58,10 @@ from fastalign.ops.token_stats.triton_rows import (
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def token_stats_fwd_kernel(
-    logits, labels, mask, temperature, state_in, target_in, out, state, target, base: tl.int64, inner: tl.int64,
-    stride_outer: tl.int64, stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32, ignore_index: tl.int64,
-    vocab_start: tl.int32, vocab_total: tl.int32, scale, OUTPUTS: tl.constexpr, SUMS: tl.constexpr,
-    LANES: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
+    logits, labels, mask, temperature, state_in, target_in, out, state, target, base: tl.int64,
+    inner: tl.int64, stride_outer: tl.int64, stride_inner: tl.int64, vocab: tl.int32, targets: tl.int32,
+    ignore_index: tl.int64, vocab_start: tl.int32, vocab_total: tl.int32, scale, OUTPUTS: tl.constexpr,
+    SUMS: tl.constexpr, LANES: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out: Outputs; scale: Scale."""
     row = tl.program_id(0).to(tl.int64)

@@ -89,8 +89,8 @@ def _finish_logprobs(row, scored, s, c, labels, target, logprob, targets, ignore
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SMALL)
 def row_states_finish_kernel(
-    state, target, labels, mask, temperature, out, targets: tl.int32, ignore_index: tl.int64, vocab_total: tl.int32,
-    scale, OUTPUTS: tl.constexpr,
+    state, target, labels, mask, temperature, out, targets: tl.int32, ignore_index: tl.int64,
+    vocab_total: tl.int32, scale, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """A program for each row. out: Outputs; scale: Scale."""
     row = tl.program_id(0).to(tl.int64)
@@ -128,7 +128,8 @@ def finish(a):
         targets = 0 if a.labels is None else a.labels.shape[1]
         with ffi.triton_device(device):
             row_states_finish_kernel[(rows,)](
-                a.state, a.target, a.labels, a.mask, a.temperature_tensor, Outputs(*results), targets, a.ignore_index,
-                a.vocab_total, uncapped(a), OUTPUTS=a.outputs, **ffi.launch_options(32, device),
+                a.state, a.target, a.labels, a.mask, a.temperature_tensor, Outputs(*results), targets,
+                a.ignore_index, a.vocab_total, uncapped(a), OUTPUTS=a.outputs,
+                **ffi.launch_options(32, device),
             )  # fmt: skip
     return results

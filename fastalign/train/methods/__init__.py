@@ -47,7 +47,8 @@ _D = "D = log pi(y|x) - log ref(y|x), summed over the response's tokens"
 _LOSS = ("loss", "loss_options")
 _REFERENCED = (*_LOSS, "ref_model", "precompute_ref", "token_metrics", "head")
 _REWARD = (
-    "reward_model", "reward", "reward_clip", "missing_eos_penalty", "ref_model", "ref_update_every", "ref_mix", "head",
+    "reward_model", "reward", "reward_clip", "missing_eos_penalty", "ref_model", "ref_update_every",
+    "ref_mix", "head",
 )  # fmt: skip
 _SAMPLING = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "sample_batch")
 _UPDATES = (
