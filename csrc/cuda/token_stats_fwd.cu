@@ -16,11 +16,15 @@ template <int kSums> __device__ State<kSums> load_row_state(const float* in) {
   else return load_state(in);
 }
 
-// Four blocks per SM leave a thread 64 registers. Two rows, or every sum of one, need more; every sum of two rows more again.
-template <int kSums> constexpr int kBlocksPerSm = (kSums & kRefRow) && (kSums & kTop) ? 2 : kSums & (kTop | kRefRow) ? 3 : 4;
+// Four blocks per SM leave a thread 64 registers. Two rows, or every sum of one, need more; every sum of two rows, or two capped ones, more
+// again.
+template <int kSums, bool kCap>
+constexpr int kBlocksPerSm = (kSums & kRefRow) && ((kSums & kTop) || kCap) ? 2
+                             : kSums & (kTop | kRefRow)                    ? 3
+                                                                           : 4;
 
 template <class T, int kSums, bool kCap>
-__global__ void __launch_bounds__(kRowThreads, blocks_per_sm(kBlocksPerSm<kSums>))
+__global__ void __launch_bounds__(kRowThreads, blocks_per_sm(kBlocksPerSm<kSums, kCap>))
     token_stats_fwd_kernel(TokenStatsArgs a, RowScale scale, unsigned cluster) {
   FA_DYNAMIC_SHARED(State<kSums>, partial);
   constexpr int R = kRows<kSums>, N = kUnroll / R;

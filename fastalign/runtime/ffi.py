@@ -259,7 +259,7 @@ def triton_device(device: torch.device) -> Any:
 def triton_options(threads: int, warp_size: int, max_registers: int | None) -> dict[str, Any]:
     """What a Triton kernel is compiled with: so many threads, and no fusion but the fma that it writes
     itself."""
-    return {"num_warps": threads // warp_size, "enable_fp_fusion": False} | (
+    return {"num_warps": max(1, threads // warp_size), "enable_fp_fusion": False} | (
         {"maxnreg": max_registers} if max_registers else {}
     )
 

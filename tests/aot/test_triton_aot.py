@@ -91,14 +91,15 @@ def pair_backward(
     run(TokenStatsBwd(pair_rows(dtype, capped, together), torch.zeros(3, STATE_WIDTH), upstream))
 
 
-def row_states(outputs=1, ref=False, labels=1, temperature=None, mask=None, parts=2):
-    """States merged and finished; labels: of each row, 0 for none."""
+def row_states(outputs=1, ref=False, labels=1, temperature=None, mask=None, parts=2, merged=True):
+    """States merged and finished; labels: of each row, 0 for none. The kernel that merges knows labels or none only."""
     n = 6 if ref else 3
     y, state = (
         torch.zeros(3, labels, dtype=torch.long) if labels else None,
         torch.zeros(parts, 3, STATE_WIDTH),
     )
-    rows.row_states_merge(RowStatesMerge(state, torch.zeros(parts, n, labels) if labels else None))
+    if merged:
+        rows.row_states_merge(RowStatesMerge(state, torch.zeros(parts, n, labels) if labels else None))
     target = torch.zeros(n, labels) if labels else None
     rows.row_states_finish(
         RowStatesFinish(state[0], target, y, mask, temperature, 1.44, 1.0, -100, VOCAB, outputs)
@@ -375,7 +376,7 @@ def test_every_option_compiles():
         rows.token_stats_bwd(TokenStatsBwd(bare, state, RowGradients(g_entropy=row)))
         rows.token_stats_bwd(TokenStatsBwd(full, state, RowGradients(torch.zeros(3, 2), row, row)))
         row_states(2, labels=0, parts=1)
-        row_states(384, ref=True, labels=0, temperature=one[0], mask=row > 0)
+        row_states(384, ref=True, labels=0, temperature=one[0], mask=row > 0, merged=False)
         row_states(65, ref=True, labels=2)
         for kind in range(4):
             estimate.kl_estimate_fwd(KlEstimateFwd(token, token, kind, True))
