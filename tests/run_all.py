@@ -71,7 +71,7 @@ def cuda():
 # Tritons that the kernels must be right on besides the pinned one, and which of its tests they run. 3.6 comes
 # with many a torch in use: every check of the machine code. 3.3 is the oldest supported: every option
 # compiles and the loads are wide, but its ptxas spills in backward. The Makefile installs both.
-OLDER_TRITONS = {"3.6.0": "sm_80 or sm_90", "3.3.1": "(sm_90 and not spills) or every_option"}
+OLDER_TRITONS = {"3.6.0": "sm_90", "3.3.1": "(sm_90 and not spills) or every_option"}
 
 
 def older_triton(version):

@@ -22,7 +22,7 @@ SENTINEL = 1.234e30  # no result of any test
 def pytest_addoption(parser):
     parser.addoption(
         "--emu-seeds",
-        default="1,2,3",
+        default="1,2",
         help="interleavings of the emulated threads under which the contract tests run",
     )
 
