@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastalign as fa
+from fastalign.rows import planner
 from fastalign.runtime import backends, ffi
 from fastalign.runtime.op import OPS
 
@@ -78,3 +79,10 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of the fused head that products would not be efficient with, so that few rows show what many would."""
+    monkeypatch.setattr(planner, "MIN_ROWS", 4)
+    monkeypatch.setattr(planner, "MIN_VOCAB", 64)

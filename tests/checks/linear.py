@@ -9,19 +9,13 @@ import torch
 from torch import Tensor
 
 import fastalign as fa
-from fastalign.rows import planner, walk
+from fastalign.rows import walk
 from fastalign.testing import assert_close
 
 ROWS, WIDTH, REF_WIDTH, VOCAB = 23, 8, 5, 201
-# Room for all logits; for the whole vocabulary of some rows; for a part of it.
+# With the fixture `small_tiles`: room for all logits; for the whole vocabulary of some rows; for a part of
+# it.
 BUDGETS = {"all": None, "some rows": 9 * VOCAB * 4, "parts": ROWS * 64 * 4}
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Tiles that products would not be efficient with, so that few rows show what many would."""
-    monkeypatch.setattr(planner, "MIN_ROWS", 4)
-    monkeypatch.setattr(planner, "MIN_VOCAB", 64)
 
 
 class Case(NamedTuple):

@@ -16,12 +16,13 @@ from checks.linear import (
     check_two_towers,
     leaves,
     make_case,
-    small_tiles,  # noqa: F401
 )
 
 import fastalign as fa
 from fastalign.rows import walk
 from fastalign.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 @pytest.mark.parametrize("needs", [n for n in itertools.product((True, False), repeat=3) if any(n)], ids=str)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks.linear import BUDGETS, leaves, make_case, small_tiles  # noqa: F401
+from checks.linear import BUDGETS, leaves, make_case
 
 import fastalign as fa
 from fastalign.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def tf32(x):
