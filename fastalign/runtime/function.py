@@ -63,8 +63,9 @@ def _first_order(first_gradients: Callable[..., Any], names: str) -> Callable[..
                 "which the kernels do not have. For second derivatives write the loss in plain PyTorch"
             )
         # A forward that was compiled has left nothing: its graph chose when it was made.
-        forced = getattr(ctx, "forced", backends.forced())
-        if forced == backends.forced():
+        here = backends.forced()
+        forced = getattr(ctx, "forced", here)
+        if forced == here:
             return backward(ctx, *grads)
         with backends.on_backend(forced):
             return backward(ctx, *grads)
