@@ -111,6 +111,9 @@ def calls(given: dict[str, Tensor]) -> dict[str, Callable[[], list[Tensor]]]:
         ),
         "linear_preference_loss": (lambda w: fa.linear_preference_loss(x.hidden, w, x.labels, x.cu, ref_logprobs=x.ref), "weight"),
         "linear_policy_loss": (lambda h: fa.linear_policy_loss(h, x.weight, x.labels, x.ref, x.kl, cu_seqlens=x.cu, entropy_coef=0.1), "hidden"),
+        "linear_policy_loss sequences": (
+            lambda h: fa.linear_policy_loss(h, x.weight, x.labels, x.ref, x.scores, cu_seqlens=x.cu), "hidden"
+        ),
         "linear_policy_loss gspo": (
             lambda w: fa.linear_policy_loss(x.hidden, w, x.labels, x.ref, x.scores, loss="gspo", cu_seqlens=x.cu), "weight"
         ),

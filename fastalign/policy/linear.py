@@ -15,7 +15,7 @@ from fastalign.policy.output import PolicyOutput
 from fastalign.rows.known import Chunk, KnownLoss, KnownLossFunction, chunks_of
 from fastalign.rows.linear import linear_head, split_options
 from fastalign.rows.stats import TokenStats
-from fastalign.runtime.checks import check_cu_seqlens
+from fastalign.runtime.checks import check_cu_seqlens, row_mask
 
 
 def linear_policy_loss(
@@ -48,7 +48,7 @@ def linear_policy_loss(
         mask: [T] bool, the response tokens; None: the rows whose label is not ignored.
         with_entropy: compute the policy's entropy for the metrics; an entropy_coef asks for it by itself.
         options: those of `linear_token_stats` (temperature, logit_scale, softcap, ignore_index,
-            head_precision, workspace_bytes, batch_invariant, host_counts) by name; all others go to
+            head_precision, workspace_bytes, batch_invariant, host_counts, tp_group) by name; all others go to
             `policy_loss`.
 
     Returns:
@@ -67,7 +67,7 @@ def linear_policy_loss(
     if not isinstance(labels, Tensor) or labels.dim() != 1:
         raise ValueError("labels must be a tensor of integers, [T]")
     scored = labels != head_options.ignore_index
-    mask = scored if mask is None else mask.to(torch.bool) & scored
+    mask = scored if mask is None else row_mask(mask, labels) & scored
     outputs = ("logprob", "entropy") if with_bonus or with_entropy else ("logprob",)
     head = linear_head(hidden, weight, bias, (None, None, None), labels, mask, outputs, head_options)
     differentiable = ("logprob", "entropy") if with_bonus else ("logprob",)
@@ -82,9 +82,9 @@ def linear_policy_loss(
         TokenStats(logprob=zeros, entropy=zeros if len(outputs) > 1 else None)
     )  # raises what is to be raised
     by_sequence = preset.needs_sequences or preset.needs_sequence_values
-    call = head.known_call(differentiable) if head.counts() or not by_sequence else None
-    if call is None:
-        return of(head.stats(differentiable))
+    spec, call = head.call(differentiable, known=head.counts() or not by_sequence)
+    if call.plan.kind != "known":
+        return of(head.run(spec, call))
 
     known = (
         {}
@@ -137,5 +137,6 @@ def _per_unit(
     )
     value, is_per_sequence = per_token_or_sequence(name, value, like, cu_seqlens, preset)
     if is_per_sequence and not preset.needs_sequence_values:
-        return value.repeat_interleave(cu_seqlens.diff().long()), False
+        lengths = cu_seqlens.diff().long()
+        return value.repeat_interleave(lengths, output_size=labels.shape[0]), False
     return value, is_per_sequence

@@ -13,12 +13,12 @@ from fastalign.losses.pair import Preset
 from fastalign.ops.columns import CHOSEN, SUM_SFT_LENGTH, TAB_VALID
 from fastalign.preference import mixture
 from fastalign.preference.output import PreferenceOutput
-from fastalign.preference.pair import check_pairs, preference_loss
+from fastalign.preference.pair import preference_loss
 from fastalign.preference.rules import BatchRule
 from fastalign.rows.known import Chunk, KnownLoss, KnownLossFunction, chunks_of
 from fastalign.rows.linear import linear_head, split_options
 from fastalign.rows.stats import TokenStats
-from fastalign.runtime.checks import check_cu_seqlens, check_cu_seqlens_values
+from fastalign.runtime.checks import check_cu_seqlens, row_mask
 
 
 def linear_preference_loss(
@@ -57,8 +57,8 @@ def linear_preference_loss(
         mask: [T] bool, the response tokens; None: the rows whose label is not ignored.
         loss, pairs, reduction, num_items, num_sft_tokens, state: as in `preference_loss`.
         options: those of `linear_token_stats` (temperature, logit_scale, softcap, ignore_index,
-            head_precision, workspace_bytes, batch_invariant, host_counts) by name; `weights` [T] and all
-            others go to `preference_loss`.
+            head_precision, workspace_bytes, batch_invariant, host_counts, tp_group) by name; `weights` [T]
+            and all others go to `preference_loss`.
 
     Returns:
         PreferenceOutput.
@@ -86,10 +86,10 @@ def linear_preference_loss(
     if not isinstance(labels, Tensor) or labels.dim() != 1:
         raise ValueError("labels must be a tensor of integers, [T]")
     scored = labels != head_options.ignore_index
-    mask = scored if mask is None else mask.to(torch.bool) & scored
-    row_mask = None if any(p.sft_include_prompt for p in presets) else mask
+    mask = scored if mask is None else row_mask(mask, labels) & scored
+    walked = None if any(p.sft_include_prompt for p in presets) else mask
     head = linear_head(
-        hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), labels, row_mask, outputs, head_options
+        hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), labels, walked, outputs, head_options
     )
     arguments = {"loss": loss, "reduction": reduction, "state": state, **options}
 
@@ -115,14 +115,15 @@ def linear_preference_loss(
     counts = {"num_items": num_items, "num_sft_tokens": num_sft_tokens}
     everything = slice(0, labels.shape[0])
     cu_seqlens = check_cu_seqlens(cu_seqlens, hidden)
-    check_pairs(pairs, cu_seqlens)
-    call = head.known_call() if head.counts() and _is_known(presets, parts, state, reduction, pairs) else None
-    if call is None:
-        return of(head.stats(), everything, cu_seqlens, counts, pairs=pairs)
+    at_zero = None
+    if state is None:  # raises what is to be raised; a rule would remember it
+        at_zero = of(_zeros(labels), everything, cu_seqlens, counts, pairs=pairs)
+    spec, call = head.call(known=head.counts() and _is_known(presets, parts, state, reduction, pairs))
+    if call.plan.kind != "known":
+        return of(head.run(spec, call), everything, cu_seqlens, counts, pairs=pairs)
 
-    check_cu_seqlens_values(cu_seqlens, labels.shape[0])
     borders = cu_seqlens[::2].tolist()
-    known = _counts(of(_zeros(labels), everything, cu_seqlens, counts), counts)
+    known = _counts(at_zero, counts)
     outcome = []
 
     def part(chunk: Chunk, stats: TokenStats) -> Tensor:

@@ -45,6 +45,10 @@ class Head(NamedTuple):
     def vocab(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def precision(self) -> Precision:
+        return Precision(*self[2:])
+
 
 def precision_of(hidden: Tensor, weight: Tensor, name: str) -> Precision:
     """`name` is one of PRECISIONS. Operands are of the wider of both types, under autocast of its type, as in
@@ -59,17 +63,16 @@ def precision_of(hidden: Tensor, weight: Tensor, name: str) -> Precision:
     return Precision(operands, logits, name == "tf32" and operands == torch.float32)
 
 
-def parts(head: Head, first: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
-    """The weight of [first, end) as operands: in one part, or, where it must be cast, in parts of
-    CAST_BYTES."""
-    multiplied = multiply_type(head)
-    if head.weight.dtype == head.operands == multiplied and not _rounds_itself(head):
+def parts(head: Head, first: int, end: int, kind: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """The weight of [first, end) as operands in the type `kind`: in one part, or, where it must be cast, in
+    parts of CAST_BYTES."""
+    if head.weight.dtype == head.operands == kind and not _rounds_itself(head):
         yield first, end, head.weight[first:end]
         return
-    step = max(64, CAST_BYTES // (head.weight.shape[1] * multiplied.itemsize))
+    step = max(64, CAST_BYTES // (head.weight.shape[1] * kind.itemsize))
     for begin in range(first, end, step):
         stop = min(begin + step, end)
-        yield begin, stop, operand(head, head.weight[begin:stop])
+        yield begin, stop, operand(head, head.weight[begin:stop]).to(kind)
 
 
 def multiply_type(head: Head) -> torch.dtype:
@@ -79,11 +82,17 @@ def multiply_type(head: Head) -> torch.dtype:
     return head.operands if same or _widens(head.weight.device, head.operands) else head.logits
 
 
+def way_back_type(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type in which the gradient of the logits meets hidden and weight, whose products come out in `acc`:
+    the operands' where the library widens them, else that."""
+    return precision.operands if _widens(device, precision.operands) else precision.acc
+
+
 def bytes_per_logit(precision: Precision, device: torch.device) -> int:
-    """Of a tile; where 16-bit operands meet as such, its gradient is rounded to their type for the way back.
-    Counted without a way back, too: both kinds of call then have the same tiles, and the same bits."""
-    narrow = _widens(device, precision.operands) and precision.operands != precision.logits
-    return precision.logits.itemsize + (precision.operands.itemsize if narrow else 0)
+    """Of a tile, with its gradient in the type of the way back, where that is another one. Counted without a
+    way back, too: both kinds of call then have the same tiles, and the same bits."""
+    back = way_back_type(precision, device)
+    return precision.logits.itemsize + (back.itemsize if back != precision.logits else 0)
 
 
 def operand(head: Head, x: Tensor) -> Tensor:
@@ -116,24 +125,15 @@ def _tf32(x: Tensor) -> Tensor:
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """out = a b, or out += a b; out may be wider than the operands, and is rounded once."""
-    if a.dtype != b.dtype:
-        wide = torch.promote_types(a.dtype, b.dtype)
-        a, b = a.to(wide), b.to(wide)
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif _widens(a.device, a.dtype) and out.dtype == torch.float32:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(
-            a, b, out_dtype=out.dtype, out=out
-        )
-    else:
-        product(out, a.to(out.dtype), b.to(out.dtype), add)
+    """out = a b, or out += a b; out may be wider than the operands where the library widens."""
+    wider = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    torch.addmm(out, a, b, out=out, **wider) if add else torch.mm(a, b, out=out, **wider)
 
 
 def logits_of(head: Head, x: Tensor, first: int, end: int, out: Tensor) -> Tensor:
     """The logits [rows, end - first] of operands x [rows, H], written to `out`."""
     with exact_products(head):
-        for begin, stop, weight in parts(head, first, end):
+        for begin, stop, weight in parts(head, first, end, multiply_type(head)):
             tile = out[:, begin - first : stop - first]
             product(tile, x, weight.t())
             if head.bias is not None:
@@ -144,19 +144,15 @@ def logits_of(head: Head, x: Tensor, first: int, end: int, out: Tensor) -> Tenso
 def bring_back(head: Head, grad: Tensor, first: int, x: Tensor, into: Tile) -> None:
     """What the gradient of a tile of logits, [rows, some part of V from `first` on], does to those of hidden,
     weight and bias. `x`: the rows' operands."""
-    end = first + grad.shape[1]
+    end, kind = first + grad.shape[1], way_back_type(head.precision, grad.device)
     with exact_products(head):
-        small = grad.to(multiply_type(head))
+        own = grad.to(kind)
         if into.hidden is not None:
-            for begin, stop, weight in parts(head, first, end):
-                product(
-                    into.hidden,
-                    small[:, begin - first : stop - first],
-                    weight,
-                    add=into.add_hidden or begin > first,
-                )
+            for begin, stop, weight in parts(head, first, end, kind):
+                tile = own[:, begin - first : stop - first]
+                product(into.hidden, tile, weight, add=into.add_hidden or begin > first)
         if into.weight is not None:
-            product(into.weight, small.t(), x, add=into.add_weight)
+            product(into.weight, own.t(), x.to(kind), add=into.add_weight)
         if into.bias is not None:
             sums = grad.sum(0, dtype=into.bias.dtype)
             into.bias.add_(sums) if into.add_weight else into.bias.copy_(sums)
@@ -185,7 +181,8 @@ def exact_products(head: Head) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, enabled=False))
-        if multiply_type(head) == torch.float32:
+        back = way_back_type(head.precision, head.weight.device)
+        if torch.float32 in (multiply_type(head), back):
             _set_precision(stack, device, "tf32" if head.tf32 and device == "cuda" else "ieee")
         yield
 

@@ -116,7 +116,7 @@ def _chunk(
         places = block.rows if block.index is None else block.index
         for name, result in zip(OUTPUT_BITS, results):
             if name in found:
-                found[name][places] = result.view(found[name][places].shape)
+                found[name][places] = result.reshape(-1)
     slopes = _slopes(chunk, part, found, call.differentiable)
     for block, state in zip(blocks, states):
         places = block.rows if block.index is None else block.index

@@ -73,7 +73,8 @@ def linear_token_stats(
         workspace_bytes: of logits that may exist at once; None: planner.WORKSPACE_BYTES. Tiles have at least
             one row or 64 tokens of the vocabulary, whatever it says.
         batch_invariant: a row's results have the same bits whatever other rows there are: every product has
-            one shape. Backward is not pinned.
+            one shape, 256 rows by 4,096 tokens of the vocabulary, whatever workspace_bytes says. Backward is
+            not pinned.
         host_counts: whether numbers may be read from the device: how many rows are scored and how many get a
             gradient, where sequences begin. Then rows that are masked, whose labels are all ignored or whose
             upstream gradients are 0 are not multiplied, and losses over sequences are chunked by them. None:
@@ -81,7 +82,8 @@ def linear_token_stats(
         tp_group: the ranks that share the vocabulary, in equal parts and their order: weight, bias,
             ref_weight and ref_bias are this rank's part, all else is the same on every rank. Row states
             travel, 14 numbers per row, and the gradient of hidden is summed over the ranks. Results have the
-            same bits on every rank; with batch_invariant also on 1, 2 and 4 ranks.
+            same bits on every rank; with batch_invariant also on 1, 2 and 4 ranks (others are refused, and
+            so is a vocabulary that 4 does not divide).
 
     Returns:
         TokenStats, as `token_stats` of the logits: differentiable in hidden, weight and bias. Gradients of
@@ -105,7 +107,7 @@ def linear_token_stats(
     head = linear_head(
         hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), labels, mask, outputs, options
     )
-    return head.stats(differentiable)
+    return head.run(*head.call(differentiable))
 
 
 def explain_plan(hidden: Tensor, weight: Tensor, labels: Tensor | None = None, **arguments: Any) -> str:
@@ -121,7 +123,7 @@ def explain_plan(hidden: Tensor, weight: Tensor, labels: Tensor | None = None, *
         raise TypeError(f"linear_token_stats has no argument {', '.join(tensors)}")
     ref = (parts["ref_hidden"], parts["ref_weight"], parts["ref_bias"])
     head = linear_head(hidden, weight, parts["bias"], ref, labels, parts["mask"], names, options)
-    _, call = head.call(_differentiable(wanted, names))
+    _, call = head.call(wanted)
     return f"linear_token_stats, {call.rows} rows x {weight.shape[1]} x {weight.shape[0]}: {call.plan}"
 
 
@@ -173,21 +175,24 @@ class LinearHead(NamedTuple):
     outputs: tuple[str, ...]
     options: HeadOptions
 
-    def call(self, differentiable: tuple[str, ...], known: bool = False) -> tuple[RowSpec, Call]:
-        """Checked: what its rows are, and how they are walked. known: by a loss that is known between logits
-        and gradient, if that can be."""
+    def call(self, differentiable: Sequence[str] | None = None, known: bool = False) -> tuple[RowSpec, Call]:
+        """Checked: what its rows are, and how they are walked. known: the loss is known between logits and
+        gradient, so that the plan may be (it is not where nothing needs a gradient, or others are
+        better)."""
+        known = known and not torch.compiler.is_compiling()
         hidden, weight, bias, options = self.hidden, self.weight, self.bias, self.options
         check_hidden(hidden, weight, bias)
         ref_hidden, ref_weight, ref_bias = self._ref()
         check_choice("head_precision", options.head_precision, PRECISIONS)
         precision, ref_precision = precision_of(hidden, weight, options.head_precision), None
-        start, total = vocab_parallel.place(weight.shape[0], options.tp_group)
+        start, total = vocab_parallel.place(weight.shape[0], options.tp_group, options.batch_invariant)
         spec = row_spec(
             tuple(hidden.shape[:-1]), total, precision.logits, hidden, of="hidden", labels=self.labels,
             mask=self.mask, outputs=self.outputs, with_ref=ref_hidden is not None,
             temperature=options.temperature, logit_scale=options.logit_scale, softcap=options.softcap,
             ignore_index=options.ignore_index,
         )  # fmt: skip
+        differentiable = _differentiable(differentiable, self.outputs)
         if values_are_here(hidden):
             check_row_values(spec.rows(hidden))
         if not any(name in NEED_REF for name in self.outputs):
@@ -223,20 +228,11 @@ class LinearHead(NamedTuple):
             values_are_here(self.hidden) if asked is None else asked
         )
 
-    def stats(self, differentiable: tuple[str, ...] | None = None) -> TokenStats:
-        """Composed: the rows first, then a loss by itself."""
-        spec, call = self.call(_differentiable(differentiable, self.outputs))
+    def run(self, spec: RowSpec, call: Call) -> TokenStats:
+        """The statistics of a call whose plan is not "known"."""
         return TokenStats(
             **spec.named(LinearTokenStatsFunction.apply(call.hidden, self.weight, self.bias, call))
         )
-
-    def known_call(self, differentiable: tuple[str, ...] | None = None) -> Call | None:
-        """The call of a loss that is known between logits and gradient; None where nothing needs a gradient,
-        or other plans are better."""
-        _, call = self.call(
-            _differentiable(differentiable, self.outputs), known=not torch.compiler.is_compiling()
-        )
-        return call if call.plan.kind == "known" else None
 
     def _ref(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         hidden, weight, bias = self.ref_hidden, self.ref_weight, self.ref_bias

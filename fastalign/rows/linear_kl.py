@@ -40,7 +40,7 @@ def linear_token_kl_loss(
         coef: (...), the weight of each row, or 0-dim for all. A constant. Not read in masked rows.
         direction: "policy_ref", KL(p || q), or "ref_policy", KL(q || p). mask: (...) bool.
         options: temperature, logit_scale, softcap (both models'), head_precision, workspace_bytes,
-            batch_invariant, host_counts, as in `linear_token_stats`.
+            batch_invariant, host_counts, tp_group, as in `linear_token_stats`.
 
     Returns:
         TokenKLLoss: loss, a scalar; kl, (...) without gradient. fp32 (fp64 for fp64 hidden).
@@ -58,7 +58,7 @@ def linear_token_kl_loss(
     head = linear_head(
         hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), None, mask, (name,), head_options
     )
-    spec, call = head.call((name,), known=not torch.compiler.is_compiling())
+    spec, call = head.call(known=True)
     weights = row_coefficients(coef, spec.shape, hidden, call.precision.acc)
 
     def part(chunk: Chunk, stats: TokenStats) -> Tensor:
@@ -67,7 +67,7 @@ def linear_token_kl_loss(
 
     everything = Chunk(*(slice(0, call.hidden.shape[0]) for _ in Chunk._fields))
     if call.plan.kind != "known":
-        kl = getattr(head.stats((name,)), name)
+        kl = getattr(head.run(spec, call), name)
         return TokenKLLoss(part(everything, TokenStats(**{name: kl.reshape(-1)})), kl.detach())
     seen = []
 

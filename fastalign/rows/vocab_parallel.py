@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign.rows import states
+from fastalign.rows.planner import SHARDS
 from fastalign.rows.states import RowStates
 
 
@@ -44,11 +45,17 @@ def add(x: Tensor, group: Any) -> Tensor:
     return x
 
 
-def place(vocab: int, group: Any) -> tuple[int, int]:
+def place(vocab: int, group: Any, pinned: bool = False) -> tuple[int, int]:
     """(vocab_start, vocab_total) of this rank, whose part has `vocab` tokens; ranks hold equal parts in their
-    order."""
+    order. pinned: in parts that one rank would have, too."""
     if group is None:
         return 0, vocab
+    ranks = dist.get_world_size(group)
+    if pinned and (SHARDS % ranks or ranks * vocab % SHARDS):
+        raise ValueError(
+            f"batch_invariant=True with a vocabulary of {ranks * vocab} on {ranks} ranks; legal: 1, 2 or "
+            f"{SHARDS} ranks and a multiple of {SHARDS}"
+        )
     return dist.get_rank(group) * vocab, dist.get_world_size(group) * vocab
 
 

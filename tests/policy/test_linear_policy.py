@@ -74,6 +74,7 @@ def test_errors_come_before_any_product(inputs, monkeypatch):
         ({"loss": "gspo"}, "advantages has shape"),
         ({"cu_seqlens": None, "loss": "grpo"}, "needs cu_seqlens"),
         ({"kl_coef": 0.1}, "kl_coef needs ref_logprobs"),
+        ({"mask": torch.ones(1, dtype=torch.bool)}, "mask has shape"),
         ({"entropy": old}, "with_entropy"),
         ({"clip_hi": 0.1}, "clip_hi"),
         ({"batch_invarient": True}, "batch_invarient"),
@@ -101,3 +102,24 @@ def test_kl_loss(inputs, budget, direction, masked):
         torch.autograd.grad(2.0 * got.loss, tensors[:3]), torch.autograd.grad(2.0 * want.loss, tensors[:3])
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nothing_is_scored(rows, frozen):  # G8
+    """No rows, or none that counts: a loss of 0 with a graph, and zeros for whatever needs a gradient."""
+    hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(7, 4, requires_grad=not frozen)
+    labels, nothing = torch.full((rows,), -100), torch.zeros(rows)
+    mask = torch.zeros(rows, dtype=torch.bool)
+    policy = fa.linear_policy_loss(hidden, weight, labels, nothing, nothing)
+    kl = fa.linear_token_kl_loss(
+        hidden, weight, torch.randn(rows, 3), torch.randn(7, 3), torch.ones(rows), mask=mask
+    )
+    pairs = fa.linear_preference_loss(hidden, weight, labels, torch.tensor([0, 0, rows], dtype=torch.int32),
+                                      ref_logprobs=nothing)  # fmt: skip
+    logprobs = fa.linear_token_logprobs(hidden, weight, labels).sum()
+    for loss in (policy.loss, kl.loss, pairs.loss, logprobs):
+        assert loss.item() == 0.0
+        wanted = (hidden,) if frozen else (hidden, weight)
+        grads = torch.autograd.grad(loss, wanted)
+        assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, wanted))

@@ -160,10 +160,14 @@ def test_without_gradients(inputs):
         ({"hidden": torch.randn(TOKENS, 3)}, "hidden has shape"),
         ({"bias": torch.randn(3)}, "bias has shape"),
         ({"labels": torch.full((TOKENS,), VOCAB)}, "outside"),
+        ({"mask": torch.ones(1, dtype=torch.bool)}, "mask has shape"),
+        ({"ref_logprobs": torch.zeros(3), "reduction": "none"}, "ref_logprobs has shape"),
+        ({"ref_logprobs": torch.zeros(3), "pairs": torch.tensor([[0, 1]])}, "ref_logprobs has shape"),
         ({"wrong": 1}, "wrong"),
     ],
 )
-def test_errors(inputs, change, message):
+def test_errors_come_before_any_product(inputs, change, message, monkeypatch):
+    monkeypatch.setattr("fastalign.rows.walk.logits_of", lambda *a: pytest.fail("multiplied"))
     (hidden, weight, *_), labels, cu = inputs
     arguments = {
         "hidden": hidden,

@@ -8,6 +8,7 @@ import torch
 from checks.linear import BUDGETS, leaves, make_case
 
 import fastalign as fa
+from fastalign.rows import head, planner, vocab_parallel
 from fastalign.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -119,3 +120,45 @@ def test_batch_invariant_gradients():
     b = fa.linear_token_logprobs(own.hidden, own.weight, own.labels, bias=own.bias)
     for x, y in zip(torch.autograd.grad(a.sum(), asked), torch.autograd.grad(b.sum(), asked)):
         assert_close(x, y.double(), scale=64.0)
+
+
+@pytest.mark.parametrize("types", [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.float32, "bf16"), (torch.bfloat16, "bf16"),
+                                   (torch.float16, "fp32"), (torch.float64, "fp32"), (torch.float64, "bf16")], ids=str)  # fmt: skip
+def test_operands_are_cast_in_parts(types, monkeypatch):
+    """What meets in a product has one type, on the CPU that of the result; a weight in another type is never
+    cast as a whole."""
+    dtype, precision = types
+    monkeypatch.setattr(head, "CAST_BYTES", 64 * 8 * 4)
+    acc = torch.float64 if types == (torch.float64, "fp32") else torch.float32
+    seen, real = [], head.product
+
+    def product(out, a, b, add=False):
+        assert a.dtype == b.dtype == out.dtype
+        seen.append(out.dtype)
+        if b.shape[1] == 8 and dtype != acc:  # on the way back
+            assert b.shape[0] <= 64
+        real(out, a, b, add)
+
+    monkeypatch.setattr(head, "product", product)
+    own, asked = leaves(make_case(dtype, garbage=0.0))
+    stats = fa.linear_token_stats(
+        own.hidden, own.weight, own.labels, outputs=("logprob", "entropy"), head_precision=precision
+    )
+    torch.autograd.grad((stats.logprob + stats.entropy).sum(), asked[:2])
+    assert len(seen) >= 3 and seen[-1] == acc
+
+
+@pytest.mark.parametrize(("vocab", "ranks", "legal"), [(100, 1, True), (100, 2, True), (50, 2, True), (51, 2, False), (25, 4, True),
+                                                       (33, 3, False), (10, 8, False)])  # fmt: skip
+def test_batch_invariant_needs_parts_that_one_rank_would_have(vocab, ranks, legal, monkeypatch):
+    monkeypatch.setattr(vocab_parallel.dist, "get_world_size", lambda group: ranks)
+    monkeypatch.setattr(vocab_parallel.dist, "get_rank", lambda group: ranks - 1)
+    assert vocab_parallel.place(vocab, "group") == ((ranks - 1) * vocab, ranks * vocab)
+    if legal:
+        assert vocab_parallel.place(vocab, "group", True) == vocab_parallel.place(vocab, "group")
+        assert vocab % -(-vocab * ranks // planner.SHARDS) == 0
+    else:
+        with pytest.raises(
+            ValueError, match=f"batch_invariant=True with a vocabulary of {vocab * ranks} on {ranks} ranks"
+        ):
+            vocab_parallel.place(vocab, "group", True)

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 
 import fastalign as fa
+from fastalign.runtime.function import Function
 
 
 def _batch(sequences, length, seed=0):
@@ -234,3 +235,25 @@ def test_fused_head_in_a_graph(name, fullgraph):
     torch.testing.assert_close(got, want)
     for a, b in zip(*(torch.autograd.grad(x, (hidden, weight), allow_unused=True) for x in (got, want))):
         assert (a is None) == (b is None) and (a is None or torch.testing.assert_close(a, b) is None)
+
+
+class Broken(Function):
+    """A function that the compiler cannot take as a whole: its parts are compiled, its backward runs eagerly."""
+
+    names = "broken"
+
+    @staticmethod
+    def forward(ctx, x):
+        torch._dynamo.graph_break()
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+def test_backward_of_a_forward_that_was_compiled_in_parts():
+    torch._dynamo.reset()
+    x = torch.randn(3, requires_grad=True)
+    compiled = torch.compile(lambda x: Broken.apply(x + 1).sum(), backend="eager")
+    assert torch.equal(torch.autograd.grad(compiled(x), x)[0], torch.full((3,), 2.0))
