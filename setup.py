@@ -25,7 +25,8 @@ CSRC = ROOT / "csrc"
 MIN_SETUPTOOLS = 64  # the first with editable installs by pyproject.toml; before 61 it passes over that file and installs a nameless package
 if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
     raise SystemExit(
-        f"setuptools {setuptools.__version__} is too old: {MIN_SETUPTOOLS} or later builds fastalign (pip install -U setuptools)"
+        f"setuptools {setuptools.__version__} is too old: {MIN_SETUPTOOLS} or later builds fastalign (pip "
+        "install -U setuptools)"
     )
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "fastalign" / "__init__.py").read_text(), re.MULTILINE
@@ -59,7 +60,8 @@ def find_nvcc(cuda_sources):
     chosen = "FASTALIGN_ARCHS" in os.environ  # whoever names architectures wants them
     if wanted == "auto" and not chosen and (why := cuda_is_of_no_use()):
         print(
-            f"fastalign: the CUDA kernels are left out, since {why}; FASTALIGN_CUDA=1 compiles them all the same",
+            f"fastalign: the CUDA kernels are left out, since {why}; FASTALIGN_CUDA=1 compiles them all the "
+            "same",
             flush=True,
         )
         return None
@@ -67,7 +69,8 @@ def find_nvcc(cuda_sources):
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if wanted == "1" and not (nvcc and cuda_sources):
         raise SystemExit(
-            f"FASTALIGN_CUDA=1, but {'csrc/cuda holds no .cu file' if nvcc else f'nvcc is neither on PATH nor in {home}/bin'}"
+            "FASTALIGN_CUDA=1, but "
+            f"{'csrc/cuda holds no .cu file' if nvcc else f'nvcc is neither on PATH nor in {home}/bin'}"
         )
     return nvcc
 
@@ -94,7 +97,8 @@ def cuda_archs():
     archs = text.split(";")
     if not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in archs):
         raise SystemExit(
-            f'FASTALIGN_ARCHS={text!r}: write compute capabilities without the dot, separated by semicolons, as in "80;90;100"'
+            f"FASTALIGN_ARCHS={text!r}: write compute capabilities without the dot, separated by semicolons, "
+            'as in "80;90;100"'
         )
     return archs
 
@@ -189,7 +193,8 @@ class NinjaBuild(build_ext):
         )
         if not run_ninja(directory, ninja_file(output, nvcc, cuda_sources), self.verbose > 1):
             hint = (
-                " FASTALIGN_CUDA=0 builds without the CUDA kernels; FASTALIGN_ARCHS chooses what they are compiled for."
+                " FASTALIGN_CUDA=0 builds without the CUDA kernels; FASTALIGN_ARCHS chooses what they are "
+                "compiled for."
                 if nvcc
                 else ""
             )

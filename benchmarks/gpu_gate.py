@@ -185,7 +185,7 @@ class Gate:
         sys.exit(128 + number)
 
 
-# --- the machine and the extension ----------------------------------------------------------------------------------------------------------
+# --- the machine and the extension --------------------------------------------------------------------------
 
 DESCRIBE = """
 import json, sys, torch
@@ -338,7 +338,8 @@ def main() -> int:
     ]
     if missing:
         sys.exit(
-            f"gpu_gate: {', '.join(missing)} cannot be imported; pip install pytest pytest-xdist pytest-timeout"
+            f"gpu_gate: {', '.join(missing)} cannot be imported; pip install pytest pytest-xdist "
+            "pytest-timeout"
         )
     if not arguments.dry_run:
         import torch

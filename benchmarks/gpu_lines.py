@@ -15,7 +15,8 @@ from typing import Any
 
 # What says that the CUDA context, and with it the process, is lost.
 LOST = re.compile(
-    r"CUDA error|Triton Error \[CUDA\]|unspecified launch failure|illegal memory access|device-side assert|misaligned address"
+    r"CUDA error|Triton Error \[CUDA\]|unspecified launch failure|illegal memory access|device-side "
+    r"assert|misaligned address"
 )
 CASE_SECONDS = 40  # a case that takes longer hangs
 

@@ -37,12 +37,14 @@ def headers(version: str) -> Path:
                 continue
         else:
             sys.exit(
-                f"gpu_prepare: no {name} runs here; set PYTHON_INCLUDE to a folder with the Python.h of Python {version}"
+                f"gpu_prepare: no {name} runs here; set PYTHON_INCLUDE to a folder with the Python.h of "
+                f"Python {version}"
             )
     patchlevel = Path(given) / "patchlevel.h"
     if not (Path(given) / "Python.h").is_file() or not patchlevel.is_file():
         sys.exit(
-            f"gpu_prepare: {given} holds no Python.h; set PYTHON_INCLUDE to a folder with the headers of Python {version}"
+            f"gpu_prepare: {given} holds no Python.h; set PYTHON_INCLUDE to a folder with the headers of "
+            f"Python {version}"
         )
     found = ".".join(
         re.search(rf"#define PY_{part}_VERSION\s+(\d+)", patchlevel.read_text())[1]
@@ -103,11 +105,13 @@ def main() -> int:
     PREPARED.mkdir(parents=True, exist_ok=True)
     MARK.write_text(csrc_digest() + "\n")
     print(
-        f"\nfor Python {arguments.python} and sm_{arguments.archs.replace(';', ', sm_')}; carry (they are not in git):"
+        f"\nfor Python {arguments.python} and sm_{arguments.archs.replace(';', ', sm_')}; carry (they are not "
+        "in git):"
     )
     for output in built:
         print(
-            f"  {output.stat().st_size / 2**20:6.1f} MiB  {output.relative_to(ROOT)}  ({needs(output)} or later)"
+            f"  {output.stat().st_size / 2**20:6.1f} MiB  {output.relative_to(ROOT)}  ({needs(output)} or "
+            "later)"
         )
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True).stdout.split(b"\0")
     tree = sum(
@@ -117,10 +121,12 @@ def main() -> int:
     )
     total = tree + sum(output.stat().st_size for output in built)
     print(
-        f"  {'':>10}  {MARK.relative_to(ROOT)}: from which sources; the gate builds again where they are others"
+        f"  {'':>10}  {MARK.relative_to(ROOT)}: from which sources; the gate builds again where they are "
+        "others"
     )
     print(
-        f"  {tree / 2**20:6.1f} MiB  the sources\n  {total / 2**20:6.1f} MiB  in all; the limit is {LIMIT >> 20} MiB"
+        f"  {tree / 2**20:6.1f} MiB  the sources\n  {total / 2**20:6.1f} MiB  in all; the limit is "
+        f"{LIMIT >> 20} MiB"
     )
     return int(total > LIMIT)
 

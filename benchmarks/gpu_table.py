@@ -232,7 +232,7 @@ class Table:
             self.lines.key(line) == wanted and "error" in line for line in read_lines(self.options.file)
         )
 
-    # --- modes ------------------------------------------------------------------------------------------------------------------------
+    # --- modes ----------------------------------------------------------------------------------------------
 
     def table(self) -> None:
         import torch

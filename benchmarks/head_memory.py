@@ -21,14 +21,16 @@ PROMPT = 8  # tokens; completions fill what is left of a pack of four pairs
 def table(results: dict[str, Any]) -> str:
     """One line per size of a pack."""
     lines = [
-        "| tokens in a pass | their logits, fp32 | peak with `--head logits` | peak with `--head fused` (default) | saved |",
+        "| tokens in a pass | their logits, fp32 | peak with `--head logits` | peak with `--head fused` "
+        "(default) | saved |",
         "|---|---|---|---|---|",
     ]
     for run in results["runs"]:
         logits = run["tokens"] * results["vocabulary"] * 4 / (1 << 20)
         whole, fused = (run["peak_mib"][head] for head in HEADS)
         lines.append(
-            f"| {run['tokens']:,} | {logits:,.0f} MiB | {whole:,.0f} MiB | {fused:,.0f} MiB | {whole - fused:,.0f} MiB |"
+            f"| {run['tokens']:,} | {logits:,.0f} MiB | {whole:,.0f} MiB | {fused:,.0f} MiB | "
+            f"{whole - fused:,.0f} MiB |"
         )
     return "\n".join(lines)
 
@@ -38,8 +40,10 @@ def summary(results: dict[str, Any]) -> str:
     run = results["runs"][-1]
     whole, fused = (run["peak_mib"][head] / 1024 for head in HEADS)
     return (
-        f"`fastalign train` never holds all logits: a DPO step on {run['tokens']:,} tokens with a vocabulary of {results['vocabulary']:,} peaks at "
-        f"{fused:.1f} GiB where `--head logits` takes {whole:.1f} GiB (small model, CPU, policy, reference and optimizer included)."
+        f"`fastalign train` never holds all logits: a DPO step on {run['tokens']:,} tokens with a vocabulary "
+        f"of {results['vocabulary']:,} peaks at "
+        f"{fused:.1f} GiB where `--head logits` takes {whole:.1f} GiB (small model, CPU, policy, reference "
+        "and optimizer included)."
     )
 
 

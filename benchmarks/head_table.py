@@ -13,7 +13,8 @@ OPS = {
 
 
 def table(report: dict[str, Any]) -> str:
-    """A line per contestant: milliseconds, and in brackets the multiple of the products alone, of the same run."""
+    """A line per contestant: milliseconds, and in brackets the multiple of the products alone, of the same
+    run."""
     cases = {case["op"]: case for case in report["cases"]}
     names = list(dict.fromkeys(_shown(line) for op in OPS for line in cases[op]["results"]))
     shape = cases["linear_token_logprobs"]["shape"]

@@ -41,7 +41,8 @@ def times_of(tree: Path) -> dict[str, float]:
     done = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True)
     if done.returncode:
         sys.exit(
-            f"host_time: {tree} cannot be measured: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+            f"host_time: {tree} cannot be measured: "
+            f"{(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -60,7 +61,8 @@ def main(other: str, out: str) -> None:
     report = {"ratio_median": statistics.median(ratios), "calls": dict(sorted(calls.items()))}
     Path(out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(
-        f"{len(calls)} calls, ratio {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.3f}"
+        f"{len(calls)} calls, ratio {min(ratios):.2f} to {max(ratios):.2f}, median "
+        f"{statistics.median(ratios):.3f}"
     )
 
 

@@ -44,7 +44,8 @@ def bench(tree: Path) -> dict[str, Any]:
         )
         if done.returncode:
             sys.exit(
-                f"two_trees: {tree} cannot be measured: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+                f"two_trees: {tree} cannot be measured: "
+                f"{(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
             )
         return json.loads(path.read_text())
 

@@ -153,7 +153,8 @@ def unpad(x: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if x.dim() < 2 or tuple(x.shape[:2]) != tuple(attention_mask.shape):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; legal here: {tuple(x.shape[:2])} (the first two dims of x)"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; legal here: {tuple(x.shape[:2])} (the "
+            "first two dims of x)"
         )
     check_same_device("attention_mask", attention_mask, "x", x)
     keep = attention_mask != 0

@@ -39,7 +39,8 @@ def assert_close(
     finite = torch.isfinite(t)
     wrong = torch.where(finite, torch.zeros_like(finite), ~((a == t) | (torch.isnan(a) & torch.isnan(t))))
     assert not bool(wrong.any()), (
-        f"{what}: {int(wrong.sum())} non-finite entries differ, e.g. {a[wrong][:3].tolist()} for {t[wrong][:3].tolist()}"
+        f"{what}: {int(wrong.sum())} non-finite entries differ, e.g. {a[wrong][:3].tolist()} for "
+        f"{t[wrong][:3].tolist()}"
     )
     if not bool(finite.any()):
         return
@@ -52,7 +53,8 @@ def assert_close(
         granted = granted + FACTOR * torch.nan_to_num(b, nan=0.0, posinf=0.0).max()
     over = ~(error <= granted) & finite
     assert not bool(over.any()), (
-        f"{what}: error {float(error[over].max()):.3e} exceeds the bound {float(granted[over].min()):.3e} in {int(over.sum())} of {t.numel()} entries"
+        f"{what}: error {float(error[over].max()):.3e} exceeds the bound {float(granted[over].min()):.3e} in "
+        f"{int(over.sum())} of {t.numel()} entries"
     )
 
 

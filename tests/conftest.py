@@ -83,6 +83,7 @@ def _seed():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of the fused head that products would not be efficient with, so that few rows show what many would."""
+    """Tiles of the fused head that products would not be efficient with, so that few rows show what many
+    would."""
     monkeypatch.setattr(planner, "MIN_ROWS", 4)
     monkeypatch.setattr(planner, "MIN_VOCAB", 64)

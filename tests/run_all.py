@@ -84,7 +84,8 @@ def older_triton(version):
     ).stdout.strip()
     if not folder.is_dir() or found != version:
         sys.exit(
-            f"the ahead-of-time stage needs Triton {version}: python -m pip install --no-deps --target {folder} triton=={version}"
+            f"the ahead-of-time stage needs Triton {version}: python -m pip install --no-deps --target "
+            f"{folder} triton=={version}"
         )
     return path
 
@@ -92,7 +93,8 @@ def older_triton(version):
 def aot():
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
         sys.exit(
-            "the ahead-of-time stage needs nvcc (CUDA 12.8 or later), neither on PATH nor in /usr/local/cuda/bin"
+            "the ahead-of-time stage needs nvcc (CUDA 12.8 or later), neither on PATH nor in "
+            "/usr/local/cuda/bin"
         )
     paths = {version: older_triton(version) for version in OLDER_TRITONS}
     run([*PYTEST, "tests/aot"], TRITON_INTERPRET="0")

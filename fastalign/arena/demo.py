@@ -69,7 +69,8 @@ def _prepare(output: Path) -> None:
         import transformers
     except ImportError as error:
         raise UserError(
-            f"the demo needs transformers, tokenizers and matplotlib: pip install 'fastalign[train]' ({error})"
+            "the demo needs transformers, tokenizers and matplotlib: pip install 'fastalign[train]' "
+            f"({error})"
         ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -36,11 +36,16 @@ EFFORT = {
     "tiny": (0.0, 2, 2),
 }
 HOW = (
-    "ms: median of calls taken in turns with the other lines', on rotating inputs. GB/s: the op's least traffic (each input read once, each result "
-    "written once) over that time; of read: of the bandwidth at which this machine merely reads the same bytes, in the same run. max error: "
-    "against fp64 on sampled rows; a line that is not right gets no time. extra MB: peak memory of one call beyond its inputs. CPU samples that carry "
-    "page faults or system time which are not the op's (the system took memory away in between) are set aside. On a GPU ms is the device's time alone; "
-    "graph ms, where a call is launch-bound, that of a call in a replayed graph, and host ms the host's time to issue one."
+    "ms: median of calls taken in turns with the other lines', on rotating inputs. GB/s: the op's least "
+    "traffic (each input read once, each result "
+    "written once) over that time; of read: of the bandwidth at which this machine merely reads the same "
+    "bytes, in the same run. max error: "
+    "against fp64 on sampled rows; a line that is not right gets no time. extra MB: peak memory of one call "
+    "beyond its inputs. CPU samples that carry "
+    "page faults or system time which are not the op's (the system took memory away in between) are set "
+    "aside. On a GPU ms is the device's time alone; "
+    "graph ms, where a call is launch-bound, that of a call in a replayed graph, and host ms the host's time "
+    "to issue one."
 )
 
 
@@ -129,8 +134,10 @@ def run(
     }
     show(
         f"{report['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-        f"reads {machine_gbs:.1f} GB/s ({', '.join(f'{name} {speed:.1f}' for name, speed in speeds.items())}), copies "
-        f"{limits['copy_gbs']:.1f} GB/s (read + written), bf16 matmul {limits['matmul_tflops']:.2f} TFLOP/s\n{HOW}\n"
+        f"reads {machine_gbs:.1f} GB/s "
+        f"({', '.join(f'{name} {speed:.1f}' for name, speed in speeds.items())}), copies "
+        f"{limits['copy_gbs']:.1f} GB/s (read + written), bf16 matmul {limits['matmul_tflops']:.2f} "
+        f"TFLOP/s\n{HOW}\n"
     )
     for op in ops:
         for shape in SHAPES[suite][op]:
@@ -167,7 +174,8 @@ def run(
     for failure in report["failures"]:
         print(f"fastalign bench: {failure}", file=sys.stderr)
     show(
-        f"took {report['seconds']:.0f} s; load average {load} at the start, {report['load_average']['end']} at the end (own threads included)"
+        f"took {report['seconds']:.0f} s; load average {load} at the start, {report['load_average']['end']} "
+        "at the end (own threads included)"
     )
     return report
 
@@ -232,7 +240,8 @@ def render(results: list[Result]) -> str:
         lines.append(f"set aside for page faults or system time of the machine: {', '.join(aside)}")
     if (attempts := max((r.attempts for r in results), default=1)) > 1:
         lines.append(
-            f"most samples of a line were disturbed {attempts - 1} times: timing was begun {attempts} times, and the last counts"
+            f"most samples of a line were disturbed {attempts - 1} times: timing was begun {attempts} times, "
+            "and the last counts"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,8 @@ from fastalign.cli.console import Parser
 from fastalign.losses import policy as policy_losses
 
 NOTATION = (
-    "sp = softplus, sg = sigmoid, D = log pi - log ref of a response, c / r = chosen / rejected, A = log pi alone, L = length, h = beta (D_c - D_r); "
+    "sp = softplus, sg = sigmoid, D = log pi - log ref of a response, c / r = chosen / rejected, A = log pi "
+    "alone, L = length, h = beta (D_c - D_r); "
     "docs/losses.md and docs/policy_losses.md have every column"
 )
 
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> int:
     found = [kind for kind in _KINDS if losses.ALIASES.get(name, name) in kind.rows()]
     if not found:
         parser.error(
-            f"{name!r} is unknown; legal: {', '.join(sorted({n for kind in _KINDS for n in kind.rows()} | set(losses.ALIASES)))}"
+            f"{name!r} is unknown; legal: "
+            f"{', '.join(sorted({n for kind in _KINDS for n in kind.rows()} | set(losses.ALIASES)))}"
         )
     print("\n\n".join(_one(kind, losses.ALIASES.get(name, name)) for kind in found) + f"\n\n{NOTATION}")
     return 0

@@ -115,7 +115,8 @@ class LossPreset:
         preset, tensors = self.with_options(changes)
         if tensors:
             raise TypeError(
-                f"{', '.join(tensors)}: a {type(self).__name__} holds numbers; pass tensors to the loss itself"
+                f"{', '.join(tensors)}: a {type(self).__name__} holds numbers; pass tensors to the loss "
+                "itself"
             )
         return preset
 
@@ -158,7 +159,8 @@ class LossPreset:
         if isinstance(own, Refused):
             shown = value if isinstance(value, (int, float, str)) else "..."
             raise ValueError(
-                f"loss {self.name!r} does not take {option!r}: TRL's {option} of it is {own.own} here: write {own.own}={shown}"
+                f"loss {self.name!r} does not take {option!r}: TRL's {option} of it is {own.own} here: write "
+                f"{own.own}={shown}"
             )
         if own is not None:
             return own.fields(value)

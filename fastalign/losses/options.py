@@ -22,11 +22,13 @@ def get(name: str) -> Preset:
     if found is None:
         if name in LISTWISE:
             raise ValueError(
-                f"loss={name!r} ranks lists: fastalign.listwise_loss takes it, 'fastalign train listwise' trains with it"
+                f"loss={name!r} ranks lists: fastalign.listwise_loss takes it, 'fastalign train listwise' "
+                "trains with it"
             )
         if name in UNPAIRED:
             raise ValueError(
-                f"loss={name!r} is of single responses: fastalign.unpaired_loss takes it, 'fastalign train {UNPAIRED[name].method}' trains with it"
+                f"loss={name!r} is of single responses: fastalign.unpaired_loss takes it, 'fastalign train "
+                f"{UNPAIRED[name].method}' trains with it"
             )
         raise ValueError(f"loss={name!r} is unknown; legal: {', '.join(available().names())}")
     return found
@@ -47,7 +49,8 @@ def resolver(get: Callable[[str], Kind], kind: type[Kind], rows: Mapping[str, Ki
         preset = get(loss) if isinstance(loss, str) else loss
         if not isinstance(preset, kind):
             raise TypeError(
-                f"loss must be a name or a {kind.__name__}, got {type(loss).__name__}; names: {', '.join(rows)}"
+                f"loss must be a name or a {kind.__name__}, got {type(loss).__name__}; names: "
+                f"{', '.join(rows)}"
             )
         return preset.with_options(options)
 

@@ -239,11 +239,13 @@ def _check_combination(p: Preset) -> None:
         check_number("label_smoothing", p.label_smoothing, above=0.0, below=1.0)
     if p.link == "exo" and p.labels in ("smooth", "robust"):
         raise ValueError(
-            'link="exo" takes the label as its target distribution: labels must be "hard" (with label_smoothing) or "soft"'
+            'link="exo" takes the label as its target distribution: labels must be "hard" (with '
+            'label_smoothing) or "soft"'
         )
     if p.link == "exo" and p.label_entropy:
         raise ValueError(
-            'link="exo" is a KL divergence already: label_entropy=True would subtract the labels\' entropy twice'
+            'link="exo" is a KL divergence already: label_entropy=True would subtract the labels\' entropy '
+            "twice"
         )
     if p.transform == "logodds" and (p.reference or p.length_norm != 1.0):
         raise ValueError('transform="logodds" needs log(p) < 0 per token: reference=False and length_norm=1')
@@ -266,7 +268,8 @@ def _check_combination(p: Preset) -> None:
         or p.labels == "soft"
     ):
         raise ValueError(
-            "order sorts log-ratios across pairs: it excludes length_norm, transform, points, KLs, rules, soft labels, margins that are "
+            "order sorts log-ratios across pairs: it excludes length_norm, transform, points, KLs, rules, "
+            "soft labels, margins that are "
             "a pair's own, and losses without a reference"
         )
     if p.order == "unpaired" and p.ld_alpha != 1.0:

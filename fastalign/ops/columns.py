@@ -51,7 +51,7 @@ ROW_OUTPUTS = ("logprob", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logi
 (OUT_LOGPROB, OUT_ENTROPY, OUT_LOGSUMEXP, OUT_LOG_SUM_SQ, OUT_MEAN_LOGIT, OUT_IS_TOP1, OUT_REF_LOGPROB, OUT_KL_POLICY_REF,
  OUT_KL_REF_POLICY) = (1 << i for i in range(len(ROW_OUTPUTS)))  # fmt: skip
 
-# --- columns; the last name of each is their number ----------------------------------------------------------------------------------------
+# --- columns; the last name of each is their number ---------------------------------------------------------
 
 # The row state [rows, STATE_WIDTH]; from COL_REF_M on 0 without reference logits.
 (COL_M, COL_S0, COL_S1, COL_S2, COL_SZ, COL_UMAX, COL_TOP, COL_LARGEST, COL_VALID, COL_REF_M, COL_REF_S0, COL_T, COL_TR,
@@ -92,7 +92,7 @@ POLICY_WIDTH, VALUE_WIDTH = len(STATS), len(VALUE_STATS)
 MOMENT_COUNT, MOMENT_MEAN, MOMENT_M2, MOMENT_WIDTH = range(4)
 PART_MEAN, PART_M2, PART_WIDTH = range(3)
 
-# --- sizes ---------------------------------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 MAX_LIST = 64  # responses per list: a block of 64 threads on the GPU
 # Tokens that are handled at once where workspaces are laid out by them.

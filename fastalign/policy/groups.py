@@ -82,7 +82,8 @@ def group_advantages(
         raise TypeError(f"groups must be integers, got {groups.dtype}")
     if kind == "remax" and greedy_rewards is None:
         raise ValueError(
-            "kind='remax' needs greedy_rewards [S], the reward of the greedy answer to each sequence's prompt; got None"
+            "kind='remax' needs greedy_rewards [S], the reward of the greedy answer to each sequence's "
+            "prompt; got None"
         )
     if kind != "remax" and greedy_rewards is not None:
         raise ValueError(f"greedy_rewards belongs to kind='remax' and to no other; got kind={kind!r}")
@@ -182,7 +183,8 @@ def _weights(kind: str, lengths: Tensor | None, whiten_over: str, rewards: Tenso
     by_tokens = kind == "reinforce_plus_plus" and whiten_over == "tokens"
     if by_tokens and lengths is None:
         raise ValueError(
-            "kind='reinforce_plus_plus' whitens over tokens and needs lengths [S], their number in each sequence; got None "
+            "kind='reinforce_plus_plus' whitens over tokens and needs lengths [S], their number in each "
+            "sequence; got None "
             "(whiten_over='sequences' counts every sequence once)"
         )
     if kind != "reinforce_plus_plus" and (lengths is not None or whiten_over != "tokens"):

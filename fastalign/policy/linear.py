@@ -71,8 +71,17 @@ def linear_policy_loss(
     outputs = ("logprob", "entropy") if with_bonus or with_entropy else ("logprob",)
     head = linear_head(hidden, weight, bias, (None, None, None), labels, mask, outputs, head_options)
     differentiable = ("logprob", "entropy") if with_bonus else ("logprob",)
-    arguments = {"loss": loss, "mask": mask, "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
-                 "is_weight": is_weight, "cu_seqlens": cu_seqlens, "num_items": num_items, **options}  # fmt: skip
+    arguments = {
+        "loss": loss,
+        "mask": mask,
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "ref_logprobs": ref_logprobs,
+        "is_weight": is_weight,
+        "cu_seqlens": cu_seqlens,
+        "num_items": num_items,
+        **options,
+    }
 
     def of(stats: TokenStats, **changes: Any) -> PolicyOutput:
         return policy_loss(stats.logprob, entropy=stats.entropy, **arguments | changes)

@@ -109,11 +109,13 @@ def policy_loss(
         raise ValueError(f"{_described(preset)} needs cu_seqlens, the boundaries of the sequences")
     if preset.aggregation == "seq_mean_token_sum_norm" and preset.norm_length is None:
         raise ValueError(
-            f"{_described(preset)} needs norm_length, the constant that a sequence's sum is divided by (the longest possible response)"
+            f"{_described(preset)} needs norm_length, the constant that a sequence's sum is divided by (the "
+            "longest possible response)"
         )
     if mask is None and (preset.needs_lengths or (preset.aggregation != "token_sum" and num_items is None)):
         raise ValueError(
-            f"{_described(preset)} counts response tokens: mask is required (row-aligned, True at response tokens)"
+            f"{_described(preset)} counts response tokens: mask is required (row-aligned, True at response "
+            "tokens)"
         )
     if ref_logprobs is None and ("kl_coef" in coefficients or preset.kl_coef != 0):
         raise ValueError("kl_coef needs ref_logprobs")
@@ -219,7 +221,8 @@ def value_loss(
         raise ValueError(f"aggregation={aggregation!r} needs cu_seqlens, the boundaries of the sequences")
     if (aggregation == "seq_mean_token_sum_norm") != (norm_length is not None):
         raise ValueError(
-            f"norm_length={norm_length!r}: aggregation 'seq_mean_token_sum_norm' needs it, and no other has it (got {aggregation!r})"
+            f"norm_length={norm_length!r}: aggregation 'seq_mean_token_sum_norm' needs it, and no other has "
+            f"it (got {aggregation!r})"
         )
     if norm_length is not None:
         check_number("norm_length", norm_length, above=0.0)
@@ -227,7 +230,8 @@ def value_loss(
         aggregation == "seq_mean_token_mean" or (aggregation != "token_sum" and num_items is None)
     ):
         raise ValueError(
-            f"aggregation={aggregation!r} counts tokens: mask is required (row-aligned, True at response tokens)"
+            f"aggregation={aggregation!r} counts tokens: mask is required (row-aligned, True at response "
+            "tokens)"
         )
     if cu_seqlens is not None:
         cu_seqlens = check_cu_seqlens(cu_seqlens, values)
@@ -265,7 +269,8 @@ def per_token_or_sequence(
     )
     if preset.needs_sequence_values and not is_per_sequence:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; loss {preset.name!r} has one ratio per sequence and takes one value per sequence: "
+            f"{name} has shape {tuple(tensor.shape)}; loss {preset.name!r} has one ratio per sequence and "
+            "takes one value per sequence: "
             f"({sequences},) (gspo_token takes one per token)"
         )
     if is_per_sequence:

@@ -74,7 +74,8 @@ def linear_preference_loss(
     with_kl = any(p.needs_kl for p in presets)
     if with_kl and ref_hidden is None:
         raise ValueError(
-            f"loss {next(p.name for p in presets if p.needs_kl)!r} needs ref_hidden (and ref_weight), from which the KL is made"
+            f"loss {next(p.name for p in presets if p.needs_kl)!r} needs ref_hidden (and ref_weight), from "
+            "which the KL is made"
         )
     if not any(p.needs_reference or p.needs_kl for p in presets):
         ref_hidden = ref_weight = ref_bias = None

@@ -80,7 +80,8 @@ def listwise_loss(
     cu_seqlens = check_cu_seqlens(cu_seqlens, logprobs)
     if mask is None and preset.needs_lengths:
         raise ValueError(
-            f"loss {preset.name!r} uses response lengths: mask is required (row-aligned, True at response tokens)"
+            f"loss {preset.name!r} uses response lengths: mask is required (row-aligned, True at response "
+            "tokens)"
         )
     if preset.reference and ref_logprobs is None:
         raise ValueError(f"loss {preset.name!r} needs ref_logprobs")

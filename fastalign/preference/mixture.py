@@ -42,7 +42,8 @@ def components(loss: Any, options: Mapping[str, Any]) -> tuple[Components, dict[
         raise TypeError(f"loss must be a name, a Preset, or a list of (name or Preset, weight), got {loss!r}")
     if options:
         raise ValueError(
-            f"a mixture takes no options (got {', '.join(options)}): put them into its Presets, losses.get(name).replace(...)"
+            f"a mixture takes no options (got {', '.join(options)}): put them into its Presets, "
+            "losses.get(name).replace(...)"
         )
     for _, weight in loss:
         check_number("the weight of a mixture's loss", weight)
@@ -72,7 +73,8 @@ def shared_params(presets: list[Preset]) -> PairParams:
     uses_policy_sums = any(p.order is not None or (reference and not p.reference) for p in presets)
     if first.token_clamp is not None and uses_policy_sums:
         raise ValueError(
-            "token_clamp cannot be combined with sorted order, nor with losses that do and losses that do not use the reference"
+            "token_clamp cannot be combined with sorted order, nor with losses that do and losses that do not "
+            "use the reference"
         )
     return first.params()._replace(
         reference=float(reference), sft_weight=float(any(p.sft_weight for p in presets))
@@ -85,14 +87,16 @@ def rules_of(parts: Components, state: Any) -> dict[str | None, BatchRule]:
     wrong = [type(s).__name__ for s in given if not isinstance(s, BatchRule)]
     if wrong:
         raise TypeError(
-            f"state must be a rule object (BetaDPO, AlphaDPO, BCODelta) or a list of them, got {', '.join(wrong)}"
+            "state must be a rule object (BetaDPO, AlphaDPO, BCODelta) or a list of them, got "
+            f"{', '.join(wrong)}"
         )
     rules = {s.rule: s for s in given}
     needed = {p.rule: p.name for p, _ in parts if p.rule is not None}
     for rule, name in needed.items():
         if rule not in rules:
             raise ValueError(
-                f"loss {name!r} needs state=, the rule object that remembers between calls (rule {rule!r} of fastalign.preference.rules)"
+                f"loss {name!r} needs state=, the rule object that remembers between calls (rule {rule!r} of "
+                "fastalign.preference.rules)"
             )
     unused = [type(s).__name__ for s in given if s.rule not in needed]
     if unused:
@@ -110,7 +114,8 @@ def prepare(
         own = [name for name, t in tensors.items() if name != "valid" and t.numel() > 1]
         if own:
             raise ValueError(
-                f"loss {preset.name!r} compares ranks, not pairs, and takes no value per pair: {own[0]} must be a single number"
+                f"loss {preset.name!r} compares ranks, not pairs, and takes no value per pair: {own[0]} must "
+                "be a single number"
             )
     if rule is not None:
         beta = tensors["beta"].detach() if "beta" in tensors else preset.beta

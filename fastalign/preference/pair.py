@@ -96,7 +96,8 @@ def preference_loss(
     for p in presets:
         if mask is None and p.needs_lengths:
             raise ValueError(
-                f"loss {p.name!r} uses response lengths: mask is required (row-aligned, True at response tokens)"
+                f"loss {p.name!r} uses response lengths: mask is required (row-aligned, True at response "
+                "tokens)"
             )
         if p.needs_reference and ref_logprobs is None:
             raise ValueError(f"loss {p.name!r} needs ref_logprobs")
@@ -132,7 +133,8 @@ def check_pairs(pairs: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor | None
     if pairs is None:
         if sequences % 2:
             raise ValueError(
-                f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences"
+                "pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are "
+                f"{sequences} sequences"
             )
         return None, sequences // 2
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype.is_floating_point or pairs.dtype == torch.bool:
@@ -205,7 +207,8 @@ def preference_loss_from_sums(
     for p in presets:
         if p.ld_alpha != 1.0 or p.token_clamp is not None or p.sft_include_prompt:
             raise ValueError(
-                "ld_alpha, token_clamp and sft_include_prompt act on single tokens; use preference_loss on packed log-probs"
+                "ld_alpha, token_clamp and sft_include_prompt act on single tokens; use preference_loss on "
+                "packed log-probs"
             )
         if p.needs_reference and (ref_chosen is None or ref_rejected is None):
             raise ValueError(f"loss {p.name!r} needs ref_chosen and ref_rejected")

@@ -68,7 +68,8 @@ class BatchRule:
     def __getstate__(self) -> dict[str, Any]:
         if self.group is not None:
             raise TypeError(
-                f"{type(self).__name__} holds a process group, which lives in this process: send its state_dict() instead"
+                f"{type(self).__name__} holds a process group, which lives in this process: send its "
+                "state_dict() instead"
             )
         return self.__dict__
 
@@ -347,7 +348,8 @@ def wpo_weights(
     sequences = v.shape[0]
     if pairs is None and sequences % 2:
         raise ValueError(
-            f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} sequences"
+            f"pairs is required: the default pairs sequences (0, 1), (2, 3), ... but there are {sequences} "
+            "sequences"
         )
     if pairs is None:
         both = v.view(-1, 2).sum(-1)

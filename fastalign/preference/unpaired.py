@@ -201,7 +201,8 @@ def unpaired_loss(
         raise ValueError("loss 'bco' needs either baseline= (delta) or state= (a BCODelta that keeps it)")
     if loss == "kto" and baseline is None:
         raise ValueError(
-            "loss 'kto' needs baseline=, the z0 of mismatched pairs (fastalign.kto_baseline); 'apo_zero_unpaired' has z0 = 0"
+            "loss 'kto' needs baseline=, the z0 of mismatched pairs (fastalign.kto_baseline); "
+            "'apo_zero_unpaired' has z0 = 0"
         )
     beta = options.get("beta", UNPAIRED[loss].beta)
     tensors = _weights(desirable, options, logprobs)

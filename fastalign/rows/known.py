@@ -65,7 +65,8 @@ class KnownLossFunction(Function):
     def backward(ctx, g_loss):
         if ctx.spent:
             raise RuntimeError(
-                f"{KnownLossFunction.names} can be differentiated once: the gradients made in forward have been handed out"
+                f"{KnownLossFunction.names} can be differentiated once: the gradients made in forward have "
+                "been handed out"
             )
         ctx.spent = True
         return tuple(None if g is None else _times(g, g_loss) for g in ctx.saved_tensors)

@@ -134,8 +134,8 @@ PUBLIC.update(dict.fromkeys(PLANS, "token_stats_fwd"))
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """log softmax(z)[label] per row, z = hidden weight^T + bias: `linear_token_stats(...).logprob`. Same arguments,
-    shapes, dtypes and errors."""
+    """log softmax(z)[label] per row, z = hidden weight^T + bias: `linear_token_stats(...).logprob`. Same
+    arguments, shapes, dtypes and errors."""
     if "outputs" in options:
         raise TypeError("linear_token_logprobs has no outputs; linear_token_stats has")
     return linear_token_stats(hidden, weight, labels, bias=bias, **options).logprob
@@ -250,11 +250,13 @@ class LinearHead(NamedTuple):
         check_same_device("ref_hidden", hidden, "hidden", self.hidden)
         if hidden.shape[:-1] != self.hidden.shape[:-1]:
             raise ValueError(
-                f"ref_hidden has shape {tuple(hidden.shape)}; legal here: {(*self.hidden.shape[:-1], 'any width')}"
+                f"ref_hidden has shape {tuple(hidden.shape)}; legal here: "
+                f"{(*self.hidden.shape[:-1], 'any width')}"
             )
         if weight.shape[0] != self.weight.shape[0]:
             raise ValueError(
-                f"ref_weight has a vocabulary of {weight.shape[0]}; legal here: that of weight, {self.weight.shape[0]}"
+                f"ref_weight has a vocabulary of {weight.shape[0]}; legal here: that of weight, "
+                f"{self.weight.shape[0]}"
             )
         return hidden, weight, bias
 
@@ -330,7 +332,8 @@ def check_hidden(
             else ""
         )
         raise ValueError(
-            f"{h} has shape {tuple(hidden.shape)} and {w} {tuple(weight.shape)}; legal: (..., H) and [V, H] with the same H{swapped}"
+            f"{h} has shape {tuple(hidden.shape)} and {w} {tuple(weight.shape)}; legal: (..., H) and [V, H] "
+            f"with the same H{swapped}"
         )
     check_same_device(w, weight, h, hidden)
     if bias is not None:

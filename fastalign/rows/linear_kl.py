@@ -53,7 +53,8 @@ def linear_token_kl_loss(
     head_options, unknown = split_options(options)
     if unknown:
         raise TypeError(
-            f"linear_token_kl_loss has no option {', '.join(unknown)}; legal: {', '.join(head_options._fields)}"
+            f"linear_token_kl_loss has no option {', '.join(unknown)}; legal: "
+            f"{', '.join(head_options._fields)}"
         )
     head = linear_head(
         hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), None, mask, (name,), head_options

@@ -65,7 +65,7 @@ class LinearTokenStatsFunction(Function):
         return _from_tiles(call, state, upstream, needs)
 
 
-# --- forward -------------------------------------------------------------------------------------------------------------------------------
+# --- forward ------------------------------------------------------------------------------------------------
 
 
 def _through_tiles(call: Call) -> tuple[list[Tensor], Tensor]:
@@ -131,7 +131,7 @@ def _on_all_rows(call: Call, name: str, result: Tensor) -> Tensor:
     return full.index_copy_(0, call.index, result.view(call.rows, *shape[1:])) if call.rows else full
 
 
-# --- backward ------------------------------------------------------------------------------------------------------------------------------
+# --- backward -----------------------------------------------------------------------------------------------
 
 
 def _on_walked_rows(call: Call, grads: Sequence[Tensor | None]) -> RowGradients:

@@ -32,14 +32,16 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.kind}: {self.gemms} GEMM{'s' * (self.gemms != 1)}, tiles of {self.rows} rows x {self.vocab} of the vocabulary, "
+            f"{self.kind}: {self.gemms} GEMM{'s' * (self.gemms != 1)}, tiles of {self.rows} rows x "
+            f"{self.vocab} of the vocabulary, "
             f"{_mib(self.workspace)} of logits and {_mib(self.buffers)} besides; {self.why}"
         )
 
 
 class Work(NamedTuple):
-    """What a plan depends on. rows: scored ones. size: bytes per logit, with what a tile of them needs beside it. towers: 2 with a reference head.
-    slopes: outputs that gradients may come back through, one number per row each; 0 without any."""
+    """What a plan depends on. rows: scored ones. size: bytes per logit, with what a tile of them needs beside
+    it. towers: 2 with a reference head. slopes: outputs that gradients may come back through, one number per
+    row each; 0 without any."""
 
     rows: int
     hidden: int
@@ -70,11 +72,25 @@ def make_plan(work: Work, budget: int, known: bool = False) -> Plan:
     many = whole_rows >= min(work.rows, MIN_ROWS)
     rows = max(1, min(work.rows, whole_rows))
     if known and many:
-        return Plan("known", rows, work.vocab, work.towers + needs, _bytes(work, rows, work.vocab), _wide_weight(work, rows),
-                    "the loss is known between logits and gradient")  # fmt: skip
+        return Plan(
+            "known",
+            rows,
+            work.vocab,
+            work.towers + needs,
+            _bytes(work, rows, work.vocab),
+            _wide_weight(work, rows),
+            "the loss is known between logits and gradient",
+        )
     if many and not work.need_weight and work.slopes == 1:
-        return Plan("frozen", rows, work.vocab, work.towers + 1, _bytes(work, rows, work.vocab), work.rows * work.hidden * 4,
-                    "the weight needs no gradient, and that of hidden is one number per row times what forward can make")  # fmt: skip
+        return Plan(
+            "frozen",
+            rows,
+            work.vocab,
+            work.towers + 1,
+            _bytes(work, rows, work.vocab),
+            work.rows * work.hidden * 4,
+            "the weight needs no gradient, and that of hidden is one number per row times what forward can make",
+        )
     if work.rows <= whole_rows:
         return Plan(
             "keep",
@@ -86,8 +102,15 @@ def make_plan(work: Work, budget: int, known: bool = False) -> Plan:
             "all logits fit the workspace",
         )
     rows, vocab = _tile(work, budget)
-    return Plan("recompute", rows, vocab, 2 * work.towers + needs, _bytes(work, rows, vocab), _wide_weight(work, rows),
-                f"all logits would take {_mib(work.rows * work.vocab * work.size * work.towers)}")  # fmt: skip
+    return Plan(
+        "recompute",
+        rows,
+        vocab,
+        2 * work.towers + needs,
+        _bytes(work, rows, vocab),
+        _wide_weight(work, rows),
+        f"all logits would take {_mib(work.rows * work.vocab * work.size * work.towers)}",
+    )
 
 
 def _pinned(work: Work, needs: int) -> Plan:

@@ -187,7 +187,8 @@ def _row_options(dtype, like, of, temperature, logit_scale, softcap, ignore_inde
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
             raise ValueError(
-                f"temperature must be a number or a tensor of one element, got shape {tuple(temperature.shape)}"
+                "temperature must be a number or a tensor of one element, got shape "
+                f"{tuple(temperature.shape)}"
             )
         check_same_device("temperature", temperature, of, like)
         tensor = temperature.detach().reshape(()).to(ffi.acc_dtype(dtype))
@@ -206,7 +207,8 @@ def _row_options(dtype, like, of, temperature, logit_scale, softcap, ignore_inde
     )
     if not (held and (softcap is None or FP32_LOW <= cap_scale < FP32_HIGH)) and dtype != torch.float64:
         raise ValueError(
-            f"temperature={temperature!r}, logit_scale={logit_scale!r}, softcap={softcap!r}: legal are numbers and ratios of them that fp32 "
+            f"temperature={temperature!r}, logit_scale={logit_scale!r}, softcap={softcap!r}: legal are "
+            "numbers and ratios of them that fp32 "
             f"holds, {FP32_LOW:.3g} to {FP32_HIGH:.3g}"
         )
     return options, tensor

@@ -131,7 +131,8 @@ def check_cu_seqlens_values(
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
         beyond = " or more" if int(cu_seqlens[-1]) == torch.iinfo(torch.int32).max else ""
         raise ValueError(
-            f"{name} must start at 0 and end at the number of {total} ({tokens}); it runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}{beyond}"
+            f"{name} must start at 0 and end at the number of {total} ({tokens}); it runs from "
+            f"{int(cu_seqlens[0])} to {int(cu_seqlens[-1])}{beyond}"
         )
     if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         where = int((cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()[0])

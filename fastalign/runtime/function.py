@@ -59,7 +59,8 @@ def _first_order(first_gradients: Callable[..., Any], names: str) -> Callable[..
             return backward(ctx, *grads)
         if torch.is_grad_enabled():  # in backward: exactly under create_graph=True
             raise RuntimeError(
-                f"{names} can be differentiated once: create_graph=True (hessian, hvp, a gradient penalty) asks for a graph of the gradient, "
+                f"{names} can be differentiated once: create_graph=True (hessian, hvp, a gradient penalty) "
+                "asks for a graph of the gradient, "
                 "which the kernels do not have. For second derivatives write the loss in plain PyTorch"
             )
         # A forward that was compiled has left nothing: its graph chose when it was made.

@@ -58,7 +58,8 @@ def conform(entries: Sequence[Entry], names: Sequence[str], args: Sequence[Any])
         first = first or (e.name, tensor)
         if tensor.device != first[1].device:
             raise ValueError(
-                f"{e.name} is on {tensor.device} but {first[0]} is on {first[1].device}; they must share a device"
+                f"{e.name} is on {tensor.device} but {first[0]} is on {first[1].device}; they must share a "
+                "device"
             )
         dtype = {"same": first[1].dtype, "acc": ffi.acc_dtype(first[1].dtype)}.get(e.kind) or _DTYPES[e.kind]
         if tensor.dtype != dtype:
@@ -67,7 +68,8 @@ def conform(entries: Sequence[Entry], names: Sequence[str], args: Sequence[Any])
         out[e.place] = tensor if e.rows and ffi.row_layout(tensor) is not None else tensor.contiguous()
         if e.written and out[e.place] is not tensor:
             raise ValueError(
-                f"{e.name} has strides {tensor.stride()}; legal: a contiguous last dim, and leading dims that collapse to two"
+                f"{e.name} has strides {tensor.stride()}; legal: a contiguous last dim, and leading dims that "
+                "collapse to two"
             )
     return out
 

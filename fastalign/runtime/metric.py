@@ -193,7 +193,8 @@ def merge_metrics(
             metric, old = as_metric(metric), merged.get(name)
             if old is not None and type(old) is not type(metric):
                 raise TypeError(
-                    f"metric {name!r} is a {type(old).__name__} in one part and a {type(metric).__name__} in another"
+                    f"metric {name!r} is a {type(old).__name__} in one part and a {type(metric).__name__} in "
+                    "another"
                 )
             merged[name] = metric if old is None else old.merge(metric)
     return merged if group is None else _over_ranks(merged, group)

@@ -120,7 +120,8 @@ class Op:
         """The derivatives are those of the public functions; a graph that holds the bare op would lose them
         without a word."""
         raise RuntimeError(
-            f"torch.ops.fastalign.{self.name} has no derivative by itself: differentiate fastalign's functions, not their ops. A program of "
+            f"torch.ops.fastalign.{self.name} has no derivative by itself: differentiate fastalign's "
+            "functions, not their ops. A program of "
             "torch.export holds the ops and is for inference; torch.compile is for training"
         )
 

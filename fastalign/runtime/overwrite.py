@@ -39,7 +39,8 @@ def check_overwritable(tensor: Tensor, name: str) -> None:
         )
     if _self_overlapping(tensor):
         raise ValueError(
-            f"{name}=True needs logits whose rows do not share memory (expanded or overlapping views cannot be written)"
+            f"{name}=True needs logits whose rows do not share memory (expanded or overlapping views cannot "
+            "be written)"
         )
 
 

@@ -77,7 +77,8 @@ def check_output(config: RunConfig) -> Path:
         for part in (*RUN_DIRECTORIES, "model.tmp"):
             if path.is_relative_to(output / part):
                 raise UserError(
-                    f"{flag} lies in '{part}' of --output, where a run removes files: copy the model to a place of its own"
+                    f"{flag} lies in '{part}' of --output, where a run removes files: copy the model to a "
+                    "place of its own"
                 )
     existing = next(path for path in (output, *output.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -93,7 +94,8 @@ def check_output(config: RunConfig) -> Path:
     elif is_run(output):
         if not config.overwrite:
             raise UserError(
-                f"the output directory {output} holds an earlier run ({found[0]}); choose --resume or --overwrite"
+                f"the output directory {output} holds an earlier run ({found[0]}); choose --resume or "
+                "--overwrite"
             )
     else:
         _check_foreign(output, found, config.overwrite)
@@ -104,23 +106,27 @@ def _check_foreign(output: Path, found: list[str], overwrite: bool) -> None:
     """Refuse a directory in which something would be replaced that no run has written."""
     if found:
         raise UserError(
-            f"the output directory {output} holds {found[0]}, which an earlier run may have left or something else; without a {RECORD} of a run "
+            f"the output directory {output} holds {found[0]}, which an earlier run may have left or something "
+            f"else; without a {RECORD} of a run "
             "nothing there is removed: choose another directory, or move it away"
         )
     models = sorted(path.name for pattern in _MODEL_FILES for path in output.glob(pattern))
     if models and not overwrite:
         raise UserError(
-            f"the output directory {output} holds a model ({models[0]}) that no run of fastalign has written; choose another directory, or "
+            f"the output directory {output} holds a model ({models[0]}) that no run of fastalign has written; "
+            "choose another directory, or "
             "--overwrite to replace that model"
         )
     if "adapter_config.json" in models:
         raise UserError(
-            f"{output / 'adapter_config.json'}: the adapter would be loaded on top of the trained model; choose another directory"
+            f"{output / 'adapter_config.json'}: the adapter would be loaded on top of the trained model; "
+            "choose another directory"
         )
     blocked = [name for name in models if (output / name).is_dir()]
     if blocked:
         raise UserError(
-            f"{output / blocked[0]} is a directory, and a file of the trained model would have that name; choose another"
+            f"{output / blocked[0]} is a directory, and a file of the trained model would have that name; "
+            "choose another"
         )
 
 
@@ -270,7 +276,8 @@ def load_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         raise UserError(f"{what}holds {type(state).__name__}")
     if state.get("format") != FORMAT and {"step", "optimizer"} <= state.keys():
         raise UserError(
-            f"--resume: the checkpoint {path} was written by another version of fastalign: its format is {state.get('format', 1)!s:.20}, this "
+            f"--resume: the checkpoint {path} was written by another version of fastalign: its format is "
+            f"{state.get('format', 1)!s:.20}, this "
             f"version reads {FORMAT}"
         )
     for name, kind in _STATE.items():
@@ -328,7 +335,8 @@ def check_same_run(
     for name in {**state["models"], **models}:
         if state["models"].get(name) != models.get(name):
             raise UserError(
-                f"--resume: the weights of {flag_of(name, type(config))} are not those that the run was started with"
+                f"--resume: the weights of {flag_of(name, type(config))} are not those that the run was "
+                "started with"
             )
     if state["data"] != data:
         raise UserError("--resume: the data or its tokenisation has changed since the run was started")

@@ -128,7 +128,8 @@ def _acquire(output: Path) -> int:
             owner = os.read(handle, 100).decode(errors="replace").strip()
             os.close(handle)
             raise UserError(
-                f"another run ({owner}) is writing into the output directory {output}; wait for it, or choose another"
+                f"another run ({owner}) is writing into the output directory {output}; wait for it, or choose "
+                "another"
             ) from None
         except OSError as error:
             print(f"warning: {path}: {error.strerror}; nothing here holds off a second run in this directory")

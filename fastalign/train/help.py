@@ -98,6 +98,8 @@ def usage(method: str, kind: type[RunConfig]) -> str:
 def description(row: Row) -> str:
     page = row.page
     return (
-        f"{page.what}\n\n  loss     {page.formula}\n  paper    {page.paper}\n  data     {page.data}\n  command  {page.command}\n\n"
-        f"The data formats and recipes are in docs/training{'_online' if row.config is OnlineConfig else ''}.md."
+        f"{page.what}\n\n  loss     {page.formula}\n  paper    {page.paper}\n  data     {page.data}\n  "
+        f"command  {page.command}\n\n"
+        "The data formats and recipes are in "
+        f"docs/training{'_online' if row.config is OnlineConfig else ''}.md."
     )

@@ -136,7 +136,8 @@ class Run:
                 raise
             except Exception as error:  # contents that have the form of a checkpoint and are not this run's fail in many ways
                 raise UserError(
-                    f"--resume: the checkpoint {path} is damaged: its {what} cannot be read: {files.reason(error)}"
+                    f"--resume: the checkpoint {path} is damaged: its {what} cannot be read: "
+                    f"{files.reason(error)}"
                 ) from error
 
         restore(
@@ -151,7 +152,8 @@ class Run:
         print(f"resumed from {path}")
         if task.steps > state["steps"]:
             print(
-                f"goes on to step {task.steps}, not {state['steps']}: from here on the learning rate is that of a run of this length"
+                f"goes on to step {task.steps}, not {state['steps']}: from here on the learning rate is that "
+                "of a run of this length"
             )
         return state["step"], state["tokens"]
 
@@ -161,7 +163,8 @@ class Run:
             for name, weight in module.named_parameters():
                 if not weight.isfinite().all():
                     raise TrainingError(
-                        f"step {step}: the weights of {name} are not finite any more (a lower --learning-rate?); they are not saved"
+                        f"step {step}: the weights of {name} are not finite any more (a lower "
+                        "--learning-rate?); they are not saved"
                     )
 
     def _save_checkpoint(self, optimizer: Optimizer, step: int, tokens: int) -> None:
@@ -194,9 +197,11 @@ class Run:
         router = f"router: {self.lm.router_note}\n" if self.lm.router_note else ""
         head = f"head: {self.lm.describe_head()}\n" if isinstance(self.lm, PackedCausalLM) else ""
         print(
-            f"model: {type(self.lm.model).__name__}, {size / 1e6:.3g} M parameters, on {self.lm.device}, forward in {self.config.dtype}\n"
+            f"model: {type(self.lm.model).__name__}, {size / 1e6:.3g} M parameters, on {self.lm.device}, "
+            f"forward in {self.config.dtype}\n"
             f"attention: {self.lm.attention}{passed_over}\n{head}"
-            f"{router}training: {self.task.method}, {self.task.steps - first} steps, {self.task.describe()}, output {self.output}"
+            f"{router}training: {self.task.method}, {self.task.steps - first} steps, {self.task.describe()}, "
+            f"output {self.output}"
         )
         with files.writing(f"{checkpoint.RECORD} in {self.output}"):
             checkpoint.write_record(self.output, self.config, self.task.method)

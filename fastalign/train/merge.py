@@ -45,7 +45,8 @@ def merge_weights(
         raise UserError(f"method {method!r} is unknown; legal: {', '.join(METHODS)}")
     if not tuned or weights is not None and len(weights) != len(tuned):
         raise UserError(
-            f"{len(tuned)} tuned models and {0 if weights is None else len(weights)} weights: one weight for each is legal"
+            f"{len(tuned)} tuned models and {0 if weights is None else len(weights)} weights: one weight for "
+            "each is legal"
         )
     if not 0 < density <= 1:
         raise UserError(f"density is {density}: it must lie in (0, 1]")

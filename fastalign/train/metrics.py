@@ -126,7 +126,8 @@ class RunLog:
                     history.append(record)
             if last < step:
                 print(
-                    f"warning: {self.path} is damaged or incomplete: it keeps the records up to step {last}, and the run goes on after step {step}"
+                    f"warning: {self.path} is damaged or incomplete: it keeps the records up to step {last}, "
+                    f"and the run goes on after step {step}"
                 )
         lines = "".join(json.dumps(record) + "\n" for record in history)
         replace_file(self.path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))

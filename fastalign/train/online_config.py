@@ -36,7 +36,8 @@ class OnlineConfig(LossConfig):
     )
     overlong: str = setting(
         "error",
-        "what to do with a prompt that leaves no room for --max-new-tokens in --max-length or --tokens-per-batch: stop, leave it out, or "
+        "what to do with a prompt that leaves no room for --max-new-tokens in --max-length or "
+        "--tokens-per-batch: stop, leave it out, or "
         "cut its start",
         choices=("error", "drop", "truncate_prompt"),
     )
@@ -55,7 +56,8 @@ class OnlineConfig(LossConfig):
     )
     reward: str | None = setting(
         None,
-        "reward function of your own, imported and run: function(completions=[...], prompts=[...], and the data's other columns) -> a "
+        "reward function of your own, imported and run: function(completions=[...], prompts=[...], and the "
+        "data's other columns) -> a "
         "number per completion",
         metavar="MODULE:FUNCTION",
     )
@@ -84,7 +86,8 @@ class OnlineConfig(LossConfig):
     temperature: float = setting(1.0, "the policy samples, and is scored, at this temperature", POSITIVE)
     top_p: float = setting(
         1.0,
-        "nucleus sampling; below 1 the samples are no longer the policy's own distribution, which scoring assumes",
+        "nucleus sampling; below 1 the samples are no longer the policy's own distribution, which scoring "
+        "assumes",
         POSITIVE,
         SHARE,
     )
@@ -172,7 +175,8 @@ class OnlineConfig(LossConfig):
     )
     drop_equal_groups: bool = setting(
         False,
-        "leave groups whose scores are all equal, before any penalty, out of the loss and its denominators (DAPO)",
+        "leave groups whose scores are all equal, before any penalty, out of the loss and its denominators "
+        "(DAPO)",
     )
     mask_truncated: bool = setting(
         False, "leave responses that were cut off out of the loss and its denominators (DAPO)"

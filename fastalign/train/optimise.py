@@ -40,7 +40,8 @@ class Optimizer:
         "grad_norm", numbers on the host, must be finite."""
         if not (math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics.get("loss", 0.0))):
             raise TrainingError(
-                f"step {step + 1}: loss {metrics.get('loss')}, gradient norm {metrics['grad_norm']}; no update was made"
+                f"step {step + 1}: loss {metrics.get('loss')}, gradient norm {metrics['grad_norm']}; no "
+                "update was made"
             )
         rate = learning_rate(step, self.steps, self.config)
         for group in self.adamw.param_groups:
@@ -68,7 +69,8 @@ class Optimizer:
             for name in ("exp_avg", "exp_avg_sq"):
                 if moments[name].shape != shape or not moments[name].isfinite().all():
                     raise ValueError(
-                        f"{name} of a weight of shape {tuple(shape)} has shape {tuple(moments[name].shape)}, or is not finite"
+                        f"{name} of a weight of shape {tuple(shape)} has shape {tuple(moments[name].shape)}, "
+                        "or is not finite"
                     )
             if not 0 < float(moments["step"]) < math.inf:
                 raise ValueError(f"a number of updates is {float(moments['step'])}")

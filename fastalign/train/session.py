@@ -48,7 +48,8 @@ class Session:
         self.trust = {"trust_remote_code": self.config.trust_remote_code}
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
-                "this trainer is one process; started as several (WORLD_SIZE > 1) they would overwrite each other's output"
+                "this trainer is one process; started as several (WORLD_SIZE > 1) they would overwrite each "
+                "other's output"
             )
         models.check_device(self.config.device)
         if model is None and self.config.model is None:

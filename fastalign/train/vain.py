@@ -19,7 +19,8 @@ _REASONS: tuple[tuple[Callable[[Mapping[str, float]], bool], str], ...] = (
     (lambda m: m.get("frac_zero_std") == 1.0, "in every group all responses have the same reward"),
     (
         lambda m: m.get("grad_norm") == 0.0,
-        "the gradient is exactly 0 (a beta or weight of 0, or examples in which nothing is better than anything?)",
+        "the gradient is exactly 0 (a beta or weight of 0, or examples in which nothing is better than "
+        "anything?)",
     ),
 )
 

@@ -92,7 +92,8 @@ def pair_backward(
 
 
 def row_states(outputs=1, ref=False, labels=1, temperature=None, mask=None, parts=2, merged=True):
-    """States merged and finished; labels: of each row, 0 for none. The kernel that merges knows labels or none only."""
+    """States merged and finished; labels: of each row, 0 for none. The kernel that merges knows labels or
+    none only."""
     n = 6 if ref else 3
     y, state = (
         torch.zeros(3, labels, dtype=torch.long) if labels else None,
@@ -285,7 +286,8 @@ def test_registers_threads_and_shared_memory(resources, compiled):
     print(f"\n{compiled[0]}")
     for k, registers, _, loads, stores in resources:
         print(
-            f"  {k.metadata.name:<26}{registers:>4} registers {k.metadata.shared:>6} B shared, 16-byte loads {loads}, stores {stores}"
+            f"  {k.metadata.name:<26}{registers:>4} registers {k.metadata.shared:>6} B shared, 16-byte loads "
+            f"{loads}, stores {stores}"
         )
         assert k.metadata.shared <= 48 << 10
         assert k.metadata.num_warps * TARGETS[compiled[0]].warp_size <= 256

@@ -32,7 +32,7 @@ def small(byte_tokenizer):
     return review_task.make_model(byte_tokenizer, seed=1, hidden=32, layers=1, heads=2)
 
 
-# --- the task ---------------------------------------------------------------------------------------------------------------------------
+# --- the task -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_sft_learns_from_completions_only(byte_tokenizer, small):
     ]
 
 
-# --- sampling and scoring ---------------------------------------------------------------------------------------------------------------
+# --- sampling and scoring -----------------------------------------------------------------------------------
 
 
 def test_generate_is_seeded_and_leaves_the_global_generator_alone(byte_tokenizer, small):
@@ -182,7 +182,7 @@ def test_pairs_are_ranked_by_the_reward(byte_tokenizer, small, monkeypatch):
     )
 
 
-# --- the two loss heads -----------------------------------------------------------------------------------------------------------------
+# --- the two loss heads -------------------------------------------------------------------------------------
 
 
 def test_plain_and_fused_loss_heads_agree():
@@ -227,7 +227,7 @@ def test_both_paths_take_the_same_steps(byte_tokenizer, small, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, small.parameters()))  # copies were trained
 
 
-# --- the demo ---------------------------------------------------------------------------------------------------------------------------
+# --- the demo -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

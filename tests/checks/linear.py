@@ -44,8 +44,10 @@ def make_case(
 ) -> Case:
     """Every fifth row is ignored and holds `garbage`."""
     g = torch.Generator().manual_seed(seed)
-    draw = [torch.randn(*shape, generator=g, dtype=torch.float64)
-            for shape in ((ROWS, WIDTH), (VOCAB, WIDTH), (VOCAB,), (ROWS, REF_WIDTH), (VOCAB, REF_WIDTH))]  # fmt: skip
+    draw = [
+        torch.randn(*shape, generator=g, dtype=torch.float64)
+        for shape in ((ROWS, WIDTH), (VOCAB, WIDTH), (VOCAB,), (ROWS, REF_WIDTH), (VOCAB, REF_WIDTH))
+    ]
     labels = torch.randint(VOCAB, (ROWS,), generator=g)
     labels[::5] = -100
     draw[0][::5] = garbage
@@ -161,8 +163,16 @@ def check_invariant(device: str) -> None:
         *case[:2], case.labels, bias=case.bias, **case.ref, outputs=KLS, batch_invariant=True
     )
     rows = torch.tensor([3, 8, 6, 2], device=device)
-    part = fa.linear_token_stats(case.hidden[rows], case.weight, case.labels[rows], bias=case.bias, ref_hidden=case.ref_hidden[rows],
-                                 ref_weight=case.ref_weight, outputs=KLS, batch_invariant=True)  # fmt: skip
+    part = fa.linear_token_stats(
+        case.hidden[rows],
+        case.weight,
+        case.labels[rows],
+        bias=case.bias,
+        ref_hidden=case.ref_hidden[rows],
+        ref_weight=case.ref_weight,
+        outputs=KLS,
+        batch_invariant=True,
+    )
     want = composed(case, KLS)
     for name in KLS:
         assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), name

@@ -28,7 +28,8 @@ def log_softmaxes(logits, ref_logits, dtype, temperature=1.0, logit_scale=1.0, s
 
 
 def kl_truth(logits, ref_logits, labels, dtype=torch.float64, mask=None, ignore_index=-100, **options):
-    """The outputs with a reference, written with log_softmax in `dtype` as the papers spell them; 0 log 0 = 0."""
+    """The outputs with a reference, written with log_softmax in `dtype` as the papers spell them; 0 log 0 =
+    0."""
     log_p, log_q = log_softmaxes(logits, ref_logits, dtype, **options)
     p, q = log_p.exp(), log_q.exp()
     out = {

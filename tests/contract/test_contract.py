@@ -37,7 +37,7 @@ VOCABS = (1, 2, 3, 127, 128, 129, 1000, 5003)
 LARGE_VOCABS = (32000, 50257, 129920, 151936, 262144, 262145)
 
 
-# --- accuracy ---------------------------------------------------------------------------------------------------------------------------
+# --- accuracy -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "flat", "offset"])
@@ -104,7 +104,7 @@ def test_softcap_of_huge_logits(backend, device):  # row 15
     assert bool(torch.isfinite(gradient(stats.logprob.sum(), x)).all())
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------------------------
+# --- gradients ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [(n,) for n in DIFFERENTIABLE] + [DIFFERENTIABLE])
@@ -196,7 +196,7 @@ def test_grad_modes(backend, device):  # row 41, F3
     assert [getattr(stats, n).requires_grad for n in ALL] == [True, True, True, False, False, False]
 
 
-# --- masking and degenerate rows --------------------------------------------------------------------------------------------------------
+# --- masking and degenerate rows ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["labels", "mask"])
@@ -287,7 +287,7 @@ def test_top1_is_argmax_where_the_cap_makes_equals(backend, device, with_ref):  
         assert bool(torch.isfinite(stats.logprob).all())  # -inf is an ordinary logit behind the cap
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------------------------------
+# --- layouts ------------------------------------------------------------------------------------------------
 
 
 def _layouts(device):
@@ -431,7 +431,7 @@ def test_no_vocabulary_sized_temporary(
     assert taken and sum(taken) < 8 * 40
 
 
-# --- bad arguments ----------------------------------------------------------------------------------------------------------------------
+# --- bad arguments ------------------------------------------------------------------------------------------
 
 
 def test_errors_name_the_argument(backend, device):

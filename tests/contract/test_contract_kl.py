@@ -30,7 +30,7 @@ from checks.row_pairs import (
 import fastalign as fa
 from fastalign.testing import assert_close, gradient, make_labels, make_logits
 
-# --- the definition -----------------------------------------------------------------------------------------------------------------------
+# --- the definition -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_gradcheck_of_the_definition(names, options):
                     assert_close(g, want, what=name, scale=scale.unsqueeze(-1))
 
 
-# --- accuracy -----------------------------------------------------------------------------------------------------------------------------
+# --- accuracy -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "offset"])
@@ -129,7 +129,7 @@ def test_common_offsets_cancel(backend, device, offset, ref_offset):  # row 9, f
         assert float((got - want).abs().max()) <= 2e-6, name
 
 
-# --- nearly equal rows --------------------------------------------------------------------------------------------------------------------
+# --- nearly equal rows --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -166,7 +166,7 @@ def test_nearly_equal_rows(backend, device, dtype, distance):  # row 26; E8
             assert float((got - want).norm() / want.norm()) <= 3e-3, name
 
 
-# --- masked, infinite and bad rows --------------------------------------------------------------------------------------------------------
+# --- masked, infinite and bad rows --------------------------------------------------------------------------
 
 
 def test_masked_pairs_of_rows_are_exact_zeros(backend, device):  # rows 2, 4
@@ -206,7 +206,7 @@ def test_large_finite_mask_values(backend, device):
     check_large_finite_mask_values(device)
 
 
-# --- layouts, repeatability ---------------------------------------------------------------------------------------------------------------
+# --- layouts, repeatability ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -337,7 +337,7 @@ def test_kl_makes_no_vocabulary_sized_temporary(backend, device):  # A1
     assert taken and sum(taken) < 4 * 40
 
 
-# --- bad arguments ------------------------------------------------------------------------------------------------------------------------
+# --- bad arguments ------------------------------------------------------------------------------------------
 
 
 def test_kl_errors_name_the_argument(backend, device):

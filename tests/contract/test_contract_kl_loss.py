@@ -11,7 +11,7 @@ import fastalign as fa
 from fastalign import testing
 from fastalign.testing import assert_close, gradient
 
-# --- the loss with its gradient made in the forward pass ----------------------------------------------------------------------------------
+# --- the loss with its gradient made in the forward pass ----------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
@@ -46,7 +46,7 @@ def test_kl_loss_protects_other_consumers(backend, device):
         other.backward()
 
 
-# --- token-level DPO on logits ------------------------------------------------------------------------------------------------------------
+# --- token-level DPO on logits ------------------------------------------------------------------------------
 
 
 def tdpo(logits, ref_logits, labels, mask, cu_seqlens, beta, alpha):

@@ -26,7 +26,7 @@ from fastalign.ops.columns import KINDS, SFT_NORMS
 from fastalign.runtime.op import OPS
 from fastalign.testing import assert_close, gradient
 
-# --- the papers -------------------------------------------------------------------------------------------------------------------------
+# --- the papers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -40,7 +40,7 @@ def test_the_longest_list(backend, device, name):
     check_the_longest_list(device, name)
 
 
-# --- every option, against the reference in fp64 ----------------------------------------------------------------------------------------
+# --- every option, against the reference in fp64 ------------------------------------------------------------
 
 
 VARIANTS = {
@@ -93,7 +93,7 @@ def test_many_lists(backend, device):
         assert_close(got, want, scale=10.0)
 
 
-# --- invariances ------------------------------------------------------------------------------------------------------------------------
+# --- invariances --------------------------------------------------------------------------------------------
 
 
 def moved(lists, order, sizes):
@@ -173,7 +173,7 @@ def test_lists_are_bitwise_equal(backend, device):  # row 42
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-# --- edges ------------------------------------------------------------------------------------------------------------------------------
+# --- edges --------------------------------------------------------------------------------------------------
 
 
 def test_lists_of_one_and_of_none(backend, device):  # 14b: K = 1

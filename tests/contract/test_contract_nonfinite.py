@@ -219,7 +219,7 @@ def test_policy_loss_agrees_with_the_reference(backend, device, bad):
             assert bool(torch.isfinite(outs[0][1][~mask]).all())
 
 
-# --- values that lie many standard deviations from 0 --------------------------------------------------------------------------------------
+# --- values that lie many standard deviations from 0 --------------------------------------------------------
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, -1e5, 1e6])

@@ -18,7 +18,7 @@ from fastalign.testing import assert_close, gradient, make_batch
 
 LN2 = math.log(2.0)
 
-# --- sequence_sum -----------------------------------------------------------------------------------------------------------------------
+# --- sequence_sum -------------------------------------------------------------------------------------------
 
 
 def loop_sum(x, cu_seqlens, mask=None, weights=None, mean=False):
@@ -81,7 +81,7 @@ def test_cu_seqlens_are_checked(backend, device, cu, words):
         )
 
 
-# --- kl_estimate ------------------------------------------------------------------------------------------------------------------------
+# --- kl_estimate --------------------------------------------------------------------------------------------
 
 KL = {
     "k1": lambda d: (d, torch.ones_like(d)),
@@ -129,7 +129,7 @@ def test_kl_estimate_keeps_nan_and_equal_infinities(backend, device):
     assert fa.kl_estimate(lp[:0], rp[:0]).shape == (0,)
 
 
-# --- the pair kernel --------------------------------------------------------------------------------------------------------------------
+# --- the pair kernel ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PAIR_VARIANTS)

@@ -266,7 +266,7 @@ def test_policy_coefficients_as_tensors(backend, device):
         assert torch.equal(x, y)
 
 
-# --- the KL term ------------------------------------------------------------------------------------------------------------------------
+# --- the KL term --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("d", [-20.0, -25.0, -1e4, -6e8, -1e30, -math.inf])
@@ -311,7 +311,7 @@ def test_kl_estimate_without_upstream_gradient_gives_none(backend, device, kind)
         assert x[:4].tolist() == [0.0] * 4 and x[4] == y[4] != 0
 
 
-# --- value_loss -------------------------------------------------------------------------------------------------------------------------
+# --- value_loss ---------------------------------------------------------------------------------------------
 
 VALUES = {
     "clipped": {}, "unclipped": {"clip": None}, "no room": {"clip": 0.0}, "num_items": {"num_items": 7.0},
@@ -345,7 +345,7 @@ def test_value_loss_of_extreme_values(backend, device):  # row 37
     assert g.tolist() == [0.0, 0.0, 1.0]
 
 
-# --- bad arguments ----------------------------------------------------------------------------------------------------------------------
+# --- bad arguments ------------------------------------------------------------------------------------------
 
 
 def test_options_without_effect_are_refused(backend, device):

@@ -322,7 +322,7 @@ def test_the_first_maximum_of_rows_that_a_softcap_flattens(backend, device):
         assert spec.named(outputs)["is_top1"].tolist() == [1.0] * 4, cuts
 
 
-# --- the states themselves --------------------------------------------------------------------------------------------------------------------
+# --- the states themselves ----------------------------------------------------------------------------------
 
 
 def bits(t):

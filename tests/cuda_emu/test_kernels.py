@@ -46,7 +46,7 @@ def outputs(logits, labels, inplace=False, **options):
     return [getattr(stats, name).detach() for name in ALL] + [leaf.grad]
 
 
-# --- clusters ---------------------------------------------------------------------------------------------------------------------------
+# --- clusters -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab", [1, 3, 129, 1000, 5003])
@@ -83,7 +83,7 @@ def test_fp64_is_refused_by_the_kernels_too(emulated):
         fa.token_stats(x, outputs=("entropy",))
 
 
-# --- alignment and edges ----------------------------------------------------------------------------------------------------------------
+# --- alignment and edges ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -147,7 +147,7 @@ def test_guard_bands_notice_a_stray_write():
         memory.check("an op")
 
 
-# --- more than a warp or a block holds --------------------------------------------------------------------------------------------------
+# --- more than a warp or a block holds ----------------------------------------------------------------------
 
 
 def test_many_labels_per_row(emulated):
@@ -209,7 +209,7 @@ def test_malformed_packing_gives_nan_and_writes_everything(emulated, monkeypatch
         assert bool(torch.isnan(grad).any()), (cu, pairs)
 
 
-# --- the suite notices ------------------------------------------------------------------------------------------------------------------
+# --- the suite notices --------------------------------------------------------------------------------------
 
 MISSING = {
     "the barrier before the labels' gradients are read": (

@@ -61,7 +61,7 @@ def same(got, want):
     return all(torch.equal(a, b) for a, b in zip(got, want) if a.numel() == b.numel())
 
 
-# --- clusters ---------------------------------------------------------------------------------------------------------------------------
+# --- clusters -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab", [1, 3, 129, 1000, 2603])
@@ -103,7 +103,7 @@ def test_one_read_leaves_room_for_three_blocks_per_multiprocessor(emulated, voca
     assert 3 * (shared + 1024) <= 228 << 10
 
 
-# --- one read -----------------------------------------------------------------------------------------------------------------------------
+# --- one read -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -164,7 +164,7 @@ def test_bad_label_and_bad_rows_in_one_read(emulated, monkeypatch):
     )
 
 
-# --- alignment and edges ------------------------------------------------------------------------------------------------------------------
+# --- alignment and edges ------------------------------------------------------------------------------------
 
 
 def placed(content, shift, pad, fill):
@@ -223,7 +223,7 @@ def test_scale_rows(emulated, vocab, dtype):
         assert bool((buffer == 77.0).all())
 
 
-# --- the suite notices ------------------------------------------------------------------------------------------------------------------
+# --- the suite notices --------------------------------------------------------------------------------------
 
 MISSING = {
     "the wait for the copies": ("wait_for_copies(flags + i / round);", ""),

@@ -85,7 +85,7 @@ def test_triton_reads_the_same_numbers():
     } == OURS
 
 
-# --- no bare numbers --------------------------------------------------------------------------------------------------------------------
+# --- no bare numbers ----------------------------------------------------------------------------------------
 
 FILES = [
     p for folder in ("ops", "preference", "policy", "train") for p in sorted((PACKAGE / folder).rglob("*.py"))

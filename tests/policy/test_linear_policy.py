@@ -91,8 +91,17 @@ def test_kl_loss(inputs, budget, direction, masked):
     hidden, weight, bias, ref_hidden, ref_weight = tensors
     coef = torch.linspace(-1, 1, TOKENS, dtype=torch.float64)
     mask = torch.arange(TOKENS) % 3 > 0 if masked else None
-    got = fa.linear_token_kl_loss(hidden, weight, ref_hidden, ref_weight, coef, bias=bias, direction=direction, mask=mask,
-                                  workspace_bytes=BUDGETS.get(budget, 5000))  # fmt: skip
+    got = fa.linear_token_kl_loss(
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        coef,
+        bias=bias,
+        direction=direction,
+        mask=mask,
+        workspace_bytes=BUDGETS.get(budget, 5000),
+    )
     want = fa.token_kl_loss(
         hidden @ weight.t() + bias, ref_hidden @ ref_weight.t(), coef, direction=direction, mask=mask
     )
@@ -115,8 +124,9 @@ def test_nothing_is_scored(rows, frozen):  # G8
     kl = fa.linear_token_kl_loss(
         hidden, weight, torch.randn(rows, 3), torch.randn(7, 3), torch.ones(rows), mask=mask
     )
-    pairs = fa.linear_preference_loss(hidden, weight, labels, torch.tensor([0, 0, rows], dtype=torch.int32),
-                                      ref_logprobs=nothing)  # fmt: skip
+    pairs = fa.linear_preference_loss(
+        hidden, weight, labels, torch.tensor([0, 0, rows], dtype=torch.int32), ref_logprobs=nothing
+    )
     logprobs = fa.linear_token_logprobs(hidden, weight, labels).sum()
     for loss in (policy.loss, kl.loss, pairs.loss, logprobs):
         assert loss.item() == 0.0

@@ -54,8 +54,19 @@ def check(inputs, loss, budget, **options):
     rules = (
         [RULES[loss.rule]() for _ in range(2)] if isinstance(loss, fa.Preset) and loss.rule else [None, None]
     )
-    got = fa.linear_preference_loss(hidden, weight, labels, cu, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, loss=loss,
-                                    workspace_bytes=BUDGETS[budget], state=rules[0], **options)  # fmt: skip
+    got = fa.linear_preference_loss(
+        hidden,
+        weight,
+        labels,
+        cu,
+        bias=bias,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        loss=loss,
+        workspace_bytes=BUDGETS[budget],
+        state=rules[0],
+        **options,
+    )
     want = composed(inputs, loss, state=rules[1], **options)
     torch.testing.assert_close(got.table, want.table)
     torch.testing.assert_close(got.sums, want.sums)

@@ -223,7 +223,8 @@ def test_failing_nvcc_is_not_silent(tmp_path):
         file.write_text("")
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(
-        "#!/bin/sh\ncase $1 in --version) echo 'release 13.0, V13.0.88';; *) echo 'nvcc is out of order' >&2; exit 1;; esac\n"
+        "#!/bin/sh\ncase $1 in --version) echo 'release 13.0, V13.0.88';; *) echo 'nvcc is out of order' >&2; "
+        "exit 1;; esac\n"
     )
     nvcc.chmod(0o755)
     env = {

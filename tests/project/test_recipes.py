@@ -41,7 +41,7 @@ def test_a_preset_is_a_row_of_one_file(tmp_path):
     assert len(copy.files) == 1
 
 
-# --- a link ------------------------------------------------------------------------------------------------------------
+# --- a link -------------------------------------------------------------------------------------------------
 
 # Without a parameter of its own, and with one: value and slope in C++, and in Python and Triton; the truth in
 # PyTorch.
@@ -118,7 +118,7 @@ def test_a_link_is_a_name_and_three_formulas(tmp_path, parameter):
             copy.run("from fastalign.losses.pair import Preset; Preset(link='cauchy', link_tau=10.5)")
 
 
-# --- a row statistic ---------------------------------------------------------------------------------------------------
+# --- a row statistic ----------------------------------------------------------------------------------------
 
 # From sums that every state has, of rows on the reference and in interpreted Triton; a masked row gives 0.
 CHECK_STATISTIC = """
@@ -167,7 +167,8 @@ def add_statistic(copy):
     copy.before(
         state,
         place,
-        f"{place.replace('mean_logit', 'max_logprob')}const RowState<T>& s, const RowTransform<T>& f) {formula}",
+        f"{place.replace('mean_logit', 'max_logprob')}const RowState<T>& s, const RowTransform<T>& f) "
+        f"{formula}",
     )
     place = "  if (a.is_top1) put("
     copy.before(results, place, "  if (a.max_logprob) put(a.max_logprob, row, row_max_logprob(s, f));\n")

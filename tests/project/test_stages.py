@@ -41,7 +41,7 @@ def test_an_older_triton_comes_first(tmp_path, monkeypatch):
     assert run_all.older_triton("3.3.1").split(":") == [str(tmp_path / "triton-3.3.1"), "/elsewhere"]
 
 
-# --- every test file is in exactly one stage, and the contract in one per backend --------------------------------------
+# --- every test file is in exactly one stage, and the contract in one per backend ---------------------------
 
 
 def commands_of(stage, monkeypatch):

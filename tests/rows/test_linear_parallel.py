@@ -177,8 +177,12 @@ def _work(rank, port, results):
     groups = {world: dist.new_group(range(world)) for world in (2, 4)}
     meshes = {world: DeviceMesh("cpu", list(range(world))) for world in (2, 3)}
     found = {}
-    for name, work, world, where in (("vocabulary 2", vocabulary_parallel, 2, groups[2]), ("vocabulary 4", vocabulary_parallel, 4, groups[4]),
-                                     ("sharded", sharded_weight, 3, meshes[3]), ("fsdp", inside_fsdp, 2, meshes[2])):  # fmt: skip
+    for name, work, world, where in (
+        ("vocabulary 2", vocabulary_parallel, 2, groups[2]),
+        ("vocabulary 4", vocabulary_parallel, 4, groups[4]),
+        ("sharded", sharded_weight, 3, meshes[3]),
+        ("fsdp", inside_fsdp, 2, meshes[2]),
+    ):
         if rank < world:
             found[name] = work(rank, world, where)
     results[rank] = found

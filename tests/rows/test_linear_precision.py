@@ -122,8 +122,19 @@ def test_batch_invariant_gradients():
         assert_close(x, y.double(), scale=64.0)
 
 
-@pytest.mark.parametrize("types", [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.float32, "bf16"), (torch.bfloat16, "bf16"),
-                                   (torch.float16, "fp32"), (torch.float64, "fp32"), (torch.float64, "bf16")], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "types",
+    [
+        (torch.float32, "fp32"),
+        (torch.bfloat16, "fp32"),
+        (torch.float32, "bf16"),
+        (torch.bfloat16, "bf16"),
+        (torch.float16, "fp32"),
+        (torch.float64, "fp32"),
+        (torch.float64, "bf16"),
+    ],
+    ids=str,
+)
 def test_operands_are_cast_in_parts(types, monkeypatch):
     """What meets in a product has one type, on the CPU that of the result; a weight in another type is never
     cast as a whole."""
@@ -148,8 +159,18 @@ def test_operands_are_cast_in_parts(types, monkeypatch):
     assert len(seen) >= 3 and seen[-1] == acc
 
 
-@pytest.mark.parametrize(("vocab", "ranks", "legal"), [(100, 1, True), (100, 2, True), (50, 2, True), (51, 2, False), (25, 4, True),
-                                                       (33, 3, False), (10, 8, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("vocab", "ranks", "legal"),
+    [
+        (100, 1, True),
+        (100, 2, True),
+        (50, 2, True),
+        (51, 2, False),
+        (25, 4, True),
+        (33, 3, False),
+        (10, 8, False),
+    ],
+)
 def test_batch_invariant_needs_parts_that_one_rank_would_have(vocab, ranks, legal, monkeypatch):
     monkeypatch.setattr(vocab_parallel.dist, "get_world_size", lambda group: ranks)
     monkeypatch.setattr(vocab_parallel.dist, "get_rank", lambda group: ranks - 1)

@@ -26,7 +26,7 @@ def same(got, want):
         assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
-# --- a device's eyes --------------------------------------------------------------------------------------------------------------------
+# --- a device's eyes ----------------------------------------------------------------------------------------
 
 
 class NoTraffic(TorchDispatchMode):
@@ -95,7 +95,7 @@ def test_traffic_is_noticed(what):
         what(torch.ones(3, device="meta"))
 
 
-# --- no memory --------------------------------------------------------------------------------------------------------------------------
+# --- no memory ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)

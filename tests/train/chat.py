@@ -61,7 +61,8 @@ TEMPLATES = {
     + "{% if add_generation_prompt %}<start>assistant\n\n{% endif %}",
     # system before the last user turn
     "mistral": _REST + "{{ bos_token }}{% set ns = namespace(last=0) %}{% for m in rest %}{% if m.role == 'user' %}{% set ns.last = loop.index %}{% endif %}"
-    "{% endfor %}{% for m in rest %}{% if m.role == 'user' %}[INST] {% if loop.index == ns.last and s %}{{ s }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% endfor %}{% for m in rest %}{% if m.role == 'user' %}[INST] {% if loop.index == ns.last and s %}{{ s "
+    "}}\n\n{% endif %}{{ m.content }}[/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
     "gemma": "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + _EACH
     + "<start>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end>\n" + _END
@@ -87,7 +88,8 @@ TEMPLATES = {
 _QWEN3 = (  # with enable_thinking=false the empty block belongs to the prompt
     _EACH
     + "{% set c = m.content %}{% set think = '' %}{% if m.role == 'assistant' and '</think>' in c %}{% set think = c.split('</think>')[0]"
-    ".split('<think>')[-1].strip() %}{% set c = c.split('</think>')[-1].lstrip() %}{% endif %}<start>{{ m.role }}\n"
+    ".split('<think>')[-1].strip() %}{% set c = c.split('</think>')[-1].lstrip() %}{% endif %}<start>{{ "
+    "m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n{{ think }}\n</think>\n\n{% endif %}{{ c }}<end>\n"
     + _END
     + "{% if add_generation_prompt %}<start>assistant\n{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
@@ -96,7 +98,8 @@ _QWEN3 = (  # with enable_thinking=false the empty block belongs to the prompt
 _CUTS = "{% set c = m.content %}{% if m.role == 'assistant' and '</think>' in c %}{% set c = c.split('</think>')[-1].strip() %}{% endif %}"
 HARMFUL = {
     "moves system": _REST + "{{ bos_token }}{% for m in rest %}{% if m.role == 'user' %}{% if loop.last and s %}[INST] {{ s }}\n\n{{ m.content }}[/INST]"
-    "{% else %}[INST] {{ m.content }}[/INST]{% endif %}{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    "{% else %}[INST] {{ m.content }}[/INST]{% endif %}{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% "
+    "endfor %}",
     "drops system": _EACH + "{% if m.role != 'system' %}" + _TURN + "{% endif %}" + _END + _ASK,
     "drops earlier turns": _EACH + "{% if m.role == 'system' or loop.revindex <= 2 %}" + _TURN + "{% endif %}" + _END + _ASK,
     "keeps one of a role": _EACH + "{% if loop.last or messages[loop.index].role != m.role %}" + _TURN + "{% endif %}" + _END + _ASK,

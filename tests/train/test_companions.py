@@ -288,7 +288,8 @@ def test_a_checkpoint_with_a_broken_value_head(argv, capsys, tmp_path):
     [
         (
             lambda: train("kto", OnlineConfig()),
-            r"train\('kto', config\): config must be an instance of TrainConfig, got OnlineConfig, .* train_online",
+            r"train\('kto', config\): config must be an instance of TrainConfig, got OnlineConfig, .* "
+            r"train_online",
         ),
         (
             lambda: train_dpo(OnlineConfig()),

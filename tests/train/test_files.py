@@ -27,7 +27,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-# --- other people's files ---------------------------------------------------------------------------------------------------------------
+# --- other people's files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_an_adapter_or_a_directory_in_the_way(config):
         train_dpo(config(**RUN, overwrite=True))
 
 
-# --- links ------------------------------------------------------------------------------------------------------------------------------
+# --- links --------------------------------------------------------------------------------------------------
 
 
 def test_no_temporary_name_follows_a_link(config, tmp_path):
@@ -148,7 +148,7 @@ def test_replaced_files_have_the_usual_permissions(tmp_path):
     assert (tmp_path / "a").read_text() == "x" and sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
-# --- two runs ---------------------------------------------------------------------------------------------------------------------------
+# --- two runs -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("second", [{}, {"overwrite": True}, {"resume": True}])
@@ -196,7 +196,7 @@ def test_the_lock_of_a_killed_run_holds_nobody_off(config, model_dir, data_file,
     assert not (output / files.LOCK).exists()
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------------------
 
 
 def rewrite(change):
@@ -323,7 +323,7 @@ def test_damaged_records_are_said(config, capsys, line):
     )
 
 
-# --- a full disk ------------------------------------------------------------------------------------------------------------------------
+# --- a full disk --------------------------------------------------------------------------------------------
 
 
 class Limited:

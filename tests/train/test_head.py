@@ -210,7 +210,7 @@ def test_step_0_through_tiles(config, small_workspace, frozen):
     assert torch.equal(before, model.lm_head.weight) == frozen
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 RUN = {"max_steps": 5, "save_every": 2, "eval_fraction": 0.25, "tokens_per_batch": 64}
 

@@ -249,7 +249,7 @@ def test_a_model_that_fails_is_as_it_was():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-# --- what a run does with a model whose head is refused -----------------------------------------------------------------------------------
+# --- what a run does with a model whose head is refused -----------------------------------------------------
 
 
 def test_a_run_says_why_it_makes_logits(config, capsys):

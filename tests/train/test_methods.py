@@ -103,7 +103,7 @@ def test_every_loss_is_served_or_refused_with_a_reason(config):
             make_method("listwise", config(loss=name))
 
 
-# --- columns of the data, mixtures --------------------------------------------------------------------------------------------------------
+# --- columns of the data, mixtures --------------------------------------------------------------------------
 
 
 def test_columns_enter_the_loss(run, capsys):
@@ -183,7 +183,7 @@ def test_rules_show_what_they_did_and_evaluation_does_not_teach_them(run):
     assert watched.history[0]["eval_kept_fraction"] == 1.0
 
 
-# --- single responses -----------------------------------------------------------------------------------------------------------------------
+# --- single responses ---------------------------------------------------------------------------------------
 
 
 def response_ratio(example, models, completion=None):
@@ -294,7 +294,7 @@ def test_dros_rewards_are_standardised_and_its_head_learns(run):
     assert raw.history[0]["loss"] == pytest.approx(sum(row["score"] ** 2 for row in rows) / 16, rel=1e-6)
 
 
-# --- reward models --------------------------------------------------------------------------------------------------------------------------
+# --- reward models ------------------------------------------------------------------------------------------
 
 
 def test_a_reward_model_loads_with_transformers_and_scores_padded_batches(run, tokenizer):
@@ -360,7 +360,7 @@ def test_lists_of_two_train_the_same_reward_model_as_pairs(run):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["accuracy"] == a["accuracy"]
 
 
-# --- lists and exact KL ---------------------------------------------------------------------------------------------------------------------
+# --- lists and exact KL -------------------------------------------------------------------------------------
 
 
 def test_lists_of_two_are_pairs(run):

@@ -255,7 +255,7 @@ def test_the_probe_looks_at_the_lengths_of_the_run(tmp_path, tokenizer):
     assert not (tmp_path / "out").exists()
 
 
-# --- the router -------------------------------------------------------------------------------------------------------------------------
+# --- the router ---------------------------------------------------------------------------------------------
 
 
 def some_pairs(count=4):

@@ -27,7 +27,7 @@ from fastalign.train.sampling.actor import Actor
 from fastalign.train.sampling.advantages import Rewarded, estimate
 from fastalign.train.sampling.rollout import Rollout, Sampler
 
-# --- advantages -------------------------------------------------------------------------------------------------------------------------
+# --- advantages ---------------------------------------------------------------------------------------------
 
 LENGTHS, GROUPS = (3, 1, 5, 2, 4, 2), (0, 0, 0, 1, 1, 1)
 SCORES = (1.5, -0.5, 30.0, 0.25, 0.5, -2.0)
@@ -179,7 +179,7 @@ def test_split_evenly():
     assert [list(part) for part in split_evenly(range(2), 5)] == [[0], [1]]
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------------
 
 
 def prompts_of(*lengths):
@@ -244,7 +244,7 @@ def test_a_response_ends_with_its_eos():
     assert 10 < sum(rollout.ended for rollout in rollouts) < 60
 
 
-# --- data -------------------------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 
 def load(rows, tmp_path, tokenizer=None, positions=64, **options):
@@ -308,7 +308,7 @@ def test_texts(tmp_path):
         load_texts(OnlineConfig(ptx_data=str(path)), make_tokenizer(), 16)
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------------------
 
 
 def test_defaults_and_presets():
@@ -390,7 +390,7 @@ def test_numbers_that_are_refused(options, words):
         OnlineConfig(**options)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------------------
+# --- the command line ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from fastalign.train.optimise import Optimizer
 from fastalign.train.sampling.rewards import FunctionReward, ModelReward
 from fastalign.train.sampling.rollout import Rollout
 
-# --- rewards ----------------------------------------------------------------------------------------------------------------------------
+# --- rewards ------------------------------------------------------------------------------------------------
 
 ROLLOUTS = [
     Rollout(TokenExample(torch.tensor([1]), (torch.tensor([2]),), {"prompt": "p"}), True, "text")
@@ -121,7 +121,7 @@ def test_an_infinite_reward_in_an_evaluation(tmp_path):
     assert result.history[0]["eval_num_unscored"] == 2
 
 
-# --- what training makes of numbers that are not finite ----------------------------------------------------------------------------------
+# --- what training makes of numbers that are not finite -----------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -186,7 +186,7 @@ def test_numbers_beyond_float32(name):
         OnlineConfig(temperature=1e-300)
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------------------
 
 
 def numeric(kind):
@@ -313,7 +313,7 @@ def test_variables_of_a_template_may_be_structures():
         TrainConfig(template_options={"tools": [{"x": object()}]})
 
 
-# --- data -------------------------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 LINES = {
     "400 digits": '{"prompt": "a", "chosen": "b", "rejected": "c", "weight": ' + "9" * 400 + "}",
@@ -337,7 +337,7 @@ def test_lines_that_no_run_can_use(config, data_file, line):
     assert not config().output_dir().exists()
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "meta", "nonsense", "cpu:x"])
@@ -357,7 +357,7 @@ def test_a_device_is_looked_at_before_the_data(config, tmp_path, monkeypatch, de
             train("dpo", config(device=device))
 
 
-# --- vocabularies -----------------------------------------------------------------------------------------------------------------------
+# --- vocabularies -------------------------------------------------------------------------------------------
 
 
 def test_a_mismatch_names_the_tensor(config, tmp_path):

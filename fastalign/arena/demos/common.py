@@ -18,8 +18,10 @@ from fastalign.train.errors import TrainingError
 
 SFT_STEPS = 220
 GOLD_REWARD = (
-    "Gold reward: the true reward of this task, which a program computes from a text's words. It is 1 for a review of known words with at least three\n"
-    "different positive ones and none that is negative, 0.5 for a neutral one, 0 for a negative one, and less for unknown words or more than 16 words."
+    "Gold reward: the true reward of this task, which a program computes from a text's words. It is 1 for a "
+    "review of known words with at least three\n"
+    "different positive ones and none that is negative, 0.5 for a neutral one, 0 for a negative one, and less "
+    "for unknown words or more than 16 words."
 )
 
 
@@ -64,7 +66,8 @@ def start_from_sft(clock: Clock, seeds: list[int]) -> Start:
     tokenizer = review_task.make_tokenizer()
     model = review_task.make_model(tokenizer, seeds[0])
     clock.stage(
-        f"SFT: {sum(p.numel() for p in model.parameters()):,} parameters, byte tokenizer, {SFT_STEPS} steps on generated reviews"
+        f"SFT: {sum(p.numel() for p in model.parameters()):,} parameters, byte tokenizer, {SFT_STEPS} steps "
+        "on generated reviews"
     )
     losses = review_task.train_sft(
         model, tokenizer, review_task.make_reviews(4000, seeds[1]), steps=SFT_STEPS, seed=seeds[2]

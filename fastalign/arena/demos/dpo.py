@@ -154,7 +154,8 @@ def summary(report: dict[str, Any]) -> str:
     step, head, large = timing["step"], timing["head"], timing["head_large_vocabulary"]
     times = [
         [
-            f"optimizer step, {report['settings']['batch_size']} pairs (policy and reference forward, backward, AdamW)",
+            f"optimizer step, {report['settings']['batch_size']} pairs (policy and reference forward, "
+            "backward, AdamW)",
             step,
         ],
         [
@@ -162,7 +163,8 @@ def summary(report: dict[str, Any]) -> str:
             head,
         ],
         [
-            f"loss head at a usual vocabulary, [{large['tokens']}, {large['vocabulary']}] {large['dtype']} logits",
+            f"loss head at a usual vocabulary, [{large['tokens']}, {large['vocabulary']}] {large['dtype']} "
+            "logits",
             large,
         ],
     ]
@@ -173,8 +175,10 @@ def summary(report: dict[str, Any]) -> str:
         table(["", "SFT", "DPO"], lines), "(before training all implicit rewards are 0: no accuracy)", "",
         GOLD_REWARD, "", "samples for the same prompts, each with its gold reward:", *shown, "",
         table([f"median milliseconds on backend {report['machine']['backend']}", "fused", "plain", "plain / fused"], timed),
-        f"With {head['vocabulary']} tokens in the vocabulary the transformer takes {1 - share:.0%} of a fused step, so the whole step shows little;",
-        "the last row is the same loss head where the vocabulary has its usual size. Losses of the two paths differ by at most "
+        f"With {head['vocabulary']} tokens in the vocabulary the transformer takes {1 - share:.0%} of a fused "
+        "step, so the whole step shows little;",
+        "the last row is the same loss head where the vocabulary has its usual size. Losses of the two paths "
+        "differ by at most "
         f"{step['largest_loss_difference']:.1e}.",
         f"took {report['seconds']['total']:.0f} s",
     ])  # fmt: skip

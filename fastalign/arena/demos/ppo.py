@@ -193,9 +193,12 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join([
         table(["", *(NAMES[name] for name in policies)], rows), "",
         GOLD_REWARD, "", "samples for the same prompts, each with its gold reward:", *shown, "",
-        f"The reward model ranks {model['held_out_accuracy']:.0%} of {model['held_out_pairs']} held-out pairs as the gold reward does.",
-        f"Median step of PPO on the gold reward: {sorted(times)[len(times) // 2]:.2f} s; all of it took {report['seconds']['total']:.0f} s "
-        f"({report['machine']['threads']} threads, load average {report['machine']['load_average'][0]:.1f} at the end).",
+        f"The reward model ranks {model['held_out_accuracy']:.0%} of {model['held_out_pairs']} held-out pairs "
+        "as the gold reward does.",
+        f"Median step of PPO on the gold reward: {sorted(times)[len(times) // 2]:.2f} s; all of it took "
+        f"{report['seconds']['total']:.0f} s "
+        f"({report['machine']['threads']} threads, load average {report['machine']['load_average'][0]:.1f} at "
+        "the end).",
     ])  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def run(seed: int, steps: int, output: Path) -> dict[str, Any]:
     curves: dict[str, list[dict[str, float]]] = {}
     for label, (method, loss, options) in CONTESTANTS.items():
         clock.stage(
-            f"{label}: {steps} steps of {BATCH_SIZE} pairs, {', '.join(f'{k} {v:g}' for k, v in options.items())}"
+            f"{label}: {steps} steps of {BATCH_SIZE} pairs, "
+            f"{', '.join(f'{k} {v:g}' for k, v in options.items())}"
         )
         policy = copy.deepcopy(model)
         points = curves[label] = [{"step": 0, **before}]

@@ -19,8 +19,15 @@ from fastalign.bench.peers import PEERS
 from fastalign.bench.shapes import SHAPES, Shape
 
 
-def make_case(op: str, shape: Shape, device: torch.device, *, backends: tuple[str, ...] | None = None, compile: bool = True,
-              cache_bytes: int = 0) -> Case:  # fmt: skip
+def make_case(
+    op: str,
+    shape: Shape,
+    device: torch.device,
+    *,
+    backends: tuple[str, ...] | None = None,
+    compile: bool = True,
+    cache_bytes: int = 0,
+) -> Case:
     """The case of `op` at `shape`. backends: ours (default: see `own_backends`); compile: with
     torch.compile's contestants; cache_bytes: the inputs together are at least three times as large."""
     case = _MAKERS[op](shape, device, cache_bytes)
@@ -70,14 +77,18 @@ def _on_backend(name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 # The public function behind an op, where it has another name.
 _PUBLIC = {
-    "token_logprobs_entropy": "token_stats", "token_logprobs_backward": "token_logprobs", "linear_token_logprobs": "token_logprobs",
-    "linear_token_logprobs_backward": "token_logprobs", "linear_token_logprobs_frozen": "token_logprobs",
-}  # fmt: skip
+    "token_logprobs_entropy": "token_stats",
+    "token_logprobs_backward": "token_logprobs",
+    "linear_token_logprobs": "token_logprobs",
+    "linear_token_logprobs_backward": "token_logprobs",
+    "linear_token_logprobs_frozen": "token_logprobs",
+}
 # How a peer's function is called, where not without gradients.
 _WRAPPED = {
-    "token_logprobs_backward": backward_of, "linear_token_logprobs_backward": head_cases.differentiated,
+    "token_logprobs_backward": backward_of,
+    "linear_token_logprobs_backward": head_cases.differentiated,
     "linear_token_logprobs_frozen": head_cases.differentiated,
-}  # fmt: skip
+}
 _MAKERS = {
     "token_logprobs": row_cases.logprobs,
     "token_logprobs_entropy": row_cases.logprobs_entropy,

@@ -169,7 +169,8 @@ def _sampled_gradients(
     tokens: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """By the formula, some rows of the gradient of hidden and some of that of weight: d = upstream (1[label] - softmax)."""
+    """By the formula, some rows of the gradient of hidden and some of that of weight: d = upstream (1[label]
+    - softmax)."""
     weight, parts, of_tokens = weight.to(dtype), [], 0.0
     for first in range(0, len(labels), 512):
         part = slice(first, first + 512)

@@ -108,7 +108,8 @@ class TokenKLLossFunction(Function):
             return grad
         if ctx.spent:
             raise RuntimeError(
-                "token_kl_loss can be differentiated once: its stored gradient was modified by an inplace operation, the scaling of the first time"
+                "token_kl_loss can be differentiated once: its stored gradient was modified by an inplace "
+                "operation, the scaling of the first time"
             )
         ctx.spent = True
         (grad,) = ctx.saved_tensors

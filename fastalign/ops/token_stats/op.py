@@ -51,7 +51,8 @@ def check_row_values(rows: Rows | RowStatesFinish) -> None:
     if bool(wrong.any()):
         row, k = wrong.nonzero()[0].tolist()
         raise IndexError(
-            f"labels[{row}] = {int(labels[row, k])} is outside [0, {rows.vocab_total}) and is not ignore_index ({rows.ignore_index})"
+            f"labels[{row}] = {int(labels[row, k])} is outside [0, {rows.vocab_total}) and is not "
+            f"ignore_index ({rows.ignore_index})"
         )
 
 

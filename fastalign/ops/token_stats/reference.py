@@ -77,7 +77,8 @@ def _is_far(umax, c):
 
 
 def _cross_bits(u, m, umax, c):
-    """fma(u, c, -m) as the kernels form it (in fp64 rounded twice), of far rows (u - umax) c; where the row has no mass (m = -inf) counted from 0."""
+    """fma(u, c, -m) as the kernels form it (in fp64 rounded twice), of far rows (u - umax) c; where the row
+    has no mass (m = -inf) counted from 0."""
     peak = torch.where(torch.isneginf(m), torch.zeros_like(m), m)
     near = (u.double() * c.double() - peak.double().unsqueeze(-1)).to(u.dtype)
     return torch.where(_is_far(umax, c).unsqueeze(-1), _bits(u, umax, c), near)

@@ -86,7 +86,8 @@ def hold_out(
     held_out = round(len(examples) * config.eval_fraction)
     if config.eval_fraction and not 0 < held_out < len(examples):
         raise UserError(
-            f"--eval-fraction {config.eval_fraction} of {len(examples)} {noun}s leaves {held_out} for evaluation "
+            f"--eval-fraction {config.eval_fraction} of {len(examples)} {noun}s leaves {held_out} for "
+            "evaluation "
             f"and {len(examples) - held_out} for training"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()

@@ -105,7 +105,8 @@ class Format:
                 raise DataError(
                     source,
                     column,
-                    f"{'missing' if column in first else 'given'} here, unlike in the first line; give it in all or none",
+                    f"{'missing' if column in first else 'given'} here, unlike in the first line; give it in "
+                    "all or none",
                 )
 
 
@@ -123,7 +124,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
                     raise DataError(
                         source,
                         None,
-                        f"longer than {MAX_LINE >> 20} MiB, as no sequence of tokens is; is it one JSON object per line?",
+                        f"longer than {MAX_LINE >> 20} MiB, as no sequence of tokens is; is it one JSON "
+                        "object per line?",
                     )
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -290,7 +292,8 @@ def _check_roles(texts: Texts) -> Texts:
             raise DataError(
                 texts.source,
                 field,
-                f"has {len(completion)} assistant turns; a completion is one: what stands between turns is nobody's words",
+                f"has {len(completion)} assistant turns; a completion is one: what stands between turns is "
+                "nobody's words",
             )
     return texts
 

@@ -34,7 +34,8 @@ def load_prompts(
     )
     if config.max_new_tokens >= limit:
         raise UserError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: a sequence has at most {limit} tokens"
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: a sequence has at most "
+            f"{limit} tokens"
         )
 
     def load(name: str, path: str | None, rows: Iterable[Any] | None) -> list[TokenExample]:
@@ -67,7 +68,8 @@ def load_prompts(
         notes += "".join(f", {count} {note}" for note, count in sorted(to_tokens.notes.items()))
         to_tokens.notes.clear()
         print(
-            f"{name} data: {len(kept)} prompts, longest {max(len(p.prompt) for p in kept)} tokens{notes} ({path or 'in memory'})"
+            f"{name} data: {len(kept)} prompts, longest {max(len(p.prompt) for p in kept)} tokens{notes} "
+            f"({path or 'in memory'})"
         )
         for remark in to_tokens.remarks() if name == "training" else ():
             print(remark)
@@ -104,7 +106,8 @@ def load_texts(
     if not kept:
         raise UserError(f"--ptx-data: {config.ptx_data} is empty")
     print(
-        f"pretraining data: {len(kept)} texts, {sum(text.tokens() for text in kept)} tokens ({config.ptx_data or 'in memory'})"
+        f"pretraining data: {len(kept)} texts, {sum(text.tokens() for text in kept)} tokens "
+        f"({config.ptx_data or 'in memory'})"
     )
     return kept
 
@@ -125,7 +128,8 @@ def _fit(
         raise DataError(
             source,
             "prompt",
-            f"has {len(ids)} tokens, and {limit} leave room for --max-new-tokens {config.max_new_tokens} (--max-length, the model's "
+            f"has {len(ids)} tokens, and {limit} leave room for --max-new-tokens {config.max_new_tokens} "
+            "(--max-length, the model's "
             "positions or --tokens-per-batch); choose --overlong drop or truncate_prompt",
         )
     if config.overlong == "drop":

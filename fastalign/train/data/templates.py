@@ -83,7 +83,7 @@ class ChatTemplate:
         self._in_parts = self.own and self._wants_parts()
         self.turn_end = self._find_turn_end() if self.own else None
 
-    # --- the two questions -----------------------------------------------------------------------------------------------------------------
+    # --- the two questions ----------------------------------------------------------------------------------
 
     def prompt(self, source: str, messages: Messages) -> str:
         """The prompt, with the turn left to the assistant."""
@@ -134,7 +134,7 @@ class ChatTemplate:
             self.notes.add(TRIMMED)
         return core + kept
 
-    # --- what else it tells ------------------------------------------------------------------------------------------------------------------
+    # --- what else it tells ---------------------------------------------------------------------------------
 
     def remarks(self) -> list[str]:
         """What a user should know of the template, whatever the data."""
@@ -149,11 +149,13 @@ class ChatTemplate:
         head = (self._outline(_user(), True) or "").partition(_mark(0))[0]
         if len(re.findall(r"[^\W\d_]+", self._without_markers(head))) > 3:  # more than a role's name
             said.append(
-                f"chat template: it opens a conversation without a system message with words of its own: {_short(head)}"
+                "chat template: it opens a conversation without a system message with words of its own: "
+                f"{_short(head)}"
             )
         if "strftime_now" in source:
             said.append(
-                "chat template: it writes the date into the prompts, so the data of another day are other data to --resume"
+                "chat template: it writes the date into the prompts, so the data of another day are other "
+                "data to --resume"
             )
         bos = self.tokenizer.bos_token
         if (
@@ -162,11 +164,12 @@ class ChatTemplate:
             and bos not in (self._outline(_user(), True) or bos)
         ):
             said.append(
-                f"chat template: conversations have no BOS, since it writes none, though the tokenizer begins texts with {bos!r}"
+                "chat template: conversations have no BOS, since it writes none, though the tokenizer begins "
+                f"texts with {bos!r}"
             )
         return said
 
-    # --- rendering ---------------------------------------------------------------------------------------------------------------------------
+    # --- rendering ------------------------------------------------------------------------------------------
 
     def _render(self, messages: Messages, generation: bool) -> str:
         if not self.own:
@@ -219,7 +222,7 @@ class ChatTemplate:
         self._outlines = {}
         return found
 
-    # --- the end of a turn -------------------------------------------------------------------------------------------------------------------
+    # --- the end of a turn ----------------------------------------------------------------------------------
 
     def _find_turn_end(self) -> int | None:
         """The special token behind the assistant's words that also stands there when the conversation goes on
@@ -278,7 +281,7 @@ class ChatTemplate:
             text = text.replace(self.tokenizer.convert_ids_to_tokens(i), " ")
         return re.sub(r"<[^<>\s]*>|\[[^\[\]\s]*\]", " ", text)
 
-    # --- comparison --------------------------------------------------------------------------------------------------------------------------
+    # --- comparison -----------------------------------------------------------------------------------------
 
     def _matches(self, outline: str, messages: Messages, text: str) -> bool:
         """Whether the text is the outline with every content in the place of its mark, as it stands or with
@@ -338,7 +341,7 @@ class ChatTemplate:
             if ignored:
                 self.notes.add(IGNORED.format(key))
 
-    # --- what to say -------------------------------------------------------------------------------------------------------------------------
+    # --- what to say ----------------------------------------------------------------------------------------
 
     def _refusal(self, source: str, field: str, what: str) -> DataError:
         return DataError(source, field, f"{_WHO} {what}; change the template or the data")

@@ -139,7 +139,8 @@ class ExampleTokenizer:
             raise DataError(
                 texts.source,
                 "prompt",
-                "gives no token that a completion could be predicted from (it is empty and the tokenizer adds no BOS token)",
+                "gives no token that a completion could be predicted from (it is empty and the tokenizer adds "
+                "no BOS token)",
             )
         for field, ids in zip(texts.fields, whole):
             self.special.check_completion(texts.source, field, ids[boundary:-1])
@@ -260,7 +261,8 @@ def fit(
         return example
     if overlong == "error":
         what = (
-            f"a sequence of {example.longest()} tokens exceeds {limit} (--max-length, or the model's positions)"
+            f"a sequence of {example.longest()} tokens exceeds {limit} (--max-length, or the model's "
+            "positions)"
             if example.longest() > limit
             else f"the example's {example.tokens()} tokens exceed --tokens-per-batch {budget}"
         )

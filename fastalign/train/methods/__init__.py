@@ -86,7 +86,8 @@ METHODS: dict[str, Row] = {
         TrainConfig,
         _REFERENCED,
         Page(
-            "Direct preference optimisation on pairs, and every other loss of pairs (--loss NAME, or a mixture: --loss sigmoid=0.8,sft=1.0).",
+            "Direct preference optimisation on pairs, and every other loss of pairs (--loss NAME, or a "
+            "mixture: --loss sigmoid=0.8,sft=1.0).",
             f"-log sigmoid(beta (D_chosen - D_rejected)), {_D}; other losses: fastalign losses",
             "Rafailov et al. 2023, arXiv 2305.18290",
             _PAIR,
@@ -99,8 +100,10 @@ METHODS: dict[str, Row] = {
         TrainConfig,
         _REFERENCED,
         Page(
-            "Token-level DPO on pairs: a margin from the exact KL between whole next-token distributions, to a live reference (--loss tdpo2, tdpo1).",
-            "-log sigmoid(beta (D_chosen - D_rejected) - beta alpha (K_rejected - stop[K_chosen])), K = sum over tokens of KL(ref || pi)",
+            "Token-level DPO on pairs: a margin from the exact KL between whole next-token distributions, to "
+            "a live reference (--loss tdpo2, tdpo1).",
+            "-log sigmoid(beta (D_chosen - D_rejected) - beta alpha (K_rejected - stop[K_chosen])), K = sum "
+            "over tokens of KL(ref || pi)",
             "Zeng et al. 2024, arXiv 2404.11999",
             _PAIR,
             _offline("tdpo", "pairs") + " --set alpha=0.5",
@@ -112,8 +115,10 @@ METHODS: dict[str, Row] = {
         TrainConfig,
         _REFERENCED,
         Page(
-            "Kahneman-Tversky optimisation on single responses with a label, good or bad (--loss kto, apo_zero_unpaired).",
-            f"good: w_d (1 - sigmoid(beta D - z)); bad: w_u (1 - sigmoid(z - beta D)); {_D}; z: mean beta D of mismatched pairs, at least 0",
+            "Kahneman-Tversky optimisation on single responses with a label, good or bad (--loss kto, "
+            "apo_zero_unpaired).",
+            f"good: w_d (1 - sigmoid(beta D - z)); bad: w_u (1 - sigmoid(z - beta D)); {_D}; z: mean beta D "
+            "of mismatched pairs, at least 0",
             "Ethayarajh et al. 2024, arXiv 2402.01306",
             _LABEL,
             _offline("kto", "responses") + " --set undesirable_weight=1.5",
@@ -126,7 +131,8 @@ METHODS: dict[str, Row] = {
         _REFERENCED,
         Page(
             "Binary classifier optimisation on single responses with a label, good or bad.",
-            f"good: -log sigmoid(beta D - delta); bad: -log sigmoid(delta - beta D); {_D}; delta: mean beta D of all responses seen",
+            f"good: -log sigmoid(beta D - delta); bad: -log sigmoid(delta - beta D); {_D}; delta: mean beta D "
+            "of all responses seen",
             "Jung et al. 2024, arXiv 2404.04656",
             _LABEL,
             _offline("bco", "responses") + " --set beta=0.01",
@@ -138,7 +144,8 @@ METHODS: dict[str, Row] = {
         TrainConfig,
         _REFERENCED,
         Page(
-            "Direct reward optimisation on single responses with a score (or a label, taken as 1 or 0), with a value head V.",
+            "Direct reward optimisation on single responses with a score (or a label, taken as 1 or 0), with "
+            "a value head V.",
             f"(r - V(x) - tau D)^2 / 2, {_D}",
             "Richemond et al. 2024, arXiv 2405.19107",
             _SCORE,
@@ -151,7 +158,8 @@ METHODS: dict[str, Row] = {
         TrainConfig,
         _REFERENCED,
         Page(
-            "Ranked lists of responses with a score each (--loss plackett_luce, rrhf, pro, lipo, infonca, nca, exo_list).",
+            "Ranked lists of responses with a score each (--loss plackett_luce, rrhf, pro, lipo, infonca, "
+            "nca, exo_list).",
             f"plackett_luce: sum over ranks k of logsumexp(s_k, ..., s_K) - s_k, s = beta D, best first; {_D}",
             "Rafailov et al. 2023, arXiv 2305.18290; of the others: fastalign losses",
             _LIST,
@@ -164,7 +172,8 @@ METHODS: dict[str, Row] = {
         TrainConfig,
         _LOSS,
         Page(
-            "A reward model r, a sequence classifier with one label, from pairs (--loss bt_rm) or ranked lists (--loss kwise_rm).",
+            "A reward model r, a sequence classifier with one label, from pairs (--loss bt_rm) or ranked "
+            "lists (--loss kwise_rm).",
             "bt_rm: -log sigmoid(r(chosen) - r(rejected) - margin) + centering (r(chosen) + r(rejected))^2",
             "Ouyang et al. 2022, arXiv 2203.02155",
             _PAIR,
@@ -177,8 +186,10 @@ METHODS: dict[str, Row] = {
         OnlineConfig,
         (*_GRADIENT, *_STEPS, *_VALUES),
         Page(
-            "RLHF by PPO: responses sampled from the model, scored, advantages by GAE on a value head (--preset instructgpt, anthropic_hh, rto).",
-            "-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + vf_coef value loss, rho = pi(token) / pi_old(token); reward: score - kl_coef KL",
+            "RLHF by PPO: responses sampled from the model, scored, advantages by GAE on a value head "
+            "(--preset instructgpt, anthropic_hh, rto).",
+            "-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + vf_coef value loss, rho = pi(token) / "
+            "pi_old(token); reward: score - kl_coef KL",
             "Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155",
             _PROMPT,
             _online("ppo") + " --kl-coef 0.05",
@@ -198,12 +209,14 @@ METHODS: dict[str, Row] = {
         },
     ),
     "grpo": Row(
-        "RLHF by GRPO: rewards relative to other samples for the same prompt (--loss: dapo, gspo, dr_grpo, ...)",
+        "RLHF by GRPO: rewards relative to other samples for the same prompt (--loss: dapo, gspo, dr_grpo, "
+        "...)",
         "grpo:GRPO",
         OnlineConfig,
         (*_GRADIENT, *_GROUPS, "scale_rewards"),
         Page(
-            "RLHF without a value head: a response's reward against those of other samples for the same prompt (--loss dapo, gspo, dr_grpo, ...).",
+            "RLHF without a value head: a response's reward against those of other samples for the same "
+            "prompt (--loss dapo, gspo, dr_grpo, ...).",
             "PPO's clipped objective with A = (r - mean of the group) / (std of the group + 1e-4)",
             "Shao et al. 2024, arXiv 2402.03300",
             _PROMPT,
@@ -217,7 +230,8 @@ METHODS: dict[str, Row] = {
         OnlineConfig,
         (*_GRADIENT, *_GROUPS),
         Page(
-            "RLHF without a value head: a response's reward against the mean of the other samples for the same prompt.",
+            "RLHF without a value head: a response's reward against the mean of the other samples for the "
+            "same prompt.",
             "-A log pi(y|x) by one ratio per response, A = r - mean of the others",
             "Ahmadian et al. 2024, arXiv 2402.14740",
             _PROMPT,
@@ -233,7 +247,8 @@ METHODS: dict[str, Row] = {
         (*_GRADIENT, *_STEPS),
         Page(
             "REINFORCE++: PPO's clipped objective with whitened returns as advantages, without a value head.",
-            "A_t = (G_t - mean) / std over the batch, G_t = sum from t on of the token rewards (score at the end, -kl_coef KL everywhere)",
+            "A_t = (G_t - mean) / std over the batch, G_t = sum from t on of the token rewards (score at the "
+            "end, -kl_coef KL everywhere)",
             "Hu et al. 2025, arXiv 2501.03262",
             _PROMPT,
             _online("reinforce_pp") + " --kl-coef 0.01",
@@ -246,7 +261,8 @@ METHODS: dict[str, Row] = {
         OnlineConfig,
         (*_REWARD, *_SAMPLING, *_LOSS),
         Page(
-            "DPO, or another loss of pairs, on the best and the worst of several samples of the model in training.",
+            "DPO, or another loss of pairs, on the best and the worst of several samples of the model in "
+            "training.",
             f"-log sigmoid(beta (D_best - D_worst)), {_D}",
             "Guo et al. 2024, arXiv 2402.04792",
             _PROMPT,
@@ -271,7 +287,8 @@ def check_kind(name: str, config: Any, kind: type[RunConfig]) -> None:
     function, row = _FUNCTIONS[kind], METHODS.get(name)
     if row is not None and row.config is not kind:
         raise UserError(
-            f"{function} has no method {name!r}: call {_FUNCTIONS[row.config]}({name!r}, {row.config.__name__}(...))"
+            f"{function} has no method {name!r}: call {_FUNCTIONS[row.config]}({name!r}, "
+            f"{row.config.__name__}(...))"
         )
     if not isinstance(config, kind):
         other = _FUNCTIONS.get(type(config))

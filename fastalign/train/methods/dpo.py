@@ -58,7 +58,8 @@ class PreferenceMethod(Method):
         self.needs_reference = any(p.needs_reference for p in presets)
         if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
             raise UserError(
-                f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it"
+                f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no "
+                "meaning for it"
             )
         self.joint = any(p.rule is not None or p.order is not None or p.nonfinite == "drop" for p in presets)
         self.include_prompt = any(p.sft_include_prompt for p in presets)
@@ -67,7 +68,8 @@ class PreferenceMethod(Method):
             statistic = WEIGHTS[self.weights]
             if logprob_fn is not None:
                 raise UserError(
-                    f"logprob_fn yields no {statistic}, from which {presets[0].name.upper()}'s weights are made"
+                    f"logprob_fn yields no {statistic}, from which {presets[0].name.upper()}'s weights are "
+                    "made"
                 )
             self.outputs += (statistic,)
         self.format = PREFERENCE.requiring(
@@ -131,7 +133,8 @@ class PreferenceMethod(Method):
         self.columns = tuple(column for column in found if self._reads(column))
         for column in found:
             print(
-                f"column {column}: {'used' if column in self.columns else f'not used by --loss {self.config.loss}'}"
+                f"column {column}: "
+                f"{'used' if column in self.columns else f'not used by --loss {self.config.loss}'}"
             )
         lacking = [column for column in self.columns if evaluation and column not in evaluation[0].values]
         if lacking:
@@ -202,7 +205,8 @@ def resolve_loss(
         name, dot, option = key.rpartition(".")
         if len(weights) > 1 and not dot:
             raise UserError(
-                f"--set {key}: in a mixture an option belongs to one of its losses, for example {next(iter(weights))}.{key}"
+                f"--set {key}: in a mixture an option belongs to one of its losses, for example "
+                f"{next(iter(weights))}.{key}"
             )
         if dot and name not in weights:
             raise UserError(f"--set {key}: --loss {config.loss} has no part {name!r}")
@@ -248,7 +252,8 @@ def _mixture(text: str) -> dict[str, float]:
             ) from None
         if not (weights[name] > 0 and math.isfinite(weights[name])):
             raise UserError(
-                f"--loss {text}: the weight of {name!r} must be positive, got {weight}; leave out a loss that should not count"
+                f"--loss {text}: the weight of {name!r} must be positive, got {weight}; leave out a loss that "
+                "should not count"
             )
     return weights
 
@@ -276,7 +281,8 @@ def _check_served(name: str, preset: fastalign.Preset, *, mixed: bool, exact_kl:
             raise UserError(f"--loss {name} needs {reason}")
     if exact_kl and not mixed and not preset.needs_kl:
         raise UserError(
-            f"--loss {name} uses no KL between whole distributions: 'fastalign train dpo' trains it, at less cost"
+            f"--loss {name} uses no KL between whole distributions: 'fastalign train dpo' trains it, at less "
+            "cost"
         )
     other = [field for field in needs if field not in COLUMNS.values()]
     if other:

@@ -49,7 +49,8 @@ class DRO(UnpairedMethod):
         for examples in (train, evaluation):
             if examples and self.reward_column not in examples[0].values:
                 raise UserError(
-                    f"fastalign train dro needs a 'score' or a 'label' in every line, and {self.reward_column!r} is not in all of the data"
+                    "fastalign train dro needs a 'score' or a 'label' in every line, and "
+                    f"{self.reward_column!r} is not in all of the data"
                 )
         rewards = [float(example.values[self.reward_column]) for example in train]
         mean, deviation = statistics.fmean(rewards), statistics.pstdev(rewards)
@@ -57,7 +58,8 @@ class DRO(UnpairedMethod):
             self.mean, self.deviation = mean, deviation or 1.0
         how = "standardised" if self.standardise else "as they stand"
         print(
-            f"rewards: column {self.reward_column}, mean {mean:.4g}, standard deviation {deviation:.4g}, {how}"
+            f"rewards: column {self.reward_column}, mean {mean:.4g}, standard deviation {deviation:.4g}, "
+            f"{how}"
         )
 
     def start(self, lm: Any) -> None:

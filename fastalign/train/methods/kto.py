@@ -29,7 +29,8 @@ class UnpairedMethod(Method):
         super().__init__(config)
         if self.config.loss not in self.losses:
             raise UserError(
-                f"--loss {self.config.loss} is unknown to fastalign train {self.name}; legal: {', '.join(self.losses)}"
+                f"--loss {self.config.loss} is unknown to fastalign train {self.name}; legal: "
+                f"{', '.join(self.losses)}"
             )
         self.options = dict(self.config.loss_options)
 
@@ -83,19 +84,23 @@ class KTO(UnpairedMethod):
         self.check_options(**({"baseline": 0.0} if self.mismatched else {}))
         if self.mismatched and config.precompute_ref:
             raise UserError(
-                "--precompute-ref: KTO's baseline needs the reference's log-probs of prompts with other examples' completions, which "
-                "change from step to step; a cache does not hold them (--loss apo_zero_unpaired has no baseline)"
+                "--precompute-ref: KTO's baseline needs the reference's log-probs of prompts with other "
+                "examples' completions, which "
+                "change from step to step; a cache does not hold them (--loss apo_zero_unpaired has no "
+                "baseline)"
             )
         if self.mismatched and config.batch_size == 1:
             raise UserError(
-                "--batch-size 1: KTO's baseline pairs each prompt with another completion of its step, so a step needs two"
+                "--batch-size 1: KTO's baseline pairs each prompt with another completion of its step, so a "
+                "step needs two"
             )
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
         super().read(train, evaluation)
         if self.mismatched and 1 in (len(train), len(evaluation)):
             raise UserError(
-                "KTO's baseline pairs each prompt with the completion of another example: one response alone has none"
+                "KTO's baseline pairs each prompt with the completion of another example: one response alone "
+                "has none"
             )
 
     def longest(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> int:

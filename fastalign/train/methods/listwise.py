@@ -33,12 +33,14 @@ class Listwise(Method):
         if self.preset.of_scores:
             name = self.config.loss
             raise UserError(
-                f"--loss {name} needs the scores of a reward model; 'fastalign train reward --loss {name}' trains one"
+                f"--loss {name} needs the scores of a reward model; 'fastalign train reward --loss {name}' "
+                "trains one"
             )
         self.needs_reference = self.preset.reference
         if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
             raise UserError(
-                f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no meaning for it"
+                f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no "
+                "meaning for it"
             )
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:

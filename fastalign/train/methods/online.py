@@ -69,7 +69,8 @@ class OnlineMethod(Learner):
             raise UserError("--kl-in and --kl-kind have no effect with --kl-coef 0")
         if config.kl_kind == "k3+" and config.kl_in == "reward":
             raise UserError(
-                "--kl-kind k3+ differs from k3 in its gradient only, and a reward has none; choose k3, or --kl-in loss"
+                "--kl-kind k3+ differs from k3 in its gradient only, and a reward has none; choose k3, or "
+                "--kl-in loss"
             )
         if config.ptx_coef and not has_texts:
             raise UserError(
@@ -83,7 +84,8 @@ class OnlineMethod(Learner):
             )
         if self.compares_samples and config.samples_per_prompt < 2:
             raise UserError(
-                f"{self.name} compares samples for the same prompt: --samples-per-prompt must be at least 2, not {config.samples_per_prompt}"
+                f"{self.name} compares samples for the same prompt: --samples-per-prompt must be at least 2, "
+                f"not {config.samples_per_prompt}"
             )
         if config.ref_update_every and not (config.ref_model or self.needs_reference):
             raise UserError(
@@ -198,7 +200,8 @@ class OnlineMethod(Learner):
         if bad.any():
             first = int(bad.nonzero()[0])
             raise TrainingError(
-                f"{when}: the reward of {int(bad.sum())} of {len(scores)} responses is not finite; the first is "
+                f"{when}: the reward of {int(bad.sum())} of {len(scores)} responses is not finite; the first "
+                "is "
                 f"{float(scores[first])}, of {rollouts[first].text[:80]!r}"
                 + ("" if may_lack else f" ({self.name} needs a score for each)")
             )

@@ -34,7 +34,8 @@ def make_learner(config: OnlineConfig) -> PreferenceMethod:
     learner = PreferenceMethod(TrainConfig(**shared))
     if learner.format.required:
         raise UserError(
-            f"--loss {config.loss} needs columns ({', '.join(learner.format.required)}) that pairs of samples do not have"
+            f"--loss {config.loss} needs columns ({', '.join(learner.format.required)}) that pairs of samples "
+            "do not have"
         )
     return learner
 

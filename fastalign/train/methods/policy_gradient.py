@@ -76,7 +76,8 @@ class PolicyGradient(OnlineMethod):
         for name in ("kl_clamp", "kl_bias_correction"):
             if name in config.loss_options and not (config.kl_coef and config.kl_in == "loss"):
                 raise UserError(
-                    f"--set {name} has no effect: it is of the KL in the loss (--kl-in loss and --kl-coef above 0)"
+                    f"--set {name} has no effect: it is of the KL in the loss (--kl-in loss and --kl-coef "
+                    "above 0)"
                 )
         options = {"entropy_coef": config.entropy_coef} | (
             {"kl_kind": config.kl_kind} if config.kl_in == "loss" else {}
@@ -90,14 +91,16 @@ class PolicyGradient(OnlineMethod):
             raise UserError(str(error)) from None
         if preset.is_mode is not None:
             raise UserError(
-                "--set is_mode corrects for a sampler with other weights, and this trainer samples from the policy itself"
+                "--set is_mode corrects for a sampler with other weights, and this trainer samples from the "
+                "policy itself"
             )
         if preset.needs_sequence_values and not self.compares_samples:
             fitting = [
                 name for name, p in fastalign.policy_losses.PRESETS.items() if not p.needs_sequence_values
             ]
             raise UserError(
-                f"--loss {config.loss} takes one advantage per response, and {self.name} has one per token; legal: {', '.join(fitting)}"
+                f"--loss {config.loss} takes one advantage per response, and {self.name} has one per token; "
+                f"legal: {', '.join(fitting)}"
             )
         return preset
 

@@ -49,11 +49,13 @@ class Reward(Method):
         if unknown:
             hint = preference_hint(unknown[0], self.options[unknown[0]])
             raise UserError(
-                f"loss {self.config.loss!r} has no option {unknown[0]!r}{hint}; legal: {', '.join(own) or 'none'}"
+                f"loss {self.config.loss!r} has no option {unknown[0]!r}{hint}; legal: "
+                f"{', '.join(own) or 'none'}"
             )
         if config.overlong == "truncate_completion":
             raise UserError(
-                "--overlong truncate_completion cuts off the end of the turn, where the score is read: drop or truncate_prompt"
+                "--overlong truncate_completion cuts off the end of the turn, where the score is read: drop "
+                "or truncate_prompt"
             )
         self.pairs = self.config.loss in fastalign.losses.PRESETS
         self.format = PREFERENCE if self.pairs else LISTWISE

@@ -25,7 +25,8 @@ class TDPO(PreferenceMethod):
         super().__init__(config)
         if config.precompute_ref:
             raise UserError(
-                "fastalign train tdpo needs the reference's whole distribution at every token: cached log-probs of the data's tokens "
+                "fastalign train tdpo needs the reference's whole distribution at every token: cached "
+                "log-probs of the data's tokens "
                 "(--precompute-ref) do not hold it"
             )
 

@@ -1,4 +1,5 @@
-"""Models beside the policy (reference, reward model, DPO model): whether they fit its tokenizer and its sequences."""
+"""Models beside the policy (reference, reward model, DPO model): whether they fit its tokenizer and its
+sequences."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def check_positions(what: str, config: Any, longest: int) -> None:
     positions = max_positions(config)
     if positions is not None and positions < longest:
         raise UserError(
-            f"{what}: it has {positions} positions, and a sequence may have {longest} tokens; lower --max-length"
+            f"{what}: it has {positions} positions, and a sequence may have {longest} tokens; lower "
+            "--max-length"
         )
 
 
@@ -53,12 +55,14 @@ def check_tokenizer(what: str, theirs: Any, ours: Any) -> None:
     for token, number in a.items():
         if token in b and b[token] != number:
             raise UserError(
-                f"{what}: its tokenizer differs from the policy's: {token!r} is {b[token]} there and {number} here"
+                f"{what}: its tokenizer differs from the policy's: {token!r} is {b[token]} there and {number} "
+                "here"
             )
     missing = [token for token in a if token not in b]
     if missing:
         raise UserError(
-            f"{what}: its tokenizer differs from the policy's: it lacks {len(missing)} tokens, {missing[0]!r} first"
+            f"{what}: its tokenizer differs from the policy's: it lacks {len(missing)} tokens, {missing[0]!r} "
+            "first"
         )
 
 

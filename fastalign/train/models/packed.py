@@ -25,7 +25,8 @@ from fastalign.train.models.router import find_router
 _OLDEST = (4, 56)
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
     raise UserError(
-        f"transformers {transformers.__version__} is too old: fastalign.train needs {_OLDEST[0]}.{_OLDEST[1]} or newer"
+        f"transformers {transformers.__version__} is too old: fastalign.train needs {_OLDEST[0]}.{_OLDEST[1]} "
+        "or newer"
     )
 
 _IMPLEMENTATION = {
@@ -71,7 +72,8 @@ def check_sizes(directory: str, info: Mapping[str, Any]) -> None:
     for name, found, wanted in sorted(info["mismatched_keys"]):
         there, here = (" x ".join(map(str, shape)) for shape in (found, wanted))
         raise UserError(
-            f"the model directory {directory} holds weights of another size: {name} is {there} there, and must be {here} here"
+            f"the model directory {directory} holds weights of another size: {name} is {there} there, and "
+            f"must be {here} here"
         )
 
 
@@ -89,7 +91,8 @@ def check_device(device: str) -> None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:
             raise UserError(
-                f"cannot use --device {device}: torch {torch.__version__} sees {count or 'no'} CUDA device{'s' * (count != 1)} here"
+                f"cannot use --device {device}: torch {torch.__version__} sees {count or 'no'} CUDA "
+                f"device{'s' * (count != 1)} here"
             )
 
 
@@ -126,7 +129,8 @@ def from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
     path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(
-            f"the model directory {directory} is a file; give the directory that holds config.json, weights and tokenizer"
+            f"the model directory {directory} is a file; give the directory that holds config.json, weights "
+            "and tokenizer"
         )
     if not path.is_dir():
         raise UserError(f"the model directory {directory} does not exist (fetch a model from the hub first)")
@@ -138,7 +142,8 @@ def from_directory(load: Any, directory: str, what: str, **options: Any) -> Any:
         reason = " ".join(str(error).split())[:300]
         named = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and reason
         raise UserError(
-            f"cannot load the {what} in {directory}: {reason if named else f'{type(error).__name__}: {reason}'}"
+            f"cannot load the {what} in {directory}: "
+            f"{reason if named else f'{type(error).__name__}: {reason}'}"
         ) from error
 
 
@@ -171,7 +176,8 @@ class PackedModel:
             raise UserError(f"cannot use --device {device}: {str(error).splitlines()[0]}") from None
         if any(p.dtype is not torch.float32 for p in model.parameters()):
             raise UserError(
-                "the model's weights must be float32; --dtype bfloat16 chooses the precision of the forward pass"
+                "the model's weights must be float32; --dtype bfloat16 chooses the precision of the forward "
+                "pass"
             )
         self.dtype = getattr(torch, dtype)
         self.router, self.router_note = find_router(model)
@@ -264,7 +270,8 @@ class PackedModel:
         name, weight = self.vocabulary_weight()
         if lowest < 0 or highest >= weight.shape[0]:
             raise UserError(
-                f"the tokenizer gives token id {lowest if lowest < 0 else highest}, but the {what}'s vocabulary has {weight.shape[0]} entries "
+                f"the tokenizer gives token id {lowest if lowest < 0 else highest}, but the {what}'s "
+                f"vocabulary has {weight.shape[0]} entries "
                 f"({name} is {' x '.join(map(str, weight.shape))})"
             )
 
@@ -274,8 +281,10 @@ class PackedModel:
         limit = min((packed.scaled_beyond(module) for module in self._scaled), default=longest)
         if longest > limit:
             raise UserError(
-                f"a sequence may have {longest} tokens, and beyond {limit} this model's rotary frequencies depend on the longest sequence that is "
-                f"generated beside it, so samples would not be drawn as they are scored; keep prompt and --max-new-tokens within {limit} tokens"
+                f"a sequence may have {longest} tokens, and beyond {limit} this model's rotary frequencies "
+                "depend on the longest sequence that is "
+                "generated beside it, so samples would not be drawn as they are scored; keep prompt and "
+                f"--max-new-tokens within {limit} tokens"
             )
 
     @contextlib.contextmanager

@@ -93,7 +93,8 @@ def _read(path: Path, key: str, tokens: int) -> torch.Tensor | None:
         return None
     if found != key or logprobs.shape != (tokens,):
         print(
-            f"warning: the reference cache {path} belongs to other weights, data, tokenisation, precision or head; it is computed again"
+            f"warning: the reference cache {path} belongs to other weights, data, tokenisation, precision or "
+            "head; it is computed again"
         )
         return None
     print(f"reference log-probs read from {path}")

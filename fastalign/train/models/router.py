@@ -56,12 +56,14 @@ def find_router(model: torch.nn.Module) -> tuple[RouterLoss | None, str | None]:
         return None, None
     if not isinstance(coefficient, (int, float)) or not 0 <= coefficient < math.inf:
         raise UserError(
-            f"the model's configuration has router_aux_loss_coef {coefficient!r}: it must be a finite number, not negative"
+            f"the model's configuration has router_aux_loss_coef {coefficient!r}: it must be a finite number, "
+            "not negative"
         )
     if getattr(text, "output_router_logits", False) or getattr(config, "output_router_logits", False):
         return (
             RouterLoss(coefficient),
-            f"its load-balancing loss is added, times {coefficient:g} (router_aux_loss_coef), over all tokens of a pack",
+            f"its load-balancing loss is added, times {coefficient:g} (router_aux_loss_coef), over all tokens "
+            "of a pack",
         )
     return (
         None,

@@ -42,7 +42,8 @@ def load_scorer(
     wrong = sorted(set(info["missing_keys"]) - (new if seed is not None else set()))
     if wrong:
         raise UserError(
-            f"the model directory {directory} lacks weights of its sequence classifier: {', '.join(wrong[:3])}"
+            f"the model directory {directory} lacks weights of its sequence classifier: "
+            f"{', '.join(wrong[:3])}"
         )
     return model
 

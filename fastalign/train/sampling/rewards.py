@@ -46,7 +46,8 @@ class FunctionReward:
             raise UserError(f"--reward {name}: not a function whose arguments can be read") from None
         if any(p.kind is p.POSITIONAL_ONLY or p.kind is p.VAR_POSITIONAL for p in parameters):
             raise UserError(
-                f"--reward {name}: the function is called with keyword arguments (completions, prompts, the data's columns) only"
+                f"--reward {name}: the function is called with keyword arguments (completions, prompts, the "
+                "data's columns) only"
             )
         self.everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.accepted = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
@@ -57,7 +58,8 @@ class FunctionReward:
         for name in sorted(self.required - {"completions", "prompts"}):
             if not any(name in row.values for row in rows):
                 raise UserError(
-                    f"--reward {self.name}: the function needs the column '{name}', which no line of the data has"
+                    f"--reward {self.name}: the function needs the column '{name}', which no line of the data "
+                    "has"
                 )
 
     def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
@@ -91,7 +93,8 @@ class FunctionReward:
         beyond = scores.isfinite() & ~scores.float().isfinite()
         if beyond.any():
             raise TrainingError(
-                f"--reward {self.name} returned {float(scores[beyond][0])}: rewards are kept in float32, which ends at 3.4e38"
+                f"--reward {self.name} returned {float(scores[beyond][0])}: rewards are kept in float32, "
+                "which ends at 3.4e38"
             )
         return scores.float()
 
@@ -109,13 +112,15 @@ def _numbers(values: Any) -> list[float]:
         )
     if isinstance(getattr(values, "ndim", 1), int) and getattr(values, "ndim", 1) != 1:
         raise TypeError(
-            f"it returned an array of shape {tuple(values.shape)}; legal: one number per completion, in one dimension"
+            f"it returned an array of shape {tuple(values.shape)}; legal: one number per completion, in one "
+            "dimension"
         )
     numbers = []
     for value in values.detach() if isinstance(values, torch.Tensor) else values:
         if value is not None and not hasattr(value, "__float__"):  # a text of digits has none, either
             raise ValueError(
-                f"could not convert {shown(value)}, returned for completion {len(numbers)}; legal: a number, None or NaN"
+                f"could not convert {shown(value)}, returned for completion {len(numbers)}; legal: a number, "
+                "None or NaN"
             )
         numbers.append(math.nan if value is None else float(value))
     return numbers
@@ -141,7 +146,8 @@ class ModelReward:
         if not scores.isfinite().all():
             bad = scores[~scores.isfinite()]
             raise TrainingError(
-                f"--reward-model: {len(bad)} of {len(scores)} scores are not finite; the first is {float(bad[0])}"
+                f"--reward-model: {len(bad)} of {len(scores)} scores are not finite; the first is "
+                f"{float(bad[0])}"
             )
         return scores
 
