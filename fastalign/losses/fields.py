@@ -145,7 +145,7 @@ class LossPreset:
         if not changes:
             return self, tensors
         numbers = {field: value for field, value in changes.items() if field not in tensors}
-        resolved = dataclasses.replace(self, **self.implied(numbers), **numbers)
+        resolved = dataclasses.replace(self, **self.implied(numbers), **numbers) if numbers else self
         for field, option in setters.items():
             effect = self.TENSOR_ONLY[field] if field in self.TENSOR_ONLY else self.PARTS[field].effect
             if effect is not None and not effect[0](resolved):
