@@ -46,7 +46,9 @@ def large_calls() -> dict[str, Callable[[], Any]]:
 
     generator = torch.Generator().manual_seed(0)
     rows, vocab = 128, 128256
-    logits, ref = (torch.randn(rows, vocab, generator=generator).bfloat16().requires_grad_() for _ in range(2))
+    logits, ref = (
+        torch.randn(rows, vocab, generator=generator).bfloat16().requires_grad_() for _ in range(2)
+    )
     labels = torch.randint(vocab, (rows,), generator=generator)
     starts = torch.arange(0, 129 * 256, 256)
     chosen, ref_tokens = (torch.randn(128 * 256, generator=generator) - 2 for _ in range(2))
