@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from fastalign.cli.console import Parser, integer
-from fastalign.train.config import MAX_SEED
 from fastalign.train.errors import TrainingError, UserError
+from fastalign.train.settings import MAX_SEED
 
 # Name -> (what it shows, its default number of optimizer steps). Each is a module of fastalign.arena.demos
 # with run(seed, steps, output).

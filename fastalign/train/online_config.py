@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from fastalign.train.config import NOT_BELOW_0, POSITIVE, SHARE, LossConfig, setting
+from fastalign.train.config import LossConfig
 from fastalign.train.errors import UserError
+from fastalign.train.settings import NOT_BELOW_0, POSITIVE, SHARE, setting
 
 # Settings of published pipelines (`--preset`); what a flag gives goes before them.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
