@@ -264,7 +264,8 @@ def add_arguments(
         )
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif field.default is dataclasses.MISSING:  # a dict: OPTION=VALUE, repeatable
+        elif field.default is dataclasses.MISSING or isinstance(field.default, tuple):
+            # A dict, as OPTION=VALUE, or several texts: repeatable.
             options.update(action="append", metavar=field.metadata["metavar"])
         else:
             metavar = field.metadata["metavar"] or {int: "N", float: "X"}.get(hint)

@@ -76,12 +76,18 @@ class Settings:
             object.__setattr__(self, name, value := _number(value))
             if value is None and type(None) in kinds:
                 continue
-            kind = dict if typing.get_origin(hint) is dict else next(k for k in kinds if k is not type(None))
+            kind = typing.get_origin(hint)
+            if kind not in (dict, tuple):
+                kind = next(k for k in kinds if k is not type(None))
             legal, noun = _TYPES[kind]
             if not isinstance(value, legal) or isinstance(value, bool) and kind is not bool:
                 raise UserError(
                     f"{name} must be {noun}{' or None' * (type(None) in kinds)}, got {shown(value)}"
                 )
+            if kind is tuple:
+                object.__setattr__(self, name, tuple(value))
+                if wrong := [each for each in value if not isinstance(each, str) or not each]:
+                    raise UserError(f"{name} must be {noun}, got {shown(wrong[0])}")
             if isinstance(value, str) and (not value or "\0" in value):
                 raise UserError(
                     f"{self.flag(name)} is empty" if not value else f"{self.flag(name)} holds a zero byte"
@@ -120,4 +126,5 @@ def _plain(name: str, value: Any) -> Any:
 # The type of a setting -> what its value may be, and what that is called.
 _TYPES: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"), int: (int, "an integer"), float: ((int, float), "a number"), str: (str, "a text"), dict: (dict, "a dict"),
+    tuple: ((list, tuple), "a list of texts"),
 }  # fmt: skip
