@@ -60,12 +60,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+# TRL's words for a setting of ours.
+_OF_TRL = {
+    "--completion-only-loss": "--loss-on completion",
+    "--assistant-only-loss": "--loss-on assistant",
+}
+
+
 def hint(unknown: list[str], method: str) -> str:
     """What somebody who wrote these unknown arguments may have meant; "" where nothing comes near."""
     flag, _, value = unknown[0].partition("=")
     if not flag.startswith("--"):
         return ""
     value = value or next((word for word in unknown[1:2] if not word.startswith("--")), "")
+    if flag.replace("_", "-") in _OF_TRL:
+        return f"; that is {_OF_TRL[flag.replace('_', '-')]} of fastalign train sft"
     name = flag[2:].replace("-", "_")
     if name in help.loss_options():
         return f"; an option of the loss is given by --set {name}={value or 'VALUE'}"

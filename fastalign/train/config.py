@@ -174,6 +174,18 @@ class TrainConfig(LossConfig):
         False,
         "compute the reference log-probs once, cache them in the output directory, and free the reference model",
     )
+    loss_on: str | None = setting(
+        None,
+        "which tokens are learnt; completion: what follows the prompt, or the last turn of a conversation, assistant: every "
+        "turn of the assistant, all: prompts, too; default: of a line with a prompt its completion, of messages the assistant's turns, of a text all",
+        choices=("completion", "assistant", "all"),
+    )
+    l1_coef: float = setting(
+        0.0,
+        "weight of the L1 norm of the weights' change (PAFT): every update is followed by a soft threshold of learning rate * l1_coef on the "
+        "change since the start; AdamW's updates are about as large as the learning rate, so 0.1 to 1 is felt",
+        NOT_NEGATIVE,
+    )
     token_metrics: bool = setting(
         True,
         "also log entropy, mean logits and token accuracy; they come out of the same pass over the logits",
@@ -201,7 +213,7 @@ FREE_ON_RESUME = frozenset(
 )
 
 # Settings that the oldest checkpoints lack -> what runs did before there was a choice.
-BEFORE = {"head": "logits"}
+BEFORE = {"head": "logits", "l1_coef": 0.0}
 
 
 def flag_of(name: str, kind: type[Settings] = TrainConfig) -> str:

@@ -18,7 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model", "data", "output", "trust_remote_code", "resume", "overwrite", "ref_model", "precompute_ref",
     ),
     "loss": (
-        "preset", "loss", "loss_options", "entropy_coef", "ptx_data", "ptx_coef", "ptx_batch", "vf_coef", "value_clip",
+        "preset", "loss", "loss_options", "loss_on", "l1_coef", "entropy_coef", "ptx_data", "ptx_coef", "ptx_batch", "vf_coef", "value_clip",
     ),
     "reward": (
         "reward_model", "reward", "reward_clip", "missing_eos_penalty", "gamma", "lam", "bootstrap_truncated",

@@ -132,7 +132,8 @@ class OfflineTask:
         )
         sums.add({"grad_norm": (optimizer.clip(), 1)})
         metrics = self.learner.derived(sums.means())  # the step's only transfer from the device
-        return metrics | {"learning_rate": optimizer.update(step, metrics)}, tokens
+        rate = optimizer.update(step, metrics)
+        return metrics | {"learning_rate": rate} | self.learner.updated(rate), tokens
 
     def evaluate(self) -> dict[str, float]:
         sums, _ = accumulate(self.lm, self.learner, self.evaluation, range(len(self.evaluation.examples)))

@@ -3,6 +3,7 @@ inside a sentence."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -13,10 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import make_lists, make_model, make_responses, make_rows, make_tokenizer, write_jsonl
+from tiny import (
+    make_demonstrations,
+    make_lists,
+    make_model,
+    make_responses,
+    make_rows,
+    make_tokenizer,
+    write_jsonl,
+)
 
 import fastalign as fa
 from fastalign.cli import main as cli
+from fastalign.train import UserError
 from fastalign.train.data import formats
 from fastalign.train.help import GROUPS
 from fastalign.train.methods import METHODS
@@ -55,6 +65,7 @@ def desk(tmp_path, monkeypatch):
         tokenizer.save_pretrained(folder)
     for file in ("pairs", "part1", "part2"):
         write_jsonl(Path(f"{file}.jsonl"), make_rows(4))
+    write_jsonl(Path("demonstrations.jsonl"), make_demonstrations(4))
     for file in ("responses", "labels"):
         write_jsonl(Path(f"{file}.jsonl"), make_responses(4))
     write_jsonl(Path("lists.jsonl"), make_lists(4))
@@ -104,11 +115,14 @@ def run_commands(code):
 
 @pytest.mark.parametrize("case", blocks("json"), ids=name_of)
 def test_lines_of_data(case):
-    kinds = (formats.PREFERENCE, formats.UNPAIRED, formats.LISTWISE)
+    """Each is an example of one of the formats, or a prompt to sample from."""
+    kinds = (formats.PREFERENCE, formats.UNPAIRED, formats.LISTWISE, formats.supervised(None))
     for line in case[1].splitlines():
-        columns = set(json.loads(line))
-        assert "prompt" in columns or columns == {"text"}, line
-        assert columns & {"chosen", "completion", "completions", "answer", "text"} and kinds, line
+        row, served = json.loads(line), []
+        for kind in kinds:
+            with contextlib.suppress(UserError):
+                served.append(kind.parse("line 1", row))
+        assert served or set(row) >= {"prompt", "answer"}, line
 
 
 CALL = re.compile(r"`(?:fa|fastalign)(\.[a-z_.]+\([^`]*\))`")
@@ -184,6 +198,8 @@ def test_every_setting_stands_in_one_group(kind):
         (["train", "dpo", "--samples-per-prompt", "4"], "belongs to ppo, grpo"),
         (["train", "dpo", "--model", "model", "--data", "pairs.jsonl", "--output", "o", "--loss", "kto"], "'fastalign train kto' trains with it"),
         (["train", "dpo", "--model", "model", "--data", "pairs.jsonl", "--output", "o", "--loss", "lipo"], "'fastalign train listwise' trains with it"),
+        (["train", "sft", "--completion_only_loss", "true"], "that is --loss-on completion"),
+        (["train", "sft", "--assistant-only-loss"], "that is --loss-on assistant"),
         (["losses", "nonsense"], "'nonsense' is unknown; legal: "),
     ],
 )  # fmt: skip

@@ -63,6 +63,7 @@ CASES = [
     ("reward", "bt_rm", "pairs"),
     ("reward", "kwise_rm", "lists"),
     ("listwise", "rrhf", "lists"),
+    ("sft", "sft", "demonstrations"),
 ]
 
 
@@ -71,7 +72,7 @@ def test_the_number_of_packs_changes_nothing(run, tmp_path, method, loss, rows):
     """A step in one pack or in many: the same numbers up to rounding, for losses that sort or remember as
     well. The reference is another model, so that no statistic is one of rounding errors."""
     settings = {"loss": loss, "batch_size": 4, "eval_fraction": 0.2, "learning_rate": 3e-4}
-    if method != "reward":
+    if method not in ("reward", "sft"):
         make_model(seed=3).save_pretrained(tmp_path / "reference")
         settings["ref_model"] = str(tmp_path / "reference")
     if loss == "rrhf":
@@ -438,6 +439,6 @@ def test_the_guide_names_every_method_loss_and_column():
 
 
 def test_every_method_has_a_summary():
-    assert set(of_kind(TrainConfig)) == {"dpo", "tdpo", "kto", "bco", "dro", "listwise", "reward"}
+    assert set(of_kind(TrainConfig)) == {"dpo", "tdpo", "kto", "bco", "dro", "listwise", "reward", "sft"}
     assert set(METHODS) == {*of_kind(TrainConfig), *of_kind(OnlineConfig)}
     assert all(entry.summary and "loss" in entry.settings for entry in METHODS.values())

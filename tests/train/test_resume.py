@@ -8,7 +8,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import make_lists, make_model, make_responses, make_rows, without_times, write_jsonl
+from tiny import (
+    make_demonstrations,
+    make_lists,
+    make_model,
+    make_responses,
+    make_rows,
+    without_times,
+    write_jsonl,
+)
 
 from fastalign.train import UserError, checkpoint, load_tokenizer, train, train_dpo
 
@@ -68,6 +76,7 @@ FAMILIES = [
     ("dro", {}, make_responses),
     ("listwise", {"loss": "pro", "tokens_per_batch": 128}, make_lists),
     ("reward", {}, make_rows),
+    ("sft", {"l1_coef": 0.3}, make_demonstrations),
 ]
 
 

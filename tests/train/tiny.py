@@ -66,6 +66,24 @@ def make_responses(count=12):
             for i, row in enumerate(make_rows(count))]  # fmt: skip
 
 
+def make_demonstrations(count=12):
+    """Completions to imitate, conversations of one and two turns, and texts."""
+    return [
+        (
+            {"prompt": row["prompt"], "completion": row["chosen"]},
+            {
+                "messages": [
+                    {"role": role, "content": words}
+                    for words in (row["prompt"], "and?")[: 1 + i % 2]
+                    for role, words in (("user", words), ("assistant", row["chosen"].strip()))
+                ]
+            },
+            {"text": row["prompt"] + row["chosen"]},
+        )[i % 3]
+        for i, row in enumerate(make_rows(count))
+    ]
+
+
 def make_lists(count=12):
     """Lists of two to four responses."""
     lists = []
@@ -87,4 +105,9 @@ def without_times(history):
 
 
 # Data of every format.
-ROWS = {"pairs": make_rows(11), "responses": make_responses(11), "lists": make_lists(11)}
+ROWS = {
+    "pairs": make_rows(11),
+    "responses": make_responses(11),
+    "lists": make_lists(11),
+    "demonstrations": make_demonstrations(11),
+}

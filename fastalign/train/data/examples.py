@@ -129,9 +129,11 @@ def pack_examples(examples: Sequence[TokenExample], indices: Iterable[int], budg
 
 
 def _pack(examples: list[TokenExample]) -> fastalign.PackedBatch:
-    """Every completion after its prompt, end to end; the completions' tokens are scored."""
+    """Every completion after its prompt, end to end; the completions' tokens are scored, or those of them that
+    the example names."""
     sequences = [(example.prompt, completion) for example in examples for completion in example.completions]
-    masks = [[False] * len(prompt) + [True] * len(completion) for prompt, completion in sequences]
+    scored = [mask for example in examples for mask in example.masks()]
+    masks = [[False] * len(prompt) + mask for (prompt, _), mask in zip(sequences, scored)]
     return fastalign.pack([torch.cat(parts) for parts in sequences], masks=masks)
 
 
@@ -145,5 +147,8 @@ def fingerprint(*splits: Iterable[TokenExample]) -> str:
             for part in (example.prompt, *example.completions):
                 digest.update(len(part).to_bytes(8, "little"))
                 digest.update(part.numpy().tobytes())
+            for mask in example.scored or ():
+                digest.update(b"scored")
+                digest.update(mask.numpy().tobytes())
             digest.update(repr(sorted(example.values.items())).encode())
     return digest.hexdigest()

@@ -5,6 +5,7 @@
     preference, implicit prompt   either of the two without "prompt": chosen and rejected begin with it
     unpaired                      {"prompt": ..., "completion": ..., "label": true}, texts or messages; or "score": a number, for some methods
     listwise                      {"prompt": ..., "completions": [..., ...], "scores": [..., ...]}, each completion text or messages
+    supervised                    {"prompt": ..., "completion": ...}, or {"messages": [...]}: a conversation, or {"text": "..."}
     optional columns of a pair    "soft_label": P(chosen is better); "weight": of the pair; "margin": what chosen should win by; "target"
 
 A content is a text, or a list that holds one part of text, [{"type": "text", "text": "..."}]. A completion is
@@ -20,17 +21,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastalign.runtime.checks import shown
+from fastalign.train.data.fields import (
+    Messages,
+    Text,
+    check_row,
+    common_prefix,
+    kind_of,
+    messages_of,
+    number_of,
+    text_of,
+)
 from fastalign.train.errors import DataError, UserError
-
-Text = str
-Messages = list[dict[str, Any]]
 
 _SIDES = ("chosen", "rejected")
 _ANY = (-math.inf, math.inf)
@@ -38,57 +45,54 @@ _UNPAIRED_COLUMNS = {"score": _ANY, "weight": (0.0, math.inf)}
 MAX_LIST = 64  # what the list kernel takes
 MAX_LINE = 16 << 20  # bytes of a line
 _PAIR_COLUMNS = {"soft_label": (0.0, 1.0), "weight": (0.0, math.inf), "margin": _ANY, "target": _ANY}
-_UNSUPPORTED = (
-    "tools",
-    "functions",
-    "system",
-    "system_prompt",
-    "images",
-    "image",
-    "videos",
-    "audio",
-    "chat_template_kwargs",
-)
-# What a message may say beside its content. A template that writes it puts words of its own around it, most
-# write it in some turns only.
-_BESIDE_CONTENT = (
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "images",
-    "image",
-    "videos",
-    "audio",
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
     """One example with an explicit prompt: texts, or lists of messages. `source` says where it came from;
     `fields` names each completion's place in the line, for error messages; `values` holds the example's
-    numbers (labels, scores, weights)."""
+    numbers (labels, scores, weights). `prompt_field` is the prompt's place."""
 
     source: str
     prompt: Text | Messages
     completions: tuple[Text | Messages, ...]
     fields: tuple[str, ...]
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt_field: str = "prompt"
 
     @property
     def conversational(self) -> bool:
         return isinstance(self.prompt, list)
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages whose assistant turns are learnt, all of them; the last message is one. `fields` names each
+    message's place in the line."""
+
+    source: str
+    messages: Messages
+    fields: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text of its own, without a prompt."""
+
+    source: str
+    text: Text
+
+
 @dataclass(frozen=True)
 class Format:
-    """A data format: what an example is called, and how a line becomes one."""
+    """A data format: what an example is called, and how a line becomes one. `every_token`: prompts are learnt,
+    too."""
 
     name: str
     noun: str
-    parse: Callable[[str, Any], Texts]
+    parse: Callable[[str, Any], Texts | Conversation | Document]
     required: tuple[str, ...] = ()  # columns of numbers that every line must have
+    every_token: bool = False
 
     def requiring(self, *columns: str) -> Format:
         """The same format with more columns that must be there."""
@@ -142,7 +146,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
 def parse_preference(source: str, row: Any) -> Texts:
     """Check one row and make its prompt explicit. Raises `DataError` naming the source and the field at
     fault."""
-    _check_row(source, row, ("chosen", "rejected"))
+    check_row(source, row, ("chosen", "rejected"))
     conversational = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
     texts = (_conversational if conversational else _standard)(source, row)
     return dataclasses.replace(texts, values=_columns(source, row, _PAIR_COLUMNS))
@@ -151,7 +155,7 @@ def parse_preference(source: str, row: Any) -> Texts:
 def _columns(source: str, row: dict[str, Any], legal: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """The optional numbers of a row: name -> (lowest, highest legal value)."""
     return {
-        name: _number(source, name, row[name], low, high)
+        name: number_of(source, name, row[name], low, high)
         for name, (low, high) in legal.items()
         if row.get(name) is not None
     }
@@ -159,21 +163,21 @@ def _columns(source: str, row: dict[str, Any], legal: Mapping[str, tuple[float, 
 
 def parse_unpaired(source: str, row: Any) -> Texts:
     """Check one row of a prompt, a completion, and what is known of it."""
-    _check_row(source, row, ("prompt", "completion"))
+    check_row(source, row, ("prompt", "completion"))
     values: dict[str, Any] = _columns(source, row, _UNPAIRED_COLUMNS)
     if row.get("label") is not None:
         if not isinstance(row["label"], bool):
-            raise DataError(source, "label", f"expected true or false, got {_kind(row['label'])}")
+            raise DataError(source, "label", f"expected true or false, got {kind_of(row['label'])}")
         values["label"] = row["label"]
     return _with_prompt(source, row, [("completion", row["completion"])], values)
 
 
 def parse_listwise(source: str, row: Any) -> Texts:
     """Check one row of a prompt, its completions, and a score for each."""
-    _check_row(source, row, ("prompt", "completions", "scores"))
+    check_row(source, row, ("prompt", "completions", "scores"))
     for field in ("completions", "scores"):
         if not isinstance(row[field], list):
-            raise DataError(source, field, f"expected a list, got {_kind(row[field])}")
+            raise DataError(source, field, f"expected a list, got {kind_of(row[field])}")
     if not 1 <= len(row["completions"]) <= MAX_LIST:
         raise DataError(
             source, "completions", f"expected 1 to {MAX_LIST} of them, got {len(row['completions'])}"
@@ -184,7 +188,7 @@ def parse_listwise(source: str, row: Any) -> Texts:
             "scores",
             f"expected one for each of the {len(row['completions'])} completions, got {len(row['scores'])}",
         )
-    scores = tuple(_number(source, f"scores[{i}]", score) for i, score in enumerate(row["scores"]))
+    scores = tuple(number_of(source, f"scores[{i}]", score) for i, score in enumerate(row["scores"]))
     return _with_prompt(
         source,
         row,
@@ -197,7 +201,7 @@ def _with_prompt(
     source: str, row: dict[str, Any], completions: list[tuple[str, Any]], values: dict[str, Any]
 ) -> Texts:
     """An explicit prompt and completions of its kind: all texts, or all lists of messages."""
-    read = _messages if isinstance(row["prompt"], list) else _text
+    read = messages_of if isinstance(row["prompt"], list) else text_of
     fields = tuple(field for field, _ in completions)
     texts = Texts(
         source,
@@ -211,33 +215,22 @@ def _with_prompt(
 
 def parse_prompt(source: str, row: Any) -> Texts:
     """Check one row with a prompt to sample from; its other columns are left alone."""
-    _check_row(source, row, ("prompt",))
+    check_row(source, row, ("prompt",))
     if not isinstance(row["prompt"], list):
-        return Texts(source, _text(source, "prompt", row["prompt"]), (), ())
-    return _check_roles(Texts(source, _messages(source, "prompt", row["prompt"]), (), ()))
+        return Texts(source, text_of(source, "prompt", row["prompt"]), (), ())
+    return _check_roles(Texts(source, messages_of(source, "prompt", row["prompt"]), (), ()))
 
 
 def parse_text(source: str, row: Any) -> str:
     """Check one row with a text."""
-    _check_row(source, row, ("text",))
-    return _text(source, "text", row["text"])
-
-
-def _check_row(source: str, row: Any, required: tuple[str, ...]) -> None:
-    if not isinstance(row, dict):
-        raise DataError(source, None, f"expected a JSON object, got {_kind(row)}")
-    for field in _UNSUPPORTED:
-        if row.get(field):
-            raise DataError(source, field, "not supported: the prompt would not be the one that was judged")
-    for field in required:
-        if field not in row:
-            raise DataError(source, field, f"missing (the line has: {', '.join(map(str, row)) or 'nothing'})")
+    check_row(source, row, ("text",))
+    return text_of(source, "text", row["text"])
 
 
 def _standard(source: str, row: dict[str, Any]) -> Texts:
-    chosen, rejected = _text(source, "chosen", row["chosen"]), _text(source, "rejected", row["rejected"])
+    chosen, rejected = text_of(source, "chosen", row["chosen"]), text_of(source, "rejected", row["rejected"])
     if row.get("prompt") is not None:
-        return Texts(source, _text(source, "prompt", row["prompt"]), (chosen, rejected), _SIDES)
+        return Texts(source, text_of(source, "prompt", row["prompt"]), (chosen, rejected), _SIDES)
     shared = common_prefix(chosen, rejected)
     if chosen[shared - 1 : shared] == " ":  # a word and the space before it belong together
         shared -= 1
@@ -250,17 +243,17 @@ def _standard(source: str, row: dict[str, Any]) -> Texts:
 
 def _conversational(source: str, row: dict[str, Any]) -> Texts:
     chosen, rejected = (
-        _messages(source, "chosen", row["chosen"]),
-        _messages(source, "rejected", row["rejected"]),
+        messages_of(source, "chosen", row["chosen"]),
+        messages_of(source, "rejected", row["rejected"]),
     )
     prompt = row.get("prompt")
     if isinstance(prompt, list):
-        prompt = _messages(source, "prompt", prompt)
+        prompt = messages_of(source, "prompt", prompt)
         if chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:  # repeated in both sides
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
         if prompt is not None:
-            _text(source, "prompt", prompt)
+            text_of(source, "prompt", prompt)
         # An identical pair still has completions: the last message is never part of the prompt.
         shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         if not shared:
@@ -298,91 +291,82 @@ def _check_roles(texts: Texts) -> Texts:
     return texts
 
 
-def _text(source: str, field: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(source, field, f"expected text, got {_kind(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # a lone surrogate such as "\ud800" is legal JSON and no character
-        raise DataError(source, field, f"character {error.start} is half of a surrogate pair") from None
-    return value
+_FORMS = ("messages", "completion", "text")
+_NEEDS_MESSAGES = "--loss-on assistant (TRL's assistant_only_loss=True) needs messages, and this is text"
 
 
-def _number(source: str, field: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise DataError(source, field, f"expected a number, got {_kind(value)}")
-    # Comparisons, which integers of any size can take: NaN fails every one of them.
-    if not (-sys.float_info.max <= value <= sys.float_info.max and low <= value <= high):
-        legal = (
-            "a finite number"
-            if math.isinf(low)
-            else f"a number from {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
-        )
-        raise DataError(source, field, f"expected {legal}, got {shown(value)}")
-    return float(value)
-
-
-def _messages(source: str, field: str, value: Any) -> Messages:
-    if not isinstance(value, list):
-        raise DataError(
-            source, field, f"expected a list of messages like the rest of the example, got {_kind(value)}"
-        )
-    if not value:
-        raise DataError(source, field, "has no message")
-    return [_message(source, f"{field}[{i}]", message) for i, message in enumerate(value)]
-
-
-def _message(source: str, field: str, message: Any) -> dict[str, Any]:
-    """A message with a text as its content."""
-    if not isinstance(message, dict):
-        raise DataError(source, field, f"expected an object with role and content, got {_kind(message)}")
-    for key in ("role", "content"):
-        if key not in message:
-            raise DataError(source, f"{field}.{key}", "missing")
-    for key in _BESIDE_CONTENT:
-        if message.get(key):
-            raise DataError(
-                source, f"{field}.{key}", "not supported: what a message says must be in its content"
-            )
-    _text(source, f"{field}.role", message["role"])
-    content = message["content"]
-    if isinstance(content, list):
-        content = _one_part(source, f"{field}.content", content)
-    return {**message, "content": _text(source, f"{field}.content", content)}
-
-
-def _one_part(source: str, field: str, parts: list[Any]) -> Any:
-    """The text of [{"type": "text", "text": text}]."""
-    if (
-        len(parts) != 1
-        or not isinstance(parts[0], dict)
-        or parts[0].get("type") != "text"
-        or "text" not in parts[0]
-    ):
+def parse_supervised(source: str, row: Any, loss_on: str | None = None) -> Texts | Conversation | Document:
+    """Check one row to imitate: a prompt and a completion, a conversation, or a text. `loss_on`: see
+    `supervised`."""
+    check_row(source, row, ())
+    found = [form for form in _FORMS if row.get(form) is not None]
+    prompt = row.get("prompt")
+    if len(found) != 1 or found == ["text"] and prompt is not None:
         raise DataError(
             source,
-            field,
-            'expected text, or a list of one part {"type": "text", "text": ...}; join several to one',
+            None,
+            "expected one of 'messages', or 'prompt' and 'completion', or 'text' "
+            f"(the line has: {', '.join(map(str, row)) or 'nothing'})",
         )
-    return parts[0]["text"]
+    if found == ["messages"]:
+        return _supervised_messages(source, row, loss_on)
+    if found == ["text"]:
+        text = text_of(source, "text", row["text"])
+        if loss_on == "completion":
+            raise DataError(
+                source,
+                "text",
+                "has no completion: --loss-on completion (TRL's completion_only_loss=True) needs 'prompt' and "
+                "'completion', or 'messages'",
+            )
+        if loss_on == "assistant":
+            raise DataError(source, "text", _NEEDS_MESSAGES)
+        return Document(source, text)
+    if prompt is None:
+        raise DataError(source, "prompt", f"missing (the line has: {', '.join(map(str, row))})")
+    texts = _with_prompt(source, row, [("completion", row["completion"])], {})
+    if loss_on != "assistant":
+        return texts
+    if not texts.conversational:
+        raise DataError(source, "prompt", _NEEDS_MESSAGES)
+    fields = (*(f"prompt[{i}]" for i in range(len(texts.prompt))), "completion[0]")
+    return _conversation(source, [*texts.prompt, *texts.completions[0]], fields)
 
 
-def common_prefix(a: Any, b: Any) -> int:
-    """Length of the longest common beginning of two sequences."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def _supervised_messages(source: str, row: dict[str, Any], loss_on: str | None) -> Texts | Conversation:
+    """A conversation up to its last assistant turn. A prompt as text may stand beside it: the messages
+    decide."""
+    messages = messages_of(source, "messages", row["messages"])
+    if (prompt := row.get("prompt")) is not None:
+        words = text_of(source, "prompt", prompt)
+        if not any(words in message["content"] for message in messages):
+            raise DataError(source, "prompt", "is in none of the messages")
+    end = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    if end < 0:
+        raise DataError(source, "messages", "has no assistant turn that could be learnt")
+    messages, fields = messages[: end + 1], tuple(f"messages[{i}]" for i in range(end + 1))
+    conversation = _conversation(source, messages, fields)
+    if loss_on in (None, "assistant"):
+        return conversation
+    return Texts(source, messages[:-1], ([messages[-1]],), fields[-1:], prompt_field="messages")
 
 
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
+def _conversation(source: str, messages: Messages, fields: tuple[str, ...]) -> Conversation:
+    """Refuse an assistant turn that nobody asked for."""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and (i == 0 or messages[i - 1]["role"] == "assistant"):
+            what = "opens the conversation" if i == 0 else "follows another assistant turn"
+            raise DataError(source, fields[i], f"{what}: there is no prompt that it would answer")
+    return Conversation(source, messages, fields)
+
+
+def supervised(loss_on: str | None) -> Format:
+    """The format of examples to imitate. loss_on: "completion": what follows the prompt, or the last turn of a
+    conversation; "assistant": every assistant turn; "all": every token; None: of a line with a prompt its
+    completion, of `messages` the assistant's turns, of a text all."""
+    return Format(
+        "supervised", "example", partial(parse_supervised, loss_on=loss_on), every_token=loss_on == "all"
+    )
 
 
 PREFERENCE = Format("preference", "pair", parse_preference)

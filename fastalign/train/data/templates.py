@@ -21,10 +21,10 @@ empties.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from fastalign.train.data.formats import Messages, common_prefix
+from fastalign.train.data.fields import Messages, common_prefix
 from fastalign.train.errors import DataError, UserError
 
 _WHO = "the tokenizer's chat template"
@@ -39,6 +39,7 @@ _GIVEN = (
     "eos_token",
 )
 _NOTHING = (None, "", False)
+T = TypeVar("T")
 TRIMMED = "with white space around a message that the chat template trims"
 MOVED = "with a system message that the chat template moves"
 IGNORED = "with a message field {!r} that the chat template ignores"
@@ -85,29 +86,29 @@ class ChatTemplate:
 
     # --- the two questions ----------------------------------------------------------------------------------
 
-    def prompt(self, source: str, messages: Messages) -> str:
-        """The prompt, with the turn left to the assistant."""
-        text = self._checked_render(source, "prompt", messages, True)
+    def prompt(self, source: str, messages: Messages, place: str = "prompt") -> str:
+        """The prompt, with the turn left to the assistant. `place`: the field that holds the messages."""
+        text = self.checked(source, place, lambda: self._render(messages, True))
         if not self.own:
             return text
-        self._check_fields(source, "prompt", messages, text, True)
+        self._check_fields(source, place, messages, text, True)
         outline = self._outline(messages, True)
         shown = [i for i, message in enumerate(messages) if not _blank(message)]
         if outline is not None:
             for i in shown:
                 if _mark(i) not in outline:
-                    raise self._refusal(
-                        source, f"prompt[{i}]", self._loss(_mark(i), outline, messages[i]["role"])
+                    raise self.refusal(
+                        source, f"{place}[{i}]", self.loss_of(_mark(i), outline, messages[i]["role"])
                     )
             places = [outline.index(_mark(i)) for i in shown if messages[i]["role"] != "system"]
             if places != sorted(places):
-                raise self._refusal(source, "prompt", "puts the messages in another order")
+                raise self.refusal(source, place, "puts the messages in another order")
             places = [outline.index(_mark(i)) for i in shown]
             if places != sorted(places):
                 self.notes.add(MOVED)
             if self._matches(outline, messages, text):
                 return text
-        self._find_in_order(source, messages, text)
+        self.find_in_order(source, place, messages, text)
         return text
 
     def answer(
@@ -116,7 +117,7 @@ class ChatTemplate:
         """What follows the prompt when the assistant says this: its words, and the end of the turn if the
         template writes one."""
         messages = [*prompt, message]
-        text = self._checked_render(source, field, messages, False)
+        text = self.checked(source, field, lambda: self._render(messages, False))
         if not self.own:
             return text.removeprefix(prompt_text)
         self._check_fields(source, field, messages, text, False)
@@ -125,11 +126,11 @@ class ChatTemplate:
         if _blank(message):
             return message["content"] + kept
         if not text.startswith(prompt_text):
-            raise self._refusal(source, field, self._other_prompt(prompt, prompt_text, text))
+            raise self.refusal(source, field, self._other_prompt(prompt, prompt_text, text))
         words, rest = message["content"].strip(), text[len(prompt_text) :]
         core = rest[: len(rest) - len(tail)] if rest.endswith(tail) else None
         if core is None or core.strip() != words:
-            raise self._refusal(source, field, self._other_answer(prompt, prompt_text, words, rest, tail))
+            raise self.refusal(source, field, self._other_answer(prompt, prompt_text, words, rest, tail))
         if message["content"] not in core:
             self.notes.add(TRIMMED)
         return core + kept
@@ -147,10 +148,10 @@ class ChatTemplate:
                 "chat template: a turn ends with {!r}, not with the tokenizer's EOS {!r}".format(*ends)
             )
         head = (self._outline(_user(), True) or "").partition(_mark(0))[0]
-        if len(re.findall(r"[^\W\d_]+", self._without_markers(head))) > 3:  # more than a role's name
+        if len(re.findall(r"[^\W\d_]+", self.without_markers(head))) > 3:  # more than a role's name
             said.append(
                 "chat template: it opens a conversation without a system message with words of its own: "
-                f"{_short(head)}"
+                f"{short(head)}"
             )
         if "strftime_now" in source:
             said.append(
@@ -174,17 +175,20 @@ class ChatTemplate:
     def _render(self, messages: Messages, generation: bool) -> str:
         if not self.own:
             return plain_template(messages, generation)
-        if self._in_parts:
-            messages = [
-                {**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages
-            ]
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation, **self.options
+            self.shaped(messages), tokenize=False, add_generation_prompt=generation, **self.options
         )
 
-    def _checked_render(self, source: str, field: str, messages: Messages, generation: bool) -> str:
+    def shaped(self, messages: Messages) -> Messages:
+        """The messages with their contents as this template walks over them."""
+        if not self._in_parts:
+            return messages
+        return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+    def checked(self, source: str, field: str, render: Callable[[], T]) -> T:
+        """What `render` returns; an error in the template is one of the example."""
         try:
-            return self._render(messages, generation)
+            return render()
         except (
             Exception
         ) as error:  # templates are programs of their own: any error in one is about this example
@@ -208,7 +212,7 @@ class ChatTemplate:
             marked = [m if _blank(m) else {**m, "content": _mark(i)} for i, m in enumerate(messages)]
             try:
                 self._outlines[key] = self._render(marked, generation)
-            except Exception:  # see _checked_render
+            except Exception:  # see checked
                 self._outlines[key] = None
         return self._outlines[key]
 
@@ -252,9 +256,9 @@ class ChatTemplate:
         """What the template writes behind the assistant's words after this prompt."""
         outline, mark = self._outline([*prompt, {"role": role, "content": "a"}], False), _mark(len(prompt))
         if outline is None:
-            raise self._refusal(source, field, "refuses an answer of one word after this prompt")
+            raise self.refusal(source, field, "refuses an answer of one word after this prompt")
         if mark not in outline:
-            raise self._refusal(source, field, self._loss(mark, outline, role))
+            raise self.refusal(source, field, self.loss_of(mark, outline, role))
         return outline.rpartition(mark)[2]
 
     def _cut_at_end(self, source: str, field: str, tail: str) -> str:
@@ -267,15 +271,15 @@ class ChatTemplate:
         ]
         end = next((end for end in ends if end in tail), None)
         kept = tail.rstrip() if end is None else tail[: tail.index(end) + len(end)]
-        if re.search(r"\w", self._without_markers(kept)):
-            raise self._refusal(
+        if re.search(r"\w", self.without_markers(kept)):
+            raise self.refusal(
                 source,
                 field,
-                f"writes {_short(kept)} behind the assistant's words, which would be trained on",
+                f"writes {short(kept)} behind the assistant's words, which would be trained on",
             )
         return kept
 
-    def _without_markers(self, text: str) -> str:
+    def without_markers(self, text: str) -> str:
         """The text without special tokens and what looks like one: <...> and [...] of one word."""
         for i in self.added:
             text = text.replace(self.tokenizer.convert_ids_to_tokens(i), " ")
@@ -301,7 +305,7 @@ class ChatTemplate:
             self.notes.add(TRIMMED)
         return len(text) in ends
 
-    def _find_in_order(self, source: str, messages: Messages, text: str) -> None:
+    def find_in_order(self, source: str, place: str, messages: Messages, text: str) -> None:
         """For a prompt that hangs on more of its contents than that they are there: each must still be found,
         one behind the other."""
         place = 0
@@ -309,7 +313,7 @@ class ChatTemplate:
             words, start = message["content"].strip(), 0 if message["role"] == "system" else place
             found = text.find(words, start)
             if found < 0:
-                raise self._refusal(source, f"prompt[{i}]", self._loss(words, text, message["role"]))
+                raise self.refusal(source, f"{place}[{i}]", self.loss_of(words, text, message["role"]))
             if message["role"] != "system":
                 place = found + len(words)
             if message["content"] not in text:
@@ -324,7 +328,7 @@ class ChatTemplate:
             without = [{k: v for k, v in message.items() if k != key} for message in messages]
             try:
                 ignored = self._render(without, generation) == text
-            except Exception:  # see _checked_render
+            except Exception:  # see checked
                 ignored = False
             values = [message[key] for message in messages if isinstance(message.get(key), str)]
             lost = (
@@ -333,55 +337,53 @@ class ChatTemplate:
                 else None
             )
             if key == "name" and (ignored or lost is not None):
-                raise self._refusal(
+                raise self.refusal(
                     source,
                     field,
-                    f"leaves out the {key} {_short(lost if lost is not None else values[0])} of a message",
+                    f"leaves out the {key} {short(lost if lost is not None else values[0])} of a message",
                 )
             if ignored:
                 self.notes.add(IGNORED.format(key))
 
     # --- what to say ----------------------------------------------------------------------------------------
 
-    def _refusal(self, source: str, field: str, what: str) -> DataError:
+    def refusal(self, source: str, field: str, what: str) -> DataError:
         return DataError(source, field, f"{_WHO} {what}; change the template or the data")
 
-    def _loss(self, words: str, text: str, role: str) -> str:
+    def loss_of(self, words: str, text: str, role: str) -> str:
         """What happened to words that are not in the text."""
         if words.casefold() in text.casefold():
             return f"changes the case of letters in the {role} message"
         head, think, answer = words.rpartition("</think>")
         if think and answer.strip() in text:
-            return f"cuts the reasoning out of the {role} message ({_short(head + think)})"
+            return f"cuts the reasoning out of the {role} message ({short(head + think)})"
         if re.fullmatch(r"Q\d+wZ", words):
             return f"leaves out the {role} message"
-        return f"changes the {role} message ({_short(words)} is not in what it writes)"
+        return f"changes the {role} message ({short(words)} is not in what it writes)"
 
     def _other_prompt(self, prompt: Messages, before: str, after: str) -> str:
         for message in prompt:
             words = message["content"].strip()
             if words in before and words not in after:
-                return f"leaves out the {message['role']} message ({_short(words)}) once an answer follows, so it would learn without it"
+                return f"leaves out the {message['role']} message ({short(words)}) once an answer follows, so it would learn without it"
         same = common_prefix(before, after)
         was, becomes = before[same:], after[same : same + len(before) - same + 20]
-        return (
-            f"writes the prompt differently once an answer follows: {_short(was)} becomes {_short(becomes)}"
-        )
+        return f"writes the prompt differently once an answer follows: {short(was)} becomes {short(becomes)}"
 
     def _other_answer(self, prompt: Messages, prompt_text: str, words: str, rest: str, tail: str) -> str:
         if words not in rest:
-            return self._loss(words, rest, "assistant")
+            return self.loss_of(words, rest, "assistant")
         before, _, behind = rest.partition(words)
         if before.strip():
             silent = self._render(prompt, False) == prompt_text
             why = " (it does not heed add_generation_prompt)" if silent else ""
-            return f"writes {_short(before)} before the assistant's words{why}, which would be trained on"
-        return f"writes {_short(behind)} behind the assistant's words, where it ends another turn with {_short(tail)}"
+            return f"writes {short(before)} before the assistant's words{why}, which would be trained on"
+        return f"writes {short(behind)} behind the assistant's words, where it ends another turn with {short(tail)}"
 
 
 def _user() -> Messages:
     return [{"role": "user", "content": "a"}]
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -25,9 +25,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastalign.train.data.formats import Format, Text, Texts, common_prefix
+from fastalign.train.data.fields import Text, common_prefix
+from fastalign.train.data.formats import Conversation, Document, Format, Texts
 from fastalign.train.data.specials import SpecialTokens
 from fastalign.train.data.templates import ChatTemplate, plain_template
+from fastalign.train.data.turns import assistant_turns
 from fastalign.train.errors import DataError
 
 __all__ = [
@@ -42,16 +44,20 @@ __all__ = [
 
 UNKNOWN = "with characters that the tokenizer does not know"
 SPELLED = "with the name of a special token inside an answer, taken as letters"
+NOTHING_BEFORE = "gives no token that a completion could be predicted from (it is empty and the tokenizer adds no BOS token)"
+ENDLESS = "with an earlier turn that no token ends: its end is not learnt"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenExample:
     """Token ids (int32 tensors) of a prompt and its completions, each with its EOS, and the example's
-    numbers. A pair has the completions (chosen, rejected)."""
+    numbers. A pair has the completions (chosen, rejected). `scored`: a bool for each token of each completion;
+    None: all are scored. The first one always is."""
 
     prompt: torch.Tensor
     completions: tuple[torch.Tensor, ...]
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scored: tuple[torch.Tensor, ...] | None = None
 
     @property
     def chosen(self) -> torch.Tensor:
@@ -72,6 +78,17 @@ class TokenExample:
 
     def longest(self) -> int:
         return max(self.lengths())
+
+    def masks(self) -> list[list[bool]]:
+        """Which tokens of each completion are scored."""
+        if self.scored is not None:
+            return [mask.tolist() for mask in self.scored]
+        return [[True] * len(completion) for completion in self.completions]
+
+    def every_token(self) -> TokenExample:
+        """The same tokens, all of them scored but the first, which nothing predicts. One completion."""
+        ids = torch.cat([self.prompt, self.completions[0]])
+        return TokenExample(ids[:1], (ids[1:],), self.values)
 
 
 def token_pair(
@@ -108,7 +125,7 @@ class DataReport:
 
 class ExampleTokenizer:
     """The one place where a prompt and its completions, texts or messages, become token ids: `__call__`
-    (prompt and completions), `prompt` (alone, to sample from), `text` (all of it predicted). `stops`: ids at
+    (an example), `prompt` (alone, to sample from), `text` (all of it predicted). `stops`: ids at
     which the model's generation stops beside the tokenizer's EOS; `template_options`: variables for the chat
     template.
 
@@ -125,8 +142,17 @@ class ExampleTokenizer:
         self.notes: Counter[str] = Counter()
         self._rendered = False
 
-    def __call__(self, texts: Texts) -> tuple[TokenExample, bool]:
-        """The example's tokens, and whether its boundary moved."""
+    def __call__(self, given: Texts | Conversation | Document) -> tuple[TokenExample, bool]:
+        """The example's tokens, and whether a boundary between prompt and completion moved."""
+        if isinstance(given, Conversation):
+            return self._conversation(given)
+        if isinstance(given, Document):
+            ids = self.text(given.source, given.text)
+            self._count([ids])
+            return _example(given.source, "text", ids, [(1, len(ids))]), False
+        return self._completions(given)
+
+    def _completions(self, texts: Texts) -> tuple[TokenExample, bool]:
         text, prompt = self._prompt(texts)
         end = self.special.end_of(texts.conversational, prompt)
         whole = [
@@ -136,18 +162,62 @@ class ExampleTokenizer:
         self._count([prompt, *whole])
         boundary = min(common_prefix(prompt, ids) for ids in whole)
         if boundary == 0:
-            raise DataError(
-                texts.source,
-                "prompt",
-                "gives no token that a completion could be predicted from (it is empty and the tokenizer adds "
-                "no BOS token)",
-            )
+            raise DataError(texts.source, texts.prompt_field, NOTHING_BEFORE)
         for field, ids in zip(texts.fields, whole):
             self.special.check_completion(texts.source, field, ids[boundary:-1])
         completions = tuple(torch.tensor(ids[boundary:], dtype=torch.int32) for ids in whole)
         return TokenExample(
             torch.tensor(prompt[:boundary], dtype=torch.int32), completions, texts.values
         ), boundary < len(prompt)
+
+    def _conversation(self, given: Conversation) -> tuple[TokenExample, bool]:
+        """Every assistant turn as `_completions` has the one: its words, and the token that ends it."""
+        messages = [self._as_said(message) for message in given.messages]
+        text, spans = assistant_turns(self.template, given, messages)
+        self._rendered |= self.template.own
+        last = spans[-1][0]
+        text = text[:last] + self.special.without_ends(text[last:])
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spelled = []  # where the words of a turn stand that hold the name of a special token
+        for i, (start, _) in zip(turns, spans):
+            words = messages[i]["content"].strip()
+            if self.special.spells_special(words):
+                place = text.index(words, start)
+                spelled.append((place, place + len(words)))
+        if spelled:
+            self.template.notes.add(SPELLED)
+
+        def ids(upto: int) -> list[int]:
+            """Ids of text[:upto]; the names of special tokens among the assistant's words are letters."""
+            found, done = [], 0
+            for start, end in spelled:
+                if start < upto:
+                    found += self.special.encode(text[done:start])
+                    found += self.special.letters(text[start : min(end, upto)])
+                    done = min(end, upto)
+            found += self.special.encode(text[done:upto])
+            return self.special.begun(given.source, given.fields[0], found, bare=not self.template.own)
+
+        whole, places, moved = [*ids(len(text)), self.special.end_of(True, ())], [], False
+        for i, (start, end) in zip(turns, spans):
+            before = ids(start)
+            first = common_prefix(before, whole)
+            stop = common_prefix(ids(end), whole) if i != turns[-1] else len(whole)
+            moved |= first < len(before)
+            ended = stop > first and whole[stop - 1] in self.special.ends
+            if not ended:
+                self.template.notes.add(ENDLESS)
+            self.special.check_completion(given.source, given.fields[i], whole[first : stop - ended])
+            places.append((first, stop))
+        self._count([whole])
+        return _example(given.source, given.fields[0], whole, places), moved
+
+    def _as_said(self, message: dict[str, Any]) -> dict[str, Any]:
+        """An assistant's message without the ends of turn that its content brings along; another as it is."""
+        if message["role"] != "assistant":
+            return message
+        content = self.special.without_ends(message["content"])
+        return {**message, "content": content if content.strip() else ""}
 
     def prompt(self, texts: Texts) -> list[int]:
         """Ids of the prompt alone, ready for a completion."""
@@ -160,13 +230,17 @@ class ExampleTokenizer:
         ids = self.special.begun(
             source, "text", self.special.encode(self.special.without_ends(text)), bare=True
         )
-        return [*ids, self.special.eos]
+        return [*ids, self.special.end_of(False, ids)]
 
     def remarks(self) -> list[str]:
         return self.template.remarks() if self._rendered else []
 
     def _prompt(self, texts: Texts) -> tuple[str, list[int]]:
-        text = self.template.prompt(texts.source, texts.prompt) if texts.conversational else texts.prompt
+        text = (
+            self.template.prompt(texts.source, texts.prompt, texts.prompt_field)
+            if texts.conversational
+            else texts.prompt
+        )
         self._rendered |= texts.conversational and self.template.own
         return text, self._encode(texts, "prompt", text)
 
@@ -204,6 +278,21 @@ class ExampleTokenizer:
         self.template.notes.clear()
 
 
+def _example(source: str, field: str, ids: list[int], places: Sequence[tuple[int, int]]) -> TokenExample:
+    """An example of one sequence, of which the tokens in `places`, (first, stop) each, are scored."""
+    first = places[0][0]
+    if first == 0 or first >= len(ids):
+        raise DataError(
+            source, field, NOTHING_BEFORE if first == 0 else "has no token that could be predicted"
+        )
+    whole = torch.tensor(ids, dtype=torch.int32)
+    scored = torch.zeros(len(ids), dtype=torch.bool)
+    for start, stop in places:
+        scored[start:stop] = True
+    mask = None if bool(scored[first:].all()) else (scored[first:],)
+    return TokenExample(whole[:first], (whole[first:],), scored=mask)
+
+
 def tokenise(
     examples: Iterable[tuple[str, Any]],
     tokenizer: Any,
@@ -224,6 +313,8 @@ def tokenise(
         examples, desc="tokenising", unit=f" {form.noun}s", leave=False, disable=None if progress else True
     ):
         example, moved = (row, False) if isinstance(row, TokenExample) else to_tokens(form.parse(source, row))
+        if form.every_token and not isinstance(row, TokenExample):
+            example, moved = example.every_token(), False
         first = example.values if first is None else first
         form.check_values(source, example.values, first)
         report.boundary_moved += moved
@@ -285,6 +376,7 @@ def fit(
             else None
         )
     room = limit - len(prompt)
-    return (
-        dataclasses.replace(example, completions=tuple(c[:room] for c in completions)) if room > 0 else None
-    )
+    if room <= 0:
+        return None
+    scored = None if example.scored is None else tuple(mask[:room] for mask in example.scored)
+    return dataclasses.replace(example, completions=tuple(c[:room] for c in completions), scored=scored)

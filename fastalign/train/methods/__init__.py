@@ -37,6 +37,7 @@ class Row(NamedTuple):
     defaults: Mapping[str, Any] = {}
 
 
+_DEMONSTRATION = '{"prompt": "The sky is", "completion": " blue."}'
 _PAIR = '{"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}'
 _LABEL = '{"prompt": "The sky is", "completion": " green.", "label": false}'
 _SCORE = '{"prompt": "The sky is", "completion": " green.", "score": 0.25}'
@@ -80,6 +81,20 @@ def _online(method: str) -> str:
 
 
 METHODS: dict[str, Row] = {
+    "sft": Row(
+        "texts to imitate: supervised fine-tuning on completions, conversations or documents",
+        "sft:SFT",
+        TrainConfig,
+        (*_LOSS, "loss_on", "l1_coef", "token_metrics", "head"),
+        Page(
+            'Supervised fine-tuning on prompts with completions, on conversations ({"messages": [...]}) and '
+            'on texts ({"text": ...}); --loss-on says which tokens are learnt.',
+            "-(1/N) sum of log pi(token | those before it) over the N learnt tokens of a step",
+            "Ouyang et al. 2022, arXiv 2203.02155; --l1-coef: Pentyala et al. 2024, arXiv 2406.17923",
+            _DEMONSTRATION,
+            _offline("sft", "demonstrations") + " --learning-rate 1e-5",
+        ),
+    ),
     "dpo": Row(
         "preference pairs: DPO and its variants (--loss)",
         "dpo:PreferenceMethod",
