@@ -90,7 +90,7 @@ REFUSED = [
         "has no setting --precompute-ref; beside the common ones it has: --loss, --set",
     ),
     ("reward", {"loss": "kwise_rm"}, "pairs", "field 'completions': missing"),
-    ("nonsense", {}, "pairs", "unknown method 'nonsense'; legal: dpo"),
+    ("nonsense", {}, "pairs", "unknown method 'nonsense'; legal: sft, dpo"),
 ]
 
 

@@ -76,7 +76,7 @@ FAMILIES = [
     ("dro", {}, make_responses),
     ("listwise", {"loss": "pro", "tokens_per_batch": 128}, make_lists),
     ("reward", {}, make_rows),
-    ("sft", {"l1_coef": 0.3}, make_demonstrations),
+    ("sft", {"l1_coef": 0.3, "tokens_per_batch": 128}, make_demonstrations),
 ]
 
 
