@@ -181,9 +181,9 @@ def test_overlong_conversations():
 
 
 MALFORMED = [
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, "expected one of 'messages', or 'prompt' and 'completion', or 'text' .*chosen"),
-    ({"messages": TALK, "text": "a"}, None, "expected one of"),
-    ({"prompt": "a", "text": "b"}, None, "expected one of"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, "field 'completion': missing: a line has 'prompt' and 'completion', or 'messages', or 'text' .*chosen"),
+    ({"messages": TALK, "text": "a"}, None, "field 'text': beside another form"),
+    ({"prompt": "a", "text": "b"}, None, "field 'text': beside another form"),
     ({"completion": "b"}, None, "field 'prompt': missing"),
     ({"prompt": "a", "completion": 3}, None, "field 'completion': expected text"),
     ({"messages": "hi"}, None, "field 'messages': expected a list of messages"),

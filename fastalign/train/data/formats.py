@@ -304,9 +304,9 @@ def parse_supervised(source: str, row: Any, loss_on: str | None = None) -> Texts
     if len(found) != 1 or found == ["text"] and prompt is not None:
         raise DataError(
             source,
-            None,
-            "expected one of 'messages', or 'prompt' and 'completion', or 'text' "
-            f"(the line has: {', '.join(map(str, row)) or 'nothing'})",
+            found[-1] if found else "completion",
+            f"{'beside another form' if found else 'missing'}: a line has 'prompt' and 'completion', or "
+            f"'messages', or 'text' (this one has: {', '.join(map(str, row)) or 'nothing'})",
         )
     if found == ["messages"]:
         return _supervised_messages(source, row, loss_on)
