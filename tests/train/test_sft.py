@@ -181,7 +181,7 @@ def test_overlong_conversations():
 
 
 MALFORMED = [
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, "field 'completion': missing: a line has 'prompt' and 'completion', or 'messages', or 'text' .*chosen"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, "field 'completion': missing .*chosen.*; legal: 'prompt' and 'completion', or 'messages'"),
     ({"messages": TALK, "text": "a"}, None, "field 'text': beside another form"),
     ({"prompt": "a", "text": "b"}, None, "field 'text': beside another form"),
     ({"completion": "b"}, None, "field 'prompt': missing"),

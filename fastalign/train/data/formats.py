@@ -305,8 +305,8 @@ def parse_supervised(source: str, row: Any, loss_on: str | None = None) -> Texts
         raise DataError(
             source,
             found[-1] if found else "completion",
-            f"{'beside another form' if found else 'missing'}: a line has 'prompt' and 'completion', or "
-            f"'messages', or 'text' (this one has: {', '.join(map(str, row)) or 'nothing'})",
+            f"{'beside another form' if found else 'missing'} (the line has: "
+            f"{', '.join(map(str, row)) or 'nothing'}); legal: 'prompt' and 'completion', or 'messages', or 'text'",
         )
     if found == ["messages"]:
         return _supervised_messages(source, row, loss_on)
