@@ -17,6 +17,8 @@ COMMANDS = {
     "losses": ("every named loss with its formula and paper", "fastalign.cli.loss_list"),
     "demo": ("build a small model, train it by SFT and DPO, show what changed", "fastalign.arena.demo"),
     "train": ("train a Hugging Face causal LM", "fastalign.train.command"),
+    "sample": ("responses to prompts, by a model or a server", "fastalign.feedback.sample"),
+    "pairs": ("preference pairs from scored responses", "fastalign.feedback.pairs"),
     "bench": ("measure the operations on this machine", "fastalign.bench"),
 }
 

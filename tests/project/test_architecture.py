@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md, held by AST: adapters, train, bench, arena -> public names ->
+"""The layers of docs/architecture.md, held by AST: adapters, train, feedback, bench, arena -> public names ->
 preference, policy -> rows, packing, losses -> ops
 -> runtime. An import goes down or stays in its room, never up."""
 
@@ -41,7 +41,7 @@ FLOORS = (
     {"losses", "rows", "packing"},
     {"preference", "policy"},
     {"__init__", "testing"},
-    {"train", "bench", "arena", "cli", "adapters", "__main__"},
+    {"train", "feedback", "bench", "arena", "cli", "adapters", "__main__"},
 )
 TOP = FLOORS[-1]
 

@@ -54,7 +54,7 @@ def load_prompts(
                     "prompt",
                     "gives no token to sample from (it is empty and the tokenizer adds no BOS token)",
                 )
-            fitted = _fit(ids, limit - config.max_new_tokens, config, tokenizer.bos_token_id, source)
+            fitted = fit_prompt(ids, limit - config.max_new_tokens, config, tokenizer.bos_token_id, source)
             if fitted is not None:
                 kept.append(TokenExample(torch.tensor(fitted, dtype=torch.int32), (), dict(row)))
             counts["dropped"] += fitted is None
@@ -119,9 +119,10 @@ def sequence_limit(config: OnlineConfig, positions: int | None) -> int:
     return min(config.max_length or positions or config.tokens_per_batch, config.tokens_per_batch)
 
 
-def _fit(
-    ids: Sequence[int], limit: int, config: OnlineConfig, bos: int | None, source: str
+def fit_prompt(
+    ids: Sequence[int], limit: int, config: Any, bos: int | None, source: str
 ) -> Sequence[int] | None:
+    """The prompt if it has at most `limit` tokens, else what `config.overlong` makes of it; None: leave it out."""
     if len(ids) <= limit:
         return ids
     if config.overlong == "error":

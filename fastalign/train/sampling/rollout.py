@@ -75,18 +75,24 @@ class Sampler:
         ):
             torch.manual_seed(seed)
             for start in range(0, len(wanted), self.batch):
-                chunk = wanted[start : start + self.batch]
-                width = max(len(prompt.prompt) for prompt in chunk)
-                ids = torch.full((len(chunk), width), self.pad, dtype=torch.int64)
-                mask = torch.zeros_like(ids)
-                for row, prompt in enumerate(chunk):  # left-padded: all responses begin in the same column
-                    ids[row, width - len(prompt.prompt) :] = prompt.prompt
-                    mask[row, width - len(prompt.prompt) :] = 1
-                sampled = model.generate(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=self.settings
-                )
-                rollouts += [self._rollout(*pair) for pair in zip(chunk, sampled[:, width:].tolist())]
+                rollouts += self._generate(model, wanted[start : start + self.batch])
         return rollouts
+
+    def _generate(self, model: Any, chunk: Sequence[TokenExample], **options: Any) -> list[Rollout]:
+        """A response to each of these prompts. options: of `generate`."""
+        width, device = max(len(prompt.prompt) for prompt in chunk), self.lm.device
+        ids = torch.full((len(chunk), width), self.pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(chunk):  # left-padded: all responses begin in the same column
+            ids[row, width - len(prompt.prompt) :] = prompt.prompt
+            mask[row, width - len(prompt.prompt) :] = 1
+        sampled = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=self.settings,
+            **options,
+        )
+        return [self._rollout(*pair) for pair in zip(chunk, sampled[:, width:].tolist())]
 
     def _rollout(self, prompt: TokenExample, ids: list[int]) -> Rollout:
         end = next((i for i, token in enumerate(ids) if token in self.eos), None)

@@ -1,0 +1,1 @@
+"""The pieces between the stages of an alignment run, as commands on JSON lines: sample, label, pairs, critique."""
