@@ -321,7 +321,11 @@ def check_same_run(
     if state["method"] != method:
         raise UserError(f"--resume: the run was started as 'fastalign train {state['method']}', not {method}")
     now = settings(config)
-    saved = {name: value for name, value in BEFORE.items() if now.get(name) is not None} | state["settings"]
+    # A setting that the checkpoint lacks came later: the run did what its default does, or what BEFORE says.
+    saved = settings(type(config)()) | {
+        name: value for name, value in BEFORE.items() if now.get(name) is not None
+    }
+    saved |= state["settings"]
     differing = [
         name
         for name in now

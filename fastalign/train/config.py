@@ -164,6 +164,19 @@ class LossConfig(RunConfig):
         flag="--set",
         metavar="OPTION=VALUE",
     )
+    ref_update_every: int = setting(
+        0,
+        "steps after which the reference takes over the policy's weights (iterative training); 0: never",
+        NOT_BELOW_0,
+    )
+    ref_mix: float = setting(
+        1.0, "share of the policy in the updated reference, the rest stays (TR-DPO: 0.6)", SHARE
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ref_mix != 1.0 and not self.ref_update_every:
+            raise UserError("--ref-mix has no effect without --ref-update-every")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,12 +19,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "loss": (
         "preset", "loss", "loss_options", "loss_on", "l1_coef", "entropy_coef", "ptx_data", "ptx_coef", "ptx_batch", "vf_coef", "value_clip",
+        "optimism_coef",
     ),
     "reward": (
-        "reward_model", "reward", "reward_clip", "missing_eos_penalty", "gamma", "lam", "bootstrap_truncated",
+        "reward_model", "reward", "preference", "reward_clip", "missing_eos_penalty", "gamma", "lam", "bootstrap_truncated",
         "whiten_rewards", "dpo_model", "dpo_coef", "dpo_clip", "scale_rewards", "overlong_buffer", "drop_equal_groups",
-        "mask_truncated",
+        "mask_truncated", "mixture_coef",
     ),
+    "pairs of samples": ("pair_rule", "pair_margin", "length_penalty", "label_temperature"),
     "KL to the reference": (
         "ref_update_every", "ref_mix", "target_kl", "kl_coef", "kl_in", "kl_kind", "kl_target", "kl_horizon",
     ),

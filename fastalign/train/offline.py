@@ -21,7 +21,13 @@ from fastalign.train.methods.dpo import PreferenceMethod
 from fastalign.train.metrics import MetricSums
 from fastalign.train.models import packed as models
 from fastalign.train.models.causal import PackedCausalLM
-from fastalign.train.models.reference import LiveReference, precompute, weights_fingerprint
+from fastalign.train.models.reference import (
+    LiveReference,
+    check_mixable,
+    mix_weights,
+    precompute,
+    weights_fingerprint,
+)  # fmt: skip
 from fastalign.train.optimise import Optimizer
 from fastalign.train.session import Session, tokens
 
@@ -82,7 +88,7 @@ def train(
                 _attach_reference(method, session.output, reference, splits)
 
         return session.fit(
-            OfflineTask(method, lm, *splits), {"ref_model": reference}, callback, prepare=prepare
+            OfflineTask(method, lm, *splits, reference), {"ref_model": reference}, callback, prepare=prepare
         )
 
 
@@ -105,6 +111,7 @@ class OfflineTask:
     lm: models.PackedModel
     train: Split
     evaluation: Split
+    reference: PackedCausalLM | None = None
 
     def __post_init__(self) -> None:
         config = self.learner.config
@@ -121,9 +128,14 @@ class OfflineTask:
         return self.learner.modules()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.learner.state_dict()
+        moves = (
+            {"reference": self.reference.model.state_dict()} if self.learner.config.ref_update_every else {}
+        )
+        return self.learner.state_dict() | moves
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "reference" in state:
+            self.reference.model.load_state_dict(state["reference"])
         self.learner.load_state_dict(state)
 
     def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
@@ -132,8 +144,11 @@ class OfflineTask:
         )
         sums.add({"grad_norm": (optimizer.clip(), 1)})
         metrics = self.learner.derived(sums.means())  # the step's only transfer from the device
-        rate = optimizer.update(step, metrics)
-        return metrics | {"learning_rate": rate} | self.learner.updated(rate), tokens
+        rate, config = optimizer.update(step, metrics), self.learner.config
+        own = self.learner.updated(rate)
+        if config.ref_update_every and (step + 1) % config.ref_update_every == 0:
+            mix_weights(self.reference, self.lm, config.ref_mix)
+        return metrics | {"learning_rate": rate} | own, tokens
 
     def evaluate(self) -> dict[str, float]:
         sums, _ = accumulate(self.lm, self.learner, self.evaluation, range(len(self.evaluation.examples)))
@@ -201,7 +216,10 @@ def _jointly(
 def _reference(method: Method, session: Session, examples: Sequence[TokenExample]) -> PackedCausalLM:
     """The reference model: that of --ref-model, or the policy as it is now."""
     if method.config.ref_model is not None:
-        return session.beside("ref_model", tokens(examples), exact=method.exact_kl)
+        reference = session.beside("ref_model", tokens(examples), exact=method.exact_kl)
+        if method.config.ref_update_every:
+            check_mixable(reference, session.lm)
+        return reference
     return session.lm if method.config.precompute_ref else session.lm.frozen_copy()
 
 

@@ -10,13 +10,14 @@ import torch
 from fastalign.train.data.prompts import load_prompts, load_texts, sequence_limit
 from fastalign.train.errors import UserError
 from fastalign.train.loop import TrainResult
-from fastalign.train.methods import check_kind, make_method
+from fastalign.train.methods import METHODS, check_kind, make_method
 from fastalign.train.methods.online import OnlineMethod
 from fastalign.train.models import packed as models
 from fastalign.train.models.causal import PackedCausalLM
+from fastalign.train.models.reference import check_mixable
 from fastalign.train.online_config import OnlineConfig
 from fastalign.train.sampling.actor import Actor
-from fastalign.train.sampling.rewards import make_reward
+from fastalign.train.sampling.rewards import FunctionPreference, make_reward
 from fastalign.train.sampling.rollout import Sampler
 from fastalign.train.session import Session
 
@@ -28,6 +29,7 @@ def train_online(
     model: torch.nn.Module | None = None,
     tokenizer: Any = None,
     reward: Callable[..., Any] | None = None,
+    preference: Callable[..., Any] | None = None,
     prompts: Iterable[Any] | None = None,
     eval_prompts: Iterable[Any] | None = None,
     texts: Iterable[str] | None = None,
@@ -42,6 +44,8 @@ def train_online(
         model, tokenizer: in place of `config.model`; the model is trained where it is, in float32.
         reward: in place of `config.reward`, called in the same way (see
             `fastalign.train.sampling.rewards.FunctionReward`).
+        preference: in place of `config.preference`, likewise (see `FunctionPreference` there): of the methods that
+            compare responses.
         prompts, eval_prompts: in place of the data files: rows with a "prompt" and any other columns.
         texts: in place of `config.ptx_data`.
         callback: called with every record (training and evaluation) as it is logged.
@@ -56,7 +60,9 @@ def train_online(
     """
     check_kind(method, config, OnlineConfig)
     learner = make_method(method, config, texts_in_memory=texts is not None)
-    config = learner.config
+    config, compares = learner.config, "preference" in METHODS[method].settings
+    if preference is not None and not compares:
+        raise UserError(f"{method} learns from a reward: it takes no preference")
     with Session(learner, model, tokenizer) as session:
         tokenizer, positions = session.tokenizer, session.positions
         splits = load_prompts(config, tokenizer, positions, prompts, eval_prompts)
@@ -70,7 +76,8 @@ def train_online(
         longest = max([responses, *(text.tokens() for text in mixed_in)])
         pack = min(config.tokens_per_batch, longest * config.batch_size * config.samples_per_prompt)
         lengths = models.Lengths(longest, pack)
-        score = make_reward(config, tokenizer, limit, config.device, reward, lengths=lengths)
+        sources = {"function": reward, "preference": preference, "compares": compares}
+        score = make_reward(config, tokenizer, limit, config.device, **sources, lengths=lengths)
         score.check([*splits[0], *splits[1]])
         lm = session.open(lengths, everything)
         actor = Actor(lm, config.temperature)
@@ -79,6 +86,8 @@ def train_online(
         actor.dpo = session.beside("dpo_model", known) if config.dpo_model is not None else None
         actor.reference = _reference(learner, session, known)
         lm.check_generation(responses)
+        if learner.samples_reference or isinstance(score, FunctionPreference):
+            actor.reference.check_generation(responses)
         frozen = {
             "ref_model": actor.reference,
             "dpo_model": actor.dpo,
@@ -100,7 +109,6 @@ def _reference(
     if config.ref_model is None:
         return lm.frozen_copy() if method.needs_reference else None
     reference = session.beside("ref_model", known)
-    shapes, own = ([p.shape for p in each.model.parameters()] for each in (reference, lm))
-    if config.ref_update_every and shapes != own:
-        raise UserError("--ref-update-every: the reference model's weights do not have the policy's shapes")
+    if config.ref_update_every:
+        check_mixable(reference, lm)
     return reference

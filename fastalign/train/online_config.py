@@ -52,7 +52,8 @@ class OnlineConfig(LossConfig):
     # Reward
     reward_model: str | None = setting(
         None,
-        "this or --reward is required: directory of a reward model (sequence classifier with one label)",
+        "this or --reward is required (or --preference, where the method has it): directory of a reward model (sequence classifier "
+        "with one label)",
         metavar="DIR",
     )
     reward: str | None = setting(
@@ -68,19 +69,45 @@ class OnlineConfig(LossConfig):
     missing_eos_penalty: float | None = setting(
         None, "subtracted from the reward of a response that did not end by itself", NOT_BELOW_0
     )
-    ref_update_every: int = setting(
-        0,
-        "steps after which the reference takes over the policy's weights (iterative training); 0: never",
+    preference: str | None = setting(
+        None,
+        "in place of a reward: pairwise judge of your own, imported and run: function(prompts=[...], "
+        "completions=[(first, second), ...], and the data's other columns) -> P(first is better) per pair",
+        metavar="MODULE:FUNCTION",
+    )
+
+    # Pairs of samples
+    pair_rule: str = setting(
+        "max_min",
+        "which samples for a prompt become pairs: the best with the worst, with a random other, with the second best, with every "
+        "other (margin), or every two (all)",
+        choices=("max_min", "max_random", "max_max", "margin", "all"),
+    )
+    pair_margin: float = setting(
+        0.0, "a pair whose scores differ by no more is a tie and is dropped", NOT_BELOW_0
+    )
+    length_penalty: float = setting(
+        0.0, "taken off a response's score per token of it, before pairs are made", NOT_BELOW_0
+    )
+    label_temperature: float = setting(
+        1.0,
+        "T of what a loss or method takes from two scores: P(first is better) = sigmoid(difference / T), and the difference / T itself "
+        "as margin and target",
+        POSITIVE,
+    )
+    optimism_coef: float = setting(
+        1e-5,
+        "alpha of XPO: weight of the log-prob of the reference's sample, which the loss lowers",
         NOT_BELOW_0,
     )
-    ref_mix: float = setting(
-        1.0, "share of the policy in the updated reference, the rest stays (TR-DPO: 0.6)", SHARE
+    mixture_coef: float = setting(
+        0.5, "share of the reference in the geometric mixture that the opponent's samples come from", SHARE
     )
 
     # Sampling
     samples_per_prompt: int | None = setting(
         None,
-        "responses sampled for each prompt; default: ppo, reinforce_pp 1, online_dpo 2, rloo 4, grpo 8",
+        "responses sampled for each prompt; default: ppo, reinforce_pp, nash_md 1, online_dpo 2, rloo 4, grpo 8",
         POSITIVE,
     )
     max_new_tokens: int = setting(128, "longest response in tokens", POSITIVE)
@@ -122,7 +149,7 @@ class OnlineConfig(LossConfig):
     # KL to the reference
     kl_coef: float | None = setting(
         None,
-        "weight of the KL to the reference; default: ppo, rloo 0.05, reinforce_pp 0.01, grpo 0",
+        "weight of the KL to the reference; default: nash_md 0.1, ppo, rloo 0.05, reinforce_pp 0.01, grpo 0",
         NOT_BELOW_0,
     )
     kl_in: str | None = setting(

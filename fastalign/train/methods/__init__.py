@@ -46,12 +46,14 @@ _PROMPT = '{"prompt": "2 + 2 =", "answer": "4"}'
 _D = "D = log pi(y|x) - log ref(y|x), summed over the response's tokens"
 
 _LOSS = ("loss", "loss_options")
-_REFERENCED = (*_LOSS, "ref_model", "precompute_ref", "token_metrics", "head")
+_REFERENCED = (*_LOSS, "ref_model", "precompute_ref", "ref_update_every", "ref_mix", "token_metrics", "head")
 _REWARD = (
     "reward_model", "reward", "reward_clip", "missing_eos_penalty", "ref_model", "ref_update_every",
     "ref_mix", "head",
 )  # fmt: skip
 _SAMPLING = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "sample_batch")
+_COMPARED = ("preference", "label_temperature")  # of methods that learn from which response is better
+_PAIRS = (*_COMPARED, "pair_margin", "length_penalty")
 _UPDATES = (
     *_LOSS, "minibatches", "rollout_epochs", "target_kl", "entropy_coef", "ptx_data", "ptx_coef", "ptx_batch",
 )  # fmt: skip
@@ -271,19 +273,50 @@ METHODS: dict[str, Row] = {
         _ONCE | {"loss": "ppo", "kl_coef": 0.01, "kl_in": "reward", "kl_kind": "k1", "gamma": 1.0},
     ),
     "online_dpo": Row(
-        "RLHF by DPO on the best and the worst of several samples (--loss)",
+        "RLHF by DPO on pairs of samples (--pair-rule, --loss): OAIF, iterative DPO, SPPO, DNO, ...",
         "online_dpo:OnlineDPO",
         OnlineConfig,
-        (*_REWARD, *_SAMPLING, *_LOSS),
+        (*_REWARD, *_SAMPLING, *_LOSS, "pair_rule", *_PAIRS),
         Page(
-            "DPO, or another loss of pairs, on the best and the worst of several samples of the model in "
-            "training.",
-            f"-log sigmoid(beta (D_best - D_worst)), {_D}",
+            "DPO, or another loss of pairs, on pairs of samples of the model in training, by default the best and the worst; by a "
+            "reward, or by a pairwise judge.",
+            f"-log sigmoid(beta (D_better - D_worse)), {_D}",
             "Guo et al. 2024, arXiv 2402.04792",
             _PROMPT,
             _online("online_dpo") + " --samples-per-prompt 4",
         ),
         {"loss": "dpo", "samples_per_prompt": 2},
+    ),
+    "xpo": Row(
+        "RLHF by XPO: a sample of the policy against one of the reference, with a bonus for exploring",
+        "online_dpo:XPO",
+        OnlineConfig,
+        (*_REWARD, *_SAMPLING[1:], *_LOSS, *_PAIRS, "optimism_coef"),
+        Page(
+            "Exploratory preference optimisation: DPO, or another loss of pairs, on a sample of the policy and one of the reference, "
+            "plus a term that leads away from the reference's.",
+            f"-log sigmoid(beta (D_better - D_worse)) + alpha log pi(y_ref|x), {_D}",
+            "Xie et al. 2024, arXiv 2405.21046",
+            _PROMPT,
+            _online("xpo") + " --optimism-coef 1e-5",
+        ),
+        {"loss": "dpo", "samples_per_prompt": 2},
+    ),
+    "nash_md": Row(
+        "RLHF by Nash-MD: policy gradient on being preferred to a mixture of policy and reference",
+        "nash_md:NashMD",
+        OnlineConfig,
+        (*(name for name in _GRADIENT if name != "reward_clip"), *_COMPARED, "mixture_coef"),
+        Page(
+            "Nash-MD: a sample y of the policy meets one, y', of the geometric mixture of policy and reference; policy gradient on "
+            "the probability that y is better.",
+            "-A_t log pi(y_t), A_t = P(y better than y') - 1/2 - kl_coef sum over s >= t of log pi(y_s) - log ref(y_s); y' ~ "
+            "pi^(1 - mixture_coef) ref^mixture_coef",
+            "Munos et al. 2023, arXiv 2312.00886",
+            _PROMPT,
+            _online("nash_md") + " --mixture-coef 0.5",
+        ),
+        _ONCE | {"loss": "reinforce", "kl_coef": 0.1, "kl_in": "reward", "kl_kind": "k1", "gamma": 1.0},
     ),
 }
 

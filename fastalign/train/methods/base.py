@@ -119,6 +119,10 @@ class Method(Learner):
         check_kind(self.name, config, TrainConfig)
         check_settings(config, METHODS[self.name].settings, f"fastalign train {self.name}")
         self.config = dataclasses.replace(config, loss=config.loss or self.default_loss)
+        if config.precompute_ref and config.ref_update_every:
+            raise UserError(
+                "--ref-update-every changes the reference, which --precompute-ref scores once: they exclude each other"
+            )
         self.outputs = ("logprob", *(TOKEN_METRICS if config.token_metrics else ()))
         if logprob_fn is not None and config.token_metrics:
             raise UserError("logprob_fn yields no token metrics: set token_metrics=False")
@@ -127,6 +131,17 @@ class Method(Learner):
         self.logprob_fn = logprob_fn
         if logprob_fn is not None:
             self.config = dataclasses.replace(self.config, head="logits")
+
+    def check_reference(self) -> None:
+        """Refuse settings of a reference where the loss uses none. `needs_reference` is known."""
+        config = self.config
+        if not self.needs_reference and (
+            config.precompute_ref or config.ref_model or config.ref_update_every
+        ):
+            raise UserError(
+                f"--loss {config.loss} uses no reference: --ref-model, --ref-update-every and --precompute-ref have no "
+                "meaning for it"
+            )
 
     def token_stats(self, scores: Scores, labels: torch.Tensor) -> Any:
         """(a forward pass, labels [T]) -> an object with .logprob [T] and the other `outputs`. Policy and

@@ -56,11 +56,7 @@ class PreferenceMethod(Method):
         self.parts, self.rules, self.clamp = resolve_loss(self.config, exact_kl=self.exact_kl)
         presets = [preset for preset, _ in self.parts]
         self.needs_reference = any(p.needs_reference for p in presets)
-        if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
-            raise UserError(
-                f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no "
-                "meaning for it"
-            )
+        self.check_reference()
         self.joint = any(p.rule is not None or p.order is not None or p.nonfinite == "drop" for p in presets)
         self.include_prompt = any(p.sft_include_prompt for p in presets)
         self.weights = next((p.weights for p in presets if p.weights), "")
@@ -114,6 +110,11 @@ class PreferenceMethod(Method):
             "margin": preset.pair_weight != 0,
             "target": "target" in preset.requires,
         }[column]
+
+    def wanted_columns(self) -> tuple[str, ...]:
+        """The columns that the loss cannot do without, and that of soft labels where it takes them."""
+        soft = ("soft_label",) if self._reads("soft_label") else ()
+        return tuple(dict.fromkeys((*self.format.required, *soft)))
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
         loops = [

@@ -37,11 +37,7 @@ class Listwise(Method):
                 "trains one"
             )
         self.needs_reference = self.preset.reference
-        if not self.needs_reference and (config.precompute_ref or config.ref_model is not None):
-            raise UserError(
-                f"--loss {self.config.loss} uses no reference: --ref-model and --precompute-ref have no "
-                "meaning for it"
-            )
+        self.check_reference()
 
     def read(self, train: Sequence[TokenExample], evaluation: Sequence[TokenExample]) -> None:
         if not self.preset.sft_weight:

@@ -19,6 +19,7 @@ from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.methods import METHODS, check_kind
 from fastalign.train.methods.base import Learner, join
 from fastalign.train.metrics import MetricSums
+from fastalign.train.models.reference import mix_weights
 from fastalign.train.online_config import PRESETS, OnlineConfig
 from fastalign.train.optimise import Optimizer
 from fastalign.train.sampling.actor import Actor
@@ -45,6 +46,8 @@ class OnlineMethod(Learner):
     # Whether it compares the samples for one prompt: it needs two at least, and leaves out a response that
     # the reward cannot score. Otherwise such a response ends the run.
     compares_samples = False
+    # Whether the reference, too, is sampled from.
+    samples_reference = False
 
     def __init__(self, config: OnlineConfig, *, texts_in_memory: bool = False):
         check_kind(self.name, config, OnlineConfig)
@@ -91,8 +94,6 @@ class OnlineMethod(Learner):
             raise UserError(
                 "--ref-update-every: without --kl-coef or --ref-model there is no reference to update"
             )
-        if config.ref_mix != 1.0 and not config.ref_update_every:
-            raise UserError("--ref-mix has no effect without --ref-update-every")
         responses = config.batch_size * config.samples_per_prompt
         if given.minibatches is not None and given.minibatches > responses:
             raise UserError(f"--minibatches {given.minibatches} exceeds the {responses} responses of a step")
@@ -139,16 +140,12 @@ class OnlineMethod(Learner):
 
     def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
         started = time.perf_counter()
-        rollouts = self.sample(
-            [self.train[i] for i in self.schedule.indices(step)],
-            self.config.samples_per_prompt,
-            f"train/{step}",
-        )
+        rollouts = self.responses([self.train[i] for i in self.schedule.indices(step)], f"train/{step}")
         sampled = time.perf_counter()
         scores = self.scores(rollouts, f"step {step + 1}", self.compares_samples)
         metrics = self.learn(step, rollouts, scores, optimizer)
         if self.config.ref_update_every and (step + 1) % self.config.ref_update_every == 0:
-            self.actor.update_reference(self.config.ref_mix)
+            mix_weights(self.actor.reference, self.actor.lm, self.config.ref_mix)
         self.responses += len(rollouts)
         now = time.perf_counter()
         metrics |= {
@@ -177,13 +174,20 @@ class OnlineMethod(Learner):
             ],
         )
         sums = MetricSums()
-        scores = self.scores(rollouts, "evaluation", may_lack=True)
+        scores = self.evaluation_scores(rollouts)
         sums.add(shaped_rewards(self.config, self.rewarded(rollouts, scores, *seen), self.kl_coef())[1])
         metrics = sums.means()
         return {"loss": 0.0 - metrics.get("objective/rlhf_reward", math.nan), **metrics}
 
     def kl_coef(self) -> Any:
         return 0.0
+
+    def responses(self, prompts: Sequence[TokenExample], purpose: str) -> list[Rollout]:
+        """What a step learns from: `samples_per_prompt` responses to each prompt, behind each other."""
+        return self.sample(prompts, self.config.samples_per_prompt, purpose)
+
+    def evaluation_scores(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        return self.scores(rollouts, "evaluation", may_lack=True)
 
     def sample(self, prompts: Sequence[TokenExample], count: int, purpose: str) -> list[Rollout]:
         return self.sampler(prompts, count, self.draw(purpose).getrandbits(60))

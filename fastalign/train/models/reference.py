@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastalign.train.config import RunConfig
 from fastalign.train.data.examples import Batch, fingerprint, pack_examples
 from fastalign.train.data.tokenise import TokenExample
+from fastalign.train.errors import UserError
 from fastalign.train.files import replace_file, writing
 from fastalign.train.models.causal import PackedCausalLM, Scores
 
@@ -32,6 +33,20 @@ class LiveReference:
     @torch.no_grad()
     def __call__(self, batch: Batch, packed: Any) -> torch.Tensor:
         return self.token_stats(self.lm.scores(packed), packed.labels).logprob
+
+
+@torch.no_grad()
+def mix_weights(reference: PackedCausalLM, policy: PackedCausalLM, mix: float) -> None:
+    """reference <- mix policy + (1 - mix) reference (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656)."""
+    for old, new in zip(reference.model.parameters(), policy.model.parameters(), strict=True):
+        old.copy_(new if mix == 1.0 else mix * new + (1.0 - mix) * old)
+
+
+def check_mixable(reference: PackedCausalLM, policy: PackedCausalLM) -> None:
+    """Refuse a reference that cannot take over the policy's weights."""
+    shapes, own = ([p.shape for p in each.model.parameters()] for each in (reference, policy))
+    if shapes != own:
+        raise UserError("--ref-update-every: the reference model's weights do not have the policy's shapes")
 
 
 class CachedReference:

@@ -52,9 +52,3 @@ class Actor:
             if model is not None:
                 fixed[name] = model.scores(packed).stats(packed.labels, temperature=self.temperature).logprob
         return Scored([rollouts[i].example for i in batch.members], packed, self.score(packed), fixed)
-
-    @torch.no_grad()
-    def update_reference(self, mix: float) -> None:
-        """reference <- mix policy + (1 - mix) reference."""
-        for old, new in zip(self.reference.model.parameters(), self.lm.model.parameters(), strict=True):
-            old.copy_(new if mix == 1.0 else mix * new + (1.0 - mix) * old)

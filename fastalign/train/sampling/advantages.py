@@ -97,6 +97,14 @@ def _reinforce_pp(config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics
     return Estimate(fastalign.whiten(returns, packed.mask), packed.mask, metrics)
 
 
+def _returns(config: OnlineConfig, step: Rewarded, rewards: Tensor, metrics: Metrics) -> Estimate:
+    """Returns to go as they are. What has no score is left out."""
+    packed = step.seen.packed
+    returns = fastalign.returns_to_go(rewards, packed.cu_seqlens, mask=packed.mask, gamma=config.gamma)
+    mask = packed.mask & _of_tokens(~step.scores.isnan(), packed)
+    return Estimate(torch.where(mask, returns, 0.0), mask, metrics)
+
+
 def shaped_rewards(config: OnlineConfig, step: Rewarded, kl_coef: float | Tensor) -> tuple[Tensor, Metrics]:
     """Rewards per token [T] (score at the last one, KL and token rewards at each), and the metrics
     objective/*, per response."""
@@ -190,16 +198,20 @@ def _within_groups(
         keep &= raw.informative
     if config.mask_truncated:
         keep &= step.finished
-    mask = packed.mask & torch.repeat_interleave(
-        keep, packed.cu_seqlens.diff().long(), output_size=packed.mask.numel()
-    )
+    mask = packed.mask & _of_tokens(keep, packed)
     metrics = {**metrics, "frac_zero_std": (raw.frac_zero_std, 1), "frac_kept": (keep.sum(), len(keep))}
     return Estimate(group.advantages, mask, metrics, per_token=False)
+
+
+def _of_tokens(values: Tensor, packed: fastalign.PackedBatch) -> Tensor:
+    """[S] -> [T]: the value of the sequence that a token is in."""
+    return torch.repeat_interleave(values, packed.cu_seqlens.diff().long(), output_size=packed.mask.numel())
 
 
 ESTIMATORS: dict[str, Estimator] = {
     "gae": Estimator(_gae, per_token=True, reads_values=True),
     "reinforce_pp": Estimator(_reinforce_pp, per_token=True),
+    "returns": Estimator(_returns, per_token=True),
     **{
         kind: Estimator(partial(_within_groups, kind=kind), per_token=False)
         for kind in ("grpo", "dr_grpo", "rloo")
