@@ -17,6 +17,7 @@ from typing import Any
 
 from fastalign.train.errors import UserError
 from fastalign.train.settings import (
+    NOT_BELOW_0,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,

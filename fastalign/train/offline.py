@@ -134,9 +134,10 @@ class OfflineTask:
         return self.learner.state_dict() | moves
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "reference" in state:
-            self.reference.model.load_state_dict(state["reference"])
-        self.learner.load_state_dict(state)
+        own = dict(state)
+        if "reference" in own:
+            self.reference.model.load_state_dict(own.pop("reference"))
+        self.learner.load_state_dict(own)
 
     def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
         sums, tokens = accumulate(

@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from online_cases import online  # noqa: F401  (a fixture of many files)
+from online_cases import first_update, online  # noqa: F401  (fixtures of many files)
 from tiny import make_model, make_rows, make_tokenizer, write_jsonl
 
 from fastalign.train import TrainConfig

@@ -1,11 +1,18 @@
 """Short online runs of a tiny model, for the tests of the online half."""
 
 import json
+import math
 
 import pytest
+import torch
+import torch.nn.functional as F
 from tiny import make_model, without_times
 
 from fastalign.train import OnlineConfig, train_online
+from fastalign.train.methods.policy_gradient import PolicyGradient
+from fastalign.train.models.heads import ValueHead
+from fastalign.train.optimise import Optimizer
+from fastalign.train.sampling import rollout
 
 PROMPTS = [{"prompt": f"the {'cat ' * (i % 4)}number {i}:", "wanted": "a"} for i in range(12)]
 TEXTS = ["the cat sat on the mat", "a dog is good", "that is bad"]
@@ -24,6 +31,7 @@ def online(tmp_path, tokenizer):
         method,
         *,
         reward=reward,
+        preference=None,
         prompts=PROMPTS,
         model=None,
         callback=None,
@@ -48,6 +56,7 @@ def online(tmp_path, tokenizer):
             model=model,
             tokenizer=tokenizer,
             reward=reward,
+            preference=preference,
             prompts=prompts,
             texts=texts,
             callback=callback,
@@ -84,3 +93,78 @@ def save_tokenizer_with(tokenizer, moved, folder):
         other = next(name for name, value in vocabulary.items() if value == number)
         vocabulary[token], vocabulary[other] = number, vocabulary[token]
     (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+FEW = [{"prompt": f"the {'cat ' * i}number {i}:"} for i in range(4)]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def first_update(tmp_path, monkeypatch, tokenizer):
+    """`first_update(method, ...)` -> (model, value head, reference, rollouts, scores) as the first update
+    finds them, its gradients in .grad."""
+
+    def build(method, **settings):
+        sampled, head, model = [], ValueHead(32), make_model()
+        with torch.no_grad():
+            model.lm_head.weight.mul_(4.0)  # a distribution that is not flat
+            head.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+        reference = make_model(seed=1)
+        reference.save_pretrained(tmp_path / "reference")
+        sample = rollout.Sampler.__call__
+
+        def remember(*arguments):
+            found = sample(*arguments)
+            sampled.extend(found)
+            return found
+
+        def stop(*arguments):
+            raise Stop
+
+        monkeypatch.setattr(rollout.Sampler, "__call__", remember)
+        monkeypatch.setattr(PolicyGradient, "_value_head", lambda *arguments: head)
+        monkeypatch.setattr(Optimizer, "update", stop)
+        config = OnlineConfig(
+            output=str(tmp_path / "out"), ref_model=str(tmp_path / "reference"), batch_size=4, minibatches=1,
+            tokens_per_batch=70, max_new_tokens=6, max_grad_norm=0.0, progress=False, tensorboard=False,
+            **settings,
+        )  # fmt: skip
+
+        def reward(completions):
+            return [math.sin(7.0 * i) for i in range(len(completions))]
+
+        texts = TEXTS if settings.get("ptx_coef") else None
+        with pytest.raises(Stop):
+            train_online(
+                method, config, model=model, tokenizer=tokenizer, reward=reward, prompts=FEW, texts=texts
+            )
+        return model, head, reference, sampled, reward(sampled)
+
+    return build
+
+
+def look(model, rollouts, temperature, head=None):
+    """Per response: log-probs, entropies and values of its tokens, one sequence at a time."""
+    out = []
+    for each in rollouts:
+        ids = torch.cat([each.example.prompt, *each.example.completions]).long()
+        result = model(input_ids=ids[None], output_hidden_states=True)
+        rows = slice(len(each.example.prompt) - 1, len(ids) - 1)
+        logp = F.log_softmax(result.logits[0, rows] / temperature, -1)
+        values = None if head is None else head(result.hidden_states[-1][0, rows])
+        out.append((logp.gather(-1, ids[1:][rows, None]).squeeze(-1), -(logp.exp() * logp).sum(-1), values))
+    return out
+
+
+def check(parameters, loss):
+    parameters = list(parameters)
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+    scale = max(float(g.abs().max()) for g in expected if g is not None)
+    for parameter, gradient in zip(parameters, expected):
+        assert (parameter.grad is None) == (gradient is None)
+        if gradient is not None:
+            assert float((parameter.grad - gradient).abs().max()) < 2e-5 * scale
+    assert scale > 1e-3

@@ -21,11 +21,10 @@ from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.methods import METHODS, make_method, of_kind
 from fastalign.train.methods.base import Scored
 from fastalign.train.methods.online import split_evenly
-from fastalign.train.methods.online_dpo import best_against_worst
 from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.sampling.actor import Actor
 from fastalign.train.sampling.advantages import Rewarded, estimate
-from fastalign.train.sampling.rollout import Rollout, Sampler
+from fastalign.train.sampling.rollout import Sampler
 
 # --- advantages ---------------------------------------------------------------------------------------------
 
@@ -166,12 +165,6 @@ def test_overlong_penalty(step):
     config = resolved("grpo", max_new_tokens=5, overlong_buffer=2, samples_per_prompt=3, scale_rewards=False)
     found = estimate("dr_grpo", config, dataclasses.replace(step, scores=torch.zeros(6)), 0.0)
     assert found.advantages.tolist() == pytest.approx([1 / 3, 1 / 3, -2 / 3, 1 / 6, -1 / 3, 1 / 6], abs=1e-6)
-
-
-def test_best_against_worst():
-    rollouts = [Rollout(TokenExample(torch.tensor([1]), (torch.tensor([i]),)), True, "") for i in range(8)]
-    pairs = best_against_worst(rollouts, [1, math.nan, 3, 2, 5, 5, math.nan, 5], 4)
-    assert [(int(pair.chosen), int(pair.rejected)) for pair in pairs] == [(2, 0)]
 
 
 def test_split_evenly():
@@ -479,7 +472,7 @@ def test_help_shows_the_methods_own_settings(method, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["train", method, "--help"])
     text = capsys.readouterr().out
-    assert end.value.code == 0 and "--samples-per-prompt" in text
+    assert end.value.code == 0 and ("--samples-per-prompt" in text) == (method != "xpo")
     assert ("--vf-coef" in text) == (method == "ppo") and ("--[no-]drop-equal-groups" in text) == (
         method in ("grpo", "rloo")
     )

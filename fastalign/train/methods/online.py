@@ -140,7 +140,7 @@ class OnlineMethod(Learner):
 
     def step(self, step: int, optimizer: Optimizer) -> tuple[dict[str, float], int]:
         started = time.perf_counter()
-        rollouts = self.responses([self.train[i] for i in self.schedule.indices(step)], f"train/{step}")
+        rollouts = self.respond([self.train[i] for i in self.schedule.indices(step)], f"train/{step}")
         sampled = time.perf_counter()
         scores = self.scores(rollouts, f"step {step + 1}", self.compares_samples)
         metrics = self.learn(step, rollouts, scores, optimizer)
@@ -182,7 +182,7 @@ class OnlineMethod(Learner):
     def kl_coef(self) -> Any:
         return 0.0
 
-    def responses(self, prompts: Sequence[TokenExample], purpose: str) -> list[Rollout]:
+    def respond(self, prompts: Sequence[TokenExample], purpose: str) -> list[Rollout]:
         """What a step learns from: `samples_per_prompt` responses to each prompt, behind each other."""
         return self.sample(prompts, self.config.samples_per_prompt, purpose)
 

@@ -152,7 +152,7 @@ class XPO(OnlineDPO):
     def make_learner(self) -> PreferenceMethod:
         return OptimisticPreference(loss_settings(self.config, ref_model=None), self.config.optimism_coef)
 
-    def responses(self, prompts: Sequence[TokenExample], purpose: str) -> list[Rollout]:
+    def respond(self, prompts: Sequence[TokenExample], purpose: str) -> list[Rollout]:
         own = self.sample(prompts, 1, purpose)
         return [r for pair in zip(own, self.opponents(self.from_reference, own, purpose)) for r in pair]
 
