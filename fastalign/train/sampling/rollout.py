@@ -129,13 +129,12 @@ class Mixture(transformers.LogitsProcessor):
     of `model` on the same tokens. `lengths`: of the prompts, which are left-padded."""
 
     def __init__(self, model: torch.nn.Module, lengths: Sequence[int], share: float):
-        self.model, self.lengths, self.share = model, lengths, share
-        self.cache, self.begun = None, None  # of the model; tokens of a padded prompt
+        self.model, self.share, self.cache = model, share, None
+        self.padding = [max(lengths) - length for length in lengths]
         self.takes = inspect.signature(model.forward).parameters
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.begun = self.begun or input_ids.shape[1]
-        padding = input_ids.new_tensor([self.begun - length for length in self.lengths])
+        padding = input_ids.new_tensor(self.padding)
         mask = (torch.arange(input_ids.shape[1], device=padding.device) >= padding[:, None]).long()
         new = slice(None) if self.cache is None else slice(-1, None)
         inputs = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, new], "logits_to_keep": 1}
