@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("train a Hugging Face causal LM", "fastalign.train.command"),
     "sample": ("responses to prompts, by a model or a server", "fastalign.feedback.sample"),
     "pairs": ("preference pairs from scored responses", "fastalign.feedback.pairs"),
+    "merge": ("merge models that started from the same one", "fastalign.train.merge_files"),
     "bench": ("measure the operations on this machine", "fastalign.bench"),
 }
 

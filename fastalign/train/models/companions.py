@@ -49,20 +49,18 @@ def has_tokenizer(directory: str) -> bool:
     return any(any(Path(directory).expanduser().glob(name)) for name in _TOKENIZER_FILES)
 
 
-def check_tokenizer(what: str, theirs: Any, ours: Any) -> None:
+def check_tokenizer(what: str, theirs: Any, ours: Any, whose: str = "the policy's") -> None:
     """A model beside the policy reads the policy's token ids, so a token must mean the same to both."""
     a, b = ours.get_vocab(), theirs.get_vocab()
     for token, number in a.items():
         if token in b and b[token] != number:
             raise UserError(
-                f"{what}: its tokenizer differs from the policy's: {token!r} is {b[token]} there and {number} "
-                "here"
+                f"{what}: its tokenizer differs from {whose}: {token!r} is {b[token]} there and {number} here"
             )
     missing = [token for token in a if token not in b]
     if missing:
         raise UserError(
-            f"{what}: its tokenizer differs from the policy's: it lacks {len(missing)} tokens, {missing[0]!r} "
-            "first"
+            f"{what}: its tokenizer differs from {whose}: it lacks {len(missing)} tokens, {missing[0]!r} first"
         )
 
 
