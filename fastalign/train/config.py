@@ -200,6 +200,22 @@ class TrainConfig(LossConfig):
         "change since the start; AdamW's updates are about as large as the learning rate, so 0.1 to 1 is felt",
         NOT_NEGATIVE,
     )
+    task_weights: str | None = setting(
+        None,
+        "the data's column 'task' names tasks; the loss is the weighted sum of each task's own: weights as given, by a task's "
+        "share of the data, or raised where the loss is high (group-robust)",
+        choices=("fixed", "proportional", "robust"),
+    )
+    task_weight: dict[str, Any] = setting(
+        {},
+        "weight of a task (repeatable; 1 where none is given; they are divided by their sum), of robust the first one",
+        flag="--task-weight",
+        metavar="NAME=W",
+    )
+    task_temperature: float = setting(1.0, "T of proportional: n^(1/T), n the pairs of the task", POSITIVE)
+    task_step: float = setting(
+        0.01, "eta of robust: after a step a weight grows by exp(eta loss of its task)", POSITIVE
+    )
     token_metrics: bool = setting(
         True,
         "also log entropy, mean logits and token accuracy; they come out of the same pass over the logits",

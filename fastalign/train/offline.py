@@ -146,7 +146,7 @@ class OfflineTask:
         sums.add({"grad_norm": (optimizer.clip(), 1)})
         metrics = self.learner.derived(sums.means())  # the step's only transfer from the device
         rate, config = optimizer.update(step, metrics), self.learner.config
-        own = self.learner.updated(rate)
+        own = self.learner.updated(rate, metrics)
         if config.ref_update_every and (step + 1) % config.ref_update_every == 0:
             mix_weights(self.reference, self.lm, config.ref_mix)
         return metrics | {"learning_rate": rate} | own, tokens

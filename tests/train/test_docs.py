@@ -64,7 +64,7 @@ def desk(tmp_path, monkeypatch):
         transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     for file in ("pairs", "part1", "part2"):
-        write_jsonl(Path(f"{file}.jsonl"), make_rows(4))
+        write_jsonl(Path(f"{file}.jsonl"), [{**row, "task": "chat"} for row in make_rows(4)])
     write_jsonl(Path("demonstrations.jsonl"), make_demonstrations(4))
     for file in ("responses", "labels"):
         write_jsonl(Path(f"{file}.jsonl"), make_responses(4))
@@ -73,7 +73,9 @@ def desk(tmp_path, monkeypatch):
     Path("my_rewards.py").write_text(
         "def exact(completions, answer):\n    return [float(len(c) % 3) for c in completions]\n"
     )
-    sys.modules.pop("my_rewards", None)
+    Path("my_judge.py").write_text("def better(completions):\n    return [0.5 for _ in completions]\n")
+    for module in ("my_rewards", "my_judge"):
+        sys.modules.pop(module, None)
     return tmp_path
 
 

@@ -7,6 +7,7 @@
     listwise                      {"prompt": ..., "completions": [..., ...], "scores": [..., ...]}, each completion text or messages
     supervised                    {"prompt": ..., "completion": ...}, or {"messages": [...]}: a conversation, or {"text": "..."}
     optional columns of a pair    "soft_label": P(chosen is better); "weight": of the pair; "margin": what chosen should win by; "target"
+    with --task-weights           "task": a text or an integer, the task that the pair is of
 
 A content is a text, or a list that holds one part of text, [{"type": "text", "text": "..."}]. A completion is
 one assistant turn. An implicit prompt is what both sides share: the longest common run of messages, or the
@@ -150,6 +151,21 @@ def parse_preference(source: str, row: Any) -> Texts:
     conversational = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
     texts = (_conversational if conversational else _standard)(source, row)
     return dataclasses.replace(texts, values=_columns(source, row, _PAIR_COLUMNS))
+
+
+def parse_task_preference(source: str, row: Any) -> Texts:
+    """The same of a row that says of which task it is: a text, or an integer, which is taken as its digits."""
+    texts = parse_preference(source, row)
+    task = row.get("task")
+    if task is None:
+        return texts
+    if isinstance(task, bool) or not isinstance(task, (str, int)) or task == "":
+        raise DataError(
+            source,
+            "task",
+            f"expected a text or an integer, got {kind_of(task) if task != '' else 'an empty one'}",
+        )
+    return dataclasses.replace(texts, values={**texts.values, "task": str(task)})
 
 
 def _columns(source: str, row: dict[str, Any], legal: Mapping[str, tuple[float, float]]) -> dict[str, float]:
@@ -370,5 +386,6 @@ def supervised(loss_on: str | None) -> Format:
 
 
 PREFERENCE = Format("preference", "pair", parse_preference)
+TASK_PREFERENCE = Format("preference", "pair", parse_task_preference, ("task",))
 UNPAIRED = Format("unpaired", "response", parse_unpaired)
 LISTWISE = Format("listwise", "list", parse_listwise)

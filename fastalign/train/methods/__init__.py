@@ -47,6 +47,7 @@ _D = "D = log pi(y|x) - log ref(y|x), summed over the response's tokens"
 
 _LOSS = ("loss", "loss_options")
 _REFERENCED = (*_LOSS, "ref_model", "precompute_ref", "ref_update_every", "ref_mix", "token_metrics", "head")
+_TASKS = ("task_weights", "task_weight", "task_temperature", "task_step")
 _REWARD = (
     "reward_model", "reward", "reward_clip", "missing_eos_penalty", "ref_model", "ref_update_every",
     "ref_mix", "head",
@@ -101,7 +102,7 @@ METHODS: dict[str, Row] = {
         "preference pairs: DPO and its variants (--loss)",
         "dpo:PreferenceMethod",
         TrainConfig,
-        _REFERENCED,
+        (*_REFERENCED, *_TASKS),
         Page(
             "Direct preference optimisation on pairs, and every other loss of pairs (--loss NAME, or a "
             "mixture: --loss sigmoid=0.8,sft=1.0).",
@@ -115,7 +116,7 @@ METHODS: dict[str, Row] = {
         "preference pairs: token-level DPO (tdpo1, tdpo2)",
         "tdpo:TDPO",
         TrainConfig,
-        _REFERENCED,
+        (*_REFERENCED, *_TASKS),
         Page(
             "Token-level DPO on pairs: a margin from the exact KL between whole next-token distributions, to "
             "a live reference (--loss tdpo2, tdpo1).",

@@ -189,8 +189,8 @@ class Method(Learner):
         the method remembers."""
         raise TypeError(f"{type(self).__name__} does not say what its loss is")
 
-    def updated(self, rate: float) -> dict[str, float]:
-        """Called after every update of the weights, made at this learning rate: more of the step's metrics."""
+    def updated(self, rate: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Called after every update of the weights, made at this learning rate: more of the step's `metrics`."""
         return {}
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ import torch
 import fastalign
 from fastalign.preference.rules import RULES
 from fastalign.runtime.checks import check_number, shown
+from fastalign.runtime.metric import Total, merge_metrics
 from fastalign.train.config import TrainConfig, check_booleans
-from fastalign.train.data.formats import PREFERENCE
+from fastalign.train.data.formats import PREFERENCE, TASK_PREFERENCE
 from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
 from fastalign.train.methods.base import LogprobFn, Method, Scored, Split, token_metrics
+from fastalign.train.methods.tasks import TaskWeights, members
 from fastalign.train.metrics import Metrics
 from fastalign.train.vain import note_examples
 
@@ -59,6 +62,11 @@ class PreferenceMethod(Method):
         self.check_reference()
         self.joint = any(p.rule is not None or p.order is not None or p.nonfinite == "drop" for p in presets)
         self.include_prompt = any(p.sft_include_prompt for p in presets)
+        self.tasks = TaskWeights.of(config)
+        if self.tasks is not None and any(p.rule is not None for p in presets):
+            raise UserError(
+                f"--task-weights: --loss {self.config.loss} has a memory of all pairs, whatever their task"
+            )
         self.weights = next((p.weights for p in presets if p.weights), "")
         if self.weights:
             statistic = WEIGHTS[self.weights]
@@ -68,7 +76,7 @@ class PreferenceMethod(Method):
                     "made"
                 )
             self.outputs += (statistic,)
-        self.format = PREFERENCE.requiring(
+        self.format = (PREFERENCE if self.tasks is None else TASK_PREFERENCE).requiring(
             *(column for column, option in COLUMNS.items() if self._requires(option))
         )
         self.columns: tuple[str, ...] = ()
@@ -141,10 +149,16 @@ class PreferenceMethod(Method):
         if lacking:
             raise UserError(f"the evaluation data lacks the column {lacking[0]!r} that the training data has")
 
+        if self.tasks is not None:
+            self.tasks.read(train, evaluation)
+
     def state_dict(self) -> dict[str, Any]:
-        return {rule.rule: rule.state_dict() for rule in self.rules}
+        tasks = {} if self.tasks is None else {"tasks": self.tasks.state_dict()}
+        return {rule.rule: rule.state_dict() for rule in self.rules} | tasks
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.tasks is not None:
+            self.tasks.load_state_dict(state["tasks"])
         for rule in self.rules:
             rule.load_state_dict(state[rule.rule])
 
@@ -161,6 +175,13 @@ class PreferenceMethod(Method):
         if self.joint:  # the one call sees every pair and counts for itself
             return {}
         examples = [split.examples[i] for i in indices]
+        if self.tasks is None:
+            return self._counts(examples)
+        of_task = members(examples).items()
+        return {"tasks": {name: self._counts([examples[i] for i in own]) for name, own in of_task}}
+
+    def _counts(self, examples: Sequence[TokenExample]) -> dict[str, int]:
+        """The denominators of a loss over these examples."""
         prompt = sum(len(example.prompt) - 1 for example in examples) if self.include_prompt else 0
         return {
             "num_items": len(examples),
@@ -179,20 +200,52 @@ class PreferenceMethod(Method):
             options["state"] = [rule.train(training) for rule in self.rules]
         if self.exact_kl:
             options["kl_ref_policy"] = scored.policy["kl_ref_policy"]
-        output = self.loss_fn(
+        call = partial(
+            self.loss_fn,
             logprob,
             scored.fixed.get("ref_logprobs"),
             packed.cu_seqlens,
             loss=self.loss_argument,
             mask=packed.mask,
-            **known,
-            **options,
         )
+        if self.tasks is None:
+            output = call(**known, **options)
+            loss, found = output.loss, output.metrics()
+        else:
+            loss, found = self._by_task(call, scored, known.get("tasks", {}), options)
         for rule in self.rules:
             shown = {_RULE_METRICS[name]: value.double() for name, value in rule.used.items()}
             metrics |= {name: (value.sum(), value.numel()) for name, value in shown.items()}
         chosen = torch.arange(len(packed.cu_seqlens) - 1, device=packed.mask.device) % 2 == 0
-        return output.loss, {**output.metrics(), **metrics, **token_metrics(scored, chosen)}
+        return loss, {**found, **metrics, **token_metrics(scored, chosen)}
+
+    def _by_task(
+        self, call: Callable[..., Any], scored: Scored, counts: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, Metrics]:
+        """The weighted sum of the tasks' losses, each over its own pairs. `counts`: task -> its denominators."""
+        total, metrics, per_pair = 0.0, {}, [name for name in options if name in COLUMNS.values()]
+        for name, own in members(scored.examples).items():
+            rows = torch.tensor(own, device=scored.packed.labels.device)
+            numbers = {option: options[option][rows] for option in per_pair}
+            output = call(
+                pairs=torch.stack([2 * rows, 2 * rows + 1], 1),
+                **counts.get(name, {}),
+                **{**options, **numbers},
+            )
+            total = total + self.tasks.weights[name] * output.loss
+            metrics = merge_metrics(
+                metrics, output.metrics() | {f"task/{name}/loss": Total(output.loss.detach(), len(own))}
+            )
+        return total, metrics
+
+    def updated(self, rate: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        if self.tasks is None:
+            return {}
+        used = dict(self.tasks.weights)
+        self.tasks.update(
+            {name: metrics[f"task/{name}/loss"] for name in used if f"task/{name}/loss" in metrics}
+        )
+        return {f"task/{name}/weight": weight for name, weight in used.items()}
 
 
 def resolve_loss(

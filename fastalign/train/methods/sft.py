@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class SFT(Method):
         return loss, {name: found[name] for name in _METRICS if name in found}
 
     @torch.no_grad()
-    def updated(self, rate: float) -> dict[str, float]:
+    def updated(self, rate: float, metrics: Mapping[str, float]) -> dict[str, float]:
         """l1/zeros: share of the weights that are what they were at the start; l1/norm: the sum of the absolute
         changes."""
         if not self.origin:
