@@ -106,6 +106,12 @@ def test_marks_of_the_template_decide():
     (example,), _ = examples_of(inside, {"messages": TALK})
     mask = [0] * len(example.prompt) + [int(scored) for scored in example.masks()[0]]
     assert found["assistant_masks"][: len(mask)] == mask and not any(found["assistant_masks"][len(mask) :])
+    # a line break behind the end, and the token that closes the conversation, are marked by some
+    closing = MARKED.replace("{% endif %}<end>", "{% endif %}")
+    closing = closing.replace("{% endgeneration %}", "<end>\n{% endgeneration %}") + (
+        "{% if not add_generation_prompt %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+    )
+    assert learnt(chat(closing), {"messages": TALK})[1] == ["hello<end>", "yes<end>"]
     with pytest.raises(
         DataError, match="line 1: field 'messages': .* marks 1 stretches as generated .* 2 turns"
     ):

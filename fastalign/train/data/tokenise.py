@@ -205,7 +205,7 @@ class ExampleTokenizer:
             stop = common_prefix(ids(end), whole) if i != turns[-1] else len(whole)
             moved |= first < len(before)
             ended = stop > first and whole[stop - 1] in self.special.ends
-            if not ended:
+            if not ended and (stop == first or whole[stop - 1] not in self.template.added):
                 self.template.notes.add(ENDLESS)
             self.special.check_completion(given.source, given.fields[i], whole[first : stop - ended])
             places.append((first, stop))

@@ -67,6 +67,7 @@ def _marked(template: ChatTemplate, given: Conversation, messages: Messages) -> 
         ),
     )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = _spans_of_turns(template, [messages[i]["content"].strip() for i in turns], text, spans)
     if len(spans) != len(turns):
         raise template.refusal(
             given.source,
@@ -74,28 +75,37 @@ def _marked(template: ChatTemplate, given: Conversation, messages: Messages) -> 
             f"marks {len(spans)} stretches as generated ({{% generation %}}) where the assistant has "
             f"{len(turns)} turns",
         )
-    for i, (start, end) in zip(turns, spans):
+    limits = [*(start for start, _ in spans[1:]), len(text)]
+    for count, (i, (start, end)) in enumerate(zip(turns, spans)):
         words = messages[i]["content"].strip()
-        if words not in text[start:end]:
+        found = text.find(words, start, end)
+        if found < 0:
             what = template.loss_of(words, text[start:end], "assistant")
             raise template.refusal(given.source, given.fields[i], what)
+        spans[count] = start, _end_of(template, text, found + len(words), end, limits[count])
     template.find_in_order(given.source, place, messages, text)
-    limits = [*(start for start, _ in spans[1:]), len(text)]
-    spans = [
-        (start, _with_end(template, text, start, end, limit)) for (start, end), limit in zip(spans, limits)
-    ]
     return text[: spans[-1][1]], spans
 
 
-def _with_end(template: ChatTemplate, text: str, start: int, end: int, limit: int) -> int:
-    """The end of a marked turn with the token that ends it, where no words stand between them."""
+def _spans_of_turns(template: ChatTemplate, said: list[str], text: str, spans: Spans) -> Spans:
+    """The marked stretches without those that hold no words where a turn has some: the token that closes the
+    whole conversation, say."""
+    kept: Spans = []
+    for start, end in spans:
+        words = said[len(kept)] if len(kept) < len(said) else None
+        if words == "" or re.search(r"\w", template.without_markers(text[start:end])):
+            kept.append((start, end))
+    return kept
+
+
+def _end_of(template: ChatTemplate, text: str, words_end: int, end: int, limit: int) -> int:
+    """Where a marked turn ends: with the token that ends it, which stands in the mark or behind it, with no words
+    between; what the mark holds behind that token (a line break) is nobody's words. Without one: where the
+    mark ends."""
     tokenizer = template.tokenizer
-    ids = [i for i in (template.turn_end, tokenizer.eos_token_id) if i is not None]
-    ends = [tokenizer.convert_ids_to_tokens(i) for i in ids]
-    if any(text[start:end].rstrip().endswith(token) for token in ends):
-        return end
-    for token in ends:
-        found = text.find(token, end, limit)
-        if found >= 0 and not re.search(r"\w", template.without_markers(text[end:found])):
-            return found + len(token)
+    for token in (template.turn_end, tokenizer.eos_token_id):
+        name = None if token is None else tokenizer.convert_ids_to_tokens(token)
+        found = -1 if name is None else text.find(name, words_end, limit)
+        if found >= 0 and not re.search(r"\w", template.without_markers(text[words_end:found])):
+            return found + len(name)
     return end
