@@ -200,6 +200,10 @@ class TrainConfig(LossConfig):
         "change since the start; AdamW's updates are about as large as the learning rate, so 0.1 to 1 is felt",
         NOT_NEGATIVE,
     )
+    normalize_reward: bool = setting(
+        False,
+        "after the last step, shift the scores so that the mean over the training data's chosen (of a list: best) responses is 0",
+    )
     task_weights: str | None = setting(
         None,
         "the data's column 'task' names tasks; the loss is the weighted sum of each task's own: weights as given, by a task's "

@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "loss": (
         "preset", "loss", "loss_options", "loss_on", "l1_coef", "entropy_coef", "ptx_data", "ptx_coef", "ptx_batch", "vf_coef", "value_clip",
-        "optimism_coef", "task_weights", "task_weight", "task_temperature", "task_step",
+        "optimism_coef", "normalize_reward", "task_weights", "task_weight", "task_temperature", "task_step",
     ),
     "reward": (
         "reward_model", "reward", "preference", "reward_clip", "missing_eos_penalty", "gamma", "lam", "bootstrap_truncated",

@@ -50,6 +50,9 @@ class Task(Protocol):
     def evaluate(self) -> dict[str, float]:
         """The metrics of an evaluation, "loss" among them, without prefix."""
 
+    def conclude(self) -> None:
+        """Called after the last step, before the model is saved."""
+
 
 @dataclass
 class TrainResult:
@@ -118,6 +121,7 @@ class Run:
         finally:
             log.close()
         self._check_weights(task.steps)
+        task.conclude()
         checkpoint.save_final(self.output, self._save_model)
         print(f"model saved in {self.output}")
         return result(log.history, self.output)

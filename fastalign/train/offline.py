@@ -151,6 +151,9 @@ class OfflineTask:
             mix_weights(self.reference, self.lm, config.ref_mix)
         return metrics | {"learning_rate": rate} | own, tokens
 
+    def conclude(self) -> None:
+        self.learner.finish(self.lm, self.train)
+
     def evaluate(self) -> dict[str, float]:
         sums, _ = accumulate(self.lm, self.learner, self.evaluation, range(len(self.evaluation.examples)))
         return self.learner.derived(sums.means())

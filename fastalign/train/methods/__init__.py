@@ -188,7 +188,7 @@ METHODS: dict[str, Row] = {
         "reward model from pairs (bt_rm) or ranked lists (kwise_rm)",
         "reward:Reward",
         TrainConfig,
-        _LOSS,
+        (*_LOSS, "normalize_reward"),
         Page(
             "A reward model r, a sequence classifier with one label, from pairs (--loss bt_rm) or ranked "
             "lists (--loss kwise_rm).",

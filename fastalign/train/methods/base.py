@@ -193,6 +193,9 @@ class Method(Learner):
         """Called after every update of the weights, made at this learning rate: more of the step's `metrics`."""
         return {}
 
+    def finish(self, lm: Any, split: Split) -> None:
+        """Called after the last step, with the training data."""
+
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         """The record's metrics from the means of all batches."""
         return dict(means)

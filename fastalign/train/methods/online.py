@@ -179,6 +179,8 @@ class OnlineMethod(Learner):
         metrics = sums.means()
         return {"loss": 0.0 - metrics.get("objective/rlhf_reward", math.nan), **metrics}
 
+    def conclude(self) -> None: ...
+
     def kl_coef(self) -> Any:
         return 0.0
 

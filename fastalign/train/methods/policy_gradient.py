@@ -20,7 +20,7 @@ from fastalign.train.methods.online import OnlineMethod, split_evenly
 from fastalign.train.metrics import MetricSums
 from fastalign.train.models.causal import PackedCausalLM
 from fastalign.train.models.heads import ValueHead
-from fastalign.train.models.scorer import score_head
+from fastalign.train.models.scorer import score_head, score_shift
 from fastalign.train.online_config import OnlineConfig
 from fastalign.train.optimise import Optimizer, learning_rate
 from fastalign.train.sampling.actor import Actor
@@ -123,6 +123,7 @@ class PolicyGradient(OnlineMethod):
                 head.linear.weight.copy_(source.weight)
                 if source.bias is not None:
                     head.linear.bias.copy_(source.bias)
+                head.linear.bias += score_shift(reward.scorer.model)
             print("value head: that of the reward model")
         return head
 

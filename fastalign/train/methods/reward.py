@@ -11,7 +11,7 @@ import fastalign
 from fastalign.losses.peers import preference_hint
 from fastalign.runtime.metric import extremes_of
 from fastalign.train.config import TrainConfig
-from fastalign.train.data.examples import Batch
+from fastalign.train.data.examples import Batch, pack_examples
 from fastalign.train.data.formats import LISTWISE, PREFERENCE
 from fastalign.train.data.tokenise import TokenExample
 from fastalign.train.errors import UserError
@@ -99,6 +99,32 @@ class Reward(Method):
     def score(self, lm: Any, split: Split, batch: Batch, *, policy_only: bool = False) -> Scored:
         packed = lm.to_device(batch.packed)
         return Scored([split.examples[i] for i in batch.members], packed, {"scores": lm.scores(packed)}, {})
+
+    @torch.no_grad()
+    def finish(self, lm: Any, split: Split) -> None:
+        """As in InstructGPT (Ouyang et al. 2022, arXiv 2203.02155): what is as good as a demonstration scores 0 on
+        average."""
+        if not self.config.normalize_reward:
+            return
+        best = [
+            TokenExample(example.prompt, (example.completions[self._best(example)],))
+            for example in split.examples
+        ]
+        total = 0.0
+        for batch in pack_examples(best, range(len(best)), self.config.tokens_per_batch):
+            total += float(lm.scores(lm.to_device(batch.packed)).double().sum())
+        lm.shift(-total / len(best))
+        what = "chosen" if self.pairs else "best"
+        print(
+            f"scores shifted by {-total / len(best):.4g}: their mean over the {len(best)} {what} responses is 0"
+        )
+
+    def _best(self, example: TokenExample) -> int:
+        """Which completion is chosen, or has the highest score of its list."""
+        if self.pairs:
+            return 0
+        scores = example.values["scores"]
+        return max(range(len(scores)), key=scores.__getitem__)
 
     def loss(self, scored: Scored, *, training: bool, **known: Any) -> tuple[torch.Tensor, Metrics]:
         scores = scored.policy["scores"]

@@ -58,6 +58,15 @@ def score_head(model: torch.nn.Module) -> torch.nn.Module:
     return head
 
 
+# What is added to the scores: an entry of the model's configuration, since score heads have no bias. transformers keeps
+# it and adds nothing.
+SHIFT = "score_shift"
+
+
+def score_shift(model: torch.nn.Module) -> float:
+    return float(getattr(model.config, SHIFT, 0.0))
+
+
 class PackedScorer(models.PackedModel):
     """A sequence classifier with one label on packed sequences: `scorer.scores(batch)` is [S]."""
 
@@ -71,7 +80,15 @@ class PackedScorer(models.PackedModel):
 
     def scores(self, batch: Any) -> torch.Tensor:
         """The score of every sequence [S], float32, read at its last token. No sequence may be empty."""
-        return self.head(self.rows(batch)[batch.cu_seqlens[1:].long() - 1].float()).squeeze(-1)
+        scores, shift = (
+            self.head(self.rows(batch)[batch.cu_seqlens[1:].long() - 1].float()),
+            score_shift(self.model),
+        )
+        return scores.squeeze(-1) + shift if shift else scores.squeeze(-1)
+
+    def shift(self, by: float) -> None:
+        """Add this to every score from now on, and in what is saved."""
+        setattr(self.model.config, SHIFT, score_shift(self.model) + by)
 
     def frozen_copy(self) -> PackedScorer:
         twin = super().frozen_copy()

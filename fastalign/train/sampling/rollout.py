@@ -134,8 +134,8 @@ class Mixture(transformers.LogitsProcessor):
         self.takes = inspect.signature(model.forward).parameters
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        padding = input_ids.new_tensor(self.padding)
-        mask = (torch.arange(input_ids.shape[1], device=padding.device) >= padding[:, None]).long()
+        self.padding = torch.as_tensor(self.padding, device=input_ids.device)
+        mask = (torch.arange(input_ids.shape[1], device=input_ids.device) >= self.padding[:, None]).long()
         new = slice(None) if self.cache is None else slice(-1, None)
         inputs = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, new], "logits_to_keep": 1}
         inputs = {name: value for name, value in inputs.items() if name in self.takes}
