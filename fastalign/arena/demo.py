@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        _prepare(arguments.output)
+        prepare(arguments.output, "demo")
         demo = importlib.import_module(f"fastalign.arena.demos.{arguments.method}")
         demo.run(arguments.seed, arguments.steps or DEMOS[arguments.method][1], arguments.output)
     except (UserError, TrainingError) as error:
@@ -63,13 +63,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _prepare(output: Path) -> None:
+def prepare(output: Path, command: str) -> None:
+    """What a command of the arena needs before its work: libraries, and a directory that can be written."""
     try:
         import matplotlib  # noqa: F401
         import transformers
     except ImportError as error:
         raise UserError(
-            "the demo needs transformers, tokenizers and matplotlib: pip install 'fastalign[train]' "
+            f"the {command} needs transformers, tokenizers and matplotlib: pip install 'fastalign[train]' "
             f"({error})"
         ) from None
     transformers.utils.logging.set_verbosity_error()

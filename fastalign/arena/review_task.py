@@ -269,19 +269,30 @@ def score_samples(
     return scores
 
 
+def sequence_kl(
+    policy: torch.nn.Module, reference: torch.nn.Module, samples: Sequence[Sample]
+) -> dict[str, list[float]]:
+    """Estimates of KL(policy || reference) in nats, one per sample of the policy (drawn at temperature 1):
+    the sums over its completion of "k1" and of "k3" (`fastalign.kl_estimate`). k1 is unbiased and noisy (a
+    mean may be negative); k3 per token is unbiased too and never negative."""
+    scores = [score_samples(model, samples) for model in (policy, reference)]
+    lengths = [len(sample.completion) for sample in samples]
+    return {
+        kind: [
+            float(each.double().sum())
+            for each in fastalign.kl_estimate(*map(torch.cat, scores), kind).split(lengths)
+        ]
+        for kind in ("k1", "k3")
+    }
+
+
 def sampled_kl(
     policy: torch.nn.Module, reference: torch.nn.Module, samples: Sequence[Sample]
 ) -> dict[str, float]:
-    """Monte-Carlo estimates of KL(policy || reference) in nats from samples of the policy (drawn at
-    temperature 1): the means of k1 and k3 (`fastalign.kl_estimate`) over all completion tokens
-    ("k1_per_token"), and of their sums over each completion ("k1_per_sequence"). k1 is unbiased and noisy (a
-    mean may be negative); k3 per token is unbiased too and never negative."""
-    policy_scores, reference_scores = (
-        torch.cat(score_samples(model, samples)) for model in (policy, reference)
-    )
-    out = {}
-    for kind in ("k1", "k3"):
-        total = float(fastalign.kl_estimate(policy_scores, reference_scores, kind).double().sum())
-        out[f"{kind}_per_token"] = total / policy_scores.numel()
-        out[f"{kind}_per_sequence"] = total / len(samples)
+    """Means of `sequence_kl` over the samples ("k1_per_sequence"), and over all their completion tokens
+    ("k1_per_token")."""
+    tokens, out = sum(len(sample.completion) for sample in samples), {}
+    for kind, sums in sequence_kl(policy, reference, samples).items():
+        out[f"{kind}_per_token"] = sum(sums) / tokens
+        out[f"{kind}_per_sequence"] = sum(sums) / len(samples)
     return out

@@ -16,6 +16,10 @@ COMMANDS = {
     "info": ("versions, build flags, and which backend serves which operation", "fastalign.cli.info"),
     "losses": ("every named loss with its formula and paper", "fastalign.cli.loss_list"),
     "demo": ("build a small model, train it by SFT and DPO, show what changed", "fastalign.arena.demo"),
+    "arena": (
+        "every method from one SFT model on one budget: table, pictures, page",
+        "fastalign.arena.command",
+    ),
     "train": ("train a Hugging Face causal LM", "fastalign.train.command"),
     "sample": ("responses to prompts, by a model or a server", "fastalign.feedback.sample"),
     "pairs": ("preference pairs from scored responses", "fastalign.feedback.pairs"),
@@ -43,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     backend = os.environ.get("FASTALIGN_BACKEND")
     if (
         backend
-        and command in ("demo", "train", "bench")
+        and command in ("demo", "arena", "train", "bench")
         and (why := fastalign.backends()[backend]) != "available"
     ):
         parser.error(

@@ -34,6 +34,10 @@ from fastalign.train.methods import METHODS
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAPERS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What a reader runs in a shell and a test must not: environments and whole suites.
+ARENA_SIZES = [
+    *("--steps", "1", "--responses-per-step", "8", "--sft-steps", "2", "--judged", "4", "--hidden", "16", "--layers", "1"),
+    *("--heads", "2", "--max-new-tokens", "4"),
+]  # fmt: skip
 NOT_HERE = ("make ", "pip ", "benchmarks/")
 
 
@@ -110,6 +114,8 @@ def run_commands(code):
             short = (
                 ["--max-new-tokens", "4"]
                 if words[1] == "train" and METHODS[words[2]].config.__name__ == "OnlineConfig"
+                else ARENA_SIZES
+                if words[1] == "arena"
                 else []
             )
             assert cli.main([*words[1:], *short]) == 0, line

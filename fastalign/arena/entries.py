@@ -1,0 +1,180 @@
+"""Who enters the arena: a row for each method, made of stages that `fastalign.train` runs. Data only.
+
+A new method is a new row of `ENTRIES`: its stages name a method of `fastalign train`, its loss and options,
+the form of the labelled data (a name of `labels.FORMS`; online methods sample for themselves), the learning
+rate. `knob` names what the entry's coefficient sets, an option of the loss or a setting of the method; `grid`
+are its values for the frontier, of which `beta` is the one of the quick run. The page of the report takes
+formulas and papers from the tables of losses and methods.
+
+Learning rates: one sweep over 1e-4, 3e-4 and 1e-3 at the default sizes and label noise (seed 0) per kind of
+loss; what differs from `RATE` says so by standing in its row. docs/arena.md has what the sweep showed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fastalign.train.methods import METHODS
+from fastalign.train.online_config import OnlineConfig
+
+RATE = 3e-4
+# Family -> its colour in the pictures.
+FAMILIES: Mapping[str, str] = {
+    "one logit, other links": "#0072B2",
+    "labels with noise": "#1CA3C4",
+    "likelihood kept up": "#009E73",
+    "length and tokens": "#B8860B",
+    "single responses": "#D55E00",
+    "whole lists": "#CC79A7",
+    "several stages": "#6A3D9A",
+    "online": "#222222",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One run of `fastalign train`. `settings`: of its configuration, besides those the arena gives every
+    method. `share`: of the budget. `fresh`: its data are sampled from the policy as it is, not from the SFT
+    model. `from_sft`: it trains the SFT model, not the policy of the stage before; `held_to_sft`: its
+    reference is the SFT model, not the policy it starts from. `gives`: what it trains is no policy but the
+    next stage's setting of this name."""
+
+    method: str
+    loss: str | None = None
+    data: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    knob: str = "beta"
+    rate: float = RATE
+    share: float = 1.0
+    fresh: bool = False
+    from_sft: bool = False
+    held_to_sft: bool = False
+    gives: str = ""
+
+    @property
+    def online(self) -> bool:
+        return METHODS[self.method].config is OnlineConfig
+
+    def numbers(self, beta: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(options of the loss, settings) with the entry's coefficient in its place."""
+        options, settings = dict(self.options), dict(self.settings)
+        if self.knob and beta is not None:
+            (settings if self.knob in METHODS[self.method].settings else options)[self.knob] = beta
+        return options, settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A method in the arena. `shown`: in table and picture. `beta`: its coefficient, None: it has none.
+    `expected`: why it need not raise the gold reward here, said where it does not. `paper`: where no row of a
+    table has it."""
+
+    name: str
+    shown: str
+    family: str
+    stages: tuple[Stage, ...]
+    beta: float | None = None
+    grid: tuple[float, ...] = ()
+    expected: str = ""
+    paper: str = ""
+    note: str = ""
+
+    def betas(self, frontier: bool) -> tuple[float | None, ...]:
+        return self.grid if frontier and self.grid else (self.beta,)
+
+
+_GRID = (0.03, 0.1, 0.3)  # of losses that sum over tokens
+
+
+def _pairs(name: str, shown: str, family: str, loss: str | None = None, *, method: str = "dpo", data: str = "pairs",
+           beta: float | None = 0.1, grid: tuple[float, ...] = _GRID, expected: str = "", note: str = "", **stage: Any) -> Entry:  # fmt: skip
+    """An entry of one stage on the labelled responses."""
+    only = Stage(method, loss or name, data, **stage)
+    return Entry(name, shown, family, (only,), beta, grid if beta is not None else (), expected, note=note)
+
+
+def _online(name: str, shown: str, *, method: str = "", beta: float | None = 0.03, grid: tuple[float, ...] = (0.01, 0.03, 0.1),
+            knob: str = "kl_coef", rate: float = RATE, note: str = "", **stage: Any) -> Entry:  # fmt: skip
+    only = Stage(method or name, knob=knob, rate=rate, **stage)
+    return Entry(name, shown, "online", (only,), beta, grid if beta is not None else (), note=note)
+
+
+def _rows() -> list[Entry]:
+    links, noise, kept, length, single, lists, stages, online = FAMILIES
+    mean = {"beta": 5.0, "grid": (1.5, 5.0, 15.0)}  # of losses that average over tokens
+    half = {"share": 0.5}
+    return [
+        _pairs("dpo", "DPO", links),
+        _pairs("ipo", "IPO", links, knob="tau", beta=5.0, grid=(1.5, 5.0, 15.0)),
+        _pairs("slic_hf", "SLiC-HF", links, knob="delta", beta=5.0, grid=(1.0, 5.0, 15.0)),
+        _pairs("rso", "RSO", links, data="rso_pairs",
+               note="The pairs are made of the quarter of the responses to a prompt that statistical rejection sampling keeps."),
+        *(_pairs(f"gpo_{link}", f"GPO {link}", links) for link in ("logistic", "hinge", "squared", "exp", "truncquad", "savage")),
+        _pairs("exo_pair", "EXO", links),
+        _pairs("discopop", "DiscoPOP", links),
+        _pairs("aot", "AOT", links),
+        _pairs("aot_unpaired", "AOT unpaired", links),
+        _pairs("beta_dpo", "β-DPO", noise),
+        _pairs("cdpo", "cDPO", noise),
+        _pairs("rdpo_robust", "robust DPO", noise),
+        _pairs("rlaif_soft", "soft labels", noise, data="soft_pairs"),
+        _pairs("rpo_bwd_kl", "reward-aware PO", noise, data="soft_pairs"),
+        _pairs("wpo", "WPO", noise),
+        _pairs("dpop", "DPOP", kept),
+        _pairs("rpo", "DPO + SFT", kept),
+        _pairs("iterative_rpo", "iterative RPO's loss", kept),
+        _pairs("cpo", "CPO", kept),
+        _pairs("orpo", "ORPO", kept, knob="pair_weight", beta=1.0, grid=(0.3, 1.0, 3.0)),
+        _pairs("nca_pair", "NCA on pairs", kept),
+        _pairs("sppo_hard", "SPPO's loss", kept, beta=0.1),
+        _pairs("tdpo1", "TDPO1", length, method="tdpo"),
+        _pairs("tdpo2", "TDPO2", length, method="tdpo"),
+        _pairs("r_dpo", "R-DPO", length),
+        _pairs("ln_dpo", "LN-DPO", length, **mean),
+        _pairs("ld_dpo", "LD-DPO", length),
+        _pairs("simpo", "SimPO", length, **mean),
+        _pairs("kto", "KTO", single, method="kto", data="labels"),
+        _pairs("bco", "BCO", single, method="bco", data="labels"),
+        _pairs("dro", "DRO-V", single, method="dro", data="scores", knob="tau"),
+        _pairs("apo_zero_unpaired", "APO-zero", single, method="kto", data="labels"),
+        *(_pairs(name, shown, lists, method="listwise", data="lists") for name, shown in (
+            ("plackett_luce", "Plackett-Luce DPO"), ("lipo", "LiPO"), ("infonca", "InfoNCA"), ("nca", "NCA"), ("exo_list", "EXO on lists"))),
+        _pairs("rrhf", "RRHF", lists, method="listwise", data="lists", beta=None, knob=""),
+        _pairs("pro", "PRO", lists, method="listwise", data="lists", beta=None, knob=""),
+        Entry("sdpo", "sDPO", stages, tuple(Stage("dpo", "sdpo", "pairs", **half) for _ in range(2)), 0.1, _GRID),
+        Entry("staged", "labels, pairs, lists", stages,
+              tuple(Stage(method, loss, data, share=1 / 3)
+                    for method, loss, data in (("kto", "kto", "labels"), ("dpo", "dpo", "pairs"), ("listwise", "lipo", "lists"))), 0.1, _GRID,
+              note="Feedback of rising cost: a third of the budget as labels, then as pairs, then as lists; each stage starts from the one before."),
+        Entry("iterative_dpo", "iterative DPO", stages,
+              (Stage("dpo", "iterative_dpo", "pairs", **half), Stage("dpo", "iterative_dpo", "pairs", fresh=True, held_to_sft=True, **half)),
+              0.1, _GRID),
+        Entry("sppo", "SPPO, iterated", stages,
+              (Stage("dpo", "sppo", "soft_pairs", **half), Stage("dpo", "sppo", "soft_pairs", fresh=True, **half)), 0.1, _GRID),
+        Entry("rm_ppo", "reward model, PPO", stages,
+              (Stage("reward", "bt_rm", "pairs", from_sft=True, gives="reward_model", knob="", rate=1e-3),
+               Stage("ppo", knob="kl_coef", from_sft=True)), 0.03, (0.01, 0.03, 0.1),
+              note="All labels train the reward model, which scores PPO's samples in the annotator's place."),
+        Entry("rto", "RTO", stages,
+              (Stage("dpo", "dpo", "pairs", gives="dpo_model", **half),
+               Stage("ppo", settings={"preset": "rto"}, knob="kl_coef", from_sft=True, **half)), 0.03, (0.01, 0.03, 0.1),
+              paper="Zhong et al. 2024, arXiv 2404.18922",
+              note="Half of the labels train a DPO model, whose log-ratio to the reference is PPO's reward per token beside the score."),
+        _online("ppo", "PPO"),
+        _online("ppo_ptx", "PPO-ptx", method="ppo", settings={"ptx_coef": 0.1},
+                note="The SFT model's corpus is mixed in (`ptx_coef` times its mean token loss)."),
+        _online("grpo", "GRPO"),
+        _online("dapo", "DAPO", method="grpo", loss="dapo"),
+        _online("rloo", "RLOO"),
+        _online("reinforce_pp", "REINFORCE++"),
+        _online("online_dpo", "online DPO (OAIF)", knob="beta", beta=0.1, grid=_GRID, loss="online_dpo"),
+        _online("online_ipo", "online IPO", method="online_dpo", loss="ipo", knob="tau", beta=5.0, grid=(1.5, 5.0, 15.0)),
+        _online("tr_dpo", "TR-DPO, online", method="online_dpo", knob="beta", beta=0.1, grid=_GRID, loss="dpo",
+                settings={"ref_update_every": 10, "ref_mix": 0.6},
+                note="The reference takes over 0.6 of the policy's weights after every tenth step."),
+    ]  # fmt: skip
+
+
+ENTRIES: Mapping[str, Entry] = {entry.name: entry for entry in _rows()}
