@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "train": ("train a Hugging Face causal LM", "fastalign.train.command"),
     "sample": ("responses to prompts, by a model or a server", "fastalign.feedback.sample"),
+    "label": ("scores or soft labels by a judge, a reward model or a function", "fastalign.feedback.label"),
     "pairs": ("preference pairs from scored responses", "fastalign.feedback.pairs"),
     "merge": ("merge models that started from the same one", "fastalign.train.merge_files"),
     "bench": ("measure the operations on this machine", "fastalign.bench"),
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     backend = os.environ.get("FASTALIGN_BACKEND")
     if (
         backend
-        and command in ("demo", "arena", "train", "bench")
+        and command in ("demo", "arena", "train", "label", "bench")
         and (why := fastalign.backends()[backend]) != "available"
     ):
         parser.error(

@@ -15,7 +15,7 @@ from fastalign.feedback.settings import FILES, FINITE, CommandConfig
 from fastalign.feedback.writers import hash_directory, parse_completions, seed_of
 from fastalign.runtime.checks import shown
 from fastalign.train.data.formats import MAX_LIST
-from fastalign.train.errors import DataError, UserError
+from fastalign.train.errors import DataError
 from fastalign.train.sampling.pair_rules import PAIR_RULES, RANKINGS, penalised, pick
 from fastalign.train.settings import NOT_BELOW_0, POSITIVE, SEED, setting
 
@@ -76,17 +76,12 @@ class PairsConfig(CommandConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for names, needs, there in (
-            (("num_samples", "beta", "ranking"), "--rule rejection", self.rule == "rejection"),
-            (("keep_scores",), "--to pairs", self.to == "pairs"),
-            (("threshold",), "--to unpaired", self.to == "unpaired"),
-            (("tokenizer",), "a --length-penalty", self.length_penalty != 0),
-            (("rule", "num_samples", "beta", "ranking"), "--to pairs or unpaired", self.to != "lists"),
-            (("rule", "margin"), "no --threshold", self.threshold is None),
-        ):
-            for name in names:
-                if not there and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise UserError(f"{self.flag(name)} goes with {needs} only")
+        self.only("--rule rejection", self.rule == "rejection", "num_samples", "beta", "ranking")
+        self.only("--to pairs", self.to == "pairs", "keep_scores")
+        self.only("--to unpaired", self.to == "unpaired", "threshold")
+        self.only("a --length-penalty", self.length_penalty != 0, "tokenizer")
+        self.only("--to pairs or unpaired", self.to != "lists", "rule")
+        self.only("no --threshold", self.threshold is None, "rule", "margin")
 
 
 class _Scored(NamedTuple):

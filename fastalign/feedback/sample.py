@@ -9,7 +9,7 @@ from typing import Any
 
 from fastalign.feedback import command
 from fastalign.feedback.records import Counts, Line, Records, digest, read_lines
-from fastalign.feedback.settings import SAMPLING, WriterConfig
+from fastalign.feedback.settings import MODEL, SAMPLING, WriterConfig
 from fastalign.feedback.writers import Reply, Request, completion, make_writer, seed_of
 from fastalign.train.data.formats import parse_prompt
 from fastalign.train.errors import DataError
@@ -23,6 +23,13 @@ class SampleConfig(WriterConfig):
     """Settings of `fastalign sample`."""
 
     samples: int = setting(4, "responses to each prompt", POSITIVE, group=SAMPLING)
+    overlong: str = setting(
+        "error",
+        "what to do with a prompt that leaves no room for --max-new-tokens: stop before work begins, leave it "
+        "out, or cut its start",
+        choices=("error", "drop", "truncate_prompt"),
+        group=MODEL,
+    )
 
 
 def run(config: SampleConfig) -> Counts:

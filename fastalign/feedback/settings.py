@@ -50,6 +50,14 @@ class CommandConfig(Settings):
     def metadata(cls, name: str) -> Any:
         return cls.__dataclass_fields__[name].metadata
 
+    def only(self, needs: str, there: bool, *names: str) -> None:
+        """Refuse settings that would be ignored: `names` mean something where `there`, which is called `needs`."""
+        for name in names:
+            field = type(self).__dataclass_fields__[name]
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            if not there and getattr(self, name) != default:
+                raise UserError(f"{self.flag(name)} goes with {needs} only")
+
     def recorded(self) -> dict[str, Any]:
         """The settings on which the output depends."""
         return {
@@ -79,13 +87,6 @@ class WriterConfig(CommandConfig):
     batch: int = setting(64, "sequences that the model directory takes at once", POSITIVE, group=MODEL)
     max_length: int | None = setting(
         None, "longest sequence in tokens; default: the model's positions", POSITIVE, group=MODEL
-    )
-    overlong: str = setting(
-        "error",
-        "what to do with a prompt that leaves no room for --max-new-tokens: stop before work begins, leave it "
-        "out, or cut its start",
-        choices=("error", "drop", "truncate_prompt"),
-        group=MODEL,
     )
     template_options: dict[str, Any] = setting(
         {},
@@ -148,6 +149,20 @@ class WriterConfig(CommandConfig):
     seed: int = setting(
         0, "the same seed gives the same responses to a prompt, wherever a run begins", SEED, group=SAMPLING
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        groups: dict[str, list[str]] = {}
+        for name in WriterConfig.__dataclass_fields__:
+            groups.setdefault(self.metadata(name)["group"], []).append(name)
+        server = self.server is not None
+        self.only("--server", server, *groups[SERVER][1:])
+        self.only("a model directory", self.runs_model(), *groups[MODEL][1:])
+        self.only("--model or --server", server or self.model is not None, *groups[SAMPLING])
+
+    def runs_model(self) -> bool:
+        """Whether a model is run here."""
+        return self.model is not None
 
     def check_writer(self) -> None:
         """Exactly one of --model and --server, and what belongs to it."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,17 +51,22 @@ class ServerWriter:
         return {}
 
     def write(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-        def ask(request: Request) -> Reply:
-            answer, failure = self.server.write(request.prompt, request.seed)
-            return Reply(None, failure) if answer is None else Reply(answer[0])
+        return in_threads(self.reply, requests, self.config.concurrency)
 
-        return in_threads(ask, requests, self.config.concurrency)
+    def write_here(self, requests: Sequence[Request]) -> list[Reply]:
+        """In this thread, one after another."""
+        return [self.reply(request) for request in requests]
+
+    def reply(self, request: Request) -> Reply:
+        answer, failure = self.server.write(request.prompt, request.seed)
+        return Reply(None, failure) if answer is None else Reply(answer[0])
 
 
 class ModelWriter:
-    """Responses by a model directory, a batch at a time."""
+    """Responses by a model directory, a batch at a time. head: see `PackedCausalLM`; writes: whether it will be
+    asked to write at all."""
 
-    def __init__(self, config: WriterConfig):
+    def __init__(self, config: WriterConfig, head: str | None = "logits", writes: bool = True):
         # What takes seconds to import is imported where a model is used.
         from fastalign.train.data.prompts import fit_prompt
         from fastalign.train.data.tokenise import ExampleTokenizer, TokenExample
@@ -70,6 +76,8 @@ class ModelWriter:
         from fastalign.train.sampling.own_draws import SeededSampler
 
         self.config, self.batch, self._fit, self._example = config, config.batch, fit_prompt, TokenExample
+        # What is asked in the middle of the work cannot be refused beforehand.
+        self.overlong = getattr(config, "overlong", "drop")
         trust = {"trust_remote_code": config.trust_remote_code}
         models.check_device(config.device)
         self.tokenizer = models.load_tokenizer(config.model, **trust)
@@ -77,16 +85,24 @@ class ModelWriter:
         if positions is not None and (config.max_length or 0) > positions:
             raise UserError(f"--max-length {config.max_length} exceeds the model's {positions} positions")
         self.limit = config.max_length or positions
-        if self.limit is not None and config.max_new_tokens >= self.limit:
+        if writes and self.limit is not None and config.max_new_tokens >= self.limit:
             raise UserError(
                 f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: a sequence has at most "
                 f"{self.limit} tokens"
             )
         self.to_tokens = ExampleTokenizer(self.tokenizer, template_options=config.template_options)
         model = models.load_model(config.model, **trust).requires_grad_(False)
-        self.lm = PackedCausalLM(model, dtype=config.dtype, device=config.device)
+        self.lm = PackedCausalLM(model, head=head, dtype=config.dtype, device=config.device)
         known = max(models.token_ids(self.tokenizer)) + 1
-        self.sampler = SeededSampler(self.lm, self.tokenizer, _SamplerSettings(config), known)
+        settings = SimpleNamespace(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_new_tokens=config.max_new_tokens,
+            sample_batch=config.batch,
+            template_options=config.template_options,
+        )
+        self.sampler = SeededSampler(self.lm, self.tokenizer, settings, known)
 
     def check(self, source: str, prompt: str | Messages) -> str | None:
         ids = self._tokens(source, prompt)
@@ -110,6 +126,9 @@ class ModelWriter:
             for i in range(len(chunk)):
                 yield start + i, replies.get(i, Reply(None, Failure("over-long", final=True)))
 
+    def write_here(self, requests: Sequence[Request]) -> list[Reply]:
+        return [reply for _, reply in self.write(requests)]
+
     def _tokens(self, source: str, prompt: str | Messages) -> Sequence[int] | None:
         ids = self.to_tokens.prompt(parse_prompt(source, {"prompt": prompt}))
         if not ids:
@@ -121,16 +140,8 @@ class ModelWriter:
         if self.limit is None:
             return ids
         room = self.limit - self.config.max_new_tokens
-        return self._fit(ids, room, self.config, self.tokenizer.bos_token_id, source)
-
-
-class _SamplerSettings:
-    """The settings of a sampler, by the names that it reads."""
-
-    def __init__(self, config: WriterConfig):
-        self.temperature, self.top_p, self.top_k = config.temperature, config.top_p, config.top_k
-        self.max_new_tokens, self.sample_batch = config.max_new_tokens, config.batch
-        self.template_options = config.template_options
+        settings = SimpleNamespace(overlong=self.overlong, max_new_tokens=self.config.max_new_tokens)
+        return self._fit(ids, room, settings, self.tokenizer.bos_token_id, source)
 
 
 def make_writer(config: WriterConfig) -> ServerWriter | ModelWriter:

@@ -248,7 +248,7 @@ def make_reward(
     if given[0] != "--reward-model":
         source = sources[given[0]]
         name = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
-        source = _import(given[0], source) if isinstance(source, str) else source
+        source = import_function(given[0], source) if isinstance(source, str) else source
         if given[0] == "--reward":
             return FunctionReward(source, name)
         return FunctionPreference(source, name, config.samples_per_prompt)
@@ -271,7 +271,8 @@ def make_reward(
     return ModelReward(scorer, config.tokens_per_batch, to_tokens.special)
 
 
-def _import(flag: str, name: str) -> Callable[..., Any]:
+def import_function(flag: str, name: str) -> Callable[..., Any]:
+    """What MODULE:FUNCTION names; `flag` is the setting that names it."""
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
         raise UserError(f"{flag} {name}: expected MODULE:FUNCTION")
