@@ -304,7 +304,7 @@ def test_the_proximal_step_finds_the_closed_form():
     for _ in range(60):
         with torch.no_grad():
             weight -= rate * (weight - target)
-        metrics = method.updated(rate)
+        metrics = method.updated(rate, {})
     change = shrink(target - start, c)
     assert torch.allclose(weight - start, change, atol=1e-6)
     still = target.sub(start).abs() < c

@@ -109,6 +109,13 @@ class SpecialTokens:
                 return text
             text = trimmed[: -len(end)]
 
+    def ending(self, text: str) -> int | None:
+        """The end of turn that this text ends with, if it holds its name there alone."""
+        name = next((name for name in self._end_texts if text.endswith(name)), None)
+        if name is None or text.count(name) > 1:
+            return None
+        return self.tokenizer.convert_tokens_to_ids(name)
+
     def check_completion(self, source: str, field: str, ids: Sequence[int]) -> None:
         """Refuse a completion (without its end) that holds a token at which it would have stopped, or one
         that only begins a text."""

@@ -29,7 +29,7 @@ from fastalign.train.data.fields import Text, common_prefix
 from fastalign.train.data.formats import Conversation, Document, Format, Texts
 from fastalign.train.data.specials import SpecialTokens
 from fastalign.train.data.templates import ChatTemplate, plain_template
-from fastalign.train.data.turns import assistant_turns
+from fastalign.train.data.turns import assistant_turns, token_places
 from fastalign.train.errors import DataError
 
 __all__ = [
@@ -84,6 +84,12 @@ class TokenExample:
         if self.scored is not None:
             return [mask.tolist() for mask in self.scored]
         return [[True] * len(completion) for completion in self.completions]
+
+    def scored_tokens(self) -> int:
+        """How many tokens are scored."""
+        if self.scored is not None:
+            return sum(int(mask.sum()) for mask in self.scored)
+        return sum(map(len, self.completions))
 
     def every_token(self) -> TokenExample:
         """The same tokens, all of them scored but the first, which nothing predicts. One completion."""
@@ -187,28 +193,26 @@ class ExampleTokenizer:
         if spelled:
             self.template.notes.add(SPELLED)
 
-        def ids(upto: int) -> list[int]:
-            """Ids of text[:upto]; the names of special tokens among the assistant's words are letters."""
-            found, done = [], 0
+        def ids(done: int, upto: int) -> list[int]:
+            """Ids of text[done:upto]; the names of special tokens among the assistant's words are letters."""
+            found, whole = [], done == 0
             for start, end in spelled:
-                if start < upto:
+                if done <= start < upto:
                     found += self.special.encode(text[done:start])
                     found += self.special.letters(text[start : min(end, upto)])
                     done = min(end, upto)
             found += self.special.encode(text[done:upto])
+            if not whole:
+                return found
             return self.special.begun(given.source, given.fields[0], found, bare=not self.template.own)
 
-        whole, places, moved = [*ids(len(text)), self.special.end_of(True, ())], [], False
-        for i, (start, end) in zip(turns, spans):
-            before = ids(start)
-            first = common_prefix(before, whole)
-            stop = common_prefix(ids(end), whole) if i != turns[-1] else len(whole)
-            moved |= first < len(before)
+        whole = [*ids(0, len(text)), self.special.end_of(True, ())]
+        places, moved = token_places(self.special, ids, text, spans, whole)
+        for i, (first, stop) in zip(turns, places):
             ended = stop > first and whole[stop - 1] in self.special.ends
             if not ended and (stop == first or whole[stop - 1] not in self.template.added):
                 self.template.notes.add(ENDLESS)
             self.special.check_completion(given.source, given.fields[i], whole[first : stop - ended])
-            places.append((first, stop))
         self._count([whole])
         return _example(given.source, given.fields[0], whole, places), moved
 

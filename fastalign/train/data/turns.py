@@ -12,11 +12,13 @@ rewrites earlier turns (that cuts their reasoning, moves the system message) is 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastalign.train.data.fields import Messages, common_prefix
 from fastalign.train.data.formats import Conversation
+from fastalign.train.data.specials import SpecialTokens
 from fastalign.train.data.templates import ChatTemplate, short
 from fastalign.train.errors import DataError
 
@@ -109,3 +111,34 @@ def _end_of(template: ChatTemplate, text: str, words_end: int, end: int, limit: 
         if found >= 0 and not re.search(r"\w", template.without_markers(text[words_end:found])):
             return found + len(name)
     return end
+
+
+def token_places(
+    special: SpecialTokens, ids: Callable[[int, int], list[int]], text: str, spans: Spans, whole: list[int]
+) -> tuple[Spans, bool]:
+    """((first, stop) of each turn among the tokens `whole` of the conversation, whether a token straddles where one
+    begins). A turn begins where the tokens of the text before it and those of the whole part; it ends likewise. ids(done,
+    upto): those of a stretch of the text.
+
+    Behind a token that ends a turn the text is tokenised anew, so that only what is new need be; where that is not
+    so, everything before is."""
+    places: Spans = []
+    moved, done, at = False, 0, 0  # text[:done] is whole[:at]
+    for start, end in spans:
+        before = ids(done, start)
+        same = common_prefix(before, whole[at:])
+        if same < len(before) and done:
+            before, at = ids(0, start), 0
+            same = common_prefix(before, whole)
+        moved |= same < len(before)
+        first = at + same
+        token = special.ending(text[start:end])
+        if (start, end) == spans[-1]:
+            stop = len(whole)
+        elif token is not None and token in whole[first:]:
+            stop = whole.index(token, first) + 1
+            done, at = end, stop
+        else:
+            stop, done, at = common_prefix(ids(0, end), whole), 0, 0
+        places.append((first, stop))
+    return places, moved

@@ -83,4 +83,4 @@ def shrink(change: torch.Tensor, threshold: float) -> torch.Tensor:
 
 def _scored(examples: Sequence[TokenExample]) -> int:
     """How many tokens are scored."""
-    return sum(sum(map(sum, example.masks())) for example in examples)
+    return sum(example.scored_tokens() for example in examples)
