@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 # A step's metrics -> whether nothing could be learnt from it; the first that applies is the reason.
 _REASONS: tuple[tuple[Callable[[Mapping[str, float]], bool], str], ...] = (
     (lambda m: "num_unscored" in m and "objective/scores" not in m, "no response could be scored"),
-    (
-        lambda m: m.get("objective/scores_std") == 0.0,
+    (  # that of Nash-MD is against somebody else, XPO's other response is not among these
+        lambda m: m.get("objective/scores_std") == 0.0 and "objective/win_rate" not in m,
         "all responses have the same reward, so none is better than another",
     ),
     (

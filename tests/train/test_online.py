@@ -50,6 +50,8 @@ RUNS = [
     ("reinforce_pp", {}),
     ("reinforce_pp", {"samples_per_prompt": 3, "loss": "reinforce"}),
     ("online_dpo", {"samples_per_prompt": 3, "loss": "ipo"}),
+    ("xpo", {"loss": "simpo"}),
+    ("nash_md", {"samples_per_prompt": 2}),
 ]
 
 
@@ -62,11 +64,11 @@ def test_every_method_runs_and_starts_at_the_reference(online, method, settings)
     result = online(method, eval_fraction=0.25, **settings)
     first, last = steps(result)[0], steps(result)[-1]
     assert first.get("objective/kl", 0.0) == 0.0
-    if method != "online_dpo":
+    if method not in ("online_dpo", "xpo"):
         assert (first["val/ratio"], first["val/ratio_var"], first["policy/approxkl"]) == (1.0, 0.0, 0.0)
     assert all(math.isfinite(value) for record in result.history for value in record.values())
     assert last["step"] == 2 and last["episode"] == 2 * 4 * settings.get(
-        "samples_per_prompt", {"rloo": 4}.get(method, 1)
+        "samples_per_prompt", {"rloo": 4, "xpo": 2}.get(method, 1)
     )
     assert {"eval_loss", "eval_objective/scores"} <= result.history[-1].keys()
     transformers.AutoModelForCausalLM.from_pretrained(result.output)

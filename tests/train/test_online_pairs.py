@@ -333,6 +333,7 @@ def test_nash_md_leaves_out_what_cannot_be_judged(online):
         )
     )[0]
     assert record["num_unscored"] == 1 and record["objective/scores"] == pytest.approx(1 / 6)
+    assert record["objective/win_rate"] == pytest.approx(2 / 3)
     nothing = online(
         "nash_md", reward=None, preference=lambda completions: [None] * 4, max_steps=1, out="none"
     )

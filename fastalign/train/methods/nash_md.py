@@ -30,5 +30,10 @@ class NashMD(Comparing, PolicyGradient):
                 "--label-temperature has no effect with --preference, which says the probability itself"
             )
 
+    def learn(self, step: int, rollouts: list[Rollout], scores: torch.Tensor, *rest: Any) -> dict[str, float]:
+        known = scores[~scores.isnan()]
+        rate = {"objective/win_rate": float(known.mean()) + 0.5} if len(known) else {}
+        return super().learn(step, rollouts, scores, *rest) | rate
+
     def scores(self, rollouts: Sequence[Rollout], when: str, may_lack: bool) -> torch.Tensor:
         return self.preferences(rollouts, self.opponents(self.mixture, rollouts, when), when) - 0.5
