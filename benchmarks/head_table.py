@@ -1,5 +1,5 @@
-"""The table of the fused head in docs/fused_head.md, from a report of `fastalign bench --json FILE --op linear_token_logprobs
---op linear_token_logprobs_backward --op linear_token_logprobs_frozen`."""
+"""The table of the fused head in docs/fused_head.md, from a report of `fastalign bench --no-compile --json FILE
+--op linear_token_logprobs --op linear_token_logprobs_backward --op linear_token_logprobs_frozen`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ def table(report: dict[str, Any]) -> str:
     """A line per contestant: milliseconds, and in brackets the multiple of the products alone, of the same
     run."""
     cases = {case["op"]: case for case in report["cases"]}
-    names = list(dict.fromkeys(_shown(line) for op in OPS for line in cases[op]["results"]))
-    shape = cases["linear_token_logprobs"]["shape"]
+    ops = {op: title for op, title in OPS.items() if op in cases}
+    names = list(dict.fromkeys(_shown(line) for op in ops for line in cases[op]["results"]))
+    machine, shape = report["machine"], next(iter(cases.values()))["shape"]
     lines = [
-        f"{shape}, {report['machine']['device']}, {report['threads']} threads:",
+        f"{shape}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}:",
         "",
-        "| | " + " | ".join(OPS.values()) + " |",
-        "|---" * (1 + len(OPS)) + "|",
+        "| | " + " | ".join(ops.values()) + " |",
+        "|---" * (1 + len(ops)) + "|",
     ]
-    lines += [f"| {name} | " + " | ".join(_cell(cases[op], name) for op in OPS) + " |" for name in names]
+    lines += [f"| {name} | " + " | ".join(_cell(cases[op], name) for op in ops) + " |" for name in names]
     return "\n".join(lines)
 
 

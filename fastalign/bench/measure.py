@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # A sample of a short call repeats it until it takes about this long: the first call finds the caches full of
 # other contestants' code and data, and must not count for much.
 SAMPLE_SECONDS = 1e-2
+SLOW_SECONDS = 8.0  # of one call
 # Calls per sample at most: on a GPU as many as can be issued ahead.
 MOST_CALLS, MOST_CALLS_CUDA = 1000, 100
 # On a GPU a call that takes less is launch-bound: it is also timed as a graph of this many calls.
@@ -197,6 +198,7 @@ class _Line:
     replay: Callable[[], Any] | None = None  # GRAPH_CALLS calls
     samples: list[Sample] = field(default_factory=list)
     replays: list[float] = field(default_factory=list)
+    slow: bool = False  # one call takes so long that one sample must do
 
     @property
     def allocates(self) -> bool:
@@ -220,7 +222,7 @@ class _Line:
             for s, b in zip(self.samples, bad)
         ]
         result.samples, result.set_aside = len(clean), sum(bad)
-        if len(clean) < min(LEAST_SAMPLES, least):
+        if len(clean) < (1 if self.slow else min(LEAST_SAMPLES, least)):
             result.status = "disturbed"
             result.message = f"{sum(bad)} of {len(bad)} samples carry page faults of the system's memory management; measure again"
             return
@@ -259,7 +261,7 @@ def measure(
         _take_turns(lines, timer, seconds, least, most)
         for line in lines:
             line.result.attempts = attempt
-        if not any(2 * sum(line.disturbed()) > len(line.samples) for line in lines):
+        if not any(2 * sum(line.disturbed()) > len(line.samples) for line in lines if not line.slow):
             break
     for line in lines:
         line.finish(least)
@@ -288,6 +290,7 @@ def _prepare(
         result,
         runner,
         1 if contestant.overwrites else max(1, min(most, int(SAMPLE_SECONDS / max(once, 1e-9)))),
+        slow=once > SLOW_SECONDS and contestant.kind not in ("ours", "floor"),
     )
     if timer.cuda and once < LAUNCH_BOUND and not contestant.overwrites:
         try:
@@ -307,6 +310,8 @@ def _take_turns(lines: list[_Line], timer: Timer, seconds: float, least: int, mo
             break
         shift = turn % max(1, len(lines))
         for line in lines[shift:] + lines[:shift]:
+            if line.slow and line.samples:
+                continue
             line.samples.append(timer.sample([line.runner.call() for _ in range(line.repeats)]))
             if line.replay is not None:
                 line.replays.append(timer.seconds([line.replay]))

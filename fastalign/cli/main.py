@@ -21,6 +21,8 @@ COMMANDS = {
         "fastalign.arena.command",
     ),
     "train": ("train a Hugging Face causal LM", "fastalign.train.command"),
+    "methods": ("every alignment method by its name, with a recipe", "fastalign.pipeline.methods"),
+    "run": ("carry out a recipe: stages of training, sampling, labelling", "fastalign.pipeline.command"),
     "sample": ("responses to prompts, by a model or a server", "fastalign.feedback.sample"),
     "label": ("scores or soft labels by a judge, a reward model or a function", "fastalign.feedback.label"),
     "pairs": ("preference pairs from scored responses", "fastalign.feedback.pairs"),
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     backend = os.environ.get("FASTALIGN_BACKEND")
     if (
         backend
-        and command in ("demo", "arena", "train", "label", "bench")
+        and command in ("demo", "arena", "train", "run", "label", "bench")
         and (why := fastalign.backends()[backend]) != "available"
     ):
         parser.error(

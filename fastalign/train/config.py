@@ -335,12 +335,12 @@ def from_arguments(arguments: argparse.Namespace, kind: type[Settings]) -> Any:
             field.default is dataclasses.MISSING and field.name in values
         ):  # options as OPTION=VALUE, collected
             values[field.name] = dict(
-                _parse_option(flag_of(field.name, kind), text) for text in values[field.name]
+                parse_option(flag_of(field.name, kind), text) for text in values[field.name]
             )
     return kind(**values)
 
 
-def _parse_option(flag: str, text: str) -> tuple[str, Any]:
+def parse_option(flag: str, text: str) -> tuple[str, Any]:
     """`beta=0.1` -> ("beta", 0.1), `reference=false` -> ("reference", False) in any case. A value that is no Python literal is a word:
     `sft_norm=seq_mean`."""
     name, equals, value = text.partition("=")

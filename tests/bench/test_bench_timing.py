@@ -3,7 +3,9 @@ management's on a CPU."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -182,3 +184,20 @@ def test_ceilings_are_measured_on_much_memory_on_a_gpu(monkeypatch):
     assert measure.ceiling_bytes(torch.device("cuda")) == 4 << 30 and measure.ceiling_bytes(CPU) == 512 << 20
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 8 << 30))
     assert measure.ceiling_bytes(torch.device("cuda")) == 2 << 30
+
+
+def test_a_slow_contestant_is_timed_once(monkeypatch):
+    """A peer that takes minutes does not hold the others up."""
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.02)
+    shape = SHAPES["tiny"]["kl_estimate"][0]
+    case = make_case("kl_estimate", shape, CPU, compile=False, backends=("reference",))
+    own, peer = case.contestants[0], next(c for c in case.contestants if c.kind == "eager")
+
+    def sluggish(*inputs):
+        time.sleep(0.03)
+        return peer.run(*inputs)
+
+    case.contestants = [own, dataclasses.replace(peer, run=sluggish)]
+    results = measure.measure(case, CPU, seconds=0, least=6, most=6, memory=False)
+    slow, fast = (next(r for r in results if r.kind == kind) for kind in ("eager", "ours"))
+    assert slow.samples + slow.set_aside == 1 and fast.samples + fast.set_aside == 6

@@ -329,7 +329,7 @@ def test_strides(backend, device, which, dtype):  # row 23, F4
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [1037, 5003])  # within one tile of every backend, and over several
-def test_batch_invariance_and_alignment(backend, device, vocab, dtype):  # rows 20, 42; E10
+def test_batch_invariance_and_alignment(backend, device, slow_backend, vocab, dtype):  # rows 20, 42; E10
     """A row's result is the same bits alone, in any batch, at any address, and in every run."""
     if backend == "reference" and vocab > 1037:
         return  # PyTorch's own sums of longer rows depend on the address
@@ -343,8 +343,9 @@ def test_batch_invariance_and_alignment(backend, device, vocab, dtype):  # rows 
         return stats.logprob[-1], stats.entropy[-1], stats.log_sum_sq_probs[-1], g[-1]
 
     want = run(row.unsqueeze(0), label)
-    for before in (0, 1, 2, 3, 5, 7, 8):  # rows before it, and elements of misalignment
-        for rows in (1, 3):
+    # elements of misalignment, and rows with those before it
+    for before in (1, 3, 8) if slow_backend else (0, 1, 2, 3, 5, 7, 8):
+        for rows in (1, 3)[before % 2 :] if slow_backend else (1, 3):
             buffer = torch.randn(before + rows * vocab, device=device).to(dtype)
             logits = buffer[before:].view(rows, vocab)
             logits[-1] = row

@@ -259,7 +259,7 @@ FAR = (-1e30, 3e9, 1e9, -1e9, 7.6e8, torch.finfo(torch.float32).max / 2)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 5.0])
-def test_far_rows(backend, device, scale):
+def test_far_rows(backend, device, slow_backend, scale):
     """Rows whose logits are so large that neighbours among the floats lie many bits apart: their parts must
     not be taken for equals."""
     offset = torch.tensor(FAR, device=device).unsqueeze(-1)
@@ -269,7 +269,7 @@ def test_far_rows(backend, device, scale):
     labels = torch.tensor([0, 6, 13, 29, 64, 96], device=device)
     spec = spec_of(x, labels, ref, logit_scale=scale)
     want, _ = one_pass(x, labels, ref, ALL, logit_scale=scale)
-    for cuts in ((30,), (1, 2, 3), tuple(range(1, VOCAB, 7))):
+    for cuts in ((1, 2, 3), (30,), tuple(range(1, VOCAB, 7)))[: 1 if slow_backend and scale != 1 else 3]:
         got = finish(spec, merge(pushed(spec, x, ref, cuts)))
         for name in ALL:
             size = torch.nan_to_num(want[name].double().abs(), posinf=0.0, neginf=0.0).clamp(min=8.0)
@@ -279,14 +279,14 @@ def test_far_rows(backend, device, scale):
 
 
 @pytest.mark.parametrize("step", range(4))
-def test_neighbours_among_far_logits_are_no_equals(backend, device, step):
+def test_neighbours_among_far_logits_are_no_equals(backend, device, slow_backend, step):
     """About 2^29.5 and the next float: fl(u c) may be one number, their odds are e^64."""
     low = float(torch.tensor(2.0**29.5) + 64.0 * step)
     x = torch.tensor([[low] * 3 + [low + 64.0] * 2, [-low - 64.0] * 3 + [-low] * 2], device=device)
     labels = torch.tensor([4, 4], device=device)
     for ref in (None, x.flip(-1).contiguous()):
         spec = spec_of(x, labels, ref)
-        for cuts in ((3,), (1, 4), (1, 2, 3, 4)):
+        for cuts in ((3,), (1, 4), (1, 2, 3, 4)) if not slow_backend else ((3, 4),):
             got = finish(spec, merge(pushed(spec, x, ref, cuts)))
             assert_close(
                 got["logprob"], torch.full_like(got["logprob"], -math.log(2.0)).double(), what=str(cuts)
@@ -382,10 +382,10 @@ def test_states_without_reference_have_none(backend, device):
     assert states.target.shape == (6, 1) and bool(torch.isfinite(states.state[0, COL_SZ]))
 
 
-def test_order_and_number_of_parts_do_not_matter_beyond_rounding(backend, device):
+def test_order_and_number_of_parts_do_not_matter_beyond_rounding(backend, device, slow_backend):
     x, ref = make(device=device)
     spec = spec_of(x, LABELS.to(device), ref)
-    parts = pushed(spec, x, ref, tuple(range(8, VOCAB, 8)))
+    parts = pushed(spec, x, ref, tuple(range(8, VOCAB, 24 if slow_backend else 8)))
     first, other = merge(parts), merge(parts[::-1])
     for name, want in finish(spec, first).items():
         assert_close(finish(spec, other)[name], want.double(), what=name, scale=16.0)

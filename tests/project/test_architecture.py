@@ -41,7 +41,7 @@ FLOORS = (
     {"losses", "rows", "packing"},
     {"preference", "policy"},
     {"__init__", "testing"},
-    {"train", "feedback", "bench", "arena", "cli", "adapters", "__main__"},
+    {"train", "feedback", "pipeline", "bench", "arena", "cli", "adapters", "__main__"},
 )
 TOP = FLOORS[-1]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastalign as fa
+from fastalign.pipeline import methods
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -55,6 +56,7 @@ TABLES = {
     "head_memory": (README, lambda: head_memory("table")),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
     "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
+    "methods": (ROOT / "docs" / "methods.md", methods.markdown),
     "policy": (ROOT / "docs" / "policy_losses.md", fa.policy_losses.available),
 }
 

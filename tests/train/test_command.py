@@ -12,7 +12,7 @@ from tiny import make_lists, make_responses, make_rows, write_jsonl
 
 from fastalign.cli import main as cli
 from fastalign.train import TrainConfig
-from fastalign.train.config import _parse_option, flag_of
+from fastalign.train.config import parse_option, flag_of
 from fastalign.train.methods import METHODS, of_kind
 
 
@@ -222,7 +222,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(command, data_file, tmp_path):
     [("true", True), ("False", False), ("FALSE", False), (" true ", True), ("truest", "truest")],
 )
 def test_booleans_of_set(text, value):
-    assert _parse_option("--set", f"reference={text}") == ("reference", value)
+    assert parse_option("--set", f"reference={text}") == ("reference", value)
 
 
 def test_wrong_model_directories(command, capsys, tmp_path, tokenizer, model_dir, data_file):

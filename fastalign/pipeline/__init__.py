@@ -1,0 +1,1 @@
+"""Whole methods: recipes of stages (`fastalign run`), and the list of those that ship (`fastalign methods`)."""

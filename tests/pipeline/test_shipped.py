@@ -1,0 +1,43 @@
+"""Every recipe that ships, from its first stage to its last on a tiny model; and the pages on it."""
+
+import json
+
+import pytest
+
+from fastalign.pipeline import methods, plan, recipe
+from fastalign.pipeline.run import run
+
+# What makes a stage short; a recipe's own settings are what a user's models and data want.
+SHORT = ("max_steps=1", "batch_size=4", "max_new_tokens=4", "tensorboard=false", "max_length=192")
+
+
+def planned(name, inputs, output):
+    found = recipe.read(recipe.shipped()[name])
+    given = [f"{each}={inputs[each]}" for each in found.inputs if each in inputs]
+    known = {setting for stage in found.stages for setting in plan.steps.settings_of(stage.do)}
+    short = [f"defaults.{each}" for each in SHORT if each.split("=")[0] in known]
+    few = [f"{stage.name}.samples=2" for stage in found.stages if stage.do == "sample"]
+    return plan.Plan(found, output, *plan.read_settings([*given, *short, *few], found), 0)
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_recipe_runs(name, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastalign.pipeline.report.draw", lambda title, records, path: path.touch())
+    found = planned(name, inputs, tmp_path / "out")
+    done = run(found, progress=False)
+    assert len(done) == len(found.recipe.stages) and not any("skipped" in stage for stage in done)
+    assert (tmp_path / "out" / "run.json").exists()
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    trained = [stage.label for stage in found.recipe.stages if plan.steps.trains(stage.do)]
+    assert list(dict.fromkeys(record["stage"] for record in records)) == trained
+
+
+def test_pages():
+    """Whatever a recipe names is there, and its page shows the recipe as it is."""
+    listing, table = methods.listing(), methods.markdown()
+    for name, found in methods.everything().items():
+        formula, _ = methods.formula_of(found.formula)
+        page = methods.page(name)
+        assert formula in page and found.paper in page and recipe.shipped()[name].read_text().strip() in page
+        assert found.title and found.about and found.family and not found.about.endswith("."), name
+        assert name in listing and f"| `{name}` |" in table
