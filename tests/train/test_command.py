@@ -12,7 +12,7 @@ from tiny import make_lists, make_responses, make_rows, write_jsonl
 
 from fastalign.cli import main as cli
 from fastalign.train import TrainConfig
-from fastalign.train.config import parse_option, flag_of
+from fastalign.train.config import flag_of, parse_option
 from fastalign.train.methods import METHODS, of_kind
 
 
