@@ -13,6 +13,8 @@ from fastalign.arena.entries import FAMILIES
 Box = tuple[float, float, float, float]  # left, bottom, right, top in pixels
 _RADII = (0, 4, 10, 18, 28, 40, 55, 75, 100, 130, 165, 205, 250, 300, 360, 430, 510, 600)
 _ANGLES = 24
+_FEW_TICKS = (0, 0.5, 2, 5, 10, 20, 50, 100, 200, 500)
+_TICKS = (*_FEW_TICKS, 0.1, 0.25, 1, 3, 7, 15, 30, 75)
 _DETOUR = 30  # how much further away a label may stand to keep error bars clear
 
 
@@ -81,14 +83,12 @@ def _figure(*shape: int, **options: Any) -> Any:
     return pyplot.subplots(*shape, **options)
 
 
-def _root_axis(axis: Any, largest: float) -> None:
+def _root_axis(axis: Any, largest: float, ticks: Sequence[float]) -> None:
     """KL on a root scale, on which optimal reward grows about linearly near 0 (Gao et al. 2022, arXiv
     2210.10760)."""
     axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-    ticks = [0, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000]
-    ticks = [tick for tick in ticks if tick <= largest * 1.1]
     axis.set_xlim(0, largest * 1.15)
-    axis.set_xticks(ticks if len(ticks) < 12 else [t for t in ticks if t >= 1 or t == 0], minor=False)
+    axis.set_xticks([tick for tick in ticks if tick <= largest * 1.1])
     axis.get_xaxis().set_major_formatter(lambda x, _: f"{x:g}")
     axis.minorticks_off()
 
@@ -100,7 +100,7 @@ def main(rows: Sequence[Mapping[str, Any]], sft: float, path: Path) -> None:
 
     figure, axis = _figure(figsize=(15, 8.6), layout="constrained")
     largest = max(0.5, max(row["kl_k3"] + row["kl_k3_se"] for row in rows))
-    _root_axis(axis, largest)
+    _root_axis(axis, largest, _TICKS)
     bottom = min([sft, *(row["gold_reward"] - row["gold_reward_se"] for row in rows)])
     top = max(row["gold_reward"] + row["gold_reward_se"] for row in rows)
     room = max(0.05, top - bottom)
@@ -218,7 +218,7 @@ def frontiers(rows: Sequence[Mapping[str, Any]], sft: float, path: Path) -> None
         axis.set_title(family, fontsize=13, color=FAMILIES[family])
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, loc="lower right")
-        _root_axis(axis, largest)
+        _root_axis(axis, largest, _FEW_TICKS)
     for axis in list(panels.flat)[len(families) :]:
         axis.set_visible(False)
     figure.supxlabel("KL(policy, SFT), nats per sequence (root scale)")

@@ -50,7 +50,7 @@ class ArenaConfig(Settings):
     kl_bound: float = setting(
         15.0, "a gain counts up to this KL to the SFT model, in nats per sequence", POSITIVE
     )
-    steps: int = setting(40, "optimizer steps of each method", POSITIVE)
+    steps: int = setting(30, "optimizer steps of each method", POSITIVE)
     responses_per_step: int = setting(64, "responses that a step learns from", POSITIVE)
     per_prompt: int = setting(4, "responses to a prompt in the data of offline methods", _TWO)
     judged: int = setting(256, "fresh samples by which a policy is judged", _TWO)
@@ -131,6 +131,8 @@ def stage_config(
         common["ref_model"] = sft
     if stage.online:
         each = settings.get("samples_per_prompt", row.defaults["samples_per_prompt"])
+        if "minibatches" in row.settings:  # a step is one update, as of every other method
+            common = {"minibatches": 1, "rollout_epochs": 1, **common}
         return OnlineConfig(
             batch_size=config.responses_per_step // each,
             max_new_tokens=config.max_new_tokens,

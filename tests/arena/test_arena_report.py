@@ -88,7 +88,7 @@ def test_the_report_is_whole(tmp_path, capsys):
         "arena.png", "frontier.png", "index.html", "results.json", "table.md",
     }  # fmt: skip
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "over 2 seeds" in page and "2,560 responses" in page
+    assert page.count("data:image/png;base64,") == 2 and "over 2 seeds" in page and "1,920 responses" in page
     assert "<tr class=no><td>IPO</td>" in page and "<tr><td>DPO</td>" in page
     assert len(results["cells"]) == 8 and "definition" not in results["cells"][0]
     assert "does not: its target is far" in capsys.readouterr().out
