@@ -20,6 +20,7 @@ from fastalign.train.sampling.pair_rules import PAIR_RULES, RANKINGS, penalised,
 from fastalign.train.settings import NOT_BELOW_0, POSITIVE, SEED, setting
 
 RULE, REJECTION = "which responses", "rule rejection"
+UNSCORED = "unscored"  # a rule that looks at no score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,9 @@ class PairsConfig(CommandConfig):
     keep_scores: bool = setting(False, "pairs also get margin, score_chosen and score_rejected", group=FILES)
     rule: str = setting(
         "max_min",
-        "; ".join(f"{name}: {rule.what}" for name, rule in PAIR_RULES.items()),
-        choices=tuple(PAIR_RULES),
+        "; ".join(f"{name}: {rule.what}" for name, rule in PAIR_RULES.items())
+        + f"; {UNSCORED}: the first with the second, the third with the fourth, for a judge that compares",
+        choices=(*PAIR_RULES, UNSCORED),
         group=RULE,
     )
     margin: float = setting(
@@ -81,6 +83,10 @@ class PairsConfig(CommandConfig):
         self.only("--to unpaired", self.to == "unpaired", "threshold")
         self.only("a --length-penalty", self.length_penalty != 0, "tokenizer")
         self.only("--to pairs or unpaired", self.to != "lists", "rule")
+        scored = self.rule != UNSCORED
+        self.only(
+            "rules that look at scores", scored, "margin", "length_penalty", "keep_scores", "threshold", "to"
+        )
         self.only("no --threshold", self.threshold is None, "rule", "margin")
 
 
@@ -128,6 +134,11 @@ def _length(config: PairsConfig) -> tuple[Callable[[str], int], dict[str, str]]:
 
 def _pairs(config: PairsConfig, line: Line, values: list[float]) -> tuple[list[tuple[int, int]], str]:
     """The rule's pairs, and why there is none if there is none."""
+    texts = line.parsed.texts
+    if config.rule == UNSCORED:
+        found = [(i, i + 1) for i in range(0, len(texts) - 1, 2)]
+        kept = [(first, second) for first, second in found if texts[first] != texts[second]]
+        return kept, "the same text" if found else "fewer than two responses"
     found = pick(
         config.rule,
         values,
@@ -138,7 +149,6 @@ def _pairs(config: PairsConfig, line: Line, values: list[float]) -> tuple[list[t
         beta=config.beta,
         ranking=config.ranking,
     )
-    texts = line.parsed.texts
     kept = [(best, worst) for best, worst in found if texts[best] != texts[worst]]
     return kept, "the same text" if found else _why_none(values)
 
@@ -201,7 +211,13 @@ def _why_none(values: list[float]) -> str:
 
 
 def _parse(config: PairsConfig, source: str, row: Any) -> _Scored:
-    texts, scores = parse_completions(source, row), field(source, row, "scores")
+    texts = parse_completions(source, row)
+    if config.rule == UNSCORED:
+        if "scores" in row:
+            raise DataError(source, "scores", f"--rule {UNSCORED} would not look at them")
+        scores: Any = [None] * len(texts)
+    else:
+        scores = field(source, row, "scores")
     if not isinstance(scores, list):
         raise DataError(source, "scores", f"expected a list, got {shown(scores)}")
     if len(texts) != len(scores):

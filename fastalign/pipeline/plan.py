@@ -47,18 +47,20 @@ class Plan(NamedTuple):
         return str(folder / DATA if steps.STEPS[self.recipe.stages[index].do].makes == "data" else folder)
 
     def defaults(self) -> dict[str, Any]:
-        """Settings of every stage that has them."""
+        """Settings of every training stage that has them."""
         return _over(self.recipe.defaults, self.settings.get("defaults", {}))
 
     def resolve(self, index: int, done: Sequence[int], only: Sequence[str] | None = None) -> dict[str, Any]:
         """The settings of a stage (or some of them), where those of `done` have run before it."""
         stage = self.recipe.stages[index]
         step, own = steps.STEPS[stage.do], steps.settings_of(stage.do)
-        given = {name: value for name, value in self.defaults().items() if name in own}
+        given = {
+            name: value for name, value in self.defaults().items() if name in own and steps.trains(stage.do)
+        }
         given = copy.deepcopy(_over(given, stage.settings, self.settings.get(stage.name, {})))
         if "model" in own and steps.trains(stage.do):
             given.setdefault("model", "$policy")
-        if "seed" in own:
+        if "seed" in own and steps.draws(stage.do, given):
             given.setdefault("seed", (self.seed + 1_000_003 * index) % (MAX_SEED + 1))
         settings = {
             name: self._value(f"{stage.where}: {name}", value, done)
@@ -126,9 +128,9 @@ def check(plan: Plan) -> None:
                 f"defaults.SETTING, and of the stages {', '.join(dict.fromkeys(s.name for s in stages))} "
                 "STAGE.SETTING"
             )
-    known = {name for stage in stages if stage.do in steps.STEPS for name in steps.settings_of(stage.do)}
+    known = {name for stage in stages if steps.trains(stage.do) for name in steps.settings_of(stage.do)}
     if unknown := [name for name in plan.defaults() if name not in known]:
-        raise UserError(f"{recipe.path}: defaults: no stage has a setting {unknown[0]!r}")
+        raise UserError(f"{recipe.path}: defaults: no training stage has a setting {unknown[0]!r}")
     for name in plan.skip:
         own = [stage for stage in stages if stage.name == name]
         if not own or any(

@@ -4,7 +4,7 @@
     formula: dpo          a loss or a method whose formula stands for it
     inputs: [model, pairs, {threshold: a word of the recipe's own}]
     values: {threshold: 0.5}                       what inputs are where the user gives nothing
-    defaults: {batch_size: 64}                     settings of every stage that has them
+    defaults: {batch_size: 64}                     settings of every training stage that has them
     stages:
       - {name: sft, do: sft, data: $demos}
       - repeat: 3

@@ -16,11 +16,11 @@ from fastalign.train.settings import POSITIVE, SEED, SHARE, SHARE_BELOW_1, Setti
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig(Settings):
-    """What `select` does, in this order: files end to end, constants added, sorted or shuffled, cut."""
+    """What `select` does, in this order: files end to end, missing columns filled, sorted or shuffled, cut."""
 
     data: tuple[str, ...] = setting((), "required: a file of JSON lines, or several, one after the other")
     output: str | None = setting(None, "the file that is written")
-    columns: dict[str, Any] = setting({}, "constants that every line gets: name -> value")
+    columns: dict[str, Any] = setting({}, "name -> value, for the lines that lack this column")
     sort_by: str | None = setting(
         None, "a column of numbers; the lines come in its order, the smallest first"
     )
@@ -53,7 +53,7 @@ def run(config: SelectConfig) -> str:
     if config.shuffle:
         random.Random(config.seed).shuffle(rows)
     first, last = (round(share * len(rows)) for share in (config.start, config.stop))
-    chosen = [row | config.columns for _, row in rows[first:last][: config.limit]]
+    chosen = [{**config.columns, **row} for _, row in rows[first:last][: config.limit]]
     if not chosen:
         raise UserError(f"select: nothing is left of the {len(rows)} lines of {', '.join(config.data)}")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fastalign.feedback.label import LabelConfig
 from fastalign.feedback.pairs import PairsConfig
 from fastalign.feedback.sample import SampleConfig
 from fastalign.pipeline.select import SelectConfig
@@ -31,9 +32,10 @@ class Step(NamedTuple):
 
 _TRAIN = {TrainConfig: "fastalign.train.offline:train", OnlineConfig: "fastalign.train.online:train_online"}
 # A command that goes on by itself where it was stopped.
-_GOES_ON = ("sample", "pairs")
+_GOES_ON = ("sample", "label", "pairs")
 _OWN = {
     "sample": Step(SampleConfig, "fastalign.feedback.sample:run", "data", ("model",), ("data",)),
+    "label": Step(LabelConfig, "fastalign.feedback.label:run", "data", ("model", "reward_model"), ("data",)),
     "pairs": Step(PairsConfig, "fastalign.feedback.pairs:run", "data", ("tokenizer",), ("data",)),
     "select": Step(SelectConfig, "fastalign.pipeline.select:run", "data", (), ("data",)),
     "merge": Step(MergeConfig, "fastalign.train.merge_files:run", "policy", ("base", "models")),
@@ -61,6 +63,11 @@ def trains(do: str) -> bool:
 
 def goes_on(do: str) -> bool:
     return do in _GOES_ON
+
+
+def draws(do: str, settings: Mapping[str, Any]) -> bool:
+    """Whether chance has a part in a stage; a judge that writes nothing refuses a seed."""
+    return do != "label" or settings.get("ask") == "rubric" or bool(settings.get("reasons"))
 
 
 def settings_of(do: str) -> set[str]:

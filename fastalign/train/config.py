@@ -227,7 +227,7 @@ class TrainConfig(LossConfig):
 
 
 # Settings that name a directory with a model: no run may write over one.
-MODEL_DIRECTORIES = ("model", "ref_model", "reward_model", "dpo_model")
+MODEL_DIRECTORIES = ("model", "ref_model", "reward_model", "dpo_model", "judge")
 
 # Settings that may differ between a run and its continuation: none of them changes a number that training
 # produces. What the paths among them lead to is compared by its contents.

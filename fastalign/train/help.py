@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "optimism_coef", "normalize_reward", "task_weights", "task_weight", "task_temperature", "task_step",
     ),
     "reward": (
-        "reward_model", "reward", "preference", "reward_clip", "missing_eos_penalty", "gamma", "lam", "bootstrap_truncated",
+        "reward_model", "reward", "judge", "preference", "reward_clip", "missing_eos_penalty", "gamma", "lam", "bootstrap_truncated",
         "whiten_rewards", "dpo_model", "dpo_coef", "dpo_clip", "scale_rewards", "overlong_buffer", "drop_equal_groups",
         "mask_truncated", "mixture_coef",
     ),

@@ -94,6 +94,7 @@ def train_online(
             "reward_model": getattr(score, "scorer", None),
         }
         vocabulary = min((other.vocabulary() for other in frozen.values() if other is not None), default=None)
+        frozen["judge"] = getattr(score, "judge_lm", None)  # it reads texts, by its own vocabulary
         sampler = Sampler(lm, tokenizer, config, vocabulary)
         learner.begin(actor, sampler, score, *splits, mixed_in)
         return session.fit(learner, frozen, callback)

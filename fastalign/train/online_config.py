@@ -52,8 +52,8 @@ class OnlineConfig(LossConfig):
     # Reward
     reward_model: str | None = setting(
         None,
-        "this or --reward is required (or --preference, where the method has it): directory of a reward model (sequence classifier "
-        "with one label)",
+        "this, --reward or --judge is required (or --preference, where the method has it): directory of a reward "
+        "model (sequence classifier with one label)",
         metavar="DIR",
     )
     reward: str | None = setting(
@@ -62,6 +62,12 @@ class OnlineConfig(LossConfig):
         "data's other columns) -> a "
         "number per completion",
         metavar="MODULE:FUNCTION",
+    )
+    judge: str | None = setting(
+        None,
+        "directory of a causal LM that is asked how good each response is, from 1 to 10; the reward is the mean "
+        "of its answer's distribution, brought into [-1, 1] (direct RLAIF)",
+        metavar="DIR",
     )
     reward_clip: float | None = setting(
         None, "rewards are clipped to at most this magnitude; default: not at all", POSITIVE

@@ -1,13 +1,9 @@
 """The trainer's tiny model on disk, and a file for every standard input of a recipe."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))  # tiny.py
-from tiny import make_lists, make_model, make_responses, make_rows, make_tokenizer, write_jsonl
+from train.tiny import make_lists, make_model, make_responses, make_rows, make_tokenizer, write_jsonl
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -15,7 +11,9 @@ transformers.utils.logging.disable_progress_bar()
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
+    make_model(num_hidden_layers=1, max_position_embeddings=1024).save_pretrained(
+        folder
+    )  # a judge's template fits
     make_tokenizer().save_pretrained(folder)
     return folder
 

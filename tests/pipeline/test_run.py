@@ -187,7 +187,7 @@ WRONG = {
     "INstages: [{repeat: 0, stages: []}]": "repeat must be an integer from 1",
     "INstages: [{repeat: 2, stop_when: {stage: b, metric: loss, above: 1}, STAGES}]": "no stage 'b' is repeated here",
     "INstages: [{repeat: 2, stop_when: {stage: a, metric: loss}, STAGES}]": "above or below is missing",
-    "INdefaults: {bach_size: 2}\nstages: [{name: a, do: dpo, data: $pairs}]": "no stage has a setting 'bach_size'",
+    "INdefaults: {bach_size: 2}\nstages: [{name: a, do: dpo, data: $pairs}]": "no training stage has a setting 'bach_size'",
     "inputs: [model, pairs, reward]\nstages: [{name: a, do: dpo, data: $pairs, loss: $reward}]": "the input reward is not given: --set reward=",
 }  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_select(tmp_path, inputs):
     assert [row["y"] for row in chosen(sort_by="x", stop=0.5)] == ["a", "b"]
     assert [row["y"] for row in chosen(sort_by="x", start=0.5)] == ["c", "d"]
     assert [row["x"] for row in chosen(data=[str(path), str(path)], limit=5)] == [3, 1, 2, 4, 3]
-    assert chosen(columns={"task": "t"}, limit=1) == [{"x": 3, "y": "c", "task": "t"}]
+    assert chosen(columns={"task": "t", "x": 9}, limit=1) == [{"x": 3, "y": "c", "task": "t"}]
     assert chosen(shuffle=True, seed=1) == chosen(shuffle=True, seed=1) != chosen()
     with pytest.raises(UserError, match="sort_by needs a number here, got 'c'"):
         chosen(sort_by="y")

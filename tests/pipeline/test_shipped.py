@@ -8,21 +8,29 @@ from fastalign.pipeline import methods, plan, recipe
 from fastalign.pipeline.run import run
 
 # What makes a stage short; a recipe's own settings are what a user's models and data want.
-SHORT = ("max_steps=1", "batch_size=4", "max_new_tokens=4", "tensorboard=false", "max_length=192")
+SHORT = ("max_steps=1", "batch_size=4", "max_new_tokens=4", "tensorboard=false")
+FEW = {"sample": ("samples=2", "max_new_tokens=4"), "critique": ("max_new_tokens=4",)}
 
 
 def planned(name, inputs, output):
     found = recipe.read(recipe.shipped()[name])
     given = [f"{each}={inputs[each]}" for each in found.inputs if each in inputs]
-    known = {setting for stage in found.stages for setting in plan.steps.settings_of(stage.do)}
+    known = {
+        x for stage in found.stages if plan.steps.trains(stage.do) for x in plan.steps.settings_of(stage.do)
+    }
     short = [f"defaults.{each}" for each in SHORT if each.split("=")[0] in known]
-    few = [f"{stage.name}.samples=2" for stage in found.stages if stage.do == "sample"]
+    few = [f"{stage.name}.{each}" for stage in found.stages for each in FEW.get(stage.do, ())]
+    few += [
+        f"{stage.name}.max_new_tokens=4" for stage in found.stages if stage.settings.get("ask") == "rubric"
+    ]
     return plan.Plan(found, output, *plan.read_settings([*given, *short, *few], found), 0)
 
 
 @pytest.mark.parametrize("name", recipe.shipped())
 def test_recipe_runs(name, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("fastalign.pipeline.report.draw", lambda title, records, path: path.touch())
+    # What this model writes ends in no score.
+    monkeypatch.setattr("fastalign.feedback.judges.language.points_of", lambda review: float(len(review) % 6))
     found = planned(name, inputs, tmp_path / "out")
     done = run(found, progress=False)
     assert len(done) == len(found.recipe.stages) and not any("skipped" in stage for stage in done)

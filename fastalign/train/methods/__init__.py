@@ -49,8 +49,8 @@ _LOSS = ("loss", "loss_options")
 _REFERENCED = (*_LOSS, "ref_model", "precompute_ref", "ref_update_every", "ref_mix", "token_metrics", "head")
 _TASKS = ("task_weights", "task_weight", "task_temperature", "task_step")
 _REWARD = (
-    "reward_model", "reward", "reward_clip", "missing_eos_penalty", "ref_model", "ref_update_every",
-    "ref_mix", "head",
+    "reward_model", "reward", "judge", "reward_clip", "missing_eos_penalty", "ref_model",
+    "ref_update_every", "ref_mix", "head",
 )  # fmt: skip
 _SAMPLING = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "sample_batch")
 _COMPARED = ("preference", "label_temperature")  # of methods that learn from which response is better

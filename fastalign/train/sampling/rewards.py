@@ -235,6 +235,7 @@ def make_reward(
     sources = {
         "--reward": config.reward or function,
         "--reward-model": config.reward_model,
+        "--judge": config.judge,
         "--preference": config.preference or preference,
     }
     given = [name for name, value in sources.items() if value is not None]
@@ -243,8 +244,12 @@ def make_reward(
         raise UserError(
             f"{' and '.join(given)} exclude each other"
             if given
-            else f"no reward: give --reward-model DIR or --reward MODULE:FUNCTION{judge}"
+            else f"no reward: give --reward-model DIR, --reward MODULE:FUNCTION or --judge DIR{judge}"
         )
+    if given[0] == "--judge":
+        from fastalign.feedback.judges.as_reward import JudgeReward  # above this room: used only here
+
+        return JudgeReward(config, device)
     if given[0] != "--reward-model":
         source = sources[given[0]]
         name = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
