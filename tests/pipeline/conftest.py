@@ -2,7 +2,6 @@
 
 import pytest
 import transformers
-
 from train.tiny import make_lists, make_model, make_responses, make_rows, make_tokenizer, write_jsonl
 
 transformers.utils.logging.disable_progress_bar()
