@@ -26,6 +26,7 @@ COMMANDS = {
     "sample": ("responses to prompts, by a model or a server", "fastalign.feedback.sample"),
     "label": ("scores or soft labels by a judge, a reward model or a function", "fastalign.feedback.label"),
     "pairs": ("preference pairs from scored responses", "fastalign.feedback.pairs"),
+    "critique": ("criticise and revise responses under a constitution", "fastalign.feedback.critique"),
     "merge": ("merge models that started from the same one", "fastalign.train.merge_files"),
     "bench": ("measure the operations on this machine", "fastalign.bench"),
 }

@@ -10,7 +10,7 @@ from typing import Any
 from fastalign.feedback import command
 from fastalign.feedback.judges.base import Pair, Response, Verdict
 from fastalign.feedback.records import Counts, Line, Records, read_lines
-from fastalign.feedback.server import Failure, in_threads
+from fastalign.feedback.server import Failure, spread
 from fastalign.feedback.settings import SAMPLING, WriterConfig
 from fastalign.feedback.writers import parse_completions
 from fastalign.train.data.formats import parse_preference
@@ -192,20 +192,11 @@ def _judged(
     def items(line: Line) -> list[Any]:
         return [line.parsed] if pairs else line.parsed
 
-    if judge.at_once is None:
-        for i, verdicts in in_threads(lambda line: ask(items(line)), lines, config.concurrency):
-            yield lines[i], verdicts
-        return
-    start = 0
-    while start < len(lines):  # so many lines as make a batch, one at least
-        end, size = start, 0
-        while end < len(lines) and (end == start or size + len(items(lines[end])) <= judge.at_once):
-            size += len(items(lines[end]))
-            end += 1
-        verdicts = iter(ask([item for line in lines[start:end] for item in items(line)]))
-        for line in lines[start:end]:
-            yield line, [next(verdicts) for _ in items(line)]
-        start = end
+    def together(some: Sequence[Line]) -> list[list[Verdict]]:
+        verdicts = iter(ask([item for line in some for item in items(line)]))
+        return [[next(verdicts) for _ in items(line)] for line in some]
+
+    return spread(together, lines, lambda line: len(items(line)), judge.at_once, config.concurrency)
 
 
 def _record(records: Records, line: Line, verdicts: Sequence[Verdict], pairs: bool) -> None:

@@ -230,3 +230,26 @@ def in_threads(
             yield i, result
     finally:
         stop.set()
+
+
+def spread(
+    work: Callable[[Sequence[Any]], list[Any]],
+    items: Sequence[Any],
+    size: Callable[[Any], int],
+    at_once: int | None,
+    workers: int,
+) -> Iterator[tuple[Any, Any]]:
+    """(item, its result) as they are ready. at_once: `work` gets so many items in a row as come to this size, one at
+    least; None: it gets them one by one, in threads, since it waits for a server."""
+    if at_once is None:
+        for i, result in in_threads(lambda item: work([item])[0], items, workers):
+            yield items[i], result
+        return
+    start = 0
+    while start < len(items):
+        end, total = start + 1, size(items[start])
+        while end < len(items) and total + size(items[end]) <= at_once:
+            total += size(items[end])
+            end += 1
+        yield from zip(items[start:end], work(items[start:end]), strict=True)
+        start = end

@@ -36,7 +36,7 @@ class Reply(NamedTuple):
 class ServerWriter:
     """Responses by a server, as they come."""
 
-    batch = None  # what is asked at the same time changes nothing
+    batch = at_once = None  # what is asked at the same time changes nothing
 
     def __init__(self, config: WriterConfig):
         self.config, self.server = config, Server(config)
@@ -76,6 +76,7 @@ class ModelWriter:
         from fastalign.train.sampling.own_draws import SeededSampler
 
         self.config, self.batch, self._fit, self._example = config, config.batch, fit_prompt, TokenExample
+        self.at_once = config.batch
         # What is asked in the middle of the work cannot be refused beforehand.
         self.overlong = getattr(config, "overlong", "drop")
         trust = {"trust_remote_code": config.trust_remote_code}

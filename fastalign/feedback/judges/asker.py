@@ -37,8 +37,6 @@ class Choice(NamedTuple):
 class ServerAsker(ServerWriter):
     """By log-probs where the server gives them, else by the answer's text."""
 
-    at_once = None
-
     def __init__(self, config: WriterConfig):
         super().__init__(config)
         if config.endpoint != "chat":
@@ -68,7 +66,6 @@ class ModelAsker(ModelWriter):
 
     def __init__(self, config: WriterConfig, writes: bool = True):
         super().__init__(config, head=None, writes=writes)
-        self.at_once = config.batch
 
     def choose(self, questions: Sequence[Question]) -> list[Choice]:
         paths, wanted = [], []  # wanted: (question, context, its tokens, token ids of question and context)
