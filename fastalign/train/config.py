@@ -247,7 +247,7 @@ FREE_ON_RESUME = frozenset(
 )
 
 # Settings that the oldest checkpoints lack -> what runs did before there was a choice.
-BEFORE = {"head": "logits", "l1_coef": 0.0}
+BEFORE = {"head": "logits"}
 
 
 def flag_of(name: str, kind: type[Settings] = TrainConfig) -> str:
