@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         description="Loss head for LLM alignment.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
-        + "\n".join(f"  {name:<7} {summary}" for name, (summary, _) in COMMANDS.items())
+        + "\n".join(
+            f"  {name:<{max(map(len, COMMANDS))}} {summary}" for name, (summary, _) in COMMANDS.items()
+        )
         + "\n\n'fastalign COMMAND --help' says more.",
     )
     parser.add_argument("--version", action="version", version=f"fastalign {fastalign.__version__}")

@@ -172,7 +172,7 @@ def _record(config: CritiqueConfig, records: Records, line: Line, drafts: Sequen
     if rows:
         records.add(line, rows)
     else:
-        records.skip(line, failures[0].reason if failures else "no completion")
+        records.skip(line, failures[0].reason if failures else "no completion", unanswered=bool(failures))
 
 
 def _parse(config: CritiqueConfig, source: str, row: Any) -> list[_Draft]:

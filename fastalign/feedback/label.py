@@ -209,7 +209,7 @@ def _record(records: Records, line: Line, verdicts: Sequence[Verdict], pairs: bo
     if lasting:
         records.fail(line, lasting[0].reason)
     elif all(value is None for value in values):
-        records.skip(line, failures[0].reason if failures else "no completion")
+        records.skip(line, failures[0].reason if failures else "no completion", unanswered=bool(failures))
     else:
         records.add(line, [line.row | ({"soft_label": values[0]} if pairs else {"scores": values})])
 

@@ -125,18 +125,25 @@ class Records:
         self._append(line, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         self.failures = 0
 
-    def skip(self, line: Line, reason: str) -> None:
-        """The line is done and gives nothing."""
+    def skip(self, line: Line, reason: str, *, unanswered: bool = False) -> None:
+        """The line is done and gives nothing. unanswered: because what was asked gave no usable answer."""
         self._append(line, b"", skipped=reason)
+        if unanswered:
+            self._no_answer(reason)
 
     def fail(self, line: Line, reason: str) -> None:
-        """The line is not done. Raises `TrainingError` after too many of these without a good one between."""
+        """The line is not done: it is tried again when the command is."""
         self.counts.failed[reason] += 1
-        self.failures += 1
         self.bar.update()
-        if self.failures >= getattr(self.config, "give_up_after", len(self.lines) + 1):
+        self._no_answer(reason)
+
+    def _no_answer(self, reason: str) -> None:
+        """Raises `TrainingError` after too many of these from a server without an answer between."""
+        self.failures += 1
+        server = getattr(self.config, "server", None)
+        if server is not None and self.failures >= self.config.give_up_after:
             raise TrainingError(
-                f"gave up after {self.failures} failed lines in a row, the last: {reason}; {self.counts}"
+                f"gave up after {self.failures} lines without an answer, the last: {reason}; {self.counts}"
             )
 
     def __enter__(self) -> Records:

@@ -94,7 +94,7 @@ def _record(records: Records, line: Line, replies: list[Reply]) -> None:
         texts = [completion(line.row["prompt"], reply.text) for reply in replies]
         records.add(line, [{**line.row, "completions": texts}])
     elif all(failure.final for failure in failures):
-        records.skip(line, failures[0].reason)
+        records.skip(line, failures[0].reason, unanswered=True)
     else:
         records.fail(line, next(failure.reason for failure in failures if not failure.final))
 

@@ -44,9 +44,11 @@ class Server:
 
     def __init__(self, config: WriterConfig):
         self.config, self.base = config, config.server.rstrip("/")
-        key = os.environ.get(config.server_key, "")
+        key = os.environ.get(config.server_key, "").strip()
         if not key and config.server_key != WriterConfig.server_key:
             raise UserError(f"--server-key {config.server_key}: this environment variable is not set")
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"--server-key {config.server_key}: the variable holds what no header may hold")
         self.headers = {"Content-Type": "application/json", "User-Agent": "fastalign"}
         self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
         self.opener = urllib.request.build_opener(_NoRedirect)

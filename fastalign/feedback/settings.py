@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ class WriterConfig(CommandConfig):
     device: str = setting(
         "auto", "torch device; auto: cuda if there is one, else cpu", group=MODEL, free=True
     )
-    batch: int = setting(64, "sequences that the model directory takes at once", POSITIVE, group=MODEL)
+    batch: int = setting(
+        64, "sequences that the model directory takes at once", POSITIVE, group=MODEL, free=True
+    )
     max_length: int | None = setting(
         None, "longest sequence in tokens; default: the model's positions", POSITIVE, group=MODEL
     )
@@ -137,7 +140,11 @@ class WriterConfig(CommandConfig):
         None, "requests are spread to at most this rate; default: no limit", POSITIVE, group=SERVER, free=True
     )
     give_up_after: int = setting(
-        20, "stop after this many failed lines without a good one between", POSITIVE, group=SERVER, free=True
+        20,
+        "stop after this many lines without a usable answer, and none with one between",
+        POSITIVE,
+        group=SERVER,
+        free=True,
     )
 
     max_new_tokens: int = setting(512, "longest response in tokens", POSITIVE, group=SAMPLING)
@@ -174,5 +181,8 @@ class WriterConfig(CommandConfig):
             )
         if self.server is not None and self.server_model is None:
             raise UserError("--server-model is missing: it names the model that the server is to use")
-        if self.server is not None and not self.server.startswith(("http://", "https://")):
-            raise UserError(f"--server {self.server}: it must begin with http:// or https://")
+        if self.server is not None and not re.match(r"https?://[^\s/?#]+[^\s?#]*$", self.server, re.ASCII):
+            raise UserError(
+                f"--server {self.server}: expected an address that begins with http:// or https://, such as "
+                "http://localhost:8000/v1"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from fastalign.feedback.server import Failure, Server, in_threads
 from fastalign.feedback.settings import WriterConfig
 from fastalign.runtime.checks import shown
 from fastalign.train.data.formats import Messages, parse_prompt
-from fastalign.train.errors import DataError, UserError
+from fastalign.train.errors import DataError, TrainingError, UserError
 
 
 class Request(NamedTuple):
@@ -118,14 +119,41 @@ class ModelWriter:
 
     def write(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         for start in range(0, len(requests), self.batch):
-            chunk = requests[start : start + self.batch]
-            ids = [self._tokens(request.source, request.prompt) for request in chunk]
-            kept = [i for i, each in enumerate(ids) if each is not None]
-            prompts = [self._example(torch.tensor(ids[i], dtype=torch.int32), ()) for i in kept]
-            texts = self.sampler.each(prompts, [chunk[i].seed for i in kept]) if kept else []
-            replies = {i: Reply(rollout.text) for i, rollout in zip(kept, texts)}
+            chunk, replies, prompts = requests[start : start + self.batch], {}, {}
+            for i, request in enumerate(chunk):
+                try:
+                    ids = self._tokens(request.source, request.prompt)
+                except DataError as error:  # of a conversation that came about on the way
+                    replies[i] = Reply(None, self.refused(error))
+                    continue
+                if ids is None:
+                    replies[i] = Reply(None, Failure("over-long", final=True))
+                else:
+                    prompts[i] = self._example(torch.tensor(ids, dtype=torch.int32), ())
+            with self.memory():
+                found = (
+                    self.sampler.each([*prompts.values()], [chunk[i].seed for i in prompts])
+                    if prompts
+                    else []
+                )
+            replies |= {i: Reply(rollout.text) for i, rollout in zip(prompts, found)}
             for i in range(len(chunk)):
-                yield start + i, replies.get(i, Reply(None, Failure("over-long", final=True)))
+                yield start + i, replies[i]
+
+    @staticmethod
+    def refused(error: DataError) -> Failure:
+        """What is wrong with a prompt, without the place where it stands."""
+        return Failure(str(error).removeprefix(f"{error.source}: "), final=True)
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[None]:
+        """Too little of it becomes one line."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory at --batch {self.config.batch}; the same command with a smaller one goes on from here"
+            ) from error
 
     def write_here(self, requests: Sequence[Request]) -> list[Reply]:
         return [reply for _, reply in self.write(requests)]

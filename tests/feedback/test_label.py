@@ -321,10 +321,17 @@ def test_a_judge_that_never_answers(desk, serve, capsys):
         and not rows
         and "0 lines written, 5 skipped (malformed answer: 5)" in capsys.readouterr().out
     )
+    code, rows = desk("label", PAIRS, server=server.url, output="vague.jsonl", give_up_after=3, **FAST)
+    error = capsys.readouterr().err
+    assert (
+        code == 1
+        and not rows
+        and "gave up after 3 lines without an answer, the last: malformed answer" in error
+    )
     server = serve(lambda *_: (503, {}))
     code, rows = desk("label", PAIRS, server=server.url, output="down.jsonl", give_up_after=2, **FAST)
     error = capsys.readouterr().err
-    assert code == 1 and not rows and "gave up after 2 failed lines in a row, the last: status 503" in error
+    assert code == 1 and not rows and "gave up after 2 lines without an answer, the last: status 503" in error
 
 
 # --- wrong input --------------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def test_a_server_that_never_answers(desk, serve, capsys):
     code, rows = desk("sample", CHAT, server=serve(lambda *_: None).url, give_up_after=3, **flags)
     error = capsys.readouterr().err
     assert (
-        code == 1 and not rows and "gave up after 3 failed lines in a row, the last: no connection" in error
+        code == 1 and not rows and "gave up after 3 lines without an answer, the last: no connection" in error
     )
     code, rows = desk(
         "sample", CHAT, server="http://127.0.0.1:9", output="nobody.jsonl", give_up_after=2, **flags
@@ -343,7 +343,8 @@ def test_a_slow_drip_times_out(serve, monkeypatch):
         ({}, "no model: give --model DIR, or --server URL"),
         ({"model": "m", "server": "http://x", "server_model": "m"}, "exclude each other"),
         ({"server": "http://x"}, "--server-model is missing"),
-        ({"server": "x:1", "server_model": "m"}, "must begin with http://"),
+        ({"server": "x:1", "server_model": "m"}, "expected an address that begins with http://"),
+        ({"server": "http:///v1", "server_model": "m"}, "expected an address"),
         ({"server": "http://x", "server_model": "m", "server_key": "NO_SUCH_KEY"}, "--server-key NO_SUCH_KEY"),
         ({"model": "nowhere"}, "does not exist"),
         ({"model": "nowhere", "samples": 0}, "--samples is 0"),

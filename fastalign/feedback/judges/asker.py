@@ -13,7 +13,7 @@ from fastalign.feedback.server import Failure
 from fastalign.feedback.settings import WriterConfig
 from fastalign.feedback.writers import ModelWriter, ServerWriter
 from fastalign.train.data.formats import Messages
-from fastalign.train.errors import UserError
+from fastalign.train.errors import DataError, UserError
 
 ANSWER_TOKENS = 16  # of a server's answer, before which it may say "Answer:"
 TOP_LOGPROBS = 20  # the most that servers give
@@ -68,25 +68,31 @@ class ModelAsker(ModelWriter):
         super().__init__(config, head=None, writes=writes)
 
     def choose(self, questions: Sequence[Question]) -> list[Choice]:
-        paths, wanted = [], []  # wanted: (question, context, its tokens, token ids of question and context)
+        paths: list[list[list[Path]] | Failure] = []
+        wanted = []  # (question, context, its tokens, token ids of question and context)
         for i, question in enumerate(questions):
-            ids, ways = self._read(question)
-            paths.append(ways)
+            try:
+                ids, ways = self._read(question)
+            except DataError as error:
+                paths.append(self.refused(error))
+                continue
             needed = contexts(ways)
             if self.limit is not None and len(ids) + max(map(len, needed)) > self.limit:
-                paths[-1] = None
+                paths.append(Failure("over-long", final=True))
                 continue
+            paths.append(ways)
             wanted += [(i, context, tokens, [*ids, *context]) for context, tokens in needed.items()]
         logprobs: list[dict[Path, Mapping[int, float]]] = [{} for _ in questions]
         for start in range(0, len(wanted), self.batch):
             chunk = wanted[start : start + self.batch]
-            found = self._logprobs([ids for *_, ids in chunk], [tokens for _, _, tokens, _ in chunk])
+            with self.memory():
+                found = self._logprobs([ids for *_, ids in chunk], [tokens for _, _, tokens, _ in chunk])
             for (i, context, tokens, _), row in zip(chunk, found):
                 logprobs[i][context] = dict(zip(tokens, row))
         choices = []
         for ways, known in zip(paths, logprobs):
-            if ways is None:
-                choices.append(Choice(None, Failure("over-long", final=True)))
+            if isinstance(ways, Failure):
+                choices.append(Choice(None, ways))
                 continue
             probabilities = normalised(option_mass(ways, known))
             choices.append(
