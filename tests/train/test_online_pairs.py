@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from online_cases import check, look, plain, steps
 from safetensors.torch import load_file
 from tiny import make_model
@@ -129,6 +130,15 @@ def test_a_judge_trains_each_of_them(online):
         assert -0.11 < result.history[0]["eval_objective/scores"] < 1.0
 
 
+@pytest.mark.parametrize("method", ["xpo", "nash_md"])
+def test_a_policy_that_always_wins_still_learns(online, capsys, method):
+    """All its responses score the same, since the others are not among them."""
+    record = steps(online(method, reward=None, preference=lambda completions: [0.9] * len(completions)))[0]
+    assert record["objective/win_rate"] == pytest.approx(1.0 if method == "xpo" else 0.9)
+    assert record["objective/scores_std"] == 0.0 < record["grad_norm"]
+    assert "teaches nothing" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "function, words",
     [
@@ -196,7 +206,17 @@ def sharp(seed, **options):
 def test_samples_of_the_mixture(tokenizer):
     """Every token's distribution: the two models' logits, mixed, at the temperature, whatever the padding. The ends of
     the mixture are its models."""
-    models = [PackedCausalLM(sharp(seed), device="cpu") for seed in (0, 1)]
+    torch.manual_seed(1)
+    settings = {
+        "vocab_size": 300,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "initializer_range": 0.5,
+    }
+    absolute = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))  # knows where a token stands
+    models = [PackedCausalLM(model, device="cpu") for model in (sharp(0), absolute)]
     config = OnlineConfig(max_new_tokens=5, temperature=0.7, sample_batch=3)
     sampler, share = Sampler(models[0], tokenizer, config), 0.3
     prompts = [TokenExample(torch.arange(3, 3 + n, dtype=torch.int32), (), {"prompt": ""}) for n in (2, 7, 4)]
@@ -234,9 +254,9 @@ def test_samples_of_the_mixture(tokenizer):
 
 def test_a_mixture_of_vocabularies_of_two_sizes(tokenizer):
     """What one of the two does not know is never drawn."""
-    for sizes in ((300, 310), (310, 300)):
+    for sizes, share in (((300, 310), 0.5), ((310, 300), 1.0)):
         own, other = (PackedCausalLM(sharp(seed, vocabulary=n), device="cpu") for seed, n in enumerate(sizes))
-        sampler = Sampler(own, tokenizer, OnlineConfig(max_new_tokens=8), 300).of(own, other, 0.5)
+        sampler = Sampler(own, tokenizer, OnlineConfig(max_new_tokens=8), 300).of(own, other, share)
         prompts = [TokenExample(torch.arange(3, 6, dtype=torch.int32), (), {"prompt": ""})]
         assert all(int(r.example.completions[0].max()) < 300 for r in sampler(prompts, 20, seed=1))
 
@@ -248,7 +268,7 @@ def test_xpo(tokenizer):
     """Value and gradient of a step, over several packs, ties left out."""
     model, reference = make_model(), make_model(seed=1)
     method = make_method(
-        "xpo", OnlineConfig(optimism_coef=0.3, loss_options={"beta": 0.5}, tokens_per_batch=24)
+        "xpo", OnlineConfig(optimism_coef=0.3, loss_options={"beta": 0.5}, tokens_per_batch=16)
     )
     lm = PackedCausalLM(model, device="cpu")
     method.learner.start(lm)
