@@ -64,9 +64,7 @@ def test_the_rules_are_those_of_pick():
     assert {*field.metadata["choices"]} == {*PAIR_RULES} - {"rejection"}
 
 
-@pytest.mark.parametrize(
-    "loss", ["sppo", "dno", "rpo_bwd_kl", "rpo_fwd_kl", "rlaif_soft", "odpo", "rpo_sq", "sppo_hard", "ipo"]
-)
+@pytest.mark.parametrize("loss", ["sppo", "dno", "rpo_bwd_kl", "rpo_fwd_kl", "odpo", "rpo_sq"])
 def test_losses_of_the_loop_at_step_0(online, loss):
     """Policy and reference are equal, so that the loss is a function of the scores alone."""
     scores = {}
@@ -81,13 +79,10 @@ def test_losses_of_the_loop_at_step_0(online, loss):
     expected = {
         "sppo": lambda: (((p - 0.5) / 1e-3) ** 2).mean(),
         "dno": lambda: ln2,
-        "rlaif_soft": lambda: ln2,
         "rpo_bwd_kl": lambda: ln2 - torch.distributions.Bernoulli(p).entropy().mean(),
         "rpo_fwd_kl": lambda: (0.5 * (0.5 / p).log() + 0.5 * (0.5 / (1 - p)).log()).mean(),
         "odpo": lambda: F.softplus(gaps).mean(),
         "rpo_sq": lambda: (gaps**2).mean(),
-        "sppo_hard": lambda: 2 * 500.0**2,
-        "ipo": lambda: 25.0,
     }[loss]()
     assert record["loss"] == pytest.approx(float(expected), rel=1e-5) and record["num_pairs"] == len(gaps) > 1
 
@@ -291,7 +286,7 @@ def test_xpo(tokenizer):
     d = [a - b.detach() for a, b in zip(policy, ref)]
     loss = (F.softplus(-0.5 * (d[0] - d[1])) + F.softplus(-0.5 * (d[3] - d[2]))) / 2
     loss = loss + 0.3 * (policy[1] + policy[3]) / 2
-    assert sums.means()["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert sums.means()["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert sums.means()["objective/win_rate"] == 0.5
     check(model.parameters(), loss)
 
@@ -316,7 +311,6 @@ def test_nash_md(first_update):
 RESUMED = [
     ("xpo", {"loss": "dno", "ref_update_every": 2, "ref_mix": 0.6}),
     ("nash_md", {"minibatches": 2, "ref_update_every": 3, "mixture_coef": 0.25}),
-    ("online_dpo", {"pair_rule": "max_random", "samples_per_prompt": 3, "ref_update_every": 1}),
 ]
 
 
