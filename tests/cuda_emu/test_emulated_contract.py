@@ -1,5 +1,5 @@
-"""The contract tests of all backends, on the emulated CUDA kernels, under every interleaving of
---emu-seeds."""
+"""The contract tests of all backends, on the emulated CUDA kernels, each under one of two kinds of interleaving
+or under every one of --emu-seeds."""
 
 import importlib
 from pathlib import Path
