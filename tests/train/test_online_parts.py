@@ -433,7 +433,7 @@ def test_the_real_command(command, tmp_path):
 @pytest.mark.parametrize(
     "method, flags, reward, words",
     [
-        ("ppo", [], None, "no reward: give --reward-model DIR or --reward MODULE:FUNCTION"),
+        ("ppo", [], None, "no reward: give --reward-model DIR, --reward MODULE:FUNCTION or --judge DIR"),
         ("ppo", [], "my_rewards", "--reward my_rewards: expected MODULE:FUNCTION"),
         ("ppo", [], "my_rewards:missing", "AttributeError: module 'my_rewards' has no attribute 'missing'"),
         ("ppo", [], "no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'"),
