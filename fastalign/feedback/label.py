@@ -18,6 +18,7 @@ from fastalign.train.errors import DataError, UserError
 from fastalign.train.settings import NOT_BELOW_0, POSITIVE, setting
 
 JUDGE = "judge"
+CERTAIN = 1e-6  # P is taken as at least this, and as at most 1 less this
 ASKS = ("compare", "score", "rubric")
 
 
@@ -37,7 +38,7 @@ class LabelConfig(WriterConfig):
     )
     preference: str | None = setting(
         None,
-        "soft labels by a Python function: function(completions=[(first, second), ...], prompts=[...], ...) -> "
+        "soft labels (or scores, as --ask compare) by a Python function: function(completions=[(first, second), ...], prompts=[...], ...) -> "
         "P(first is better) per pair",
         metavar="MODULE:FUNCTION",
         group=JUDGE,
@@ -46,7 +47,7 @@ class LabelConfig(WriterConfig):
         "auto",
         "what --model or --server is asked. compare: which of two responses is better; score: a score from 1 to "
         "10, brought into [-1, 1]; rubric: a review that ends in 0 to 5 points; auto: compare pairs, score "
-        "responses",
+        "responses; responses that are compared get the score logit P(better than the first)",
         choices=("auto", *ASKS),
         group=JUDGE,
     )
@@ -145,18 +146,12 @@ def _what_is_asked(config: LabelConfig, pairs: bool) -> LabelConfig:
             else f"--ask {config.ask}"
         )
         raise UserError(f"{what} scores responses, and {config.data} has pairs: they are compared")
-    if not pairs and (config.preference or config.ask == "compare"):
-        what = "--preference" if config.preference else "--ask compare"
-        raise UserError(
-            f"{what} compares pairs, and {config.data} has lines with completions: they are scored"
-        )
-    if not pairs:
-        config.only("pairs", False, "reasons", "principles", "both_orders")
+    if not pairs and not config.preference and config.ask != "compare":
+        config.only("--ask compare", False, "reasons", "principles", "both_orders")
     if config.model is None and config.server is None:
         return config
-    config = dataclasses.replace(
-        config, ask="compare" if pairs else "rubric" if config.ask == "rubric" else "score"
-    )
+    if config.ask == "auto":
+        config = dataclasses.replace(config, ask="compare" if pairs else "score")
     sampling = [
         name for name in WriterConfig.__dataclass_fields__ if config.metadata(name)["group"] == SAMPLING
     ]
@@ -187,16 +182,32 @@ def _judged(
     config: LabelConfig, judge: Any, lines: Sequence[Line], pairs: bool
 ) -> Iterator[tuple[Line, list[Verdict]]]:
     """Each line with the verdicts on it, as they come."""
-    ask: Callable[[Sequence[Any]], list[Verdict]] = judge.compare if pairs else judge.score
+    compares = pairs or config.preference is not None or config.ask == "compare"
+    ask: Callable[[Sequence[Any]], list[Verdict]] = judge.compare if compares else judge.score
 
     def items(line: Line) -> list[Any]:
-        return [line.parsed] if pairs else line.parsed
+        if pairs:
+            return [line.parsed]
+        if not compares:
+            return line.parsed
+        return [Pair(r.source, r.prompt, r.text, line.parsed[0].text, r.row) for r in line.parsed[1:]]
 
     def together(some: Sequence[Line]) -> list[list[Verdict]]:
         verdicts = iter(ask([item for line in some for item in items(line)]))
-        return [[next(verdicts) for _ in items(line)] for line in some]
+        found = [[next(verdicts) for _ in items(line)] for line in some]
+        if compares and not pairs:
+            return [[Verdict(0.0)][: len(line.parsed)] + [*map(_odds, own)] for line, own in zip(some, found)]
+        return found
 
     return spread(together, lines, lambda line: len(items(line)), judge.at_once, config.concurrency)
+
+
+def _odds(verdict: Verdict) -> Verdict:
+    """logit P(better than the first response): the reward that a ranker stands for (RSO, arXiv 2309.06657)."""
+    if verdict.value is None:
+        return verdict
+    p = min(max(verdict.value, CERTAIN), 1.0 - CERTAIN)
+    return Verdict(math.log(p / (1.0 - p)))
 
 
 def _record(records: Records, line: Line, verdicts: Sequence[Verdict], pairs: bool) -> None:

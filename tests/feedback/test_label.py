@@ -240,6 +240,27 @@ def test_functions(desk, capsys):
     assert desk("label", LISTS, reward="own_judges:nobody", output="nobody.jsonl")[0] == 2
 
 
+def test_responses_are_scored_against_the_first(desk, serve):
+    """r(y) = logit P(y better than the first): with P = a / (a + b) it is log(a / b)."""
+    (desk.path / "rankers.py").write_text(
+        "def by_length(completions):\n    return [len(a) / (len(a) + len(b)) for a, b in completions]\n"
+    )
+    rows = [
+        {"prompt": "p", "completions": ["aa", "a" * 6, "a", ""]},
+        {"prompt": "q", "completions": ["alone"]},
+    ]
+    code, found = desk("label", rows, preference="rankers:by_length")
+    assert code == 0 and found[1]["scores"] == [0.0]
+    assert found[0]["scores"][:3] == pytest.approx([0, math.log(3), math.log(0.5)], abs=1e-5)
+    assert -14 < found[0]["scores"][3] < -13  # log 1e-6: not minus infinity
+    server = serve(lambda body, _: "1" if good_first(body) else "2")
+    rows = [{"prompt": "p", "completions": ["bad", "good"]}]
+    _, found = desk(
+        "label", rows, server=server.url, ask="compare", output="asked.jsonl", no_both_orders=True, **FAST
+    )
+    assert found[0]["scores"][1] > 13 and len(server.seen) == 1
+
+
 # --- a server -----------------------------------------------------------------------------------------------
 
 
@@ -343,9 +364,8 @@ def test_a_judge_that_never_answers(desk, serve, capsys):
         (PAIRS, {}, "no judge: give --model DIR, --server URL"),
         (PAIRS, {"model": "m", "reward": "a:b"}, "--model and --reward exclude each other"),
         (PAIRS, {"reward": "a:b"}, "--reward scores responses, and data.jsonl has pairs"),
-        (LISTS, {"preference": "a:b"}, "--preference compares pairs, and data.jsonl has lines with completions"),
         (PAIRS, {"model": "m", "ask": "rubric"}, "--ask rubric scores responses"),
-        (LISTS, {"model": "m", "reasons": True}, "--reasons goes with pairs only"),
+        (LISTS, {"model": "m", "reasons": True}, "--reasons goes with --ask compare only"),
         (LISTS, {"model": "m", "ask": "score", "principles": 2}, "--principles goes with --ask compare only"),
         (LISTS, {"reward": "a:b", "temperature": 0.5}, "--temperature goes with --model or --server only"),
         (LISTS, {"model": "m", "temperature": 0.5}, "--temperature goes with --reasons or --ask rubric only"),
