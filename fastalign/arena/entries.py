@@ -6,8 +6,9 @@ rate. `knob` names what the entry's coefficient sets, an option of the loss or a
 are its values for the frontier, of which `beta` is the one of the quick run. The page of the report takes
 formulas and papers from the tables of losses and methods.
 
-Learning rates: one sweep over 1e-4, 3e-4 and 1e-3 at the default sizes and label noise (seed 0) per kind of
-loss; what differs from `RATE` says so by standing in its row. docs/arena.md has what the sweep showed."""
+Learning rates and coefficients were chosen on seed 0 at the default sizes and label noise: `RATE` first, then
+1e-4 or 2e-4 where the policy went more than some 15 nats from the SFT model, 1e-3 for PPO, REINFORCE++ and
+Nash-MD, whose steps are one update. docs/arena.md says what was seen."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Stage:
     method. `share`: of the budget. `fresh`: its data are sampled from the policy as it is, not from the SFT
     model. `from_sft`: it trains the SFT model, not the policy of the stage before; `held_to_sft`: its
     reference is the SFT model, not the policy it starts from. `gives`: what it trains is no policy but the
-    next stage's setting of this name."""
+    next stage's setting of this name. `scored`: of an online method, responses that are scored for each that is
+    learnt from."""
 
     method: str
     loss: str | None = None
@@ -52,6 +54,7 @@ class Stage:
     from_sft: bool = False
     held_to_sft: bool = False
     gives: str = ""
+    scored: int = 1
 
     @property
     def online(self) -> bool:
@@ -68,8 +71,8 @@ class Stage:
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A method in the arena. `shown`: in table and picture. `beta`: its coefficient, None: it has none.
-    `expected`: why it need not raise the gold reward here, said where it does not. `paper`: where no row of a
-    table has it."""
+    `expected`: why it need not raise the gold reward here, said where it does not. `recipe`: the shipped recipe
+    that has its paper, where no row of a table has it."""
 
     name: str
     shown: str
@@ -78,102 +81,120 @@ class Entry:
     beta: float | None = None
     grid: tuple[float, ...] = ()
     expected: str = ""
-    paper: str = ""
+    recipe: str = ""
     note: str = ""
 
     def betas(self, frontier: bool) -> tuple[float | None, ...]:
         return self.grid if frontier and self.grid else (self.beta,)
 
 
-_GRID = (0.03, 0.1, 0.3)  # of losses that sum over tokens
+_GRID = (0.2, 0.5, 1.0)  # of losses that sum over tokens
+# Of those that stop at a margin of their own, or whose labels are smooth: log-ratios come to a few nats at a
+# smaller beta.
+_STOPS = {"beta": 0.1, "grid": (0.03, 0.1, 0.3)}
+_MEAN = {"beta": 5.0, "grid": (1.5, 5.0, 15.0)}  # of losses that average over tokens
+_KL = {"beta": 0.03, "grid": (0.01, 0.03, 0.1), "knob": "kl_coef"}
 
 
 def _pairs(name: str, shown: str, family: str, loss: str | None = None, *, method: str = "dpo", data: str = "pairs",
-           beta: float | None = 0.1, grid: tuple[float, ...] = _GRID, expected: str = "", note: str = "", **stage: Any) -> Entry:  # fmt: skip
+           beta: float | None = 0.5, grid: tuple[float, ...] = _GRID, expected: str = "", note: str = "", **stage: Any) -> Entry:  # fmt: skip
     """An entry of one stage on the labelled responses."""
     only = Stage(method, loss or name, data, **stage)
     return Entry(name, shown, family, (only,), beta, grid if beta is not None else (), expected, note=note)
 
 
-def _online(name: str, shown: str, *, method: str = "", beta: float | None = 0.03, grid: tuple[float, ...] = (0.01, 0.03, 0.1),
-            knob: str = "kl_coef", rate: float = RATE, note: str = "", **stage: Any) -> Entry:  # fmt: skip
-    only = Stage(method or name, knob=knob, rate=rate, **stage)
-    return Entry(name, shown, "online", (only,), beta, grid if beta is not None else (), note=note)
+def _online(
+    name: str,
+    shown: str,
+    *,
+    method: str = "",
+    beta: float,
+    grid: tuple[float, ...],
+    note: str = "",
+    **stage: Any,
+) -> Entry:
+    return Entry(name, shown, "online", (Stage(method or name, **stage),), beta, grid, note=note)
 
 
 def _rows() -> list[Entry]:
-    links, noise, kept, length, single, lists, stages, online = FAMILIES
-    mean = {"beta": 5.0, "grid": (1.5, 5.0, 15.0)}  # of losses that average over tokens
+    links, noise, kept, length, single, lists, stages, _ = FAMILIES
     half = {"share": 0.5}
+    tau = {"knob": "tau", **_MEAN}
+    ppo = {"knob": "kl_coef", "rate": 1e-3}
     return [
         _pairs("dpo", "DPO", links),
-        _pairs("ipo", "IPO", links, knob="tau", beta=5.0, grid=(1.5, 5.0, 15.0)),
-        _pairs("slic_hf", "SLiC-HF", links, knob="delta", beta=5.0, grid=(1.0, 5.0, 15.0)),
-        _pairs("rso", "RSO", links, data="rso_pairs",
+        _pairs("ipo", "IPO", links, **tau),
+        _pairs("slic_hf", "SLiC-HF", links, knob="delta", **_MEAN),
+        _pairs("rso", "RSO", links, data="rso_pairs", rate=2e-4,
                note="The pairs are made of the quarter of the responses to a prompt that statistical rejection sampling keeps."),
-        *(_pairs(f"gpo_{link}", f"GPO {link}", links) for link in ("logistic", "hinge", "squared", "exp", "truncquad", "savage")),
-        _pairs("exo_pair", "EXO", links),
-        _pairs("discopop", "DiscoPOP", links),
-        _pairs("aot", "AOT", links),
-        _pairs("aot_unpaired", "AOT unpaired", links),
+        _pairs("gpo_logistic", "GPO logistic", links),
+        *(_pairs(f"gpo_{link}", f"GPO {link}", links, **_STOPS) for link in ("hinge", "squared", "truncquad")),
+        *(_pairs(f"gpo_{link}", f"GPO {link}", links) for link in ("exp", "savage")),
+        _pairs("exo_pair", "EXO", links, rate=2e-4),
+        _pairs("discopop", "DiscoPOP", links,
+               expected="at h = 0, where training starts, the slope of its loss has the other sign: margins fall first"),
+        _pairs("aot", "AOT", links, rate=2e-4),
+        _pairs("aot_unpaired", "AOT unpaired", links, rate=1e-4),
         _pairs("beta_dpo", "β-DPO", noise),
-        _pairs("cdpo", "cDPO", noise),
+        _pairs("cdpo", "cDPO", noise, **_STOPS),
         _pairs("rdpo_robust", "robust DPO", noise),
-        _pairs("rlaif_soft", "soft labels", noise, data="soft_pairs"),
-        _pairs("rpo_bwd_kl", "reward-aware PO", noise, data="soft_pairs"),
+        _pairs("rlaif_soft", "soft labels", noise, data="soft_pairs", **_STOPS),
+        _pairs("rpo_bwd_kl", "reward-aware PO", noise, data="soft_pairs", **_STOPS),
         _pairs("wpo", "WPO", noise),
         _pairs("dpop", "DPOP", kept),
         _pairs("rpo", "DPO + SFT", kept),
         _pairs("iterative_rpo", "iterative RPO's loss", kept),
         _pairs("cpo", "CPO", kept),
         _pairs("orpo", "ORPO", kept, knob="pair_weight", beta=1.0, grid=(0.3, 1.0, 3.0)),
-        _pairs("nca_pair", "NCA on pairs", kept),
-        _pairs("sppo_hard", "SPPO's loss", kept, beta=0.1),
+        _pairs("nca_pair", "NCA on pairs", kept, **_STOPS),
+        _pairs("sppo_hard", "SPPO's loss", kept, **_STOPS),
         _pairs("tdpo1", "TDPO1", length, method="tdpo"),
         _pairs("tdpo2", "TDPO2", length, method="tdpo"),
         _pairs("r_dpo", "R-DPO", length),
-        _pairs("ln_dpo", "LN-DPO", length, **mean),
+        _pairs("ln_dpo", "LN-DPO", length, rate=2e-4, beta=15.0, grid=(5.0, 15.0, 45.0)),
         _pairs("ld_dpo", "LD-DPO", length),
-        _pairs("simpo", "SimPO", length, **mean),
+        _pairs("simpo", "SimPO", length, rate=2e-4, beta=2.5, grid=(1.0, 2.5, 5.0)),
         _pairs("kto", "KTO", single, method="kto", data="labels"),
-        _pairs("bco", "BCO", single, method="bco", data="labels"),
-        _pairs("dro", "DRO-V", single, method="dro", data="scores", knob="tau"),
-        _pairs("apo_zero_unpaired", "APO-zero", single, method="kto", data="labels"),
-        *(_pairs(name, shown, lists, method="listwise", data="lists") for name, shown in (
-            ("plackett_luce", "Plackett-Luce DPO"), ("lipo", "LiPO"), ("infonca", "InfoNCA"), ("nca", "NCA"), ("exo_list", "EXO on lists"))),
+        _pairs("bco", "BCO", single, method="bco", data="labels", **_STOPS),
+        _pairs("dro", "DRO-V", single, method="dro", data="scores", knob="tau", **_STOPS),
+        _pairs("apo_zero_unpaired", "APO-zero", single, method="kto", data="labels", rate=1e-4),
+        _pairs("lipo", "LiPO", lists, method="listwise", data="lists"),
+        *(_pairs(name, shown, lists, method="listwise", data="lists", **_STOPS) for name, shown in (
+            ("plackett_luce", "Plackett-Luce DPO"), ("infonca", "InfoNCA"), ("nca", "NCA"), ("exo_list", "EXO on lists"))),
         _pairs("rrhf", "RRHF", lists, method="listwise", data="lists", beta=None, knob=""),
         _pairs("pro", "PRO", lists, method="listwise", data="lists", beta=None, knob=""),
-        Entry("sdpo", "sDPO", stages, tuple(Stage("dpo", "sdpo", "pairs", **half) for _ in range(2)), 0.1, _GRID),
+        Entry("sdpo", "sDPO", stages, tuple(Stage("dpo", "sdpo", "pairs", **half) for _ in range(2)), 0.5, _GRID),
         Entry("staged", "labels, pairs, lists", stages,
-              tuple(Stage(method, loss, data, share=1 / 3)
-                    for method, loss, data in (("kto", "kto", "labels"), ("dpo", "dpo", "pairs"), ("listwise", "lipo", "lists"))), 0.1, _GRID,
+              tuple(Stage(method, loss, data, rate=1e-4, share=1 / 3)
+                    for method, loss, data in (("kto", "kto", "labels"), ("dpo", "dpo", "pairs"), ("listwise", "lipo", "lists"))), 0.5, _GRID,
               note="Feedback of rising cost: a third of the budget as labels, then as pairs, then as lists; each stage starts from the one before."),
+        Entry("tr_dpo", "TR-DPO", stages, (Stage("dpo", "dpo", "pairs", settings={"ref_update_every": 10, "ref_mix": 0.6}),), 0.5, _GRID,
+              recipe="tr_dpo",
+              note="The reference takes over 0.6 of the policy's weights after every tenth step, so KL to the SFT model is not what holds it."),
         Entry("iterative_dpo", "iterative DPO", stages,
               (Stage("dpo", "iterative_dpo", "pairs", **half), Stage("dpo", "iterative_dpo", "pairs", fresh=True, held_to_sft=True, **half)),
-              0.1, _GRID),
+              0.5, _GRID),
         Entry("sppo", "SPPO, iterated", stages,
-              (Stage("dpo", "sppo", "soft_pairs", **half), Stage("dpo", "sppo", "soft_pairs", fresh=True, **half)), 0.1, _GRID),
+              (Stage("dpo", "sppo", "soft_pairs", **half), Stage("dpo", "sppo", "soft_pairs", fresh=True, **half)), **_STOPS),
         Entry("rm_ppo", "reward model, PPO", stages,
-              (Stage("reward", "bt_rm", "pairs", from_sft=True, gives="reward_model", knob="", rate=1e-3),
-               Stage("ppo", knob="kl_coef", from_sft=True)), 0.03, (0.01, 0.03, 0.1),
-              note="All labels train the reward model, which scores PPO's samples in the annotator's place."),
+              (Stage("reward", "bt_rm", "pairs", from_sft=True, gives="reward_model", knob="", rate=1e-3), Stage("ppo", from_sft=True, **ppo)),
+              0.05, (0.02, 0.05, 0.1), note="All labels train the reward model, which scores PPO's samples in the annotator's place."),
         Entry("rto", "RTO", stages,
-              (Stage("dpo", "dpo", "pairs", gives="dpo_model", **half),
-               Stage("ppo", settings={"preset": "rto"}, knob="kl_coef", from_sft=True, **half)), 0.03, (0.01, 0.03, 0.1),
-              paper="Zhong et al. 2024, arXiv 2404.18922",
+              (Stage("dpo", "dpo", "pairs", options={"beta": 0.5}, knob="", gives="dpo_model", **half),
+               Stage("ppo", settings={"preset": "rto"}, from_sft=True, **ppo, **half)), 0.03, (0.01, 0.03, 0.1),
+              recipe="rto",
               note="Half of the labels train a DPO model, whose log-ratio to the reference is PPO's reward per token beside the score."),
-        _online("ppo", "PPO"),
-        _online("ppo_ptx", "PPO-ptx", method="ppo", settings={"ptx_coef": 0.1},
+        _online("ppo", "PPO", **_KL, rate=1e-3),
+        _online("ppo_ptx", "PPO-ptx", method="ppo", settings={"ptx_coef": 0.1}, **_KL, rate=1e-3,
                 note="The SFT model's corpus is mixed in (`ptx_coef` times its mean token loss)."),
-        _online("grpo", "GRPO"),
-        _online("dapo", "DAPO", method="grpo", loss="dapo"),
-        _online("rloo", "RLOO"),
-        _online("reinforce_pp", "REINFORCE++"),
-        _online("online_dpo", "online DPO (OAIF)", knob="beta", beta=0.1, grid=_GRID, loss="online_dpo"),
-        _online("online_ipo", "online IPO", method="online_dpo", loss="ipo", knob="tau", beta=5.0, grid=(1.5, 5.0, 15.0)),
-        _online("tr_dpo", "TR-DPO, online", method="online_dpo", knob="beta", beta=0.1, grid=_GRID, loss="dpo",
-                settings={"ref_update_every": 10, "ref_mix": 0.6},
-                note="The reference takes over 0.6 of the policy's weights after every tenth step."),
+        _online("grpo", "GRPO", **_KL),
+        _online("dapo", "DAPO", method="grpo", loss="dapo", **_KL),
+        _online("rloo", "RLOO", **_KL),
+        _online("reinforce_pp", "REINFORCE++", **_KL, rate=1e-3),
+        _online("online_dpo", "online DPO (OAIF)", loss="online_dpo", beta=0.1, grid=_STOPS["grid"]),
+        _online("xpo", "XPO", beta=0.1, grid=_STOPS["grid"]),
+        _online("nash_md", "Nash-MD", settings={"label_temperature": 0.2}, scored=2, **_KL, rate=1e-3),
+        _online("online_ipo", "online IPO", method="online_dpo", loss="ipo", **tau),
     ]  # fmt: skip
 
 

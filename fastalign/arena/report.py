@@ -21,6 +21,7 @@ from fastalign.arena.settings import ArenaConfig
 from fastalign.cli.console import table
 from fastalign.cli.loss_list import NOTATION
 from fastalign.losses import policy as policy_losses
+from fastalign.pipeline.recipe import read, shipped
 from fastalign.train.files import replace_file, writing
 from fastalign.train.methods import METHODS
 
@@ -188,7 +189,7 @@ def paragraph(entry: Entry) -> str:
         stages.append(
             f"<code>{html.escape(formula)}</code> on {html.escape(data)};{part} <code>{html.escape(command(stage, entry.beta))}</code>.{around}"
         )
-    papers = [entry.paper] if entry.paper else papers
+    papers = [read(shipped()[entry.recipe]).paper] if entry.recipe else papers
     numbered = stages if len(stages) == 1 else [f"({i}) {text}" for i, text in enumerate(stages, 1)]
     note = f" {html.escape(entry.note)}" if entry.note else ""
     return f"<p><b>{html.escape(entry.shown)}</b> ({html.escape('; '.join(papers))}). {' '.join(numbered)}{note}</p>"

@@ -130,7 +130,7 @@ def stage_config(
     if stage.held_to_sft:
         common["ref_model"] = sft
     if stage.online:
-        each = settings.get("samples_per_prompt", row.defaults["samples_per_prompt"])
+        each = stage.scored * settings.get("samples_per_prompt", row.defaults["samples_per_prompt"])
         if "minibatches" in row.settings:  # a step is one update, as of every other method
             common = {"minibatches": 1, "rollout_epochs": 1, **common}
         return OnlineConfig(

@@ -72,7 +72,7 @@ def test_a_second_call_runs_what_is_missing_only(config, results, monkeypatch, c
     faster = dataclasses.replace(dpo, stages=(dataclasses.replace(dpo.stages[0], rate=1e-3),))
     monkeypatch.setattr("fastalign.arena.settings.ENTRIES", {**ENTRIES, "dpo": faster})
     contest.run(dataclasses.replace(config, method=("dpo",)))
-    assert ran[1:] == ["dpo-seed0-0.1"]  # what a row has become since is run again
+    assert ran[1:] == ["dpo-seed0-0.5"]  # what a row has become since is run again
 
 
 def test_another_arena_is_refused(config, results):

@@ -48,7 +48,7 @@ def made():
         dataclasses.replace(ENTRIES["ipo"], expected="its target is far"),
         ENTRIES["rrhf"],
     ]
-    cells = [cell("dpo", seed, beta, 0.1 + beta + seed / 100) for seed in (0, 1) for beta in (0.03, 0.1, 0.3)]
+    cells = [cell("dpo", seed, beta, beta - 0.4 + seed / 100) for seed in (0, 1) for beta in (0.2, 0.5, 1.0)]
     cells += [cell("ipo", seed, 5.0, 0.001 * (-1) ** seed) for seed in (0, 1)]
     broken = {"rrhf-seed0": "not finite"}
     return entries, cells, broken, report.rows(entries, cells, broken, 15.0)
@@ -62,8 +62,8 @@ def test_rows_hold_the_coefficient_of_the_entry_and_the_frontier():
         "rrhf",
     ]  # the largest gain first, then what has none
     dpo, ipo, rrhf = rows
-    assert dpo["beta"] == 0.1 and dpo["gain"] == pytest.approx(0.205)
-    assert [point["beta"] for point in dpo["frontier"]] == [0.03, 0.1, 0.3]
+    assert dpo["beta"] == 0.5 and dpo["gain"] == pytest.approx(0.105)
+    assert [point["beta"] for point in dpo["frontier"]] == [0.2, 0.5, 1.0]
     assert (dpo["verdict"], dpo["expected"]) == ("raises it", "")
     assert (ipo["verdict"], ipo["expected"]) == ("does not", "its target is far")
     assert rrhf["verdict"] == "broke off" and "gain" not in rrhf
@@ -74,7 +74,7 @@ def test_the_table_says_what_does_not_rise_and_why():
     lines = report.as_table(rows, {"gold_reward": 0.5, "length": 41.0}).splitlines()
     cells = [[each.strip() for each in line.strip("|").split("|")] for line in lines]
     assert cells[2][0] == "SFT" and cells[2][3] == "0.500"
-    assert cells[3][:5] == ["DPO", "one logit, other links", "beta 0.1", "0.705", "+0.205 ± 0.005"]
+    assert cells[3][:5] == ["DPO", "one logit, other links", "beta 0.5", "0.605", "+0.105 ± 0.005"]
     assert cells[3][-1] == "raises it"
     assert cells[4][2] == "tau 5" and cells[4][-1] == "does not: its target is far"
     assert cells[5][0] == "RRHF" and cells[5][-1] == "broke off: not finite"
