@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fastalign.feedback.critique import CritiqueConfig
 from fastalign.feedback.label import LabelConfig
 from fastalign.feedback.pairs import PairsConfig
 from fastalign.feedback.sample import SampleConfig
@@ -32,11 +33,12 @@ class Step(NamedTuple):
 
 _TRAIN = {TrainConfig: "fastalign.train.offline:train", OnlineConfig: "fastalign.train.online:train_online"}
 # A command that goes on by itself where it was stopped.
-_GOES_ON = ("sample", "label", "pairs")
+_GOES_ON = ("sample", "label", "pairs", "critique")
 _OWN = {
     "sample": Step(SampleConfig, "fastalign.feedback.sample:run", "data", ("model",), ("data",)),
     "label": Step(LabelConfig, "fastalign.feedback.label:run", "data", ("model", "reward_model"), ("data",)),
     "pairs": Step(PairsConfig, "fastalign.feedback.pairs:run", "data", ("tokenizer",), ("data",)),
+    "critique": Step(CritiqueConfig, "fastalign.feedback.critique:run", "data", ("model",), ("data",)),
     "select": Step(SelectConfig, "fastalign.pipeline.select:run", "data", (), ("data",)),
     "merge": Step(MergeConfig, "fastalign.train.merge_files:run", "policy", ("base", "models")),
 }
