@@ -76,6 +76,8 @@ class Plan(NamedTuple):
         if isinstance(value, list):
             parts = [self._value(where, each, done) for each in value]
             return [each for part in parts for each in (part if isinstance(part, list) else [part])]
+        if isinstance(value, dict):
+            return {name: self._value(f"{where}.{name}", each, done) for name, each in value.items()}
         if not isinstance(value, str) or not value.startswith("$"):
             return value
         name, every = value[1:].removesuffix("*"), value.endswith("*")
@@ -196,9 +198,10 @@ def _check_data(plan: Plan, stage: Stage, settings: Mapping[str, Any], config: A
                 first = None
                 for source, row in read_jsonl(path):
                     texts = parse(source, row) if parse is not None else None
-                    if form is not None:
-                        first = texts.values if first is None else first
-                        form.check_values(source, texts.values, first)
+                    values = getattr(texts, "values", None)  # a conversation or a text has none
+                    if form is not None and values is not None:
+                        first = values if first is None else first
+                        form.check_values(source, values, first)
             except UserError as error:
                 raise UserError(f"{stage.where}: {name}: {error}") from None
 

@@ -69,7 +69,8 @@ def desk(tmp_path, monkeypatch):
         tokenizer.save_pretrained(folder)
     for file in ("pairs", "part1", "part2"):
         write_jsonl(Path(f"{file}.jsonl"), [{**row, "task": "chat"} for row in make_rows(4)])
-    write_jsonl(Path("demonstrations.jsonl"), make_demonstrations(4))
+    for file in ("demonstrations", "demos"):
+        write_jsonl(Path(f"{file}.jsonl"), make_demonstrations(4))
     for file in ("responses", "labels"):
         write_jsonl(Path(f"{file}.jsonl"), make_responses(4))
     write_jsonl(Path("lists.jsonl"), make_lists(4))
@@ -86,7 +87,7 @@ def desk(tmp_path, monkeypatch):
 def test_every_block_says_what_it_is():
     for path in PAPERS:
         fences = re.findall(r"^```(.*)$", path.read_text(), re.MULTILINE)
-        assert all(kind in ("python", "sh", "json", "text") for kind in fences[::2]) and set(
+        assert all(kind in ("python", "sh", "json", "yaml", "text") for kind in fences[::2]) and set(
             fences[1::2]
         ) <= {""}, path
 
@@ -131,6 +132,27 @@ def test_lines_of_data(case):
             with contextlib.suppress(UserError):
                 served.append(kind.parse("line 1", row))
         assert served or set(row) >= {"prompt", "answer"}, line
+
+
+@pytest.mark.parametrize("case", blocks("yaml"), ids=name_of)
+def test_recipes_have_nothing_wrong(case, desk):
+    Path("recipe.yaml").write_text(case[1])
+    assert (
+        cli.main(
+            [
+                "run",
+                "recipe.yaml",
+                "--check",
+                "--output",
+                "out",
+                "--set",
+                "model=model",
+                "--set",
+                "pairs=pairs.jsonl",
+            ]
+        )
+        == 0
+    )
 
 
 CALL = re.compile(r"`(?:fa|fastalign)(\.[a-z_.]+\([^`]*\))`")
