@@ -220,7 +220,7 @@ def sample_groups(
 
 def run_cell(config: ArenaConfig, start: Start, cell: Cell, output: Path) -> dict[str, Any]:
     """Train the method from the SFT model, and judge what came out."""
-    annotator = Annotator(config.label_noise, f"{cell.seed}/{cell.name}", start.judged["rewards"])
+    annotator = Annotator(config.label_noise, f"{cell.seed}/labels", start.judged["rewards"])
     policy, given, learnt, began = start.copy(), {}, 0, 0.0
     seconds = -time.perf_counter()
     with tempfile.TemporaryDirectory(dir=output, prefix=".cell-") as folder:

@@ -141,7 +141,7 @@ def _rows() -> list[Entry]:
         _pairs("rlaif_soft", "soft labels", noise, data="soft_pairs", **_STOPS),
         _pairs("rpo_bwd_kl", "reward-aware PO", noise, data="soft_pairs", **_STOPS),
         _pairs("wpo", "WPO", noise),
-        _pairs("dpop", "DPOP", kept),
+        _pairs("dpop", "DPOP", kept, options={"pos_penalty": 1.0}),
         _pairs("rpo", "DPO + SFT", kept),
         _pairs("iterative_rpo", "iterative RPO's loss", kept),
         _pairs("cpo", "CPO", kept),

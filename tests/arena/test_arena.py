@@ -98,6 +98,12 @@ def test_a_method_that_breaks_off_is_said_and_the_others_go_on(config, results, 
     assert not (config.output_dir() / "cells" / "orpo-seed0-1.json").exists()
 
 
+def test_methods_of_the_same_loss_and_data_have_the_same_labels(config, results):
+    found = contest.run(dataclasses.replace(config, method=("dpo", "gpo_logistic")))
+    one, other = ({k: v for k, v in cell.items() if k not in ("entry", "seconds")} for cell in found["cells"])
+    assert one == other
+
+
 # --- entries ------------------------------------------------------------------------------------------------
 
 
