@@ -3,13 +3,10 @@ budget."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 from fastalign.arena.settings import ArenaConfig
 from fastalign.cli.console import Parser
 from fastalign.train.config import add_arguments, from_arguments
-from fastalign.train.errors import TrainingError, UserError
+from fastalign.train.program import answer
 
 GROUPS = {
     "what is run": ("method", "quick", "full", "seeds", "seed", "output", "progress"),
@@ -28,23 +25,11 @@ def main(argv: list[str]) -> int:
     )
     parser = Parser(prog="fastalign arena", description=what, allow_abbrev=False)
     add_arguments(parser, ArenaConfig, [name for names in GROUPS.values() for name in names], GROUPS)
-    try:
-        results = _run(from_arguments(parser.parse_args(argv), ArenaConfig))
-    except UserError as error:
-        return _fail(error, 2)
-    except TrainingError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on after the last finished cell", 130)
-    return 1 if results["broken"] else 0
+    arguments = parser.parse_args(argv)
 
+    def work() -> int:
+        from fastalign.arena.contest import run
 
-def _run(config: ArenaConfig) -> dict[str, Any]:
-    from fastalign.arena.contest import run
+        return 1 if run(from_arguments(arguments, ArenaConfig))["broken"] else 0
 
-    return run(config)
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"fastalign arena: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+    return answer("fastalign arena", work, "the same command goes on after the last finished cell")

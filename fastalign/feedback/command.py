@@ -11,8 +11,8 @@ from fastalign.cli.console import Parser
 from fastalign.feedback.records import Counts
 from fastalign.feedback.settings import CommandConfig
 from fastalign.train.config import add_arguments, from_arguments
-from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.help import Formatter
+from fastalign.train.program import answer
 
 
 def main(name: str, kind: type[CommandConfig], run: Callable[[Any], Counts], argv: list[str]) -> int:
@@ -31,14 +31,11 @@ def main(name: str, kind: type[CommandConfig], run: Callable[[Any], Counts], arg
     )
     add_arguments(parser, kind, list(kind.__dataclass_fields__), groups)
     arguments = parser.parse_args(argv)
-    try:
+
+    def work() -> int:
         config = from_arguments(arguments, kind)
         counts = run(config)
-    except (UserError, TrainingError) as error:
-        print(f"fastalign {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print(f"fastalign {name}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    print(f"{name}: {counts} ({config.output})")
-    return counts.exit_code
+        print(f"{name}: {counts} ({config.output})")
+        return counts.exit_code
+
+    return answer(f"fastalign {name}", work, "the same command goes on from here")

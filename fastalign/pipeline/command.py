@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from fastalign.cli.console import Parser, integer
 from fastalign.pipeline import plan as plans
 from fastalign.pipeline import recipe as recipes
-from fastalign.train.errors import TrainingError, UserError
+from fastalign.train.program import answer
 from fastalign.train.settings import MAX_SEED
 
 
@@ -42,27 +42,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="check recipe, inputs and data, and run nothing")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     arguments = parser.parse_args(argv)
-    try:
-        recipe = recipes.read(recipes.find(arguments.recipe))
-        inputs, settings = plans.read_settings(arguments.set, recipe)
-        seed = recipe.seed if arguments.seed is None else arguments.seed
-        output = Path(arguments.output).expanduser().resolve()
-        plan = plans.Plan(recipe, output, inputs, settings, seed, frozenset(arguments.skip))
-        if arguments.check:
-            plans.check(plan)
-            print(f"{recipe.title or recipe.path.stem}: {len(recipe.stages)} stages, nothing wrong")
-            return 0
-        from fastalign.pipeline.run import run
+    return answer("fastalign run", lambda: _run(arguments), "--resume goes on")
 
-        done = run(
-            plan, resume=arguments.resume, overwrite=arguments.overwrite, progress=not arguments.no_progress
-        )
-    except UserError as error:
-        return _fail(error, 2)
-    except TrainingError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; --resume goes on", 130)
+
+def _run(arguments: argparse.Namespace) -> int:
+    recipe = recipes.read(recipes.find(arguments.recipe))
+    inputs, settings = plans.read_settings(arguments.set, recipe)
+    seed = recipe.seed if arguments.seed is None else arguments.seed
+    output = Path(arguments.output).expanduser().resolve()
+    plan = plans.Plan(recipe, output, inputs, settings, seed, frozenset(arguments.skip))
+    if arguments.check:
+        plans.check(plan)
+        print(f"{recipe.title or recipe.path.stem}: {len(recipe.stages)} stages, nothing wrong")
+        return 0
+    from fastalign.pipeline.run import run
+
+    options = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    done = run(plan, progress=not arguments.no_progress, **options)
     print("\n".join(_line(stage) for stage in done))
     print(f"log: {output / 'metrics.jsonl'}  picture: {output / 'run.png'}")
     return 0
@@ -78,8 +74,3 @@ def _line(stage: dict) -> str:
         if name in metrics
     )
     return f"{stage['label']}: {stage['seconds']:.0f} s, {shown}"
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"fastalign run: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import sys
-from collections.abc import Callable
-from typing import Any
 
 from fastalign.cli.console import Parser
 from fastalign.train import help
 from fastalign.train.config import (
-    RunConfig,
     TrainConfig,
     add_arguments,
     common_settings,
     flag_of,
     from_arguments,
 )
-from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.methods import METHODS
 from fastalign.train.online_config import OnlineConfig
+from fastalign.train.program import answer
 
 # The function for training with a class of configuration, "module:function": imported when used.
 _FUNCTIONS = {
@@ -49,15 +45,14 @@ def main(argv: list[str]) -> int:
         own.prog = f"fastalign train {arguments.method}"
         own.error(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown, arguments.method)}")
     config = METHODS[arguments.method].config
-    try:
-        _load(_FUNCTIONS[config])(arguments.method, from_arguments(arguments, config))
-    except UserError as error:
-        return _fail(error, 2)
-    except TrainingError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; if --save-every has made a checkpoint, --resume goes on from it", 130)
-    return 0
+
+    def work() -> int:
+        module, function = _FUNCTIONS[config].split(":")
+        train = getattr(importlib.import_module(module), function)
+        train(arguments.method, from_arguments(arguments, config))
+        return 0
+
+    return answer("fastalign train", work, "if --save-every has made a checkpoint, --resume goes on from it")
 
 
 # TRL's words for a setting of ours.
@@ -86,21 +81,3 @@ def hint(unknown: list[str], method: str) -> str:
         return f"; did you mean {near[0]}?"
     others = [other for other, row in METHODS.items() if name in row.settings]
     return f"; {flag} belongs to {', '.join(others)}" if others else ""
-
-
-def _load(home: str) -> Callable[[str, RunConfig], Any]:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"fastalign train needs transformers and tokenizers: pip install 'fastalign[train]' ({error})"
-        ) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    module, function = home.split(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"fastalign train: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from fastalign.train.errors import TrainingError, UserError
 from fastalign.train.files import LOCK, locked, remove, sync_tree, writing
 from fastalign.train.merge import KINDS, METHODS, Rule, make_rule
 from fastalign.train.models.stored import Stored, check_same_weights, tied_names
+from fastalign.train.program import answer
 from fastalign.train.settings import SEED, Settings, setting
 
 RECORD = "merge.json"
@@ -304,20 +304,9 @@ def main(argv: list[str]) -> int:
     )
     add_arguments(parser, MergeConfig, tuple(MergeConfig.__dataclass_fields__), _GROUPS)
     arguments = parser.parse_args(argv)
-    try:
-        import transformers
 
-        transformers.utils.logging.set_verbosity_error()
+    def work() -> int:
         run(from_arguments(arguments, MergeConfig))
-    except UserError as error:
-        return _fail(error, 2)
-    except TrainingError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
-    return 0
+        return 0
 
-
-def _fail(error: object, code: int) -> int:
-    print(f"fastalign merge: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+    return answer("fastalign merge", work, "nothing was written")
