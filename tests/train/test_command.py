@@ -90,7 +90,7 @@ def help_of(capsys, *argv):
 
 
 def test_every_setting_has_a_flag_with_documentation(capsys):
-    text = help_of(capsys, "dpo") + help_of(capsys, "sft")
+    text = "".join(help_of(capsys, method) for method in of_kind(TrainConfig))
     for setting in dataclasses.fields(TrainConfig):
         flag = flag_of(setting.name)
         assert (flag in text or f"--[no-]{flag[2:]}" in text) and setting.metadata["doc"], setting.name
