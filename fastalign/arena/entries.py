@@ -7,8 +7,8 @@ are its values for the frontier, of which `beta` is the one of the quick run. Th
 formulas and papers from the tables of losses and methods.
 
 Learning rates and coefficients were chosen on seed 0 at the default sizes and label noise: `RATE` first, then
-1e-4 or 2e-4 where the policy went more than some 15 nats from the SFT model, 1e-3 for PPO, REINFORCE++ and
-Nash-MD, whose steps are one update. docs/arena.md says what was seen."""
+1e-4 or 2e-4 where the policy went more than some 15 nats from the SFT model, 1e-3 for PPO and
+REINFORCE++, whose steps are one update. docs/arena.md says what was seen."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def _rows() -> list[Entry]:
         _pairs("rso", "RSO", links, data="rso_pairs", rate=2e-4,
                note="The pairs are made of the quarter of the responses to a prompt that statistical rejection sampling keeps."),
         _pairs("gpo_logistic", "GPO logistic", links),
-        *(_pairs(f"gpo_{link}", f"GPO {link}", links, **_STOPS) for link in ("hinge", "squared", "truncquad")),
-        *(_pairs(f"gpo_{link}", f"GPO {link}", links) for link in ("exp", "savage")),
+        *(_pairs(f"gpo_{link}", f"GPO {link}", links, **_STOPS) for link in ("squared", "truncquad")),
+        *(_pairs(f"gpo_{link}", f"GPO {link}", links) for link in ("hinge", "exp", "savage")),
         _pairs("exo_pair", "EXO", links, rate=2e-4),
         _pairs("discopop", "DiscoPOP", links,
                expected="at h = 0, where training starts, the slope of its loss has the other sign: margins fall first"),
@@ -172,7 +172,8 @@ def _rows() -> list[Entry]:
               recipe="tr_dpo",
               note="The reference takes over 0.6 of the policy's weights after every tenth step, so KL to the SFT model is not what holds it."),
         Entry("iterative_dpo", "iterative DPO", stages,
-              (Stage("dpo", "iterative_dpo", "pairs", **half), Stage("dpo", "iterative_dpo", "pairs", fresh=True, held_to_sft=True, **half)),
+              (Stage("dpo", "iterative_dpo", "pairs", rate=2e-4, **half),
+               Stage("dpo", "iterative_dpo", "pairs", rate=2e-4, fresh=True, held_to_sft=True, **half)),
               0.5, _GRID),
         Entry("sppo", "SPPO, iterated", stages,
               (Stage("dpo", "sppo", "soft_pairs", **half), Stage("dpo", "sppo", "soft_pairs", fresh=True, **half)), **_STOPS),
@@ -193,7 +194,7 @@ def _rows() -> list[Entry]:
         _online("reinforce_pp", "REINFORCE++", **_KL, rate=1e-3),
         _online("online_dpo", "online DPO (OAIF)", loss="online_dpo", beta=0.1, grid=_STOPS["grid"]),
         _online("xpo", "XPO", beta=0.1, grid=_STOPS["grid"]),
-        _online("nash_md", "Nash-MD", settings={"label_temperature": 0.2}, scored=2, **_KL, rate=1e-3),
+        _online("nash_md", "Nash-MD", settings={"label_temperature": 0.2}, scored=2, **_KL),
         _online("online_ipo", "online IPO", method="online_dpo", loss="ipo", **tau),
     ]  # fmt: skip
 
