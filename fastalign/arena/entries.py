@@ -89,7 +89,7 @@ class Entry:
 
 
 _GRID = (0.2, 0.5, 1.0)  # of losses that sum over tokens
-# Of those that stop at a margin of their own, or whose labels are smooth: log-ratios come to a few nats at a
+# Of those that stop at a margin of their own: log-ratios come to a few nats at a
 # smaller beta.
 _STOPS = {"beta": 0.1, "grid": (0.03, 0.1, 0.3)}
 _MEAN = {"beta": 5.0, "grid": (1.5, 5.0, 15.0)}  # of losses that average over tokens
@@ -136,10 +136,10 @@ def _rows() -> list[Entry]:
         _pairs("aot", "AOT", links, rate=2e-4),
         _pairs("aot_unpaired", "AOT unpaired", links, rate=1e-4),
         _pairs("beta_dpo", "β-DPO", noise),
-        _pairs("cdpo", "cDPO", noise, **_STOPS),
+        _pairs("cdpo", "cDPO", noise),
         _pairs("rdpo_robust", "robust DPO", noise),
-        _pairs("rlaif_soft", "soft labels", noise, data="soft_pairs", **_STOPS),
-        _pairs("rpo_bwd_kl", "reward-aware PO", noise, data="soft_pairs", **_STOPS),
+        _pairs("rlaif_soft", "soft labels", noise, data="soft_pairs"),
+        _pairs("rpo_bwd_kl", "reward-aware PO", noise, data="soft_pairs"),
         _pairs("wpo", "WPO", noise),
         _pairs("dpop", "DPOP", kept, options={"pos_penalty": 1.0}),
         _pairs("rpo", "DPO + SFT", kept),
