@@ -47,6 +47,12 @@ def head_memory(what):
     return runpy.run_path(str(ROOT / "benchmarks" / "head_memory.py"))[what](results)
 
 
+def head_cpu():
+    """What the fused head costs beside its products, from the committed file."""
+    report = json.loads((ROOT / "benchmarks/results/2026-11-28-head-cpu-epyc-2-threads.json").read_text())
+    return runpy.run_path(str(ROOT / "benchmarks" / "head_table.py"))["table"](report)
+
+
 LOSSES = ROOT / "docs" / "losses.md"
 TABLES = {
     "ops": (README, ops_table),
@@ -54,6 +60,7 @@ TABLES = {
     "demo_tdpo": (README, lambda: seeds_table("2026-11-28-demo-tdpo-seeds-0-1-2.json")),
     "head_saves": (README, lambda: head_memory("summary")),
     "head_memory": (README, lambda: head_memory("table")),
+    "head_cpu": (ROOT / "docs" / "fused_head.md", head_cpu),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
     "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
     "methods": (ROOT / "docs" / "methods.md", methods.markdown),
