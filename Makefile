@@ -40,9 +40,9 @@ kernels:
 
 # fastalign itself without its kernels, which the other target puts in their place.
 packages:
-	@FASTALIGN_EXTENSION=0 $(VENV)/bin/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]' | $(SHOW)
+	@FASTALIGN_EXTENSION=0 $(VENV)/bin/python -m pip install --no-compile --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]' | $(SHOW)
 	@for version in $(TRITONS); do \
-	  $(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
+	  $(VENV)/bin/python -m pip install --quiet --no-compile --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
 	done
 
 clean:

@@ -80,6 +80,8 @@ class Plan(NamedTuple):
             return {name: self._value(f"{where}.{name}", each, done) for name, each in value.items()}
         if not isinstance(value, str) or not value.startswith("$"):
             return value
+        if value.startswith("$$"):
+            return value[1:]
         name, every = value[1:].removesuffix("*"), value.endswith("*")
         if name in self.recipe.inputs:
             if self.inputs.get(name) is None:
@@ -151,6 +153,7 @@ def check(plan: Plan) -> None:
         settings = plan.resolve(index, range(index))
         config = steps.build(stage.where, stage.do, settings)
         _check_kinds(plan, index, settings)
+        _check_places(plan, index, settings)
         for name in steps.STEPS[stage.do].models:
             for path in _files(settings.get(name)):
                 _check_model(plan, f"{stage.where}: {name}", path, settings, seen)
@@ -172,6 +175,19 @@ def _check_kinds(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"{stage.where}: {name} must be {'data' if 'data' in legal else 'a model'}"
                     f"{' that scores' if legal == ('scorer',) else ''}, and {Path(path).name} is {kind}"
+                )
+
+
+def _check_places(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
+    """Refuse a model or a file of the user's that lies where the run writes, and --overwrite removes."""
+    stage, step = plan.recipe.stages[index], steps.STEPS[plan.recipe.stages[index].do]
+    made = {plan.made(i) for i in range(index)}
+    for name in (*step.models, *step.data):
+        for path in _files(settings.get(name)):
+            if path not in made and Path(path).expanduser().resolve().is_relative_to(plan.output):
+                raise UserError(
+                    f"{stage.where}: {name}: {path} lies in the output directory {plan.output}, where the run "
+                    "writes: copy it to a place of its own"
                 )
 
 

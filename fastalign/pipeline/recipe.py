@@ -14,10 +14,12 @@
 
 A value `$NAME` is an input or what the stage of this name made last (a model's directory, a data file);
 `$NAME*` is the list of all that the stage has made so far; `$policy` is the causal LM that was trained last,
-before any it is the input `model`."""
+before any it is the input `model`. `$$` begins a text that begins with a dollar."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -139,7 +141,7 @@ def read(path: Path) -> Recipe:
     seed = found.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"{where}: seed must be an integer from 0, got {seed!r}")
-    stages = tuple(_unroll(f"{where}: stages", found["stages"], (), ()))
+    stages = tuple(itertools.islice(_unroll(f"{where}: stages", found["stages"], (), ()), MAX_STAGES + 1))
     _check_names(where, stages, inputs)
     texts = {
         key: _text(where, key, found.get(key, "")) for key in ("title", "about", "paper", "family", "formula")
@@ -191,6 +193,10 @@ def _unroll(
     """The stages in the order in which they run, every round of a repetition by itself."""
     if not isinstance(found, list) or not found:
         raise UserError(f"{where} must be a list of stages")
+    try:
+        json.dumps(found, default=str)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: a part of it contains itself") from None
     for i, each in enumerate(found):
         place = f"{where}[{i}]"
         if isinstance(each, dict) and "repeat" in each:
@@ -219,7 +225,8 @@ def _repeat(
     stop = _stop(f"{place}: stop_when", found["stop_when"]) if "stop_when" in found else None
     for i in range(1, times + 1):
         inner = (*stops, (rounds, stop)) if stop else stops
-        stages = tuple(_unroll(f"{place}.stages", found["stages"], (*rounds, i), inner))
+        every = _unroll(f"{place}.stages", found["stages"], (*rounds, i), inner)
+        stages = tuple(itertools.islice(every, MAX_STAGES + 1))
         if stop and stop.stage not in [stage.name for stage in stages]:
             raise UserError(f"{place}: stop_when: no stage {stop.stage!r} is repeated here")
         yield from stages
@@ -238,7 +245,7 @@ def _stop(where: str, found: Any) -> Stop:
 
 def _check_names(where: str, stages: tuple[Stage, ...], inputs: Mapping[str, str]) -> None:
     if len(stages) > MAX_STAGES:
-        raise UserError(f"{where}: {len(stages)} stages; at most {MAX_STAGES} are legal")
+        raise UserError(f"{where}: more than {MAX_STAGES} stages, every round counted")
     seen: dict[tuple[str, tuple[int, ...]], str] = {}
     places: dict[str, int] = {}
     for stage in stages:

@@ -152,7 +152,9 @@ MASK = torch.tensor([True, True, True, False, True, True])
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("with_ref", [False, True])
-def test_parts_give_what_one_pass_gives(backend, device, cuts, with_ref):
+def test_parts_give_what_one_pass_gives(backend, device, slow_backend, cuts, with_ref):
+    if slow_backend and not with_ref and cuts != CUTS[3]:
+        return  # the same cuts with a reference row beside
     x, ref = make(device=device, ref=with_ref)
     compare(x, LABELS.to(device), ref, cuts, mask=MASK.to(device))
 

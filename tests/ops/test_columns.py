@@ -98,6 +98,7 @@ CODES = {"kind", "kl_kind", "link", "point_link", "labels", "transform", "surrog
 # second sequence; the pair after a sequence's own; the token after this one; a last dim of 1 to broadcast.
 ALLOWED = {
     "cu_seqlens + i + 1", "list_offsets + n + 1", "pairs + 2 * i + 1", "s // 2 + 1", "t + 1", "ratio[:, :1]", "positions[..., :1]",
+    "shares[:, -1:]", "output.logits[:, -1]",  # of the last token
 }  # fmt: skip
 
 

@@ -192,6 +192,52 @@ WRONG = {
 }  # fmt: skip
 
 
+def test_what_lies_in_the_output_is_not_the_users(write, inputs, tmp_path, capsys):
+    """--overwrite would remove it."""
+    path, out = write(STOPPING), tmp_path / "out"
+    given = ["--set", f"pairs={inputs['pairs']}"]
+    assert (
+        command.main(
+            [str(path), "--output", str(out), *given, "--set", f"model={inputs['model']}", "--no-progress"]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    again = [
+        str(path),
+        "--output",
+        str(out),
+        *given,
+        "--set",
+        f"model={out / '01-round1-dpo'}",
+        "--overwrite",
+    ]
+    assert command.main(again) == 2 and "lies in the output directory" in capsys.readouterr().err
+    assert (out / "01-round1-dpo" / "model.safetensors").exists()
+
+
+def test_a_recipe_that_contains_itself(write, inputs, tmp_path, capsys):
+    path = write(
+        "inputs: [model, pairs]\nstages: &s [{name: a, do: dpo, data: $pairs}, {repeat: 2, stages: *s}]"
+    )
+    assert command.main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert "contains itself" in capsys.readouterr().err
+    nested = "[{name: a, do: dpo, data: $pairs}]"
+    for _ in range(4):
+        nested = f"[{{repeat: 1000, stages: {nested}}}]"
+    assert command.main([str(write(f"stages: {nested}")), "--output", str(tmp_path / "out")]) == 2
+    assert "more than 1000 stages" in capsys.readouterr().err
+
+
+def test_a_text_may_begin_with_a_dollar(write, inputs, tmp_path):
+    found = planned(
+        write("inputs: [pairs]\nstages: [{name: a, do: select, data: $pairs, columns: {price: $$5}}]"),
+        inputs,
+        tmp_path,
+    )
+    assert found.resolve(0, ())["columns"] == {"price": "$5"}
+
+
 @pytest.mark.parametrize("text", WRONG)
 def test_wrong_recipes(write, inputs, tmp_path, capsys, text):
     recipe = text.replace("IN", "inputs: [model, pairs]\n").replace("STAGES", f"stages: [{STAGE}]")

@@ -1,9 +1,12 @@
 """Every recipe that ships, from its first stage to its last on a tiny model; and the pages on it."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 
+from fastalign.cli import main as cli
 from fastalign.pipeline import methods, plan, recipe
 from fastalign.pipeline.run import run
 
@@ -49,3 +52,14 @@ def test_pages():
         assert formula in page and found.paper in page and recipe.shipped()[name].read_text().strip() in page
         assert found.title and found.about and found.family and not found.about.endswith("."), name
         assert name in listing and f"| `{name}` |" in table
+
+
+def test_printed_commands(inputs, tmp_path, monkeypatch, capsys):
+    """What a method's page says to run has nothing wrong, with the user's files under the names it uses."""
+    monkeypatch.chdir(tmp_path)
+    for name, path in inputs.items():
+        Path(f"{name}{Path(path).suffix}").symlink_to(path)
+    for name, found in methods.everything().items():
+        command = methods.command(name, found)
+        assert command in methods.page(name)
+        assert cli.main([*shlex.split(command)[1:], "--check"]) == 0, capsys.readouterr().err

@@ -144,7 +144,7 @@ class Mixture(transformers.LogitsProcessor):
             input_ids=input_ids[:, new], attention_mask=mask, use_cache=True, **inputs, **cache
         )
         self.cache = getattr(output, "past_key_values", None)  # without one every step reads all tokens
-        theirs = output.logits[:, -1, : scores.shape[1]].to(scores)
+        theirs = output.logits[:, -1][:, : scores.shape[1]].to(scores)
         theirs = torch.nn.functional.pad(theirs, (0, scores.shape[1] - theirs.shape[1]))
         # What is suppressed stays so, whatever its share; the other model does not know more than that.
         return torch.where(scores.isneginf(), scores, (1.0 - self.share) * scores + self.share * theirs)
