@@ -47,20 +47,22 @@ def head_memory(what):
     return runpy.run_path(str(ROOT / "benchmarks" / "head_memory.py"))[what](results)
 
 
-def head_cpu():
+def head_cpu(name):
     """What the fused head costs beside its products, from the committed file."""
-    report = json.loads((ROOT / "benchmarks/results/2026-11-28-head-cpu-epyc-2-threads.json").read_text())
+    report = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
     return runpy.run_path(str(ROOT / "benchmarks" / "head_table.py"))["table"](report)
 
 
 LOSSES = ROOT / "docs" / "losses.md"
+HEAD = ROOT / "docs" / "fused_head.md"
 TABLES = {
     "ops": (README, ops_table),
     "demo_ppo": (README, lambda: seeds_table("2026-11-28-demo-ppo-seeds-0-1-2-3.json")),
     "demo_tdpo": (README, lambda: seeds_table("2026-11-28-demo-tdpo-seeds-0-1-2.json")),
     "head_saves": (README, lambda: head_memory("summary")),
     "head_memory": (README, lambda: head_memory("table")),
-    "head_cpu": (ROOT / "docs" / "fused_head.md", head_cpu),
+    "head_cpu": (HEAD, lambda: head_cpu("2026-11-28-head-cpu-epyc-2-threads.json")),
+    "head_frozen": (HEAD, lambda: head_cpu("2026-11-28-head-frozen-cpu-epyc-2-threads.json")),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
     "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
     "methods": (ROOT / "docs" / "methods.md", methods.markdown),
