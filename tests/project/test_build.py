@@ -253,6 +253,16 @@ def test_sdist_holds_the_sources(tmp_path):
     assert not missing and {"setup.py", "pyproject.toml", "LICENSE", "fastalign/__init__.py"} <= inside
 
 
+def test_what_is_installed_holds_every_file(tmp_path):
+    """Recipes, templates and whatever else is no Python."""
+    source = copy_of_sources(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    there = {p.relative_to(tmp_path / "lib") for p in (tmp_path / "lib").rglob("*") if p.is_file()}
+    wanted = {p.relative_to(source) for p in (source / "fastalign").rglob("*") if p.is_file()}
+    assert wanted <= there and any(p.suffix == ".yaml" for p in wanted), sorted(wanted - there)[:5]
+
+
 def copy_of_sources(folder):
     target = folder / "source"
     target.mkdir()
