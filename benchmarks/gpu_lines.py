@@ -61,7 +61,7 @@ class Lines:
         watch.start()
         try:
             yield line
-        except Exception as error:
+        except Exception as error:  # whatever a case raises is its line's text, and the next case runs
             text = f"{type(error).__name__}: {error}"[:300]
             if LOST.search(str(error)):
                 self.again(**key, error=text)

@@ -130,13 +130,18 @@ def _said(row: Mapping[str, Any]) -> str:
 def budget(config: ArenaConfig) -> str:
     """What every method had, in words."""
     return (
-        f"Budget: every method has {config.responses():,} responses sampled and labelled, and its policy takes {config.steps} optimizer "
+        f"Budget: every method has {config.responses():,} responses sampled and labelled, and its policy "
+        f"takes {config.steps} optimizer "
         f"steps on {config.responses_per_step} responses each ({config.responses_per_step // 2} pairs, "
-        f"{config.responses_per_step // config.per_prompt} lists of {config.per_prompt}). Offline methods have the SFT model's responses, "
-        f"{config.per_prompt} to a prompt; a pair of equal rewards is a tie and is left out, so pairs come round again. Online methods sample "
+        f"{config.responses_per_step // config.per_prompt} lists of {config.per_prompt}). Offline methods "
+        "have the SFT model's responses, "
+        f"{config.per_prompt} to a prompt; a pair of equal rewards is a tie and is left out, so pairs come "
+        "round again. Online methods sample "
         "their own, each of which is scored and learnt from once. A reward model is trained in addition. "
-        f"Labels come from the gold reward and are wrong with probability {config.label_noise:g}: the worse response of a pair is called the "
-        "better one, a label is turned, and a score (of lists, DRO, RSO, online methods) is that of another response of the SFT model. Soft "
+        f"Labels come from the gold reward and are wrong with probability {config.label_noise:g}: the worse "
+        "response of a pair is called the "
+        "better one, a label is turned, and a score (of lists, DRO, RSO, online methods) is that of another "
+        "response of the SFT model. Soft "
         "labels are the true probability that the label is right."
     )
 
@@ -149,9 +154,12 @@ def how_to_read(config: ArenaConfig, cells: Sequence[Mapping[str, Any]]) -> str:
         else "over the samples of the one seed"
     )
     return (
-        f"{GOLD_REWARD.replace(chr(10), ' ')} Gain: over the SFT model on the same prompts. KL: from the policy to the SFT model in nats per "
-        f"sequence, k3 on the policy's own samples. Wins: share of prompts on which the policy's sample has the higher gold reward, ties half. "
-        f"Errors are standard errors {spread}. A method raises the gold reward if its gain exceeds {ERRORS:g} standard errors at a KL of at most "
+        f"{GOLD_REWARD.replace(chr(10), ' ')} Gain: over the SFT model on the same prompts. KL: from the "
+        "policy to the SFT model in nats per "
+        "sequence, k3 on the policy's own samples. Wins: share of prompts on which the policy's sample has "
+        "the higher gold reward, ties half. "
+        f"Errors are standard errors {spread}. A method raises the gold reward if its gain exceeds {ERRORS:g} "
+        "standard errors at a KL of at most "
         f"{config.kl_bound:g} nats."
     )
 
@@ -187,7 +195,8 @@ def paragraph(entry: Entry) -> str:
         part = f" {stage.share:.2g} of the budget;" if stage.share != 1 else ""
         around = f" Loop: {html.escape(loop)}." if loop else ""
         stages.append(
-            f"<code>{html.escape(formula)}</code> on {html.escape(data)};{part} <code>{html.escape(command(stage, entry.beta))}</code>.{around}"
+            f"<code>{html.escape(formula)}</code> on {html.escape(data)};{part} "
+            f"<code>{html.escape(command(stage, entry.beta))}</code>.{around}"
         )
     papers = [read(shipped()[entry.recipe]).paper] if entry.recipe else papers
     numbered = stages if len(stages) == 1 else [f"({i}) {text}" for i, text in enumerate(stages, 1)]

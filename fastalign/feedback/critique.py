@@ -69,9 +69,9 @@ class _Draft(NamedTuple):
 
 
 def run(config: CritiqueConfig) -> Counts:
-    """Lines with a prompt and a `completion` (or `completions`, each of which becomes a line) -> the prompt with the
-    last revision as its `completion`: the supervised stage of constitutional AI (Bai et al. 2022, arXiv 2212.08073).
-    The principle of each round is drawn at random.
+    """Lines with a prompt and a `completion` (or `completions`, each of which becomes a line) -> the prompt
+    with the last revision as its `completion`: the supervised stage of constitutional AI (Bai et al. 2022,
+    arXiv 2212.08073). The principle of each round is drawn at random.
 
     Raises:
         UserError: settings, data or an earlier run's output that do not go together; before anything is written.

@@ -38,7 +38,8 @@ class LabelConfig(WriterConfig):
     )
     preference: str | None = setting(
         None,
-        "soft labels (or scores, as --ask compare) by a Python function: function(completions=[(first, second), ...], prompts=[...], ...) -> "
+        "soft labels (or scores, as --ask compare) by a Python function: function(completions=[(first, "
+        "second), ...], prompts=[...], ...) -> "
         "P(first is better) per pair",
         metavar="MODULE:FUNCTION",
         group=JUDGE,

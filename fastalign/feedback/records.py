@@ -1,9 +1,9 @@
 """Lines in, lines out, stopped and continued at any point.
 
-Beside the output FILE stand FILE.json, the settings of the command, and FILE.done, the journal: one entry per line
-of the data that is done, written just before its lines are appended to FILE. When the command starts again the
-journal is held against FILE: an entry whose lines did not get there is taken back, with what has come of them. Lines
-come as they are ready; when all are done they are brought into the order of the data."""
+Beside the output FILE stand FILE.json, the settings of the command, and FILE.done, the journal: one entry per
+line of the data that is done, written just before its lines are appended to FILE. When the command starts
+again the journal is held against FILE: an entry whose lines did not get there is taken back, with what has
+come of them. Lines come as they are ready; when all are done they are brought into the order of the data."""
 
 from __future__ import annotations
 

@@ -241,8 +241,8 @@ def spread(
     at_once: int | None,
     workers: int,
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, its result) as they are ready. at_once: `work` gets so many items in a row as come to this size, one at
-    least; None: it gets them one by one, in threads, since it waits for a server."""
+    """(item, its result) as they are ready. at_once: `work` gets so many items in a row as come to this size,
+    one at least; None: it gets them one by one, in threads, since it waits for a server."""
     if at_once is None:
         for i, result in in_threads(lambda item: work([item])[0], items, workers):
             yield items[i], result

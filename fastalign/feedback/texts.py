@@ -32,7 +32,8 @@ class Templates:
         files = {name: own / f"{name}.j2" if own and (own / f"{name}.j2").is_file() else OWN / f"{name}.j2" for name in names}  # fmt: skip
         if own is not None and all(file.parent == OWN for file in files.values()):
             raise UserError(
-                f"--templates {folder}: holds none of {', '.join(f'{name}.j2' for name in names)}, which are used here"
+                f"--templates {folder}: holds none of {', '.join(f'{name}.j2' for name in names)}, which are "
+                "used here"
             )
         self.templates = {}
         for name, file in files.items():
@@ -44,7 +45,7 @@ class Templates:
                 raise UserError(f"{file}: {error}") from None
             try:  # now, not in the middle of the work
                 self.templates[name].render(variables)
-            except Exception as error:
+            except Exception as error:  # a template is a program of the user's
                 legal = ", ".join(sorted(variables))
                 raise UserError(f"{file}: {error}; its variables are {legal}") from None
 

@@ -152,7 +152,8 @@ class ModelWriter:
             yield
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"out of memory at --batch {self.config.batch}; the same command with a smaller one goes on from here"
+                f"out of memory at --batch {self.config.batch}; the same command with a smaller one goes on "
+                "from here"
             ) from error
 
     def write_here(self, requests: Sequence[Request]) -> list[Reply]:

@@ -182,7 +182,7 @@ def _check_places(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
     """Refuse a model or a file of the user's that lies where the run writes, and --overwrite removes."""
     stage, step = plan.recipe.stages[index], steps.STEPS[plan.recipe.stages[index].do]
     made = {plan.made(i) for i in range(index)}
-    for name in (*step.models, *step.data):
+    for name in (*step.models, *step.data, *step.files):
         for path in _files(settings.get(name)):
             if path not in made and Path(path).expanduser().resolve().is_relative_to(plan.output):
                 raise UserError(
@@ -267,7 +267,11 @@ def fingerprint(plan: Plan) -> list[dict[str, Any]]:
 
     def digest(path: str) -> str:
         if path not in digests:
-            digests[path] = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+            found = hashlib.blake2b(digest_size=16)
+            with open(path, "rb") as file:
+                while part := file.read(1 << 20):
+                    found.update(part)
+            digests[path] = found.hexdigest()
         return digests[path]
 
     found: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _carry_out(stage: Stage, settings: Mapping[str, Any], progress: bool) -> dic
         again |= {"resume": goes_on, "overwrite": not goes_on and output.exists()}
     else:
         output.parent.mkdir(exist_ok=True)
-        if "overwrite" in known and not steps.goes_on(stage.do):
+        if "overwrite" in known and not steps.STEPS[stage.do].goes_on:
             again["overwrite"] = output.exists()
     try:
         result = steps.call(stage.do, dataclasses.replace(config, **again))
@@ -206,6 +206,5 @@ def _log(plan: Plan, done: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    write: Callable[[Path], Any] = lambda temporary: temporary.write_text(text, encoding="utf-8")  # noqa: E731
     with writing(str(path)):
-        replace_file(path, write)
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

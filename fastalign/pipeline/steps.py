@@ -22,23 +22,29 @@ from fastalign.train.online_config import OnlineConfig
 
 class Step(NamedTuple):
     """`config`: a dataclass, whose `output` the run fills in. `home`: "module:function", called with it.
-    `makes`: policy, scorer (a reward model) or data. `models`, `data`: settings that name such."""
+    `makes`: policy, scorer (a reward model) or data. `models`, `data`, `files`: settings that name such, or another
+    file or folder. `goes_on`: a command that goes on by itself where it was stopped."""
 
     config: type
     home: str
     makes: str
     models: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    goes_on: bool = False
 
 
 _TRAIN = {TrainConfig: "fastalign.train.offline:train", OnlineConfig: "fastalign.train.online:train_online"}
-# A command that goes on by itself where it was stopped.
-_GOES_ON = ("sample", "label", "pairs", "critique")
+_ASKS = ("constitution", "templates")
 _OWN = {
-    "sample": Step(SampleConfig, "fastalign.feedback.sample:run", "data", ("model",), ("data",)),
-    "label": Step(LabelConfig, "fastalign.feedback.label:run", "data", ("model", "reward_model"), ("data",)),
-    "pairs": Step(PairsConfig, "fastalign.feedback.pairs:run", "data", ("tokenizer",), ("data",)),
-    "critique": Step(CritiqueConfig, "fastalign.feedback.critique:run", "data", ("model",), ("data",)),
+    "sample": Step(SampleConfig, "fastalign.feedback.sample:run", "data", ("model",), ("data",), (), True),
+    "label": Step(
+        LabelConfig, "fastalign.feedback.label:run", "data", ("model", "reward_model"), ("data",), _ASKS, True
+    ),
+    "pairs": Step(PairsConfig, "fastalign.feedback.pairs:run", "data", ("tokenizer",), ("data",), (), True),
+    "critique": Step(
+        CritiqueConfig, "fastalign.feedback.critique:run", "data", ("model",), ("data",), _ASKS, True
+    ),
     "select": Step(SelectConfig, "fastalign.pipeline.select:run", "data", (), ("data",)),
     "merge": Step(MergeConfig, "fastalign.train.merge_files:run", "policy", ("base", "models")),
 }
@@ -61,10 +67,6 @@ _RUN = ("output", "resume", "overwrite", "progress")
 
 def trains(do: str) -> bool:
     return do in METHODS
-
-
-def goes_on(do: str) -> bool:
-    return do in _GOES_ON
 
 
 def draws(do: str, settings: Mapping[str, Any]) -> bool:

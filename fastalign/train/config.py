@@ -73,7 +73,8 @@ class RunConfig(Settings):
     batch_size: int = setting(32, "examples per optimizer step", POSITIVE)
     tokens_per_batch: int = setting(
         8192,
-        "token budget of one forward pass; a step is split into as many passes as it needs, and the split does not change its result",
+        "token budget of one forward pass; a step is split into as many passes as it needs, and the split "
+        "does not change its result",
         POSITIVE,
     )
     epochs: int = setting(1, "passes over the training examples", POSITIVE)
@@ -117,7 +118,8 @@ class RunConfig(Settings):
     resume: bool = setting(False, "go on from the newest checkpoint in the output directory")
     overwrite: bool = setting(
         False,
-        "start afresh in an output directory that holds an earlier run, whose files are removed, or another model, which is replaced at the "
+        "start afresh in an output directory that holds an earlier run, whose files are removed, or another "
+        "model, which is replaced at the "
         "end; nothing else there is touched",
     )
     tensorboard: bool = setting(True, "write TensorBoard events where tensorboard is installed")
@@ -145,8 +147,10 @@ class LossConfig(RunConfig):
 
     head: str | None = setting(
         None,
-        "fused: log-probs come from hidden states and the LM head's weight, a part of the logits at a time; logits: all logits of a "
-        "forward pass are made; default: fused, and logits, with a line that says why, for a model whose head is not a linear layer",
+        "fused: log-probs come from hidden states and the LM head's weight, a part of the logits at a time; "
+        "logits: all logits of a "
+        "forward pass are made; default: fused, and logits, with a line that says why, for a model whose head "
+        "is not a linear layer",
         choices=("fused", "logits"),
     )
     ref_model: str | None = setting(
@@ -190,29 +194,35 @@ class TrainConfig(LossConfig):
     )
     loss_on: str | None = setting(
         None,
-        "which tokens are learnt; completion: what follows the prompt, or the last turn of a conversation, assistant: every "
-        "turn of the assistant, all: prompts, too; default: of a line with a prompt its completion, of messages the assistant's turns, of a text all",
+        "which tokens are learnt; completion: what follows the prompt, or the last turn of a conversation, "
+        "assistant: every "
+        "turn of the assistant, all: prompts, too; default: of a line with a prompt its completion, of "
+        "messages the assistant's turns, of a text all",
         choices=("completion", "assistant", "all"),
     )
     l1_coef: float = setting(
         0.0,
-        "weight of the L1 norm of the weights' change (PAFT): every update is followed by a soft threshold of learning rate * l1_coef on the "
+        "weight of the L1 norm of the weights' change (PAFT): every update is followed by a soft threshold of "
+        "learning rate * l1_coef on the "
         "change since the start; AdamW's updates are about as large as the learning rate, so 0.1 to 1 is felt",
         NOT_NEGATIVE,
     )
     normalize_reward: bool = setting(
         False,
-        "after the last step, shift the scores so that the mean over the training data's chosen (of a list: best) responses is 0",
+        "after the last step, shift the scores so that the mean over the training data's chosen (of a list: "
+        "best) responses is 0",
     )
     task_weights: str | None = setting(
         None,
-        "the data's column 'task' names tasks; the loss is the weighted sum of each task's own: weights as given, by a task's "
+        "the data's column 'task' names tasks; the loss is the weighted sum of each task's own: weights as "
+        "given, by a task's "
         "share of the data, or raised where the loss is high (group-robust)",
         choices=("fixed", "proportional", "robust"),
     )
     task_weight: dict[str, Any] = setting(
         {},
-        "weight of a task (repeatable; 1 where none is given; they are divided by their sum), of robust the first one",
+        "weight of a task (repeatable; 1 where none is given; they are divided by their sum), of robust the "
+        "first one",
         flag="--task-weight",
         metavar="NAME=W",
     )
@@ -268,7 +278,8 @@ def check_settings(config: RunConfig, names: Collection[str], method: str) -> No
         if field.name not in (*common_settings(), *names) and getattr(config, field.name) != default:
             own = ", ".join(flag_of(name, type(config)) for name in names) or "none"
             raise UserError(
-                f"{method} has no setting {flag_of(field.name, type(config))}; beside the common ones it has: {own}"
+                f"{method} has no setting {flag_of(field.name, type(config))}; beside the common ones it has: "
+                f"{own}"
             )
 
 

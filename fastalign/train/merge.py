@@ -61,7 +61,8 @@ def merge_weights(
       divided by it, else 0; sum of w_i times that; w_i = 1 / n by default.
     - dare_ties: entries dropped as by dare, then signs elected and means taken as by ties.
     - slerp, of two models: (sin((1 - t) Omega) d_1 + sin(t Omega) d_2) / sin(Omega), Omega the angle between d_1
-      and d_2, each taken as one vector; (1 - t) d_1 + t d_2 where they are parallel (sin(Omega) < 1e-6) or one is 0.
+      and d_2, each taken as one vector; (1 - t) d_1 + t d_2 where they are parallel (sin(Omega) < 1e-6) or
+      one is 0.
 
     Args:
         base, tuned: state dicts with the same names and shapes; entries that are not floating point are taken

@@ -45,7 +45,8 @@ class MergeConfig(Settings):
     )
     models: tuple[str, ...] = setting(
         (),
-        "required, repeatable: directory of a model trained from the base, and its weight; default weight: 1 / their number for linear and "
+        "required, repeatable: directory of a model trained from the base, and its weight; default weight: 1 "
+        "/ their number for linear and "
         "dare, 1 for the others",
         flag="--model",
         metavar="DIR[=WEIGHT]",

@@ -85,7 +85,8 @@ class OnlineConfig(LossConfig):
     # Pairs of samples
     pair_rule: str = setting(
         "max_min",
-        "which samples for a prompt become pairs: the best with the worst, with a random other, with the second best, with every "
+        "which samples for a prompt become pairs: the best with the worst, with a random other, with the "
+        "second best, with every "
         "other (margin), or every two (all)",
         choices=("max_min", "max_random", "max_max", "margin", "all"),
     )
@@ -97,7 +98,8 @@ class OnlineConfig(LossConfig):
     )
     label_temperature: float = setting(
         1.0,
-        "T of what a loss or method takes from two scores: P(first is better) = sigmoid(difference / T), and the difference / T itself "
+        "T of what a loss or method takes from two scores: P(first is better) = sigmoid(difference / T), and "
+        "the difference / T itself "
         "as margin and target",
         POSITIVE,
     )

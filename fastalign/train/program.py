@@ -9,8 +9,9 @@ from fastalign.train.errors import TrainingError, UserError
 
 
 def answer(command: str, work: Callable[[], int], interrupted: str) -> int:
-    """What `work` returns, with transformers' own words turned off; 1: it broke off (`TrainingError`); 2: the user's
-    mistake, before any work (`UserError`); 130: interrupted, and `interrupted` says what comes next."""
+    """What `work` returns, with transformers' own words turned off; 1: it broke off (`TrainingError`); 2: the
+    user's mistake, before any work (`UserError`); 130: interrupted, and `interrupted` says what comes
+    next."""
     try:
         _quiet(command)
         return work()

@@ -220,7 +220,8 @@ def test_functions(desk, capsys):
     (desk.path / "own_judges.py").write_text(
         "def length(completions, id):\n    return [len(c) if i else None for c, i in zip(completions, id)]\n"
         "def first(completions):\n    return [0.9 for a, b in completions]\n"
-        "def longer(completions, prompts, **columns):\n    return [float(len(a) > len(b)) for a, b in completions]\n"
+        "def longer(completions, prompts, **columns):\n    return [float(len(a) > len(b)) for a, b in "
+        "completions]\n"
         "def broken(completions):\n    raise RuntimeError('no more')\n"
         "def needs(completions, gold):\n    return [0.0] * len(completions)\n"
     )

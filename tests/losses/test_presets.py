@@ -426,3 +426,13 @@ def test_stop_gradients():
     out = fa.preference_loss(lp, ref, batch.packed.cu_seqlens, beta=beta, omega=omega)
     out.loss.backward()
     assert lp.grad is not None and ref.grad is None and beta.grad is None and omega.grad is None
+
+
+def test_a_tensor_changes_no_preset():
+    """The preset is the same object, which nothing has to check again; what has no effect is refused all the
+    same."""
+    preset = fa.losses.get("dpo")
+    resolved, tensors = preset.with_options({"beta": torch.tensor(0.3)})
+    assert resolved is preset and list(tensors) == ["beta"]
+    with pytest.raises(ValueError, match="'target' has no effect"):
+        preset.with_options({"target": torch.ones(())})

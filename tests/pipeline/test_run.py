@@ -85,7 +85,7 @@ def broken_off(monkeypatch, after):
     monkeypatch.setattr(RunLog, "write", counting)
 
 
-def test_a_run_goes_on_between_and_inside_stages(write, inputs, tmp_path, monkeypatch):
+def test_a_run_goes_on_between_and_inside_stages(write, inputs, tmp_path, monkeypatch, capsys):
     """Broken off in the second step of round 2 and before the last stage, it ends with the bits of a run that
     nobody broke off, and each record stands in the log once."""
     path = write(TWO_STAGES)
@@ -96,7 +96,10 @@ def test_a_run_goes_on_between_and_inside_stages(write, inputs, tmp_path, monkey
             broken_off(patch, after)
             with pytest.raises(KeyboardInterrupt):
                 run(planned(path, inputs, tmp_path / "broken"), resume=after == 2, progress=False)
+    capsys.readouterr()
     run(planned(path, inputs, tmp_path / "broken"), resume=True, progress=False)
+    said = capsys.readouterr().out
+    assert "== round1-again: done before" in said and said.count("resumed from ") == 1
     for folder in ("02-first", "04-round2-again", "05-last"):
         assert same(weights(tmp_path / "whole" / folder), weights(tmp_path / "broken" / folder)), folder
     first, second = (

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tiny import make_model, without_times
 
 from fastalign.train import OnlineConfig, train_online
@@ -75,6 +76,32 @@ def plain(history):
         {name: value for name, value in record.items() if name not in ("eps", "time/sampling")}
         for record in without_times(history)
     ]
+
+
+class Interruption(Exception):
+    pass
+
+
+def resumed(online, method, **settings):
+    """A run that nobody interrupts, after one that was broken off in its third step has been resumed to the same
+    records and the same bits."""
+    expected = online(method, out="whole", **settings)
+
+    def stop(record):
+        torch.rand(3)  # nothing hangs on torch's own random state
+        if record["step"] == 3 and "loss" in record:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        online(method, callback=stop, **settings)
+    result = online(method, resume=True, **settings)
+    assert plain(result.history) == plain(expected.history)
+    files = sorted(path.name for path in expected.output.glob("*.safetensors"))
+    assert files == sorted(path.name for path in result.output.glob("*.safetensors")) != []
+    for name in files:
+        ours, theirs = (load_file(run.output / name) for run in (result, expected))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    return expected
 
 
 def save(model, folder, tokenizer=None):

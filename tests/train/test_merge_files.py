@@ -102,7 +102,8 @@ def test_files_of_a_size(shop, config, tmp_path):
 
 
 def test_dtypes(shop, config, tmp_path):
-    """A base in 16 bits and models in 32 are merged in 32; the result is the base's dtype, or the one asked for."""
+    """A base in 16 bits and models in 32 are merged in 32; the result is the base's dtype, or the one asked
+    for."""
     half = tmp_path / "half"
     transformers.AutoModelForCausalLM.from_pretrained(shop / "base", dtype=torch.bfloat16).save_pretrained(
         half

@@ -112,8 +112,8 @@ def test_a_second_ppo_run_goes_on_with_the_first_ones_value_head(online, tokeniz
 
 @pytest.mark.parametrize("loss", ["bt_rm", "kwise_rm"])
 def test_scores_shifted_to_demonstrations(online, config, tokenizer, tmp_path, loss):
-    """After a run with --normalize-reward the chosen (of a list: best) responses score 0 on average: for whoever reads
-    the model with fastalign, for a run that goes on from it, and in the value head."""
+    """After a run with --normalize-reward the chosen (of a list: best) responses score 0 on average: for
+    whoever reads the model with fastalign, for a run that goes on from it, and in the value head."""
     rows = make_rows(6) if loss == "bt_rm" else make_lists(6)
     settings = {"data": None, "loss": loss, "max_steps": 2, "learning_rate": 1e-2, "token_metrics": True}
     plain, shifted = (

@@ -1,4 +1,5 @@
-"""Several tasks in one run of pairs: weights against their closed forms, the loss against those of the tasks alone."""
+"""Several tasks in one run of pairs: weights against their closed forms, the loss against those of the tasks
+alone."""
 
 import json
 import math

@@ -16,8 +16,8 @@ from fastalign.train.sampling.rollout import Rollout
 
 
 class JudgeReward:
-    """r = 2 (sum of i P(i) - 1) / 9 - 1 in [-1, 1], P(1), ..., P(10) the probabilities of the scores that the model
-    of `config.judge` may answer with. NaN where it cannot be asked (a response too long for it)."""
+    """r = 2 (sum of i P(i) - 1) / 9 - 1 in [-1, 1], P(1), ..., P(10) the probabilities of the scores that the
+    model of `config.judge` may answer with. NaN where it cannot be asked (a response too long for it)."""
 
     def __init__(self, config: OnlineConfig, device: str):
         self.config = LabelConfig(

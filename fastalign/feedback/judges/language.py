@@ -25,9 +25,9 @@ _SCORE = re.compile(r"score\W*?(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?", re.
 class LanguageJudge:
     """`config`: a `LabelConfig`. How it is asked: `ask`.
 
-    compare: which of two is better, under each of `principles` principles, in both orders; P is the mean. With
-    `reasons` it writes these first, and P is clamped to [0.4, 0.6].
-    score: P of the scores 1 to 10 -> `mean_score`. rubric: points from 0 to 5, the mean of `judgements` reviews."""
+    compare: which of two is better, under each of `principles` principles, in both orders; P is the mean.
+    With `reasons` it writes these first, and P is clamped to [0.4, 0.6]. score: P of the scores 1 to 10 ->
+    `mean_score`. rubric: points from 0 to 5, the mean of `judgements` reviews."""
 
     def __init__(self, config: Any, asker: ServerAsker | ModelAsker):
         self.config, self.asker, self.at_once = config, asker, asker.at_once

@@ -1,8 +1,8 @@
 """From the probabilities of tokens to those of the options of an answer ("1" or "2"; "1" to "10").
 
-An option may be one token or several, and begin with a space or not; all its ways count. Where one option begins like
-another, "1" like "10", what belongs to the longer one is not the shorter one's: with "10" in two tokens,
-P(10) = P("1") P("0" | "1"), and that mass is taken from "1"."""
+An option may be one token or several, and begin with a space or not; all its ways count. Where one option
+begins like another, "1" like "10", what belongs to the longer one is not the shorter one's: with "10" in two
+tokens, P(10) = P("1") P("0" | "1"), and that mass is taken from "1"."""
 
 from __future__ import annotations
 

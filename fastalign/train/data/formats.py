@@ -322,7 +322,8 @@ def parse_supervised(source: str, row: Any, loss_on: str | None = None) -> Texts
             source,
             found[-1] if found else "completion",
             f"{'beside another form' if found else 'missing'} (the line has: "
-            f"{', '.join(map(str, row)) or 'nothing'}); legal: 'prompt' and 'completion', or 'messages', or 'text'",
+            f"{', '.join(map(str, row)) or 'nothing'}); legal: 'prompt' and 'completion', or 'messages', or "
+            "'text'",
         )
     if found == ["messages"]:
         return _supervised_messages(source, row, loss_on)

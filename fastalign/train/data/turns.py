@@ -116,9 +116,9 @@ def _end_of(template: ChatTemplate, text: str, words_end: int, end: int, limit: 
 def token_places(
     special: SpecialTokens, ids: Callable[[int, int], list[int]], text: str, spans: Spans, whole: list[int]
 ) -> tuple[Spans, bool]:
-    """((first, stop) of each turn among the tokens `whole` of the conversation, whether a token straddles where one
-    begins). A turn begins where the tokens of the text before it and those of the whole part; it ends likewise. ids(done,
-    upto): those of a stretch of the text.
+    """((first, stop) of each turn among the tokens `whole` of the conversation, whether a token straddles
+    where one begins). A turn begins where the tokens of the text before it and those of the whole part; it
+    ends likewise. ids(done, upto): those of a stretch of the text.
 
     Behind a token that ends a turn the text is tokenised anew, so that only what is new need be; where that is not
     so, everything before is."""

@@ -279,7 +279,8 @@ METHODS: dict[str, Row] = {
         OnlineConfig,
         (*_REWARD, *_SAMPLING, *_LOSS, "pair_rule", *_PAIRS),
         Page(
-            "DPO, or another loss of pairs, on pairs of samples of the model in training, by default the best and the worst; by a "
+            "DPO, or another loss of pairs, on pairs of samples of the model in training, by default the best "
+            "and the worst; by a "
             "reward, or by a pairwise judge.",
             f"-log sigmoid(beta (D_better - D_worse)), {_D}",
             "Guo et al. 2024, arXiv 2402.04792",
@@ -294,7 +295,8 @@ METHODS: dict[str, Row] = {
         OnlineConfig,
         (*_REWARD, *_SAMPLING[1:], *_LOSS, *_PAIRS, "optimism_coef"),
         Page(
-            "Exploratory preference optimisation: DPO, or another loss of pairs, on a sample of the policy and one of the reference, "
+            "Exploratory preference optimisation: DPO, or another loss of pairs, on a sample of the policy "
+            "and one of the reference, "
             "plus a term that leads away from the reference's.",
             f"-log sigmoid(beta (D_better - D_worse)) + alpha log pi(y_ref|x), {_D}",
             "Xie et al. 2024, arXiv 2405.21046",
@@ -309,9 +311,11 @@ METHODS: dict[str, Row] = {
         OnlineConfig,
         (*(name for name in _GRADIENT if name != "reward_clip"), *_COMPARED, "mixture_coef"),
         Page(
-            "Nash-MD: a sample y of the policy meets one, y', of the geometric mixture of policy and reference; policy gradient on "
+            "Nash-MD: a sample y of the policy meets one, y', of the geometric mixture of policy and "
+            "reference; policy gradient on "
             "the probability that y is better.",
-            "-A_t log pi(y_t), A_t = P(y better than y') - 1/2 - kl_coef sum over s >= t of log pi(y_s) - log ref(y_s); y' ~ "
+            "-A_t log pi(y_t), A_t = P(y better than y') - 1/2 - kl_coef sum over s >= t of log pi(y_s) - log "
+            "ref(y_s); y' ~ "
             "pi^(1 - mixture_coef) ref^mixture_coef",
             "Munos et al. 2023, arXiv 2312.00886",
             _PROMPT,

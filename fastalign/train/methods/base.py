@@ -121,7 +121,8 @@ class Method(Learner):
         self.config = dataclasses.replace(config, loss=config.loss or self.default_loss)
         if config.precompute_ref and config.ref_update_every:
             raise UserError(
-                "--ref-update-every changes the reference, which --precompute-ref scores once: they exclude each other"
+                "--ref-update-every changes the reference, which --precompute-ref scores once: they exclude "
+                "each other"
             )
         self.outputs = ("logprob", *(TOKEN_METRICS if config.token_metrics else ()))
         if logprob_fn is not None and config.token_metrics:
@@ -139,7 +140,8 @@ class Method(Learner):
             config.precompute_ref or config.ref_model or config.ref_update_every
         ):
             raise UserError(
-                f"--loss {config.loss} uses no reference: --ref-model, --ref-update-every and --precompute-ref have no "
+                f"--loss {config.loss} uses no reference: --ref-model, --ref-update-every and "
+                "--precompute-ref have no "
                 "meaning for it"
             )
 

@@ -13,8 +13,8 @@ from fastalign.train.sampling.rollout import Rollout, Sampler
 
 
 class Comparing(OnlineMethod):
-    """Base of these methods, before any other base. Which is better is said by a reward's scores or, in their place,
-    by a pairwise judge (`judge`, None: there is none)."""
+    """Base of these methods, before any other base. Which is better is said by a reward's scores or, in their
+    place, by a pairwise judge (`judge`, None: there is none)."""
 
     needs_reference = True
 

@@ -16,8 +16,8 @@ from fastalign.train.sampling.rollout import Rollout
 
 class NashMD(Comparing, PolicyGradient):
     """A response y of the policy meets one, y', of the geometric mixture policy^(1 - mixture_coef)
-    reference^mixture_coef. Its reward is P(y better than y') - 1/2, less the KL of its tokens; a token's advantage is
-    what follows it of both. A pair that cannot be judged is left out."""
+    reference^mixture_coef. Its reward is P(y better than y') - 1/2, less the KL of its tokens; a token's
+    advantage is what follows it of both. A pair that cannot be judged is left out."""
 
     name, estimator, samples_reference = "nash_md", "returns", True
 

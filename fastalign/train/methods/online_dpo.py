@@ -31,8 +31,8 @@ from fastalign.train.sampling.rollout import Rollout
 
 
 class OnlineDPO(Comparing):
-    """Sample, score, pair the responses to each prompt by `pair_rule`, and take one step of a preference loss on the
-    pairs.
+    """Sample, score, pair the responses to each prompt by `pair_rule`, and take one step of a preference loss
+    on the pairs.
 
     Prompts whose responses score the same give no pair. Responses that cannot be scored are left out. The
     loss takes log-probs at temperature 1. What it needs to know of a pair beside which is better comes from the
@@ -48,11 +48,13 @@ class OnlineDPO(Comparing):
             *self.learner.columns
         } - {*self.numbers(1.0)}:
             raise UserError(
-                f"--loss {config.loss} needs columns ({', '.join(sorted(lacking))}) that pairs of samples do not have"
+                f"--loss {config.loss} needs columns ({', '.join(sorted(lacking))}) that pairs of samples do "
+                "not have"
             )
         if config.label_temperature != 1.0 and not self.learner.columns:
             raise UserError(
-                f"--label-temperature has no effect: --loss {self.config.loss} takes nothing but which response is better"
+                f"--label-temperature has no effect: --loss {self.config.loss} takes nothing but which "
+                "response is better"
             )
 
     def make_learner(self) -> PreferenceMethod:
@@ -144,8 +146,8 @@ class OnlineDPO(Comparing):
 
 
 class XPO(OnlineDPO):
-    """Exploratory preference optimisation (Xie et al. 2024, arXiv 2405.21046): one response is the policy's, the other
-    the reference's; the loss of the pair, plus alpha log pi(the reference's)."""
+    """Exploratory preference optimisation (Xie et al. 2024, arXiv 2405.21046): one response is the policy's,
+    the other the reference's; the loss of the pair, plus alpha log pi(the reference's)."""
 
     name, samples_reference = "xpo", True
 

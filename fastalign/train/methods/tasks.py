@@ -1,4 +1,5 @@
-"""Several tasks in one run of preference pairs, each with a weight: fixed, by its share of the data, or group-robust."""
+"""Several tasks in one run of preference pairs, each with a weight: fixed, by its share of the data, or
+group-robust."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ KINDS = ("fixed", "proportional", "robust")
 
 
 class TaskWeights:
-    """The weights w_k of the tasks in L = sum over tasks k of w_k L_k, where L_k is the loss of the step's pairs of task
-    k alone. They add up to 1.
+    """The weights w_k of the tasks in L = sum over tasks k of w_k L_k, where L_k is the loss of the step's
+    pairs of task k alone. They add up to 1.
 
-    fixed: as `--task-weight` says, 1 for a task that it does not name. proportional: n_k^(1/T), n_k the number of
-    training pairs. robust: they begin as the fixed ones; after every step w_k <- w_k exp(eta L_k) / Z for the tasks
-    that it contained, Z such that their weights add up to what they did (Ramesh et al. 2024, arXiv 2405.20304; Sagawa
-    et al. 2020, arXiv 1911.08731).
+    fixed: as `--task-weight` says, 1 for a task that it does not name. proportional: n_k^(1/T), n_k the
+    number of training pairs. robust: they begin as the fixed ones; after every step w_k <- w_k exp(eta L_k) /
+    Z for the tasks that it contained, Z such that their weights add up to what they did (Ramesh et al. 2024,
+    arXiv 2405.20304; Sagawa et al. 2020, arXiv 1911.08731).
 
     Args:
         config: `task_weights`, one of KINDS; `task_weight`, `task_temperature`, `task_step`.

@@ -58,8 +58,8 @@ def score_head(model: torch.nn.Module) -> torch.nn.Module:
     return head
 
 
-# What is added to the scores: an entry of the model's configuration, since score heads have no bias. transformers keeps
-# it and adds nothing.
+# What is added to the scores: an entry of the model's configuration, since score heads have no bias.
+# transformers keeps it and adds nothing.
 SHIFT = "score_shift"
 
 

@@ -48,7 +48,8 @@ class Stored:
                     where = dict.fromkeys(file.keys(), single.name)
             else:
                 raise UserError(
-                    f"{self.what}: it holds neither {single.name} nor {index.name}; save_pretrained of transformers writes them"
+                    f"{self.what}: it holds neither {single.name} nor {index.name}; save_pretrained of "
+                    "transformers writes them"
                 )
             opened = {}
             for name in dict.fromkeys(where.values()):

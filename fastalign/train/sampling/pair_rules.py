@@ -64,9 +64,9 @@ def _all(choice: Choice) -> list[Pair]:
 
 
 def _rejection(choice: Choice) -> list[Pair]:
-    """Statistical rejection sampling (RSO, Liu et al. 2023, arXiv 2309.06657), then disjoint pairs in random order;
-    in a tournament (SLiC-HF, Zhao et al. 2023, arXiv 2305.10425) the better of each pair meets the next, until one
-    is left. Who has no opponent goes on without one."""
+    """Statistical rejection sampling (RSO, Liu et al. 2023, arXiv 2309.06657), then disjoint pairs in random
+    order; in a tournament (SLiC-HF, Zhao et al. 2023, arXiv 2305.10425) the better of each pair meets the
+    next, until one is left. Who has no opponent goes on without one."""
     kept = fastalign.rejection_sample(
         [choice.values[i] for i in choice.known], choice.num_samples, beta=choice.beta, seed=choice.seed
     )
@@ -118,7 +118,8 @@ def pick(
         ranking: of "rejection": first_round, floor(n / 2) disjoint pairs; tournament, up to n - 1.
 
     Raises:
-        ValueError: an unknown rule or ranking, a negative or NaN margin, numbers of scores and lengths that differ.
+        ValueError: an unknown rule or ranking, a negative or NaN margin, numbers of scores and lengths that
+            differ.
     """
     if rule not in PAIR_RULES:
         raise ValueError(f"rule {rule!r} is unknown; legal: {', '.join(PAIR_RULES)}")

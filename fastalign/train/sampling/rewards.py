@@ -137,14 +137,15 @@ class FunctionPreference(UserFunction):
         beyond = (found < 0) | (found > 1)
         if beyond.any():
             raise TrainingError(
-                f"{self.name} returned {float(found[beyond][0]):g}; legal: a probability from 0 to 1, None or NaN per pair"
+                f"{self.name} returned {float(found[beyond][0]):g}; legal: a probability from 0 to 1, None or "
+                "NaN per pair"
             )
         return found
 
     def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
-        """Scores [responses] with the differences that the comparisons of all pairs say: logit P(i better than j) =
-        score_i - score_j, exactly for two responses and in least squares for more. They add up to 0 per prompt. A
-        response that could not be compared with all the others of its prompt has none (NaN)."""
+        """Scores [responses] with the differences that the comparisons of all pairs say: logit P(i better
+        than j) = score_i - score_j, exactly for two responses and in least squares for more. They add up to 0
+        per prompt. A response that could not be compared with all the others of its prompt has none (NaN)."""
         n, k = len(rollouts) // self.count, self.count
         i, j = torch.triu_indices(k, k, offset=1)
         starts = k * torch.arange(n)[:, None]

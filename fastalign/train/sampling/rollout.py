@@ -125,8 +125,8 @@ class Sampler:
 
 
 class Mixture(transformers.LogitsProcessor):
-    """Makes the logits of a step of `generate` those of a geometric mixture: (1 - share) logits + share times those
-    of `model` on the same tokens. `lengths`: of the prompts, which are left-padded."""
+    """Makes the logits of a step of `generate` those of a geometric mixture: (1 - share) logits + share times
+    those of `model` on the same tokens. `lengths`: of the prompts, which are left-padded."""
 
     def __init__(self, model: torch.nn.Module, lengths: Sequence[int], share: float):
         self.model, self.share, self.cache = model, share, None
