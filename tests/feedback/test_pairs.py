@@ -158,3 +158,26 @@ def test_numbers_of_any_size_are_written_as_json(desk):
     assert desk("pairs", rows)[0] == 2
     assert desk("pairs", [{**rows[0], "scores": [1e300, 1]}], keep_scores=True)[0] == 0
     json.loads((desk.path / "out.jsonl").read_text(), parse_constant=pytest.fail)
+
+
+def test_unscored_pairs_are_those_that_follow_each_other(desk, capsys):
+    """For a judge that compares: the first with the second, the third with the fourth; the fifth is left over."""
+    code, lines = desk("pairs", [{"prompt": "p", "completions": list("abcde")}], rule="unscored")
+    assert code == 0 and lines == [
+        {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "c", "rejected": "d"},
+    ]  # fmt: skip
+    capsys.readouterr()
+    for row, flags, words in (
+        ({"completions": ["a", "a"]}, {}, "the same text"),
+        ({"completions": ["a"]}, {}, "fewer than two responses"),
+        (
+            {"completions": ["a", "b"], "scores": [1, 2]},
+            {},
+            "field 'scores': --rule unscored would not look at them",
+        ),
+        ({"completions": ["a", "b"]}, {"margin": 1}, "--margin goes with rules that look at scores only"),
+    ):
+        code, lines = desk(
+            "pairs", [{"prompt": "p", **row}], output=f"{len(words)}.jsonl", rule="unscored", **flags
+        )
+        assert code and not lines and words in "".join(capsys.readouterr()), words

@@ -2,6 +2,7 @@
 what is wrong with a recipe, in one line, before any work."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +182,7 @@ WRONG = {
     "INstages: [{name: a, do: dpo, data: $pairs, loss: dppo}]": "stages[0] (a): loss='dppo' is unknown",
     "INstages: [{name: a, do: dpo, data: $pairs, epochs: two}]": "epochs must be an integer",
     "INstages: [{name: a, do: kto, data: $pairs}]": "line 1: field 'completion': missing",
+    "INstages: [{name: a, do: dpo, data: $pairs, loss: rlaif_soft}]": "line 1: field 'soft_label': missing: the chosen method",
     "INstages: [{name: a, do: dpo, data: nowhere.jsonl}]": "cannot read the data file nowhere.jsonl",
     "INstages: [{name: a, do: dpo, data: $pairs, ref_model: nowhere}]": "ref_model: ",
     "INstages: [{name: a, do: select, data: $pairs, stop: 2}]": "--stop is 2: it must lie in [0, 1]",
@@ -193,6 +195,25 @@ WRONG = {
     "INdefaults: {bach_size: 2}\nstages: [{name: a, do: dpo, data: $pairs}]": "no training stage has a setting 'bach_size'",
     "inputs: [model, pairs, reward]\nstages: [{name: a, do: dpo, data: $pairs, loss: $reward}]": "the input reward is not given: --set reward=",
 }  # fmt: skip
+
+
+def test_other_data_are_no_continuation(write, inputs, tmp_path, capsys):
+    """The same name with other contents."""
+    path, pairs = write(STOPPING), tmp_path / "pairs.jsonl"
+    lines = Path(inputs["pairs"]).read_text().splitlines(keepends=True)
+    pairs.write_text("".join(lines))
+    again = [
+        str(path),
+        "--output",
+        str(tmp_path / "out"),
+        f"--set=pairs={pairs}",
+        f"--set=model={inputs['model']}",
+    ]
+    assert command.main([*again, "--no-progress"]) == 0 and command.main([*again, "--resume"]) == 0
+    pairs.write_text("".join(lines[:-1]))
+    capsys.readouterr()
+    assert command.main([*again, "--resume"]) == 2
+    assert "the data of stage round1-dpo are not what they were" in capsys.readouterr().err
 
 
 def test_what_lies_in_the_output_is_not_the_users(write, inputs, tmp_path, capsys):

@@ -11,9 +11,10 @@ import transformers
 from tiny import make_lists, make_responses, make_rows, write_jsonl
 
 from fastalign.cli import main as cli
-from fastalign.train import TrainConfig
+from fastalign.train import TrainConfig, TrainingError, UserError
 from fastalign.train.config import flag_of, parse_option
 from fastalign.train.methods import METHODS, of_kind
+from fastalign.train.program import answer
 
 
 @pytest.fixture
@@ -279,3 +280,17 @@ def test_unknown_commands(capsys):
     fails(capsys, [], "COMMAND")
     fails(capsys, ["train", "nonsense"], "nonsense", "dpo")
     fails(capsys, ["train"], "METHOD")
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [(UserError("no such\nfile"), 2), (TrainingError("the disk is full"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_how_commands_end(capsys, error, code):
+    def work():
+        raise error
+
+    assert answer("fastalign x", work, "--resume goes on") == code
+    err = capsys.readouterr().err
+    assert err.startswith("fastalign x: error: ") and err.count("\n") == 1
+    assert answer("fastalign x", lambda: 3, "") == 3 and not capsys.readouterr().err
