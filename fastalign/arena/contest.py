@@ -78,7 +78,7 @@ def run(config: ArenaConfig) -> dict[str, Any]:
 
     entries = check_entries(config)
     output = config.output_dir()
-    prepare(output, "arena")
+    prepare(output)
     cells = [
         Cell(entry, config.seed + i, beta)
         for i in range(config.number_of_seeds())

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from pathlib import Path
 
 from fastalign.cli.console import Parser, integer
-from fastalign.train.errors import TrainingError, UserError
+from fastalign.train.errors import UserError
+from fastalign.train.program import answer
 from fastalign.train.settings import MAX_SEED
 
 # Name -> (what it shows, its default number of optimizer steps). Each is a module of fastalign.arena.demos
@@ -53,28 +53,20 @@ def main(argv: list[str]) -> int:
         help="directory for curves.png, metrics.json and the models (default: ./fastalign-demo)",
     )
     arguments = parser.parse_args(argv)
-    try:
-        prepare(arguments.output, "demo")
+
+    def work() -> int:
+        prepare(arguments.output)
         demo = importlib.import_module(f"fastalign.arena.demos.{arguments.method}")
         demo.run(arguments.seed, arguments.steps or DEMOS[arguments.method][1], arguments.output)
-    except (UserError, TrainingError) as error:
-        print(f"fastalign demo: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+        return 0
+
+    return answer("fastalign demo", work, "the same command begins again")
 
 
-def prepare(output: Path, command: str) -> None:
+def prepare(output: Path) -> None:
     """What a command of the arena needs before its work: libraries, and a directory that can be written."""
-    try:
-        import matplotlib  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"the {command} needs transformers, tokenizers and matplotlib: pip install 'fastalign[train]' "
-            f"({error})"
-        ) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    import matplotlib  # noqa: F401  (now, not after the work)
+
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -30,12 +30,14 @@ COMMANDS = {
     "merge": ("merge models that started from the same one", "fastalign.train.merge_files"),
     "bench": ("measure the operations on this machine", "fastalign.bench"),
 }
+# The modules of the extra `train` of pyproject.toml.
+TRAIN_EXTRA = ("transformers", "safetensors", "tokenizers", "tqdm", "matplotlib", "jinja2", "yaml")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Everything after the command's name is the command's own. What
-    no command can answer for ends here in one line: a backend that cannot serve (2), an interruption (130), a
-    reader that went away (141)."""
+    no command can answer for ends here in one line: a backend that cannot serve or a package that is not
+    installed (2), an interruption (130), a reader that went away (141)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(
         prog="fastalign",
@@ -63,6 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         code = importlib.import_module(COMMANDS[command][1]).main(argv[1:])
         sys.stdout.flush()
         return code
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in TRAIN_EXTRA:
+            raise
+        print(
+            f"fastalign {command}: error: it needs {missing}, which is not installed: pip install 'fastalign[train]'",
+            file=sys.stderr,
+        )
+        return 2
     except BackendError as error:
         print(f"fastalign {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

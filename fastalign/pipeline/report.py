@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
 # What is drawn, each where at least one stage has it: title -> the first of these metrics that a record has.
 _PANELS = {
     "loss": ("loss",),
@@ -21,8 +23,6 @@ _PANELS = {
 
 def draw(title: str, records: Sequence[dict[str, Any]], path: Path) -> None:
     """Panels over the optimizer steps of all stages; a line begins where a stage does."""
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

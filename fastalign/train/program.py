@@ -13,7 +13,10 @@ def answer(command: str, work: Callable[[], int], interrupted: str) -> int:
     user's mistake, before any work (`UserError`); 130: interrupted, and `interrupted` says what comes
     next."""
     try:
-        _quiet(command)
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         return work()
     except UserError as error:
         message, code = str(error), 2
@@ -23,14 +26,3 @@ def answer(command: str, work: Callable[[], int], interrupted: str) -> int:
         message, code = f"interrupted; {interrupted}", 130
     print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _quiet(command: str) -> None:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"{command} needs transformers and tokenizers: pip install 'fastalign[train]' ({error})"
-        ) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

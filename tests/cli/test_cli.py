@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,44 @@ def test_every_command_has_help(capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0 and f"fastalign {command}" in capsys.readouterr().out
+
+
+WITHOUT_EXTRA = """
+import contextlib, io, sys
+from fastalign.cli import main as cli
+for name in cli.TRAIN_EXTRA:
+    sys.modules[name] = None
+commands = {"train": ["dpo", "--model", "m", "--data", "d", "--output", "o"], "run": ["dpo", "--output", "o"]}
+for command in sorted({*cli.COMMANDS} - {"info", "losses", "bench"}):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = cli.main([command, *commands.get(command, ())])
+    print(command, code, said.getvalue().strip().replace("\\n", " | "))
+"""
+
+
+def test_what_is_not_installed_is_one_line():
+    """Beside torch alone, without the extra `train`."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_EXTRA], capture_output=True, text=True, cwd=ROOT
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(cli.COMMANDS) - 3, done.stderr
+    for line in lines:
+        assert " 2 fastalign " in line and "pip install 'fastalign[train]'" in line and "|" not in line, line
+
+
+def test_another_import_that_fails_is_no_matter_of_the_extra(monkeypatch):
+    def broken(argv):
+        raise ModuleNotFoundError("No module named 'fastalign.nowhere'", name="fastalign.nowhere")
+
+    monkeypatch.setattr("fastalign.cli.info.main", broken)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["info"])
+
+
+def test_the_extra_is_that_of_the_package():
+    text = (ROOT / "pyproject.toml").read_text()
+    declared = re.search(r"^train = \[(.*)\]$", text, re.MULTILINE)[1]
+    names = {re.split("[>=]", name)[0] for name in re.findall(r'"([^"]+)"', declared)}
+    assert names == {name if name != "yaml" else "pyyaml" for name in cli.TRAIN_EXTRA}
