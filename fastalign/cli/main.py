@@ -28,6 +28,7 @@ COMMANDS = {
     "pairs": ("preference pairs from scored responses", "fastalign.feedback.pairs"),
     "critique": ("criticise and revise responses under a constitution", "fastalign.feedback.critique"),
     "merge": ("merge models that started from the same one", "fastalign.train.merge_files"),
+    "adapters": ("other trainers: what of theirs fastalign takes the place of", "fastalign.adapters.command"),
     "bench": ("measure the operations on this machine", "fastalign.bench"),
 }
 # The modules of the extra `train` of pyproject.toml.

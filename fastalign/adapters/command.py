@@ -1,0 +1,35 @@
+"""`fastalign adapters`: which trainers are installed, in which version, and what ours would take the place of."""
+
+from __future__ import annotations
+
+from fastalign import adapters
+from fastalign.adapters.common import Adapter
+from fastalign.cli.console import Parser
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(
+        prog="fastalign adapters", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False
+    )
+    parser.add_argument(
+        "trainer", nargs="*", choices=[*adapters.NAMES, []], metavar="TRAINER",
+        help=f"only these; default: all; legal: {', '.join(adapters.NAMES)}",
+    )  # fmt: skip
+    for name in parser.parse_args(argv).trainer or adapters.NAMES:
+        print("\n".join(describe(adapters.adapter(name))))
+    return 0
+
+
+def describe(adapter: Adapter) -> list[str]:
+    """A trainer in a few lines."""
+    version = adapter.installed()
+    if version is None:
+        state = "not installed"
+    else:
+        state = f"{version} installed" + ("" if adapter.tested(version) else ", not tested")
+    lines = [f"{adapter.trainer}: {state}; tested: {adapter.distribution} {adapter.versions}"]
+    lines += [
+        f"  {seam.where.replace(':', '.')} <- {seam.by.replace(':', '.')}: {seam.changes}"
+        for seam in adapter.seams
+    ]
+    return [*lines, *(f"  {text}" for text in adapter.registers)]
