@@ -10,7 +10,7 @@ from fastalign.adapters.common import Adapter, AdapterError, Report, Seam
 __all__ = ["NAMES", "Adapter", "AdapterError", "Report", "Seam", "adapter", "patch", "unpatch"]
 
 # Trainer -> the module whose ADAPTER is its table.
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {"trl": "fastalign.adapters.trl"}
 
 
 def adapter(trainer: str) -> Adapter:

@@ -1,0 +1,136 @@
+"""What takes the place of TRL's fused head, whose trainers call it by `ChunkedLogProbFunction.apply`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastalign
+from fastalign.runtime.checks import check_choice
+
+# TRL's name of an optional output -> ours.
+OUTPUTS = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+}
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class ChunkedLogProb:
+    """`fastalign.linear_token_stats`, called as TRL calls its autograd function."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Sequence[str] = tuple(OUTPUTS),
+    ) -> tuple[Tensor | None, ...]:
+        """Statistics of softmax(z), z = cap(logit_scale * (hidden weight^T + bias)) / temperature.
+
+        Args:
+            hidden: [N, H]; weight: [V, H]; bias: [V]; targets: [N].
+            chunk_size: without effect: the tiles are ours.
+            outputs: of OUTPUTS; "log_probs" is always there.
+
+        Returns:
+            (log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1): [N] fp32, is_top1 bool; None: not
+            asked for. The first two are differentiable.
+        """
+        check_head("lm_head.weight", weight)
+        for name in outputs:
+            check_choice("outputs", name, ("log_probs", *OUTPUTS))
+        wanted = [name for name in OUTPUTS if name in outputs]
+        autocast = multiplied_as(hidden, weight)
+
+        def rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+            with autocast():
+                stats = fastalign.linear_token_stats(
+                    hidden, weight, targets, bias=bias, outputs=("logprob", *(OUTPUTS[n] for n in wanted)),
+                    temperature=temperature, softcap=final_logit_softcapping, logit_scale=logit_scale,
+                )  # fmt: skip
+            return (stats.logprob.float(), *(getattr(stats, OUTPUTS[n]).float() for n in wanted))
+
+        differentiable = 2 if "entropy" in wanted else 1
+        logprobs, *others = head_rows(rows, differentiable, hidden, weight, bias)
+        found = dict(zip(wanted, others))
+        top = found.get("is_top1")
+        return (
+            logprobs,
+            found.get("entropy"),
+            found.get("log_sum_sq_probs"),
+            found.get("mean_logits"),
+            None if top is None else top == 1,
+        )
+
+
+def check_head(name: str, weight: Tensor) -> None:
+    """Refuse numbers that are not the head's own: TRL would multiply the codes of a quantised one."""
+    if weight.dtype not in (torch.float32, torch.float64, *_HALF):
+        raise TypeError(
+            f"{name} is {weight.dtype}, of a quantised head; legal: float32, bfloat16, float16, float64. "
+            "Leave lm_head out of the quantisation"
+        )
+
+
+def multiplied_as(hidden: Tensor, weight: Tensor) -> Callable[[], Any]:
+    """The context in which hidden and weight are multiplied in TRL's type, autocast's or that of hidden, now
+    or in backward."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif hidden.dtype in _HALF and weight.dtype != hidden.dtype:
+        dtype = hidden.dtype
+    else:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device, dtype=dtype)
+
+
+Rows = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, ...]"]
+
+
+def head_rows(
+    rows: Rows, differentiable: int, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """rows(hidden, weight, bias), also where ZeRO-3 takes the weight away between forward and backward.
+    differentiable: how many of the results are, the first ones."""
+    if hasattr(weight, "ds_status"):
+        return RegatheredHead.apply(rows, differentiable, hidden, weight, bias)
+    return rows(hidden, weight, bias)
+
+
+class RegatheredHead(torch.autograd.Function):
+    """The caller has gathered the head for forward. In backward it is gathered once more, and the rows are
+    computed again, as TRL's own function does."""
+
+    @staticmethod
+    def forward(ctx, rows, differentiable, hidden, weight, bias):
+        ctx.rows = rows
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.set_materialize_grads(False)
+        results = rows(hidden, weight, bias)
+        ctx.mark_non_differentiable(*results[differentiable:])
+        return results
+
+    @staticmethod
+    def backward(ctx, *grads):
+        from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        with maybe_gather_lm_head_ctx(*saved[1:]), torch.enable_grad():
+            given = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(saved, needs)]
+            ends = [(y, g) for y, g in zip(ctx.rows(*given), grads) if g is not None]
+            leaves = [x for x, need in zip(given, needs) if need]
+            found = iter(torch.autograd.grad(*zip(*ends), leaves) if ends else [None] * len(leaves))
+        return (None, None, *(next(found) if need else None for need in needs))
