@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from fastalign.runtime import as_command, ffi
+from fastalign.runtime.identity import PACKAGE
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def usual_order(device_type: str) -> tuple[str, ...]:
 def standard_kernels(op: str, function: str) -> dict[str, str]:
     """The kernels of an op by the house layout: ops/<op>/{reference,native,triton}.py, one function name."""
     return {
-        name: row.kernel.format(op=f"fastalign.ops.{op}", function=function) for name, row in _ROWS.items()
+        name: row.kernel.format(op=f"{PACKAGE}.ops.{op}", function=function) for name, row in _ROWS.items()
     }
 
 

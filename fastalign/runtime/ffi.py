@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 
+from fastalign.runtime.identity import NO_EXTENSION, PACKAGE
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
+_extension: Any = None
+_extension_error = NO_EXTENSION
 try:
-    _extension: Any = importlib.import_module("fastalign._C")
-    _extension_error = ""
-    _extension_has_cuda = bool(_extension.build_info()["cuda"])
+    if not NO_EXTENSION:
+        _extension = importlib.import_module(f"{PACKAGE}._C")
+        _extension_has_cuda = bool(_extension.build_info()["cuda"])
 except ImportError as error:
-    _extension = None
     _extension_error = f"the compiled extension fastalign._C is not there ({error}); build it with `pip install .` from the sources"
 
 MIN_TRITON = (3, 3)  # the oldest that the kernels are compiled with in the tests; pyproject.toml names it too
@@ -103,8 +106,9 @@ def missing_backends(*, of_use: bool = False) -> list[str]:
     """One sentence per backend that this installation lacks altogether (not: that this machine has no device
     for). of_use: not those that this torch could not use either, as Triton where torch is built without a
     GPU."""
-    for_gpu = torch.version.cuda or torch.version.hip or not of_use
-    return [error for error in (_extension_error, _triton_error if for_gpu else "") if error]
+    for_gpu = torch.version.cuda or torch.version.hip or not (of_use or NO_EXTENSION)
+    missing = ("" if NO_EXTENSION else _extension_error, _triton_error if for_gpu else "")
+    return [error for error in missing if error]
 
 
 def build_info() -> dict[str, Any]:

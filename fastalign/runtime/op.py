@@ -18,12 +18,13 @@ import torch
 from fastalign.runtime import backends, ffi, layout
 from fastalign.runtime.arguments import Declaration
 from fastalign.runtime.backends import BACKENDS, BackendError, forced, standard_kernels
+from fastalign.runtime.identity import NAMESPACE, add_op_namespace_prefix
 
 # True: also check the values of CUDA tensors (labels, cu_seqlens, pairs) before every op, at the price of a
 # device synchronisation.
 _debug_checks = False
 
-_library = torch.library.Library("fastalign", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 OPS: dict[str, Op] = {}
 PUBLIC: dict[str, str] = {}  # public functions and the op that they call first
 PLANS: dict[
@@ -96,12 +97,13 @@ class Op:
         self.declaration = Declaration(self.arguments, self.writes)
         _library.define(f"{self.name}({self.declaration.schema}) -> {self.results}")
         _library.impl(self.name, self._run_raw, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastalign::{self.name}", self._fake_raw, lib=_library)
-        self.overload = getattr(torch.ops.fastalign, self.name).default
+        full_name = add_op_namespace_prefix(self.name)
+        torch.library.register_fake(full_name, self._fake_raw, lib=_library)
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._names = [leaf.name for leaf in self.declaration.leaves]
         self._entries = layout.parse(self.declaration.layout, self._names, (self.writes,))
         if not self.writes:
-            torch.library.register_autograd(f"fastalign::{self.name}", self._no_derivative, lib=_library)
+            torch.library.register_autograd(full_name, self._no_derivative, lib=_library)
         self.kernels = standard_kernels(self.folder, self.name)
         OPS[self.name] = self
         PUBLIC.update(dict.fromkeys(self.public, self.name))
@@ -120,7 +122,7 @@ class Op:
         """The derivatives are those of the public functions; a graph that holds the bare op would lose them
         without a word."""
         raise RuntimeError(
-            f"torch.ops.fastalign.{self.name} has no derivative by itself: differentiate fastalign's "
+            f"torch.ops.{NAMESPACE}.{self.name} has no derivative by itself: differentiate fastalign's "
             "functions, not their ops. A program of "
             "torch.export holds the ops and is for inference; torch.compile is for training"
         )
@@ -155,7 +157,7 @@ class Op:
             f"  {backend}: {self.why_not(backend, tensor, a)}" for backend in self.tried(tensor.device.type)
         ]
         raise BackendError(
-            f"fastalign::{self.name} has no backend for {tensor.dtype} on {tensor.device}:\n"
+            f"{add_op_namespace_prefix(self.name)} has no backend for {tensor.dtype} on {tensor.device}:\n"
             + "\n".join(reasons)
         )
 
@@ -236,6 +238,6 @@ def explain(op: str, *args: Any, **options: Any) -> str:
         lines.append(f"  {backend:<10}{why or 'able, but a faster one comes first'}")
     return (
         plan
-        + f"fastalign::{name} on {tensor.device}, {tensor.dtype}: {chosen or 'no backend'}\n"
+        + f"{add_op_namespace_prefix(name)} on {tensor.device}, {tensor.dtype}: {chosen or 'no backend'}\n"
         + "\n".join(lines)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastalign.ops.columns import MOMENTS, POLICY_TILE, STATS, VALUE_MOMENTS, VALUE_STATS
-from fastalign.ops.policy.params import SCALAR_COUNT
+from fastalign.ops.policy.params import SCALAR_COUNT, nothing
 from fastalign.runtime import ffi
 
 
@@ -15,12 +15,6 @@ def _scratch(backend, like, cu_seqlens, width):
     if backend == "cpu":
         return sequences, None, None
     return sequences, ffi.empty((segments, width), like.dtype, like.device), ffi.counter(like)
-
-
-def nothing(stats):
-    """Statistics of no tokens: the number of items, first, is 1."""
-    stats.zero_()[:1].fill_(1.0)
-    return stats
 
 
 def policy_fwd(backend, a):

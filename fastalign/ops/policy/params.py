@@ -1,9 +1,11 @@
-"""What the policy kernel is told by number: a preset\'s numbers in order. The codes among them:
-ops/columns.py."""
+"""What the policy kernel is told by number: a preset's numbers in order. The codes among them:
+ops/columns.py. And what all kernels give where there are no tokens."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class PolicyParams(NamedTuple):
@@ -37,3 +39,9 @@ class PolicyParams(NamedTuple):
 
 
 SCALAR_COUNT = PolicyParams._fields.index("surrogate")
+
+
+def nothing(stats: Tensor) -> Tensor:
+    """Statistics of no tokens: the number of items, first, is 1."""
+    stats.zero_()[:1].fill_(1.0)
+    return stats

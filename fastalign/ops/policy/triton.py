@@ -30,8 +30,7 @@ from fastalign.ops.math.policy import (
 from fastalign.ops.math.scalar import div, exp, is_finite, times_slope
 from fastalign.ops.math.segment import scored_tokens
 from fastalign.ops.policy import triton_value
-from fastalign.ops.policy.native import nothing
-from fastalign.ops.policy.params import SCALAR_COUNT
+from fastalign.ops.policy.params import SCALAR_COUNT, nothing
 from fastalign.ops.policy.triton_sums import (
     BLOCK,
     ROWS,

@@ -16,7 +16,7 @@ from fastalign.ops.math.moments import push_moments
 from fastalign.ops.math.policy import token_divisor, value_error
 from fastalign.ops.math.scalar import div, is_finite
 from fastalign.ops.math.segment import scored_tokens
-from fastalign.ops.policy.native import nothing
+from fastalign.ops.policy.params import nothing
 from fastalign.ops.policy.triton_sums import (
     BLOCK,
     ROWS,
