@@ -143,7 +143,7 @@ def test_pointers_and_the_extension_are_in_one_place():
         text = path.read_text()
         if layer(path) != "runtime/ffi.py":
             assert ".data_ptr(" not in text and "fastalign._C" not in imports(path), layer(path)
-            assert '{PACKAGE}._C' not in text and 'import_module("fastalign._C' not in text, layer(path)
+            assert "{PACKAGE}._C" not in text and 'import_module("fastalign._C' not in text, layer(path)
 
 
 def test_kernels_hold_no_torch_and_pybind_is_in_one_file():
