@@ -9,7 +9,7 @@ from fastalign.train.config import add_arguments, from_arguments
 from fastalign.train.program import answer
 
 GROUPS = {
-    "what is run": ("method", "quick", "full", "seeds", "seed", "output", "progress"),
+    "what is run": ("method", "quick", "full", "seeds", "seed", "workers", "output", "progress"),
     "labels and verdict": ("label_noise", "kl_bound"),
     "budget and sizes": (
         "steps", "responses_per_step", "per_prompt", "max_new_tokens", "judged", "sft_steps", "hidden", "layers", "heads",

@@ -13,8 +13,9 @@ REINFORCE++, whose steps are one update. docs/arena.md says what was seen."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastalign.train.methods import METHODS
 from fastalign.train.online_config import OnlineConfig
@@ -37,10 +38,10 @@ FAMILIES: Mapping[str, str] = {
 class Stage:
     """One run of `fastalign train`. `settings`: of its configuration, besides those the arena gives every
     method. `share`: of the budget. `fresh`: its data are sampled from the policy as it is, not from the SFT
-    model. `from_sft`: it trains the SFT model, not the policy of the stage before; `held_to_sft`: its
-    reference is the SFT model, not the policy it starts from. `gives`: what it trains is no policy but the
-    next stage's setting of this name. `scored`: of an online method, responses that are scored for each that is
-    learnt from."""
+    model. `judges_itself`: its data are labelled by the policy. `from_sft`: it trains the SFT model, not the
+    policy of the stage before; `held_to_sft`: its reference is the SFT model, not the policy it starts from.
+    `gives`: what it trains is no policy but the next stage's setting of this name. `scored`: of an online
+    method, responses that are scored for each that is learnt from."""
 
     method: str
     loss: str | None = None
@@ -54,6 +55,7 @@ class Stage:
     from_sft: bool = False
     held_to_sft: bool = False
     gives: str = ""
+    judges_itself: bool = False
     scored: int = 1
 
     @property
@@ -72,7 +74,7 @@ class Stage:
 class Entry:
     """A method in the arena. `shown`: in table and picture. `beta`: its coefficient, None: it has none.
     `expected`: why it need not raise the gold reward here, said where it does not. `recipe`: the shipped recipe
-    that has its paper, where no row of a table has it."""
+    that has its paper, where no row of a table has it. `merge`: how the policies of its stages are merged into one (options of `merge_weights`)."""
 
     name: str
     shown: str
@@ -83,9 +85,27 @@ class Entry:
     expected: str = ""
     recipe: str = ""
     note: str = ""
+    merge: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def betas(self, frontier: bool) -> tuple[float | None, ...]:
         return self.grid if frontier and self.grid else (self.beta,)
+
+
+class Cell(NamedTuple):
+    """An entry at one coefficient from one seed."""
+
+    entry: Entry
+    seed: int
+    beta: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry.name}-seed{self.seed}" + ("" if self.beta is None else f"-{self.beta:g}")
+
+    def definition(self) -> Any:
+        """What the numbers come from besides the arena's settings, as it stands in a file."""
+        stages = [dataclasses.asdict(stage) for stage in self.entry.stages]
+        return json.loads(json.dumps({"stages": stages, "merge": dict(self.entry.merge)}))
 
 
 _GRID = (0.2, 0.5, 1.0)  # of losses that sum over tokens
@@ -177,9 +197,39 @@ def _rows() -> list[Entry]:
               0.5, _GRID),
         Entry("sppo", "SPPO, iterated", stages,
               (Stage("dpo", "sppo", "soft_pairs", **half), Stage("dpo", "sppo", "soft_pairs", fresh=True, **half)), **_STOPS),
+        Entry("gpo_global", "group-robust DPO", stages,
+              (Stage("dpo", "dpo", "pairs", settings={"task_weights": "robust", "task_step": 0.1}),), 0.5, _GRID, recipe="gpo_global",
+              note="The tasks are three kinds of product, unequal in number; the one of the largest loss gains weight."),
+        Entry("dno_prct", "DNO-Prct", stages,
+              (Stage("dpo", "dno_prct", "best_worst", **half), Stage("dpo", "dno_prct", "best_worst", fresh=True, **half)), **_STOPS),
+        Entry("self_rewarding", "self-rewarding", stages,
+              (Stage("dpo", "self_rewarding", "pairs", **half),
+               Stage("dpo", "self_rewarding", "best_worst", fresh=True, judges_itself=True, **half)), 0.5, _GRID,
+              recipe="self_rewarding",
+              note="The annotator labels the first half only. A model of letters cannot be asked for a verdict, so the policy rates its own responses "
+                   "by its implicit reward (Chen et al. 2024, arXiv 2406.09760)."),
+        Entry("best_of_n", "SFT on the best", stages, (Stage("sft", "sft", "best", knob="", rate=1e-3),), recipe="sft",
+              note="Best-of-n distillation: of four responses to a prompt the best is imitated."),
+        Entry("paft", "PAFT", stages,
+              (Stage("sft", "sft", "best", settings={"l1_coef": 0.1}, from_sft=True, knob="", rate=1e-3, **half),
+               Stage("dpo", "dpo", "pairs", from_sft=True, **half)), 0.2, (0.1, 0.2, 0.5), recipe="paft",
+              merge={"method": "ties", "density": 0.5},
+              note="Both halves start from the SFT model, and what they learn is merged by TIES."),
         Entry("rm_ppo", "reward model, PPO", stages,
               (Stage("reward", "bt_rm", "pairs", from_sft=True, gives="reward_model", knob="", rate=1e-3), Stage("ppo", from_sft=True, **ppo)),
               0.05, (0.02, 0.05, 0.1), note="All labels train the reward model, which scores PPO's samples in the annotator's place."),
+        Entry("rlaif_distilled", "RLAIF, distilled", stages,
+              (Stage("reward", "bt_rm", "soft_pairs", from_sft=True, gives="reward_model", knob="", rate=1e-3), Stage("ppo", from_sft=True, **ppo)),
+              0.05, (0.02, 0.05, 0.1), recipe="rlaif_distilled",
+              note="The reward model learns from soft labels, as a judge gives them; so does Constitutional AI's."),
+        Entry("instructgpt", "InstructGPT", stages,
+              (Stage("reward", "kwise_rm", "lists", from_sft=True, gives="reward_model", knob="", rate=1e-3),
+               Stage("ppo", settings={"ptx_coef": 0.1}, from_sft=True, **ppo)), 0.05, (0.02, 0.05, 0.1), recipe="instructgpt"),
+        Entry("anthropic_hh", "Anthropic HH, iterated", stages,
+              (Stage("reward", "bt_rm", "pairs", from_sft=True, gives="reward_model", knob="", rate=1e-3, **half), Stage("ppo", from_sft=True, **ppo, **half),
+               Stage("reward", "bt_rm", "pairs", fresh=True, from_sft=True, gives="reward_model", knob="", rate=1e-3, **half),
+               Stage("ppo", held_to_sft=True, **ppo, **half)), 0.05, (0.02, 0.05, 0.1), recipe="anthropic_hh",
+              note="The second reward model is trained on comparisons of the first policy's samples."),
         Entry("rto", "RTO", stages,
               (Stage("dpo", "dpo", "pairs", options={"beta": 0.5}, knob="", gives="dpo_model", **half),
                Stage("ppo", settings={"preset": "rto"}, from_sft=True, **ppo, **half)), 0.03, (0.01, 0.03, 0.1),
@@ -193,6 +243,8 @@ def _rows() -> list[Entry]:
         _online("rloo", "RLOO", **_KL),
         _online("reinforce_pp", "REINFORCE++", **_KL, rate=1e-3),
         _online("online_dpo", "online DPO (OAIF)", loss="online_dpo", beta=0.1, grid=_STOPS["grid"]),
+        _online("dno", "DNO", method="online_dpo", loss="dno", beta=0.1, grid=_STOPS["grid"],
+                settings={"label_temperature": 0.2, "ref_update_every": 10, "ref_mix": 1.0}),
         _online("xpo", "XPO", beta=0.1, grid=_STOPS["grid"]),
         _online("nash_md", "Nash-MD", settings={"label_temperature": 0.2}, scored=2, **_KL),
         _online("online_ipo", "online IPO", method="online_dpo", loss="ipo", **tau),

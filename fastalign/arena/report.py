@@ -13,7 +13,7 @@ from typing import Any
 
 from fastalign import losses
 from fastalign.arena import picture
-from fastalign.arena.contest import mean_and_error
+from fastalign.arena.cell import mean_and_error
 from fastalign.arena.demos.common import GOLD_REWARD, machine
 from fastalign.arena.entries import ENTRIES, FAMILIES, Entry, Stage
 from fastalign.arena.labels import FORMS

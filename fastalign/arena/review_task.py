@@ -26,6 +26,12 @@ from fastalign.train.data.tokenise import ExampleTokenizer, TokenExample, token_
 from fastalign.train.models.causal import PackedCausalLM
 
 PRODUCTS = ("kettle", "lamp", "chair", "phone", "radio", "clock", "mug", "bag", "desk", "fan", "pen", "watch")
+# The kinds of product, unequal in number: the tasks of methods that weigh tasks.
+KINDS = {
+    "carried": ("bag", "watch", "pen"),
+    "kitchen": ("kettle", "mug"),
+    "room": ("lamp", "chair", "phone", "radio", "clock", "desk", "fan"),
+}
 PARTS = ("handle", "base", "cover", "finish", "button", "edge")
 POSITIVE = ("great", "lovely", "sturdy", "quiet", "pretty", "smooth", "clever", "solid")
 NEGATIVE = ("awful", "ugly", "flimsy", "noisy", "dirty", "clumsy", "broken", "dull")
@@ -77,6 +83,13 @@ def make_prompts(count: int, seed: int) -> list[str]:
     """Prompts, drawn independently."""
     draw = random.Random(seed)
     return [f"review of the {draw.choice(PRODUCTS)}:" for _ in range(count)]
+
+
+def kind(prompt: str) -> str:
+    """The kind of product that a prompt asks for."""
+    return next(
+        name for name, products in KINDS.items() if any(f" {product}:" in prompt for product in products)
+    )
 
 
 def make_reviews(count: int, seed: int) -> list[Example]:

@@ -17,7 +17,7 @@ from fastalign.train.online_config import OnlineConfig
 from fastalign.train.settings import MAX_SEED, NOT_BELOW_0, POSITIVE, Bound, Settings, setting
 
 # Responses to a prompt that one example of the data has.
-_PER_EXAMPLE = {"pairs": 2, "soft_pairs": 2, "rso_pairs": 2, "labels": 1, "scores": 1}
+_PER_EXAMPLE = {"pairs": 2, "soft_pairs": 2, "rso_pairs": 2, "best_worst": 2, "labels": 1, "scores": 1}
 _HALF = Bound("lie in [0, 0.5)", lambda x: 0 <= x < 0.5)
 _SEED = Bound(f"lie in [0, {MAX_SEED // 1000 - 100}]", lambda x: 0 <= x <= MAX_SEED // 1000 - 100)
 _FEW = Bound("lie in [1, 100]", lambda x: 1 <= x <= 100)
@@ -59,6 +59,10 @@ class ArenaConfig(Settings):
     layers: int = setting(2, "its layers", POSITIVE)
     heads: int = setting(4, "its attention heads", POSITIVE)
     max_new_tokens: int = setting(72, "longest response of online methods in tokens", POSITIVE, NOT_BELOW_0)
+    workers: int | None = setting(
+        None, "methods that are trained at once, each on one thread, which changes no number; default: one per core",
+        POSITIVE,
+    )  # fmt: skip
     progress: bool = setting(True, "show a progress bar on a terminal")
 
     def __post_init__(self) -> None:
@@ -86,7 +90,7 @@ class ArenaConfig(Settings):
 
     def numbers(self) -> dict[str, Any]:
         """The settings that a cell's numbers depend on."""
-        free = {"output", "method", "quick", "full", "seeds", "seed", "kl_bound", "progress"}
+        free = {"output", "method", "quick", "full", "seeds", "seed", "kl_bound", "workers", "progress"}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in free}
 
 

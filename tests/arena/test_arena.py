@@ -6,14 +6,16 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from fastalign.arena import contest, labels, review_task
-from fastalign.arena.entries import ENTRIES, FAMILIES, Stage
-from fastalign.arena.labels import FORMS, Annotator
+from fastalign.arena import cell, contest, labels, review_task, workers
+from fastalign.arena.cell import make_examples
+from fastalign.arena.entries import ENTRIES, FAMILIES, Cell, Stage
+from fastalign.arena.labels import Annotator, OwnJudge
 from fastalign.arena.review_task import Sample
 from fastalign.arena.settings import ArenaConfig, check_entries, stage_config
 from fastalign.cli import main as cli
-from fastalign.train.errors import TrainingError, UserError
+from fastalign.train.errors import DataError, TrainingError, UserError
 from fastalign.train.methods import METHODS, make_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +26,7 @@ METHODS_RUN = ("dpo", "rto", "online_dpo")
 def config(tmp_path_factory):
     return ArenaConfig(
         output=str(tmp_path_factory.mktemp("arena")), method=METHODS_RUN, steps=2, responses_per_step=16, judged=8, sft_steps=60,
-        hidden=32, layers=1, heads=2, max_new_tokens=12, progress=False,
+        hidden=32, layers=1, heads=2, max_new_tokens=12, workers=1, progress=False,
     )  # fmt: skip
 
 
@@ -65,7 +67,9 @@ def test_a_second_call_runs_what_is_missing_only(config, results, monkeypatch, c
         json.loads(text)
         for text in (before["rto-seed0-0.03.json"], (cells / "rto-seed0-0.03.json").read_text())
     ]
-    assert same[0] | {"seconds": 0} == same[1] | {"seconds": 0}  # from the seed alone
+    for times in ("seconds", "core_seconds"):
+        assert all(each.pop(times) > 0 for each in same)
+    assert same[0] == same[1]  # from the seed alone
     assert len(again["methods"]) == len(METHODS_RUN)
 
     dpo = ENTRIES["dpo"]
@@ -83,14 +87,14 @@ def test_another_arena_is_refused(config, results):
 
 
 def test_a_method_that_breaks_off_is_said_and_the_others_go_on(config, results, monkeypatch, capsys):
-    run_stage = contest.run_stage
+    run_stage = cell.run_stage
 
     def fail(*arguments):
         if arguments[2].entry.name == "orpo":
             raise TrainingError("the loss is not finite")
         return run_stage(*arguments)
 
-    monkeypatch.setattr(contest, "run_stage", fail)
+    monkeypatch.setattr(cell, "run_stage", fail)
     found = contest.run(dataclasses.replace(config, method=("orpo", "dpo")))
     assert found["broken"] == {"orpo-seed0-1": "the loss is not finite"}
     assert [row["verdict"] for row in found["methods"] if row["name"] == "orpo"] == ["broke off"]
@@ -100,7 +104,10 @@ def test_a_method_that_breaks_off_is_said_and_the_others_go_on(config, results, 
 
 def test_methods_of_the_same_loss_and_data_have_the_same_labels(config, results):
     found = contest.run(dataclasses.replace(config, method=("dpo", "gpo_logistic")))
-    one, other = ({k: v for k, v in cell.items() if k not in ("entry", "seconds")} for cell in found["cells"])
+    one, other = (
+        {k: v for k, v in cell.items() if k not in ("entry", "seconds", "core_seconds")}
+        for cell in found["cells"]
+    )
     assert one == other
 
 
@@ -126,6 +133,13 @@ def test_entries_are_whole(name):
         assert not stage.knob or len({str(value) for value in values}) == len(values)
 
 
+class Words:
+    """A tokenizer as far as the tasks ask one."""
+
+    def decode(self, prompt):
+        return "review of the mug:"
+
+
 @pytest.mark.parametrize(
     "name", [name for name, entry in ENTRIES.items() if any(s.data for s in entry.stages)]
 )
@@ -135,11 +149,12 @@ def test_the_data_of_an_entry_are_its_methods(name):
         if stage.data:
             made = stage_config(ArenaConfig(), stage, ENTRIES[name].beta, 0, "out", "sft", {})
             method = make_method(stage.method, made)
-            examples = FORMS[stage.data][0](groups, Annotator(0.1, "0", [0.0, 0.5, 1.0]))
+            examples = make_examples(stage, made, groups, Annotator(0.1, "0", [0.0, 0.5, 1.0]), Words())
             for i, example in enumerate(examples):
                 method.format.check_values(str(i), example.values, examples[0].values)
             method.read(examples, [])
-            used = made.batch_size * len(examples[0].completions)
+            of_each = ArenaConfig().per_prompt if stage.data == "best" else len(examples[0].completions)
+            used = made.batch_size * of_each  # the best alone is learnt from, all are labelled
             assert used == ArenaConfig().responses_per_step
 
 
@@ -183,6 +198,96 @@ def test_rejection_sampling_keeps_better_responses():
     assert sum(map(sum, kept)) / (2 * len(kept)) > sum(mean) / len(mean)
 
 
+def test_the_best_and_the_worst_of_a_group_by_any_judge():
+    class Lengths:
+        def rate(self, samples):
+            return [len(s.text) for s in samples]
+
+    short, middle, long = (sample(text) for text in (" a.", " it is.", " it is great."))
+    groups = [[middle, long, short], [short, short]]
+    (made,) = labels.best_worst(groups, Lengths())  # the second group is rated alike
+    assert [side.tolist() for side in made.completions] == [long.completion, short.completion]
+    assert [each.completions[0].tolist() for each in labels.best(groups, Lengths())] == [
+        long.completion, short.completion,
+    ]  # fmt: skip
+
+
+def test_a_policy_rates_by_its_implicit_reward(config, results):
+    start = cell.open_start(config.output_dir(), 0)
+    policy = start.copy()
+    assert OwnJudge(policy, start.sft).rate([GOOD, BAD]) == [0.0, 0.0]
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    rated = OwnJudge(policy, start.sft).rate([GOOD, BAD])
+    for one, value in zip((GOOD, BAD), rated):
+        ids = torch.tensor([one.prompt + one.completion])
+        with torch.no_grad():
+            truth = [
+                model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(one.prompt) - 1 :].sum()
+                for model in (policy, start.sft)
+            ]  # fmt: skip
+        assert value == pytest.approx(float(truth[0] - truth[1]), abs=1e-3) and value != 0
+
+
+def test_parts_from_the_same_start_are_merged(config, results, monkeypatch):
+    """Linear, of two parts that are the same run: what the run alone gives."""
+    start = cell.open_start(config.output_dir(), 0)
+    stage = dataclasses.replace(ENTRIES["dpo"].stages[0], from_sft=True)
+    one = dataclasses.replace(ENTRIES["dpo"], stages=(stage,))
+    two = dataclasses.replace(one, stages=(stage, stage), merge={"method": "linear"})
+    trained = []
+    monkeypatch.setattr(
+        cell, "judge", lambda policy, *a: trained.append(policy) or {"rewards": start.judged["rewards"]}
+    )
+    monkeypatch.setattr(cell, "Annotator", lambda noise, seed, scores: Annotator(0.0, seed, scores))
+    for entry in (one, two):
+        cell.run_cell(config, start, Cell(entry, 0, 0.5), config.output_dir() / "work")
+    for a, b, s in zip(*(model.parameters() for model in (*trained, start.sft))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+        assert not torch.equal(a, s)
+
+
+def test_reward_models_labels_are_a_part_of_the_budget(config, results, monkeypatch):
+    start = cell.open_start(config.output_dir(), 0)
+    seen = []
+    monkeypatch.setattr(
+        cell, "run_stage", lambda *a: seen.append((a[3].method, len(a[5]), a[5] == start.groups)) or 0
+    )
+    monkeypatch.setattr(cell, "sample_groups", lambda *a: [None] * len(a[2]))
+    cell.run_cell(config, start, Cell(ENTRIES["anthropic_hh"], 0, 0.05), config.output_dir() / "work")
+    half = len(start.groups) // 2
+    assert seen == [("reward", half, False), ("ppo", 0, False)] * 2
+
+
+# --- side by side -------------------------------------------------------------------------------------------
+
+
+def test_cells_run_in_processes_give_the_same_files(config, results, tmp_path, capfd):
+    config = dataclasses.replace(config, output=str(tmp_path), method=("dpo", "orpo"), workers=2)
+    found = {cell["entry"]: cell for cell in contest.run(config)["cells"]}
+    here = {cell["entry"]: cell for cell in results["cells"]}
+    times = {"seconds": 0, "core_seconds": 0}
+    assert found["dpo"] | times == here["dpo"] | times and not (tmp_path / contest.WORK).exists()
+    assert "resource_tracker" not in capfd.readouterr().err
+    assert all(torch.get_num_threads() == 1 for _ in found)
+
+
+def fail_or_die(what, piece):
+    if piece == 1:
+        raise {"broken": TrainingError, "wrong": DataError}[what](
+            *("x", "f", "is bad")[: 1 if what == "broken" else 3]
+        )
+    return piece
+
+
+def test_what_a_piece_raises_comes_back_from_its_process():
+    found = sorted(workers.each(fail_or_die, [0, 1, 2], 2, "broken"), key=lambda done: done[0])
+    assert [done[1] for done in found] == [0, None, 2] and str(found[1][2]) == "x"
+    with pytest.raises(UserError, match="x: field 'f': is bad"):
+        list(workers.each(fail_or_die, [0, 1, 2], 2, "wrong"))
+
+
 # --- wrong input --------------------------------------------------------------------------------------------
 
 
@@ -192,6 +297,7 @@ def test_rejection_sampling_keeps_better_responses():
         (["--method", "kta"], "--method 'kta' is unknown; did you mean kto?; legal: dpo, ipo, "),
         (["--quick", "--full"], "--quick and --full exclude each other"),
         (["--label-noise", "0.5"], "--label-noise is 0.5: it must lie in [0, 0.5)"),
+        (["--workers", "0"], "--workers is 0: it must be positive"),
         (["--seeds", "0"], "--seeds is 0: it must be positive"),
         (["--seed", "5000000"], "--seed is 5000000: it must lie in [0, "),
         (["--responses-per-step", "12"], "must be a multiple of twice --per-prompt, 8"),
