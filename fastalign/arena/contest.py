@@ -46,10 +46,7 @@ def run(config: ArenaConfig) -> dict[str, Any]:
         results = {name: result for name, result in found.items() if result is not None}
         for name in results:
             _say(report.line(results[name]))
-        waiting = [cell for cell in cells if cell.name not in results]
-        waiting.sort(
-            key=lambda cell: not any(stage.online for stage in cell.entry.stages)
-        )  # the longest first
+        waiting = sorted((cell for cell in cells if cell.name not in results), key=_turn)
         workers = config.workers or cores()
         for _, _, error in each(make_start, seeds, workers, config, output):
             if error is not None:
@@ -69,6 +66,11 @@ def run(config: ArenaConfig) -> dict[str, Any]:
         own = [results[cell.name] for cell in cells if cell.name in results]
         sft = {seed: open_start(output, seed).judged for seed in seeds}
         return report.write(config, output, entries, own, sft, broken)
+
+
+def _turn(cell: Cell) -> tuple[bool, int, bool]:
+    """Every method at its own coefficient before the frontiers; of a seed the longest first."""
+    return cell.beta != cell.entry.beta, cell.seed, not any(stage.online for stage in cell.entry.stages)
 
 
 def work(config: ArenaConfig, output: Path, cell: Cell) -> dict[str, Any]:
