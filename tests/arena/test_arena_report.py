@@ -18,7 +18,7 @@ def cell(name, seed, beta, gain, kl=1.0, se=0.01):
     return {
         "entry": name, "seed": seed, "beta": beta, "gold_reward": 0.5 + gain, "gold_reward_se": 0.02, "gain": gain, "gain_se": se,
         "kl_k1": kl, "kl_k1_se": 0.3, "kl_k3": kl, "kl_k3_se": 0.1, "length": 40.0, "length_se": 1.0, "win_rate": 0.7,
-        "win_rate_se": 0.03, "finished": 1.0, "labels": 10, "examples": 5, "seconds": 2.0, "definition": [],
+        "win_rate_se": 0.03, "finished": 1.0, "labels": 10, "examples": 5, "seconds": 2.0, "core_seconds": 1.5, "definition": [],
     }  # fmt: skip
 
 
