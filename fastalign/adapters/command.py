@@ -27,7 +27,8 @@ def describe(adapter: Adapter) -> list[str]:
         state = "not installed"
     else:
         state = f"{version} installed" + ("" if adapter.tested(version) else ", not tested")
-    lines = [f"{adapter.trainer}: {state}; tested: {adapter.distribution} {adapter.versions}"]
+    tested = f"{adapter.distribution} {adapter.versions}" if adapter.versions else "its signatures"
+    lines = [f"{adapter.trainer}: {state}; tested: {tested}"]
     lines += [
         f"  {seam.where.replace(':', '.')} <- {seam.by.replace(':', '.')}: {seam.changes}"
         for seam in adapter.seams

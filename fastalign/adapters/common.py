@@ -14,11 +14,15 @@ class AdapterError(RuntimeError):
     """A trainer cannot be patched: it is not installed, of a version that was not tested, or already patched."""
 
 
+INHERITED: Any = object()  # stands for the value of a name that a class has from its bases
+
+
 class Seam(NamedTuple):
     """One function, method or class of a trainer, and what takes its place.
 
     where: module and name in it, "trl.trainer.utils:selective_log_softmax"; of a method
-        "trl.trainer.dpo_trainer:DPOTrainer._compute_loss".
+        "trl.trainer.dpo_trainer:DPOTrainer._compute_loss". A method that the class inherits is its own while
+        it is patched.
     by: the same of ours. The value found there takes the place of the trainer's.
     changes: what that changes for the user, in one line; that numbers stay what they are goes without saying.
     """
@@ -71,7 +75,8 @@ class Adapter:
     """The table of one trainer.
 
     trainer: its name, which is that of its package; distribution: its name for pip.
-    versions: a PEP 440 specifier of the versions that the seams were tested against.
+    versions: a PEP 440 specifier of the versions that the seams were tested against; empty: of a trainer that is
+        not on the package index, nothing is patched, and what it is to call was tested against its signature.
     seams: what is replaced. registers: what is registered with the trainer in its own way, without a patch, and
         where: in words, for `fastalign adapters`."""
 
@@ -140,7 +145,10 @@ class Adapter:
             return
         for place in self.report.replaced:
             ours = _load(place.seam.by)
-            setattr(place.owner, place.name, place.before)
+            if place.before is INHERITED:
+                delattr(place.owner, place.name)
+            else:
+                setattr(place.owner, place.name, place.before)
             if isinstance(place.owner, ModuleType):
                 for module, name in self._importers(ours):
                     setattr(module, name, place.before)
@@ -154,6 +162,8 @@ class Adapter:
             owner: Any = importlib.import_module(module)
             for part in outer:
                 owner = getattr(owner, part)
+            if isinstance(owner, type) and name not in vars(owner) and hasattr(owner, name):
+                return owner, name, INHERITED
             return owner, name, vars(owner)[name]
         except (ImportError, AttributeError, KeyError) as error:
             raise AdapterError(

@@ -97,3 +97,12 @@ def test_the_command_says_what_is_installed(capsys):
     assert cli.main(["adapters"]) == 0
     said = capsys.readouterr().out
     assert all(f"{name}: " in said for name in adapters.NAMES)
+
+
+def test_an_inherited_method_is_the_class_s_own_while_it_is_patched(trainer):
+    adapter, utils, uses = trainer
+    utils.Child = type("Child", (utils.Trainer,), {"__module__": "madeup.utils"})
+    adapter.seams = (Seam("madeup.utils:Child.loss", f"{__name__}:our_loss", "another loss"),)
+    with adapter.patch():
+        assert utils.Child().loss() == "ours" and utils.Trainer().loss() == "theirs"
+    assert utils.Child().loss() == "theirs" and "loss" not in vars(utils.Child)
