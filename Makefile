@@ -25,6 +25,8 @@ test: .venv-test/ready
 .venv-test/ready: FORCE
 # For the ahead-of-time stage, beside the pinned one; tests/run_all.py says what each is for. 3.3.1 has no wheels for Python 3.14.
 .venv-test/ready: TRITONS = 3.6.0 3.3.1
+# Trainers whose functions the adapters are compared with, without what they depend on; tests/run_all.py puts them in front of the path.
+.venv-test/ready: TRAINERS = verl==0.9.1 openrlhf==0.11.2 llamafactory==0.9.5 trl==0.18.0
 
 # No isolation and no torch in the build: one torch, the one that constraints.txt names, and packages are installed while the compilers work.
 .venv-demo/ready .venv-test/ready: .venv-%/ready: Makefile constraints.txt pyproject.toml setup.py
@@ -32,7 +34,7 @@ test: .venv-test/ready
 	@$(PYTHON) -m venv --clear .venv-$*
 	@.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel pybind11 ninja
 	@echo "[2/2] kernels and packages, side by side"
-	@$(MAKE) --no-print-directory -j2 kernels packages VENV=.venv-$* EXTRAS=$(EXTRAS) TRITONS="$(TRITONS)"
+	@$(MAKE) --no-print-directory -j2 kernels packages VENV=.venv-$* EXTRAS=$(EXTRAS) TRITONS="$(TRITONS)" TRAINERS="$(TRAINERS)"
 	@touch $@
 
 kernels:
@@ -44,6 +46,9 @@ packages:
 	@for version in $(TRITONS); do \
 	  $(VENV)/bin/python -m pip install --quiet --no-compile --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
 	done
+	@if [ -n "$(TRAINERS)" ]; then \
+	  $(VENV)/bin/python -m pip install --quiet --no-compile --no-deps --only-binary :all: --target $(VENV)/trainers $(TRAINERS); \
+	fi
 
 clean:
 	rm -rf build dist *.egg-info .venv-demo .venv-test fastalign/*.so

@@ -9,6 +9,7 @@ after the other."""
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -107,17 +108,44 @@ def aot():
         )
 
 
+# Trainers whose own functions the adapters are compared with; the oldest trl that LLaMA-Factory takes has its
+# losses. The Makefile installs them into a folder of their own, without what they depend on.
+TRAINERS = {"verl": "0.9.1", "openrlhf": "0.11.2", "llamafactory": "0.9.5", "trl": "0.18.0"}
+
+
+def check_trainers():
+    """Ends the process where one of them is not found, or another version of it is found first."""
+    folder = Path(sys.prefix) / "trainers"
+    for name, version in TRAINERS.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "none"
+        if found != version:
+            every = " ".join(f"{n}=={v}" for n, v in TRAINERS.items())
+            sys.exit(
+                f"the stage trainers needs {name} {version}, found {found}: python -m pip install --no-deps "
+                f"--target {folder} {every}; the stage puts that folder in front of the path"
+            )
+
+
+def trainers():
+    folder = Path(sys.prefix) / "trainers"
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    run([*PYTEST, "tests/trainers"], PYTHONPATH=path)
+
+
 def two_steps():
     """The command line on a file, two optimizer steps, and the model it saved loads."""
     with tempfile.TemporaryDirectory() as folder:
         run([sys.executable, "tests/train/two_step_run.py", folder])
 
 
-STAGES = {f.__name__: f for f in (lint, cpu, train, triton, cuda, aot, two_steps)}
+STAGES = {f.__name__: f for f in (lint, cpu, train, triton, cuda, aot, trainers, two_steps)}
 
 
 # What runs when nothing is named, two at a time and the longest first; lint comes before them.
-ORDER = ("cpu", "aot", "triton", "train", "cuda", "two_steps")
+ORDER = ("cpu", "aot", "triton", "train", "cuda", "trainers", "two_steps")
 
 
 def in_order(names):

@@ -10,7 +10,10 @@ from fastalign.adapters.common import Adapter, AdapterError, Report, Seam
 __all__ = ["NAMES", "Adapter", "AdapterError", "Report", "Seam", "adapter", "patch", "unpatch"]
 
 # Trainer -> the module whose ADAPTER is its table.
-NAMES: dict[str, str] = {"trl": "fastalign.adapters.trl"}
+NAMES: dict[str, str] = {
+    name: f"fastalign.adapters.{name}"
+    for name in ("trl", "verl", "openrlhf", "llamafactory", "skyrl", "prime_rl", "slime")
+}
 
 
 def adapter(trainer: str) -> Adapter:

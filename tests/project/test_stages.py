@@ -19,6 +19,20 @@ def test_the_makefile_installs_the_older_tritons():
     assert versions.split() == list(run_all.OLDER_TRITONS)
 
 
+def test_the_makefile_installs_the_trainers():
+    (packages,) = re.findall(r"TRAINERS = (.+)", (run_all.ROOT / "Makefile").read_text())
+    assert packages.split() == [f"{name}=={version}" for name, version in run_all.TRAINERS.items()]
+
+
+def test_a_missing_trainer_ends_the_stage(monkeypatch):
+    monkeypatch.setattr(run_all, "TRAINERS", {"pytest": "0.1", "fastalign-no-such-trainer": "1.0"})
+    with pytest.raises(SystemExit, match=r"needs pytest 0\.1, found \d.*--target .*trainers pytest==0\.1 "):
+        run_all.check_trainers()
+    monkeypatch.setattr(run_all, "TRAINERS", {"fastalign-no-such-trainer": "1.0"})
+    with pytest.raises(SystemExit, match="needs fastalign-no-such-trainer 1.0, found none"):
+        run_all.check_trainers()
+
+
 def test_a_missing_triton_ends_the_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(run_all, "run", lambda *command, **env: pytest.fail("something ran before"))
     monkeypatch.setattr(run_all.shutil, "which", lambda name: "/usr/bin/nvcc")
@@ -69,7 +83,7 @@ def test_every_test_file_is_in_one_stage(monkeypatch):
         re.search(r'^addopts = "(.*)"', (root / "pyproject.toml").read_text(), re.MULTILINE).group(1).split()
     )
     by_stage = {}
-    for stage in ("cpu", "train", "cuda", "aot", "triton"):
+    for stage in ("cpu", "train", "cuda", "aot", "trainers", "triton"):
         by_stage[stage] = files_of(commands_of(stage, monkeypatch)[0], root, always)
     every = {str(f.relative_to(root)) for f in (root / "tests").rglob("test_*.py")}
     contract = {f for f in every if f.startswith("tests/contract/")}
@@ -99,5 +113,5 @@ def test_a_room_of_the_package_has_its_tests_in_a_room_of_that_name():
     here."""
     rooms = {p.name for p in (run_all.ROOT / "fastalign").iterdir() if (p / "__init__.py").is_file()}
     folders = {p.parent.name for p in (run_all.ROOT / "tests").rglob("test_*.py")}
-    assert folders - rooms == {"contract", "cuda_emu", "gpu", "aot", "project", "packing"}
+    assert folders - rooms == {"contract", "cuda_emu", "gpu", "aot", "project", "packing", "trainers"}
     assert rooms <= folders
