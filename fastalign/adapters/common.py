@@ -25,11 +25,13 @@ class Seam(NamedTuple):
         it is patched.
     by: the same of ours. The value found there takes the place of the trainer's.
     changes: what that changes for the user, in one line; that numbers stay what they are goes without saying.
+    everywhere: in every module, too, that has imported it by name; False: only in the module of `where`.
     """
 
     where: str
     by: str
     changes: str
+    everywhere: bool = True
 
 
 class Replaced(NamedTuple):
@@ -129,7 +131,7 @@ class Adapter:
             ours = _load(seam.by)
             places = (
                 [(owner, name), *self._importers(before)]
-                if isinstance(owner, ModuleType)
+                if isinstance(owner, ModuleType) and seam.everywhere
                 else [(owner, name)]
             )
             for place in dict.fromkeys(places):

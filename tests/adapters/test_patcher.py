@@ -71,6 +71,14 @@ def test_every_importing_module_is_patched_and_put_back(trainer):
     adapter.unpatch()  # again: nothing
 
 
+def test_a_seam_of_one_module(trainer):
+    adapter, utils, uses = trainer
+    adapter.seams = (adapter.seams[0]._replace(everywhere=False),)
+    with adapter.patch() as report:
+        assert (utils.f(1), uses.g(1), len(report.replaced)) == (2, 1, 1)
+    assert utils.f is theirs and uses.g is theirs
+
+
 def test_a_patch_is_refused_in_one_line(trainer, monkeypatch):
     adapter, utils, uses = trainer
     adapter.versions = ">=1.3"

@@ -17,6 +17,12 @@ ADAPTER = Adapter(
             "fewer products where the logits fit 512 MiB or the head is frozen; logits are not rounded to bf16",
         ),
         Seam(
+            "trl.trainer.utils:_use_triton",
+            "fastalign.adapters.trl.head:scores_labelled_rows",
+            "the head is given the labelled rows alone on the CPU too, as on a GPU",
+            everywhere=False,
+        ),
+        Seam(
             "trl.kernels.chunked_divergence:ChunkedDivergenceFunction",
             "fastalign.adapters.trl.divergence:ChunkedDivergence",
             "beta 0 and 1 where both heads have the same scale and cap; TRL's own serves every other call",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl.kernels.chunked_logprob import _use_triton
 
 import fastalign
 from fastalign.runtime.checks import check_choice
@@ -75,6 +76,12 @@ class ChunkedLogProb:
         )
 
 
+def scores_labelled_rows(device: torch.device) -> bool:
+    """Whether TRL's forward gives the head only the rows that have a label. It asks whether it has a kernel,
+    for fear of a compiler that wants fixed shapes; on the CPU there is none."""
+    return device.type == "cpu" or _use_triton(device)
+
+
 def check_head(name: str, weight: Tensor) -> None:
     """Refuse numbers that are not the head's own: TRL would multiply the codes of a quantised one."""
     if weight.dtype not in (torch.float32, torch.float64, *_HALF):
@@ -128,9 +135,11 @@ class RegatheredHead(torch.autograd.Function):
         from trl.trainer.utils import maybe_gather_lm_head_ctx
 
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
         with maybe_gather_lm_head_ctx(*saved[1:]), torch.enable_grad():
             given = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(saved, needs)]
-            ends = [(y, g) for y, g in zip(ctx.rows(*given), grads) if g is not None]
+            results, upstream = zip(*((y, g) for y, g in zip(ctx.rows(*given), grads) if g is not None))
             leaves = [x for x, need in zip(given, needs) if need]
-            found = iter(torch.autograd.grad(*zip(*ends), leaves) if ends else [None] * len(leaves))
+            found = iter(torch.autograd.grad(results, leaves, upstream))
         return (None, None, *(next(found) if need else None for need in needs))
