@@ -36,10 +36,11 @@ SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2}
 
 # Of transformers, the same for all trainers.
 SHARED: dict[str, Probe | str] = {
-    "gradient_accumulation_steps": Probe(4), "gradient_checkpointing": Probe(True), "max_grad_norm": Probe(0.1), "weight_decay": Probe(0.1),
+    "gradient_accumulation_steps": Probe(4), "gradient_checkpointing": Probe(True), "max_grad_norm": Probe(0.1, {"optim": "sgd"}), "weight_decay": Probe(0.1),
     "lr_scheduler_type": Probe("constant"), "optim": Probe("sgd"), "per_device_train_batch_size": Probe(6), "average_tokens_across_devices": Probe(False),
     "bf16": Probe(True, rtol=0.03), "neftune_noise_alpha": Probe(1.0), "use_liger_kernel": Probe(True), "learning_rate": Probe(1e-2),
-    "label_smoothing_factor": Probe(0.1), "auto_find_batch_size": Probe(True), "full_determinism": "how torch computes, the same for both",
+    "label_smoothing_factor": Probe(0.1), "auto_find_batch_size": Probe(True), "torch_compile_backend": Probe("aot_eager"),
+    "full_determinism": "how torch computes, the same for both",
 }  # fmt: skip
 
 DPO: dict[str, Probe | str] = {
@@ -66,6 +67,8 @@ KTO: dict[str, Probe | str] = {
 
 TWICE = {"num_iterations": 2}  # the ratio is 1 throughout the first
 KL = {"beta": 0.2}
+# Where policy and reference are one, the gradient of the KL is rounding noise, which AdamW makes as large as any other.
+ONE = {**KL, "sync_ref_model": True, "optim": "sgd", "learning_rate": 0.3}
 BONUS = {"use_adaptive_entropy": True, "entropy_target": 4.0}
 IS = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 1.2}
 MASKED = {"vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 1.5}
@@ -74,7 +77,7 @@ GRPO: dict[str, Probe | str] = {
     "router_aux_loss_coef": Probe(0.5, model="experts"), "disable_dropout": Probe(True, model="dropout"), "cast_lm_head_to_fp32": Probe(True),
     "remove_unused_columns": DATA, "num_generations": Probe(4), "num_generations_eval": DATA, "max_completion_length": Probe(4),
     "ds3_gather_for_generation": ENGINE, "shuffle_dataset": Probe(False), "pad_to_multiple_of": Probe(8), "generation_batch_size": Probe(8),
-    "steps_per_generation": Probe(2), "temperature": Probe(0.7), "top_p": Probe(0.8), "top_k": Probe(5), "min_p": Probe(0.05),
+    "steps_per_generation": Probe(2), "temperature": Probe(0.7), "top_p": Probe(0.8), "top_k": Probe(5), "min_p": Probe(0.5),
     "generation_kwargs": Probe({"num_beams": 1, "typical_p": 0.8}), "chat_template_kwargs": DATA, "repetition_penalty": Probe(1.5),
     "cache_implementation": GENERATION, "use_vllm": ENGINE, "vllm_mode": ENGINE, "vllm_model_impl": ENGINE, "vllm_enable_sleep_mode": ENGINE,
     "vllm_structured_outputs_regex": ENGINE, "vllm_server_base_url": ENGINE, "vllm_server_host": ENGINE, "vllm_server_port": ENGINE,
@@ -86,7 +89,7 @@ GRPO: dict[str, Probe | str] = {
     "importance_sampling_level": Probe("sequence", TWICE), "reward_weights": Probe([0.2, 0.8]),
     "multi_objective_aggregation": Probe("normalize_then_sum", {"reward_weights": [0.2, 0.8]}), "scale_rewards": Probe("batch"),
     "loss_type": Probe("grpo"), "mask_truncated_completions": Probe(True), "sync_ref_model": Probe(True, {**KL, "ref_model_sync_steps": 2}),
-    "ref_model_mixup_alpha": Probe(0.2, {**KL, **SYNCED}), "ref_model_sync_steps": Probe(1, {**KL, "sync_ref_model": True}),
+    "ref_model_mixup_alpha": Probe(0.2, {**KL, **SYNCED}), "ref_model_sync_steps": Probe(1, ONE),
     "top_entropy_quantile": Probe(0.4), "entropy_coef": Probe(0.2), "use_adaptive_entropy": Probe(True, {"entropy_coef": 0.2, "entropy_target": 4.0}),
     "entropy_coef_min": Probe(0.1, {**BONUS, "entropy_target": 0.1, "entropy_coef": 0.2}), "entropy_coef_max": Probe(0.05, {**BONUS, "entropy_coef": 0.01}),
     "entropy_coef_delta": Probe(0.1, BONUS), "entropy_target": Probe(3.0, {"use_adaptive_entropy": True, "entropy_coef": 0.2}),

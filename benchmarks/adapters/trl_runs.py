@@ -59,10 +59,10 @@ SIZE = {
 }  # fmt: skip
 # What a head may have: a bias, a cap, a scale, ties, and the loss of a mixture of experts beside it.
 MODELS = {
-    "llama": ("Llama", {}), "dropout": ("Llama", {"attention_dropout": 0.2}), "bias": ("Phi", {}),
+    "llama": ("Llama", {}), "dropout": ("Phi", {"resid_pdrop": 0.2}), "bias": ("Phi", {}),
     "softcap": ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8}),
     "scale": ("Cohere", {"logit_scale": 0.5}), "divided": ("Granite", {"logits_scaling": 3.0, "tie_word_embeddings": True}),
-    "experts": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "output_router_logits": True}),
+    "experts": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1}),
 }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
     completions = [
         [2 + (7 * i + 3 * j + len(own)) % 29 for j in range(2 + i % 4)] for i, own in enumerate(ids)
     ]
-    logprobs = [[[-3.2 - 0.1 * ((i + j) % 5)] for j in range(len(own))] for i, own in enumerate(completions)]
+    logprobs = [[-3.2 - 0.1 * ((i + j) % 5) for j in range(len(own))] for i, own in enumerate(completions)]
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": logprobs}
 
 
@@ -215,7 +215,7 @@ def build(case: Case, folder: Path) -> Any:
         args=args, train_dataset=datasets.Dataset.from_list(make_rows(case.trainer)), **given
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    if case.rollout and "vllm_importance_sampling_mode" in case.options:
+    if any(name.startswith("vllm_importance") for name in case.options):
         # The engine is not there, and what the trainer does with its log-probs is.
         trainer.use_vllm, trainer._last_loaded_step = True, None
         trainer.vllm_generation = type("NoEngine", (), {"sync_weights": lambda self: None})()

@@ -57,7 +57,8 @@ def cases() -> dict[str, list[Case]]:
         ],
         "heads": [Case(trainer, model=model) for trainer, model in itertools.product(("dpo", "kto", "grpo", "sft", "cpo", "distillation"), heads)],
         "checkpointing": [Case(trainer, checkpointed) for trainer in losses] + [Case("dpo", checkpointed, "lora")],
-        "LoRA": [Case(trainer, model="lora") for trainer in ("dpo", "kto", "grpo", "rloo", "sft", "cpo", "orpo", "tpo", "distillation")],
+        "LoRA": [Case(trainer, model="lora") for trainer in ("dpo", "kto", "grpo", "rloo", "sft", "cpo", "orpo", "tpo", "distillation")]
+        + [Case("grpo", {"entropy_coef": 0.1}, "lora")],
     }  # fmt: skip
 
 

@@ -157,6 +157,22 @@ def test_head_without_rows_or_gradient(ours):
     assert [y is None for y in frozen] == [False, True, True, True, True]
 
 
+@pytest.mark.parametrize("upstream", [(1.0, 0.0), (0.0, 1.0), (0.7, -0.3), (None, 1.0), (1.0, None)])
+def test_frozen_head(ours, upstream):
+    """The log-probs' gradient is made in forward, the entropy's only where one comes back."""
+    x, w = normal(ROWS, WIDTH, dtype=torch.float32, seed=1), normal(VOCAB, WIDTH, dtype=torch.float32, seed=2)
+    targets = torch.arange(ROWS)
+
+    def called(function, last):
+        return lambda x: function.apply(x, w.to(x.dtype), None, targets, 0.7, CHUNK, *last)[:2]
+
+    compare(
+        called(ours["head"], ()), called(THEIRS["head"], ()),
+        lambda x: statistics(transformed(x, w.double(), None, 1.0, None, 0.7), targets, STATISTICS)[:2], [x],
+        [None if g is None else torch.tensor(g, dtype=torch.float64) for g in upstream],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

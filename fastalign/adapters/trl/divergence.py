@@ -50,7 +50,7 @@ class ChunkedDivergence:
         check_head("the teacher's lm_head.weight", teacher_weight)
         name, autocast = DIRECTIONS[beta], multiplied_as(student_hidden, student_weight)
 
-        def rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        def rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
             with maybe_gather_lm_head_ctx(teacher_weight, teacher_bias), autocast():
                 stats = fastalign.linear_token_stats(
                     hidden, weight, bias=bias, ref_hidden=teacher_hidden, ref_weight=teacher_weight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,18 +55,32 @@ class ChunkedLogProb:
             check_choice("outputs", name, ("log_probs", *OUTPUTS))
         wanted = [name for name in OUTPUTS if name in outputs]
         autocast = multiplied_as(hidden, weight)
+        late = (
+            "entropy" in wanted
+            and _is_frozen(weight, bias)
+            and hidden.requires_grad
+            and torch.is_grad_enabled()
+        )
 
-        def rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        def statistics(
+            names: Sequence[str], differentiable: Sequence[str] | None, *head: Any
+        ) -> list[Tensor]:
+            hidden, weight, bias = head
             with autocast():
                 stats = fastalign.linear_token_stats(
-                    hidden, weight, targets, bias=bias, outputs=("logprob", *(OUTPUTS[n] for n in wanted)),
+                    hidden, weight, targets, bias=bias, outputs=names, differentiable=differentiable,
                     temperature=temperature, softcap=final_logit_softcapping, logit_scale=logit_scale,
                 )  # fmt: skip
-            return (stats.logprob.float(), *(getattr(stats, OUTPUTS[n]).float() for n in wanted))
+            return [getattr(stats, name).float() for name in names]
 
-        differentiable = 2 if "entropy" in wanted else 1
-        logprobs, *others = head_rows(rows, differentiable, hidden, weight, bias)
+        names = ("logprob", *(OUTPUTS[name] for name in wanted))
+        rows = functools.partial(statistics, names, ("logprob",) if late else None)
+        logprobs, *others = head_rows(rows, 2 if "entropy" in wanted else 1, hidden, weight, bias)
         found = dict(zip(wanted, others))
+        if late:
+            # Most trainers only log the entropy: with a frozen head that saves a third of the products.
+            again = functools.partial(statistics, ("entropy",), None)
+            (found["entropy"],) = ComputedAgain.apply(again, 1, (found["entropy"],), hidden, weight, bias)
         top = found.get("is_top1")
         return (
             logprobs,
@@ -104,37 +119,49 @@ def multiplied_as(hidden: Tensor, weight: Tensor) -> Callable[[], Any]:
     return lambda: torch.autocast(device, dtype=dtype)
 
 
-Rows = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, ...]"]
+Rows = Callable[[Tensor, Tensor, "Tensor | None"], "Sequence[Tensor]"]
+
+
+def _is_frozen(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether neither gets a gradient, in a head that stays where it is, outside a compiler."""
+    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return not learns and not _is_gathered(weight) and not torch.compiler.is_compiling()
+
+
+def _is_gathered(weight: Tensor) -> bool:
+    """Whether ZeRO-3 takes it away between forward and backward."""
+    return hasattr(weight, "ds_status")
 
 
 def head_rows(
     rows: Rows, differentiable: int, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor]:
     """rows(hidden, weight, bias), also where ZeRO-3 takes the weight away between forward and backward.
     differentiable: how many of the results are, the first ones."""
-    if hasattr(weight, "ds_status"):
-        return RegatheredHead.apply(rows, differentiable, hidden, weight, bias)
-    return rows(hidden, weight, bias)
+    if not _is_gathered(weight):
+        return rows(hidden, weight, bias)
+    with torch.no_grad():
+        values = rows(hidden, weight, bias)
+    return ComputedAgain.apply(rows, differentiable, values, hidden, weight, bias)
 
 
-class RegatheredHead(torch.autograd.Function):
-    """The caller has gathered the head for forward. In backward it is gathered once more, and the rows are
-    computed again, as TRL's own function does."""
+class ComputedAgain(torch.autograd.Function):
+    """values = rows(hidden, weight, bias), without their graph. In backward the rows are computed again, with
+    it, from a head that is gathered once more, as TRL's own function does."""
 
     @staticmethod
-    def forward(ctx, rows, differentiable, hidden, weight, bias):
+    def forward(ctx, rows, differentiable, values, hidden, weight, bias):
         ctx.rows = rows
         ctx.save_for_backward(hidden, weight, bias)
         ctx.set_materialize_grads(False)
-        results = rows(hidden, weight, bias)
-        ctx.mark_non_differentiable(*results[differentiable:])
-        return results
+        ctx.mark_non_differentiable(*values[differentiable:])
+        return tuple(values)
 
     @staticmethod
     def backward(ctx, *grads):
         from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         with maybe_gather_lm_head_ctx(*saved[1:]), torch.enable_grad():
@@ -142,4 +169,4 @@ class RegatheredHead(torch.autograd.Function):
             results, upstream = zip(*((y, g) for y, g in zip(ctx.rows(*given), grads) if g is not None))
             leaves = [x for x, need in zip(given, needs) if need]
             found = iter(torch.autograd.grad(results, leaves, upstream))
-        return (None, None, *(next(found) if need else None for need in needs))
+        return (None, None, None, *(next(found) if need else None for need in needs))
