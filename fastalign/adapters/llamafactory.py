@@ -36,7 +36,7 @@ ADAPTER = Adapter(
 def get_batch_logps(
     logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, ld_alpha: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """[B, T, V], [B, T] -> (sums of log-probs [B] in the logits' dtype, numbers of scored tokens [B]). The labels are
+    """[B, T, V], [B, T] -> (sums of log-probs [B], in the logits' dtype or with ld_alpha at least fp32; numbers of scored tokens [B]). The labels are
     shifted, not the logits, whose gradient then is of their own size. ld_alpha: beyond the shorter response of the
     pair (row i and i + B / 2) log-probs count ld_alpha times."""
     if logits.shape[:-1] != labels.shape:
@@ -55,7 +55,8 @@ def get_batch_logps(
             scored.int().argmax(1) + shorter
         ).unsqueeze(1)
         logprobs = torch.where(beyond, ld_alpha * logprobs, logprobs)
-    return logprobs.sum(-1).to(logits.dtype), lengths
+    dtype = logits.dtype if ld_alpha is None else torch.promote_types(logits.dtype, torch.float32)
+    return logprobs.sum(-1).to(dtype), lengths
 
 
 def _losses(chosen: Tensor, rejected: Tensor, *ref: Tensor, **loss: Any) -> Tensor:

@@ -109,12 +109,20 @@ def policy_loss(
     elif corrected:
         weight, filtered = _correction(self, old_log_probs, rollout_log_probs, mask)
         vllm_kl = padded.masked_mean(rollout_log_probs - old_log_probs, mask)
+        vllm_kl = vllm_kl.to(padded.common_dtype(rollout_log_probs, old_log_probs, action_mask))
     preset = fa.policy_losses.get(self.policy_loss_type)
     options |= padded.clip_options(preset, self.clip_eps_low, self.clip_eps_high, self.dual_clip)
     loss, numbers = padded.policy_loss(
-        preset, log_probs, behaviour, advantages, mask, is_weight=weight, **options
+        preset,
+        log_probs,
+        behaviour,
+        advantages,
+        mask if action_mask is None else action_mask,
+        is_weight=weight,
+        **options,
     )
     ppo_kl = padded.masked_mean((old_log_probs - log_probs).detach(), mask)
+    ppo_kl = ppo_kl.to(padded.common_dtype(old_log_probs, log_probs, action_mask))
     return (loss if count is None else loss * dp_size), numbers["clipfrac"], ppo_kl, vllm_kl, filtered
 
 
@@ -152,12 +160,13 @@ def value_loss(
     global_batch_size: Any = None,
 ) -> Tensor:
     """`ValueLoss.forward`, of [B, T] tensors."""
-    dtype = padded.common_dtype(values, returns, old_values)
+    tensors = (values, returns, *(() if self.clip_eps is None else (old_values,)))
+    dtype = padded.common_dtype(*tensors, action_mask, by_sequence=not self.token_level_loss)
     mask, options, count = _aggregation(
         self.token_level_loss, action_mask, values, batch_num_tokens, global_batch_size
     )
     out = fa.value_loss(
-        values.to(dtype).flatten(), old_values.flatten(), returns.flatten(), cu_seqlens=padded.boundaries(mask),
+        values.to(padded.common_dtype(*tensors)).flatten(), old_values.flatten(), returns.flatten(), cu_seqlens=padded.boundaries(mask),
         mask=mask.flatten(), clip=self.clip_eps, **options,
     )  # fmt: skip
     return (out.loss if count is None else out.loss * dp_size).to(dtype)
@@ -191,7 +200,7 @@ def get_advantages_and_returns(
 ) -> tuple[Tensor, Tensor]:
     """Method of the experience maker: (advantages, returns), [B, T]. As there every token is a step, those
     outside the mask with value and reward 0."""
-    dtype = padded.common_dtype(values, rewards)
+    dtype = padded.common_dtype(values, rewards, action_mask)
     if action_mask is not None:
         mask = action_mask.bool()
         values, rewards = torch.where(mask, values, 0.0), torch.where(mask, rewards, 0.0)

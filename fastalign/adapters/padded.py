@@ -22,9 +22,11 @@ def boundaries(padded: Tensor) -> Tensor:
     return torch.arange(rows + 1, dtype=torch.int32, device=padded.device) * columns
 
 
-def common_dtype(*tensors: Tensor) -> torch.dtype:
-    """What arithmetic between them gives: the trainer's result dtype."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+def common_dtype(*tensors: Tensor | None, by_sequence: bool = False) -> torch.dtype:
+    """What the trainer's arithmetic between them gives, masks of floating type included. by_sequence: its means
+    over sequences multiply by fp32."""
+    dtypes = [t.dtype for t in tensors if t is not None] + [torch.float32] * by_sequence
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def row_means(values: Tensor, mask: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ def policy_loss(
     one sign, so that advantages that vary within a sequence are two: the means of its positive and of its
     negative ones. gmpo, whose tokens are clipped by the sign, takes their mean, as verl does. Weights that vary
     are their mean, too; of gmpo, as in verl, the geometric one."""
-    dtype = common_dtype(logprobs, old_logprobs, advantages)
+    by_sequence = options["aggregation"].startswith("seq_")
+    dtype = common_dtype(logprobs, old_logprobs, advantages, mask, is_weight, by_sequence=by_sequence)
     cu_seqlens = boundaries(mask) if cu_seqlens is None else cu_seqlens
     logprobs, old, advantages, mask = (
         x.flatten() for x in (logprobs, old_logprobs.detach(), advantages.detach(), mask.bool())
@@ -93,5 +96,5 @@ def policy_loss(
             for name in ("policy/clipfrac", "policy/clipfrac_lower")
         )
         kl = masked_mean((old - logprobs).clamp(-20.0, 20.0), mask)
-    numbers = {"clipfrac": clipped - dual, "clipfrac_lower": dual, "kl": kl}
+    numbers = {"clipfrac": (clipped - dual).float(), "clipfrac_lower": dual.float(), "kl": kl}
     return sum(output.loss for output in outputs).to(dtype), numbers

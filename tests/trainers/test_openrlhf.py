@@ -49,7 +49,8 @@ def test_approx_kl(draw, kind, unbiased, sampled):
         ours.compute_approx_kl(new, ref, kl_estimator="abs")
 
 
-COUNTS = ({}, {"dp_size": 2, "batch_num_tokens": 31.0, "global_batch_size": 7.0})
+# The last: means of the batch at hand, which dp_size does not multiply.
+COUNTS = ({}, {"dp_size": 2, "batch_num_tokens": 31.0, "global_batch_size": 7.0}, {"dp_size": 3})
 # level, mode, gating, threshold
 CORRECTIONS = [
     ("off", "mask", "ratio", (0.5, 5.0)), ("token", "mask", "ratio", (0.5, 2.0)), ("token", "clip", "ratio", (0.5, 2.0)),

@@ -124,16 +124,14 @@ def test_estimators(draw, ragged, name, by_std):
     mask = torch.cat([ragged, ragged[[0, 4, 2]]]).float()
     rewards = torch.zeros(8, 9)
     rewards[:, -1] = draw(8)
-    if name in ("reinforce_plus_plus", "remax"):
+    if name == "reinforce_plus_plus":
         rewards = draw(8, 9)
     config = core.AlgoConfig(norm_adv_by_std_in_grpo=by_std, gamma=0.9)
     args = {
-        "token_level_rewards": rewards, "response_mask": mask, "config": config, "reward_baselines": draw(8),
+        "token_level_rewards": rewards, "response_mask": mask, "config": config,
         "index": np.array(["a", "b", "a", "c", "b", "a", "d", "d"], dtype=object),
     }  # fmt: skip
     theirs = dict(args, norm_adv_by_std_in_grpo=by_std) if name == "grpo" else dict(args)
-    if name == "grpo":
-        del theirs["reward_baselines"]
     before = rewards.clone()
     ours = core.get_adv_estimator_fn(f"fastalign_{name}")(**args)
     same(ours, core.get_adv_estimator_fn(name)(**theirs))
@@ -188,22 +186,49 @@ def test_policy_losses(draw, ragged, name, mode):
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 def test_gspo_has_the_gradient_of_the_whole_sequence(draw, ragged, mode):
-    """Advantages that vary within a sequence included: token by token, differentiated through the mean."""
+    """Advantages that vary within a sequence included: token by token, differentiated through the mean. Clipped
+    tokens are counted as verl's gspo counts them."""
     args = rollout(draw, ragged)
-    args["advantages"] = draw(5, 9)
+    args["old_log_prob"] = args["old_log_prob"] + 0.4 * draw(5, 1)
     new, old, weight = args["log_prob"], args["old_log_prob"], args["rollout_is_weights"]
-    ours, _ = core.get_policy_loss_fn("fastalign_gspo")(
-        **{**args, "rollout_is_weights": None}, loss_agg_mode=mode, config=actor_config({})
-    )  # fmt: skip
     ratio = (((new - old) * ragged).sum(-1, keepdim=True) / ragged.sum(-1, keepdim=True).clamp(min=1)).exp()
-    per_token = torch.maximum(-args["advantages"] * ratio, -args["advantages"] * ratio.clamp(0.9, 1.25))
-    same(ours, core.agg_loss(per_token, ragged, mode), new)
-    args["advantages"] = draw(5, 1).expand(5, 9) * 1.0
-    ours, _ = core.get_policy_loss_fn("fastalign_gspo")(**args, loss_agg_mode=mode, config=actor_config({}))
-    per_token = (
-        torch.maximum(-args["advantages"] * ratio, -args["advantages"] * ratio.clamp(0.9, 1.25)) * weight
+    for each, weighted in ((draw(5, 9), False), (args["advantages"], True)):
+        call = dict(args, advantages=each, rollout_is_weights=weight if weighted else None)
+        call |= {"loss_agg_mode": mode, "config": actor_config({})}
+        ours, numbers = core.get_policy_loss_fn("fastalign_gspo")(**call)
+        per_token = torch.maximum(-each * ratio, -each * ratio.clamp(0.9, 1.25))
+        same(ours, core.agg_loss(per_token * (weight if weighted else 1.0), ragged, mode), new)
+        _, theirs = core.get_policy_loss_fn("gspo")(**call)
+        assert 0 < numbers["actor/pg_clipfrac"] == pytest.approx(theirs["actor/pg_clipfrac"], abs=1e-5)
+
+
+def test_a_lower_bound_below_zero_never_holds(draw, ragged):
+    config = actor_config({})
+    object.__setattr__(config, "clip_ratio_low", 2.0)
+    args = dict(rollout(draw, ragged), config=config)
+    ours, theirs = (core.get_policy_loss_fn(name)(**args)[0] for name in ("fastalign_ppo", "vanilla"))
+    same(ours, theirs, args["log_prob"])
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("floating", [True, False])
+def test_result_types_are_verls(draw, ragged, mode, floating):
+    """Of log-probs in bf16, with masks of either type."""
+    args = rollout(draw, ragged.float() if floating else ragged)
+    args = {
+        k: v.detach().bfloat16() if v.dtype == torch.float32 and k != "response_mask" else v
+        for k, v in args.items()
+    }
+    args |= {"rollout_is_weights": None, "loss_agg_mode": mode, "config": actor_config({})}
+    ours, theirs = (core.get_policy_loss_fn(name)(**args)[0] for name in ("fastalign_ppo", "vanilla"))
+    assert ours.dtype == theirs.dtype
+    new, old, advantages, mask = (
+        args[k] for k in ("log_prob", "old_log_prob", "advantages", "response_mask")
     )
-    same(ours, core.agg_loss(per_token, ragged, mode), new)
+    mine, peers = (
+        f(new, advantages, old, mask, 0.2, mode) for f in (losses.compute_value_loss, core.compute_value_loss)
+    )
+    assert [x.dtype for x in mine] == [x.dtype for x in peers]
 
 
 def test_every_preset_is_registered_and_runs(draw, ragged):
@@ -269,6 +294,19 @@ def test_the_patch_reaches_the_importing_modules(draw, ragged):
     same(patched, module(hidden, weight, torch.arange(6)))
     assert whole.shape == (2, 2)
     assert core.kl_penalty is before and functional.logprobs_from_logits is not rows.logprobs_from_logits
+
+
+def test_the_vocabulary_of_several_ranks_is_left_to_verl(monkeypatch):
+    module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    monkeypatch.setattr(module.LinearCrossEntropy, "apply", lambda *args: args)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: {"of two": 2, "of one": 1}[group])
+    hidden, weight, labels = torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2).long()
+    assert rows.linear_cross_entropy(hidden, weight, labels, 0.5, "sum", "of two")[3:] == (
+        0.5,
+        "sum",
+        "of two",
+    )
+    assert rows.linear_cross_entropy(hidden, weight, labels, 0.5, "none", "of one")[0].shape == (2,)
 
 
 EVERYWHERE = """

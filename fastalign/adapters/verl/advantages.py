@@ -22,7 +22,7 @@ def compute_gae_advantage_return(
 ) -> tuple[Tensor, Tensor]:
     """(whitened advantages, returns), [B, T]. Where the mask is 0 they are verl's too: of the next scored token
     the advantage, which makes the return of the value there."""
-    dtype = common_dtype(token_level_rewards, values)
+    dtype = common_dtype(token_level_rewards, values, response_mask)
     mask = response_mask.bool()
     out = fa.gae(
         token_level_rewards.flatten(), values.flatten(), boundaries(mask), mask=mask.flatten(), gamma=gamma, lam=lam
@@ -103,17 +103,7 @@ def reinforce_plus_plus(
     return fa.whiten(returns, mask).to(dtype), returns.to(dtype)
 
 
-def remax(
-    token_level_rewards: Tensor, reward_baselines: Tensor, response_mask: Tensor, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """The reward that is still to come, minus that of the greedy answer."""
-    mask = response_mask.bool()
-    rewards = torch.where(mask, token_level_rewards, 0.0)
-    returns = fa.returns_to_go(rewards.flatten(), boundaries(mask)).view(mask.shape).to(rewards.dtype)
-    return returns - reward_baselines.detach().unsqueeze(-1) * response_mask, returns
-
-
 # adv_estimator -> function, for `register_adv_est`.
 ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    f"fastalign_{f.__name__}": f for f in (grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, remax)
+    f"fastalign_{f.__name__}": f for f in (grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline)
 }  # fmt: skip

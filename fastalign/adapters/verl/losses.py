@@ -60,18 +60,20 @@ def compute_value_loss(
     loss_scale_factor: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, share of the scored tokens whose clipped branch is the larger), of [B, T] tensors."""
-    dtype = padded.common_dtype(vpreds, returns, values)
+    dtype = padded.common_dtype(
+        vpreds, returns, values, response_mask, by_sequence=loss_agg_mode.startswith("seq-")
+    )
     mask = response_mask.bool()
     options = aggregation_options(
         loss_agg_mode, mask, dp_size=dp_size, batch_num_tokens=batch_num_tokens,
         global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
     )  # fmt: skip
     out = fa.value_loss(
-        vpreds.to(dtype).flatten(), values.flatten(), returns.flatten(), cu_seqlens=padded.boundaries(mask),
+        vpreds.to(padded.common_dtype(vpreds, returns, values)).flatten(), values.flatten(), returns.flatten(), cu_seqlens=padded.boundaries(mask),
         mask=mask.flatten(), clip=cliprange_value, **options,
     )  # fmt: skip
     clipped = out.metrics()["val/clipfrac"]
-    return (out.loss * dp_size).to(dtype), clipped.sum / clipped.count.clamp(min=1)
+    return (out.loss * dp_size).to(dtype), (clipped.sum / clipped.count.clamp(min=1)).float()
 
 
 # verl's names of a KL estimate -> ours, and its clamp.
@@ -116,10 +118,9 @@ def policy_loss(
     preset = PRESETS[name]
     if config is None:
         raise ValueError(f"loss_mode=fastalign_{name} needs verl's actor config; got None")
-    mask = response_mask.bool()
     counts = dict(config.global_batch_info)
     dp_size = counts.get("dp_size", 1)
-    options = aggregation_options(loss_agg_mode, mask, **counts)
+    options = aggregation_options(loss_agg_mode, response_mask, **counts)
     ends = (config.clip_ratio_low, config.clip_ratio_high)
     low, high = (config.clip_ratio if end is None else end for end in ends)
     dual_clip = config.get("clip_ratio_c", 3.0) if preset.ratio == "token" else None
@@ -127,7 +128,7 @@ def policy_loss(
     if preset.surrogate == "sapo":
         options |= {"tau_pos": config.tau_pos, "tau_neg": config.tau_neg}
     loss, numbers = padded.policy_loss(
-        preset, log_prob, old_log_prob, advantages, mask, is_weight=rollout_is_weights, **options
+        preset, log_prob, old_log_prob, advantages, response_mask, is_weight=rollout_is_weights, **options
     )
     names = {"clipfrac": "pg_clipfrac", "kl": "ppo_kl", "clipfrac_lower": "pg_clipfrac_lower"}
     values = torch.stack([numbers[own].float() for own in names]).tolist()  # one wait for the device
