@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -26,12 +27,19 @@ class Seam(NamedTuple):
     by: the same of ours. The value found there takes the place of the trainer's.
     changes: what that changes for the user, in one line; that numbers stay what they are goes without saying.
     everywhere: in every module, too, that has imported it by name; False: only in the module of `where`.
+    needs: a package that the module in `where` imports and that not every user of the trainer has. Without it
+        the seam is left out, and the report says so.
     """
 
     where: str
     by: str
     changes: str
     everywhere: bool = True
+    needs: str | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
 
 class Replaced(NamedTuple):
@@ -69,7 +77,14 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{r.place}.{r.name} is now {r.seam.by.replace(':', '.')}" for r in self.replaced]
-        return "\n".join([f"{self.adapter.trainer} {self.version}: {len(lines)} places patched", *lines])
+        left = [
+            f"{seam.where.replace(':', '.')} is left as it is: {seam.needs} is not installed"
+            for seam in self.adapter.seams
+            if seam not in {r.seam for r in self.replaced}
+        ]
+        return "\n".join(
+            [f"{self.adapter.trainer} {self.version}: {len(lines)} places patched", *lines, *left]
+        )
 
 
 @dataclasses.dataclass
@@ -125,7 +140,7 @@ class Adapter:
             raise AdapterError(
                 f"{self.distribution} is {version}; tested: {self.versions}. untested=True patches it all the same"
             )
-        found = [(seam, *self._find(seam, version)) for seam in self.seams]
+        found = [(seam, *self._find(seam, version)) for seam in self.seams if seam.is_usable]
         replaced: list[Replaced] = []
         for seam, owner, name, before in found:
             ours = _load(seam.by)

@@ -27,10 +27,17 @@ ADAPTER = Adapter(
         Seam(f"{_LOSSES}:DPOLoss.forward", f"{_HERE}:dpo_loss", "one launch"),
         Seam(
             "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.get_advantages_and_returns",
-            f"{_HERE}:get_advantages_and_returns", "one launch in place of a loop over the tokens",
+            f"{_HERE}:get_advantages_and_returns", "one launch in place of a loop over the tokens", needs="vllm",
         ),
     ),
 )  # fmt: skip
+
+
+def everywhere() -> None:
+    """Patch OpenRLHF in this process, if it is not yet: what Ray is to call in every worker
+    (`worker_process_setup_hook` of its runtime environment)."""
+    if ADAPTER.report is None:
+        ADAPTER.patch()
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:

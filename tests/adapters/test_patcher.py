@@ -114,3 +114,12 @@ def test_an_inherited_method_is_the_class_s_own_while_it_is_patched(trainer):
     with adapter.patch():
         assert utils.Child().loss() == "ours" and utils.Trainer().loss() == "theirs"
     assert utils.Child().loss() == "theirs" and "loss" not in vars(utils.Child)
+
+
+def test_a_seam_whose_module_needs_what_is_not_there_is_left_out(trainer):
+    adapter, utils, uses = trainer
+    adapter.seams += (Seam("madeup.lost:f", f"{__name__}:ours", "", needs="fastalign_no_such_package"),)
+    with adapter.patch() as report:
+        assert utils.f is ours
+        assert "madeup.lost.f is left as it is: fastalign_no_such_package is not installed" in str(report)
+    assert utils.f is theirs

@@ -64,9 +64,9 @@ def test_losses_against_a_reference(draw, loss_type, smoothing, bco):
     mine, theirs = trainer(loss_type, smoothing, bco), trainer(loss_type, smoothing, bco)
     for _ in range(2):  # the running mean goes on
         args = (chosen, rejected, 4 * draw(6), 4 * draw(6))
-        same(
-            ours.compute_preference_loss(mine, *args), theirs.compute_preference_loss(*args), chosen, rejected
-        )
+        expected = theirs.compute_preference_loss(*args)
+        with adapters.patch("llamafactory"):
+            same(mine.compute_preference_loss(*args), expected, chosen, rejected)
 
 
 @pytest.mark.parametrize("loss_type", ["orpo", "simpo"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 
 import pytest
@@ -134,3 +134,20 @@ def test_the_patch_reaches_the_importing_modules(draw):
         patched = module(*args)
     same(patched, module(*args))
     assert actor.compute_entropy is before
+
+
+def test_without_vllm_the_experience_maker_is_left_as_it_is(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
+    before = maker.RemoteExperienceMaker.get_advantages_and_returns
+    ours.everywhere()
+    ours.everywhere()  # again: nothing
+    try:
+        assert maker.RemoteExperienceMaker.get_advantages_and_returns is before
+        assert losses.DPOLoss.forward is ours.dpo_loss
+        assert "get_advantages_and_returns is left as it is: vllm is not installed" in str(
+            ours.ADAPTER.report
+        )
+    finally:
+        adapters.unpatch("openrlhf")
+    assert losses.DPOLoss.forward is not ours.dpo_loss

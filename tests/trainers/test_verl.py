@@ -76,6 +76,14 @@ def test_fused_linear(draw, shape, temperature):
     assert [x.dtype for x in half] == [torch.float32, torch.bfloat16]
 
 
+def test_fused_linear_as_with_liger(draw, monkeypatch):
+    monkeypatch.setattr(fused, "_LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY", object())
+    module = fused.FusedLinearForPPO(impl_backend="liger")
+    labels = torch.tensor([1, -100, 2])
+    out = rows.fused_linear_forward(module, draw(3, 8).bfloat16(), draw(37, 8).bfloat16(), labels)
+    assert [x.dtype for x in out] == [torch.float32, torch.float32] and out[0][1] == out[1][1] == 0
+
+
 @pytest.mark.parametrize("suffix", ["", "+"])
 @pytest.mark.parametrize("kind", ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"])
 def test_kl_penalty(draw, kind, suffix):

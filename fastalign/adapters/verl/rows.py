@@ -70,16 +70,26 @@ def fused_linear_forward(
     self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """`FusedLinearForPPO.forward`: (log-probs fp32, entropy in the hidden states' dtype), both (...).
-    chunk_size: so many rows have logits at once."""
+    chunk_size: so many rows have logits at once. Where impl_backend is Liger's entropies are fp32, and a label of
+    -100 gives 0, as its function does."""
+    functions = sys.modules["verl.utils.experimental.torch_functional"]
+    liger = self.impl_backend == "liger" and functions._LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY is not None
     stats = _linear_stats(
-        hidden_states, vocab_weights, input_ids, temperature,
+        hidden_states, vocab_weights, input_ids, temperature, ignore_index=-100 if liger else NO_LABEL,
         workspace_bytes=self.chunk_size * vocab_weights.shape[0] * 4,
     )  # fmt: skip
-    return stats.logprob.float(), stats.entropy.to(hidden_states.dtype)
+    return stats.logprob.float(), stats.entropy.to(torch.float32 if liger else hidden_states.dtype)
 
 
-def _linear_stats(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Any, **options: Any) -> Any:
+def _linear_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: Any,
+    ignore_index: int = NO_LABEL,
+    **options: Any,
+) -> Any:
     return fa.linear_token_stats(
-        hidden, weight, labels, outputs=("logprob", "entropy"), temperature=temperature, ignore_index=NO_LABEL,
+        hidden, weight, labels, outputs=("logprob", "entropy"), temperature=temperature, ignore_index=ignore_index,
         **options,
     )  # fmt: skip
