@@ -12,7 +12,7 @@ __all__ = ["NAMES", "Adapter", "AdapterError", "Report", "Seam", "adapter", "pat
 # Trainer -> the module whose ADAPTER is its table.
 NAMES: dict[str, str] = {
     name: f"fastalign.adapters.{name}"
-    for name in ("trl", "verl", "openrlhf", "llamafactory", "skyrl", "prime_rl", "slime")
+    for name in ("trl", "verl", "openrlhf", "llamafactory", "skyrl", "prime_rl", "slime", "transformers")
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastalign.adapters.common import Adapter, Report, Seam
 
-__all__ = ["ADAPTER", "patch", "unpatch"]
+__all__ = ["ADAPTER", "PackedDPOTrainer", "patch", "unpatch"]
 
 ADAPTER = Adapter(
     trainer="trl",
@@ -43,6 +45,7 @@ ADAPTER = Adapter(
             "both in one pass on every device",
         ),
     ),
+    registers=("fastalign.adapters.trl.PackedDPOTrainer: a subclass of TRL's DPOTrainer, without a patch",),
 )
 
 
@@ -54,3 +57,12 @@ def patch(*, untested: bool = False) -> Report:
 def unpatch() -> None:
     """Take that back; without effect where nothing is patched."""
     ADAPTER.unpatch()
+
+
+def __getattr__(name: str) -> Any:
+    """`PackedDPOTrainer` is a subclass of TRL's, which is not imported before it is asked for."""
+    if name == "PackedDPOTrainer":
+        from fastalign.adapters.trl.packed import PackedDPOTrainer
+
+        return PackedDPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -98,7 +98,7 @@ class PackedCausalLM(models.PackedModel):
             ids = [torch.randint(self.vocabulary(), (length,), generator=generator) for length in lengths]
             return self.logits(self.to_device(fastalign.pack(ids)))
 
-        self.exact = self.attention != "flash_attention_2"
+        self.exact = self.can_be_exact()
         try:
             short, long = (probe.SHORT,) * 2, [longest] * max(1, total // longest)
             self.fused = tried_head(self.model, self.fused.module, lambda: run(*short), lambda: run(*long))

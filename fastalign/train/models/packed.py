@@ -29,7 +29,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDES
         "or newer"
     )
 
-_IMPLEMENTATION = {
+IMPLEMENTATION = {
     "packed": packed.NAME,
     "sdpa": "sdpa",
     "eager": "eager",
@@ -167,6 +167,19 @@ class PackedModel:
         """lengths: what training will use, and the model is tried at; None: short sequences only."""
         self.lengths = lengths or Lengths(probe.SHORT, 3 * probe.SHORT)
         self.exact = False  # in float32 throughout, while the model is tried
+        self._place(model, device, dtype)
+        self.router, self.router_note = find_router(model)
+        self._scaled = packed.length_scaled(model)
+        self._original = model.config._attn_implementation
+        self._choose(attention)
+        if self.router is not None and not self.router.seen():
+            self.router = None
+            self.router_note = (
+                f"its load-balancing loss is left out: {type(model).__name__} does not compute it"
+            )
+
+    def _place(self, model: torch.nn.Module, device: str, dtype: str) -> None:
+        """Set `model`, where it is and what it computes in."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -180,15 +193,10 @@ class PackedModel:
                 "pass"
             )
         self.dtype = getattr(torch, dtype)
-        self.router, self.router_note = find_router(model)
-        self._scaled = packed.length_scaled(model)
-        self._original = model.config._attn_implementation
-        self._choose(attention)
-        if self.router is not None and not self.router.seen():
-            self.router = None
-            self.router_note = (
-                f"its load-balancing loss is left out: {type(model).__name__} does not compute it"
-            )
+
+    def can_be_exact(self) -> bool:
+        """Whether the model can be tried in float32, so that only the sequences make a difference."""
+        return self.attention != "flash_attention_2"
 
     def _choose(self, attention: str) -> None:
         """Switch the model to this attention; "auto": the first that keeps packed sequences apart."""
@@ -298,7 +306,7 @@ class PackedModel:
                 yield self.model
         finally:
             self.model.generation_config = own
-            self.model.set_attn_implementation(_IMPLEMENTATION[self.attention])
+            self.model.set_attn_implementation(IMPLEMENTATION[self.attention])
 
     @contextlib.contextmanager
     def unpacked(self, names: Sequence[str]) -> Iterator[None]:
@@ -314,7 +322,7 @@ class PackedModel:
             yield
         finally:
             self.attention = attention
-            self.model.set_attn_implementation(_IMPLEMENTATION[attention])
+            self.model.set_attn_implementation(IMPLEMENTATION[attention])
 
     def restore(self) -> None:
         """Give the model back the attention it came with."""
@@ -339,8 +347,8 @@ class PackedModel:
             return "it would leave out the softcap of the attention logits"
         self.attention = name
         try:
-            self.model.set_attn_implementation(_IMPLEMENTATION[name])
-            if self.model.config._attn_implementation != _IMPLEMENTATION[name]:
+            self.model.set_attn_implementation(IMPLEMENTATION[name])
+            if self.model.config._attn_implementation != IMPLEMENTATION[name]:
                 return "the architecture does not let its attention be chosen"
             return probe.leak(self)
         except (ValueError, ImportError, TypeError, RuntimeError, IndexError) as error:

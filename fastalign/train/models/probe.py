@@ -31,9 +31,7 @@ def leak(lm: Any) -> str | None:
     some models look further than a few tokens (scaled positions, chunks)."""
     generator = torch.Generator().manual_seed(0)
     a, middle, b, other_a, other_b = torch.randint(lm.vocabulary(), (5, SHORT), generator=generator)
-    lm.exact = (
-        lm.attention != "flash_attention_2"
-    )  # in float32 it is the sequences that make a difference, not the rounding
+    lm.exact = lm.can_be_exact()
     try:
         first, second = (_rows_of(lm, pack, 1) for pack in ([a, middle, b], [other_a, middle, other_b]))
         if not torch.isfinite(first).all():
