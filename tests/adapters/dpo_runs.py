@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import io
 
 import datasets
@@ -15,6 +17,8 @@ from fastalign.adapters.trl import PackedDPOTrainer
 
 datasets.disable_progress_bars()
 transformers.utils.logging.set_verbosity_error()
+atexit.register(gc.unfreeze)
+gc.freeze()  # Trainer collects garbage at its end: not among all that has been imported
 TIMES = ("runtime", "per_second", "total_flos", "epoch", "step_time")
 LIMIT = 1e-5  # of `difference`
 PAD = "ÿ"  # a byte that no text has
@@ -35,6 +39,13 @@ def mixtral(seed):
             output_router_logits=True, max_position_embeddings=256,
         )
     )  # fmt: skip
+
+
+def gpt2(seed):
+    """With a table of positions."""
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=48)
+    return transformers.GPT2LMHeadModel(config)
 
 
 def make_config(folder, **options):

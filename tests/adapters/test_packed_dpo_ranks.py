@@ -8,9 +8,11 @@ import socket
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from compute_loss import first_step, pairs
 from dpo_runs import LIMIT, difference, make_trainer, train
 from trl import DPOTrainer
 
+from fastalign.adapters.transformers import PairCollator, preference
 from fastalign.adapters.trl import PackedDPOTrainer
 
 KINDS = {"theirs": DPOTrainer, "ours": PackedDPOTrainer}
@@ -41,6 +43,9 @@ def rank_of_two(rank, port, folder, results):
         "max_steps": 1,
     }
     found["preset"] = train(make_trainer(PackedDPOTrainer, folder, **options))
+    found["transformers"] = first_step(
+        preference("dpo"), pairs(), PairCollator(), folder, 2, 2, ddp_backend="gloo"
+    )
     torch.save(found, results / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -73,3 +78,7 @@ def test_two_ranks_log_and_learn_what_trl_does(tmp_path):
     )  # fmt: skip
     for name, value in whole[0].items():
         assert abs(found[0]["preset"][0][name] - value) < LIMIT * max(1.0, abs(value)), name
+    loss, gradient, _ = first_step(preference("dpo"), pairs(), PairCollator(), tmp_path, 8, 1)
+    assert abs(found[0]["transformers"][0] - loss) < LIMIT
+    for name, value in gradient.items():
+        assert torch.allclose(found[1]["transformers"][1][name], value, rtol=1e-3, atol=1e-5), name

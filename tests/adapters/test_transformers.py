@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from train.tiny import make_model, make_rows, make_tokenizer
-from transformers import Trainer, TrainingArguments
+from compute_loss import examples, first_step
+from train.tiny import make_model, make_tokenizer
 
 import fastalign
 from fastalign import adapters
@@ -26,54 +26,11 @@ def _one_thread(one_thread):
     pass
 
 
-def examples(count=6):
-    tokenizer = make_tokenizer()
-
-    def ids(text):
-        return tokenizer(text)["input_ids"]
-
-    return [
-        {"prompt_ids": ids(r["prompt"]), "chosen_ids": ids(r["chosen"]), "rejected_ids": ids(r["rejected"]),
-         "gamma_ext": 0.2 * i}
-        for i, r in enumerate(make_rows(count))
-    ]  # fmt: skip
-
-
 def alone(model, example, side):
     """(log-probs, ids, scored) of one sequence."""
     ids = torch.tensor([*example["prompt_ids"], *example[side]])
     logprobs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
     return logprobs[len(example["prompt_ids"]) - 1 :]
-
-
-def gradient(loss, data, collator, folder, size, accumulation, **options):
-    """(loss that Trainer logs of its first step, the gradient of that step)."""
-    found = []
-
-    class Watched(Trainer):
-        def create_optimizer(self, *args):
-            optimizer = super().create_optimizer(*args)
-            optimizer.register_step_pre_hook(
-                lambda *_: found.append({n: p.grad.clone() for n, p in self.model.named_parameters()})
-            )
-            return optimizer
-
-    arguments = TrainingArguments(
-        str(folder), per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=1,
-        logging_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_grad_norm=0.0,
-        remove_unused_columns=False, **options,
-    )  # fmt: skip
-    trainer = Watched(
-        make_model(),
-        arguments,
-        data_collator=collator,
-        train_dataset=data,
-        eval_dataset=data[:2],
-        compute_loss_func=loss,
-    )
-    trainer.train()
-    evaluated = trainer.evaluate()["eval_loss"]
-    return trainer.state.log_history[0]["loss"], found[0], evaluated
 
 
 # loss -> its options, and how the six pairs of a step are cut: padded or packed, pairs of a batch, batches.
@@ -111,14 +68,14 @@ def test_the_loss_of_a_step_is_the_mean_over_its_pairs(tmp_path, name):
         ends,
         loss=name,
         mask=torch.ones(len(logprobs)) > 0,
-        **LOSSES[name],
+        **own,
         **options,
     ).loss
     wanted.backward()
     per_pair = ("gamma_ext",) if name == "odpo" else ()
     for padding, size, accumulation in cuts:
         collator = PairCollator(padding, per_pair)
-        logged, found, _ = gradient(loss, data, collator, tmp_path, size, accumulation)
+        logged, found, _ = first_step(loss, data, collator, tmp_path, size, accumulation)
         assert logged == pytest.approx(float(wanted.detach()), rel=1e-4), (size, accumulation)
         for parameter, value in model.named_parameters():
             assert torch.allclose(found[parameter], value.grad, rtol=1e-3, atol=1e-5), (parameter, size)
@@ -133,9 +90,9 @@ def test_the_token_loss_is_trainers_own(tmp_path):
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], batch_first=True)
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
-    theirs = gradient(None, rows, collate, tmp_path, 2, 3)
+    theirs = first_step(None, rows, collate, tmp_path, 2, 3)
     for size, accumulation in ((6, 1), (2, 3)):
-        ours = gradient(sft(), rows, collate, tmp_path, size, accumulation)
+        ours = first_step(sft(), rows, collate, tmp_path, size, accumulation)
         assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
         for name, value in theirs[1].items():
             assert torch.allclose(ours[1][name], value, rtol=1e-3, atol=1e-6), name

@@ -101,14 +101,11 @@ class PackedDPOTrainer(DPOTrainer):
                 continue
             forward = PackedForward(base, self.accelerator, self.args.max_length)
             if model is self.model:
+                self._policy = forward
                 weighs = self.use_weighting or (self.preset is not None and self.preset.weighs)
                 forward.outputs += ("entropy", "mean_logit", "is_top1") + ("log_sum_sq_probs",) * weighs
             forward.attach(self._note)
             self._forwards[id(base)] = forward
-
-    @property
-    def _policy(self) -> PackedForward:
-        return self._forwards[id(_base(self.model))]
 
     def _note(self, found: Pass) -> None:
         if self._passes is not None:
