@@ -3,6 +3,7 @@ table, JSON and a plot."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -13,17 +14,19 @@ from typing import Any
 
 import torch
 
+from fastalign.bench import side_by_side
 from fastalign.bench.cases import make_case
 from fastalign.bench.measure import (
     Result,
     add_bandwidth,
+    add_floor,
     cache_bytes,
     ceiling_bytes,
     ceilings,
     measure,
     read_bandwidth,
 )
-from fastalign.bench.shapes import OPS, SHAPES
+from fastalign.bench.shapes import OPS, PEER_OPS, STEP_OPS, shapes_of
 from fastalign.cli.console import Parser, table
 from fastalign.runtime import backends
 
@@ -39,7 +42,7 @@ HOW = (
     "ms: median of calls taken in turns with the other lines', on rotating inputs. GB/s: the op's least "
     "traffic (each input read once, each result "
     "written once) over that time; of read: of the bandwidth at which this machine merely reads the same "
-    "bytes, in the same run. max error: "
+    "bytes, in the same run; of floor: of the time that the last line's bare work takes. max error: "
     "against fp64 on sampled rows; a line that is not right gets no time. extra MB: peak memory of one call "
     "beyond its inputs. CPU samples that carry "
     "page faults or system time which are not the op's (the system took memory away in between) are set "
@@ -58,9 +61,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--op",
         action="append",
-        choices=OPS,
+        choices=(*OPS, *STEP_OPS),
         metavar="OP",
-        help=f"only this op (repeatable): {', '.join(OPS)}",
+        help=f"only this op (repeatable): {', '.join((*OPS, *STEP_OPS))}",
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="the side by side with torch.compile, TRL, verl, Liger and cut-cross-entropy, as far as they are installed: "
+        f"{', '.join(PEER_OPS)}, and a table of the fastest of them for each",
     )
     parser.add_argument(
         "--backend",
@@ -94,10 +103,17 @@ def main(argv: list[str]) -> int:
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot {arguments.plot}: the name must end in .png, .svg or .pdf")
 
+    ops = arguments.op or (PEER_OPS if arguments.peers else OPS)
+    if {*ops} & {*STEP_OPS} and importlib.util.find_spec("transformers") is None:
+        parser.error(
+            f"{' and '.join(STEP_OPS)} need transformers, which is not installed: pip install 'fastalign[peers]'"
+        )
+
     report = run(
         f"{device.type}-quick" if arguments.quick else device.type,
         device,
-        arguments.op or OPS,
+        ops,
+        peers=arguments.peers,
         backends=tuple(arguments.backend) if arguments.backend else None,
         compile=not arguments.no_compile,
         save=arguments.json,
@@ -114,11 +130,12 @@ def run(
     *,
     backends: tuple[str, ...] | None = None,
     compile: bool = True,
+    peers: bool = False,
     save: Path | None = None,
     show: Any = print,
 ) -> dict[str, Any]:
     """Measure `ops` at the shapes of `suite`, print every table as it is ready, and return what is written to
-    `save` after every case (until the last, without "seconds")."""
+    `save` after every case (until the last, without "seconds"). peers: with the tables of side_by_side.py."""
     started, load = time.perf_counter(), _load()
     seconds, least, most = EFFORT[suite]
     size = 1 << 20 if suite == "tiny" else ceiling_bytes(device)
@@ -140,7 +157,7 @@ def run(
         f"TFLOP/s\n{HOW}\n"
     )
     for op in ops:
-        for shape in SHAPES[suite][op]:
+        for shape in shapes_of(suite, op):
             case = make_case(
                 op,
                 shape,
@@ -151,6 +168,7 @@ def run(
             )
             results = measure(case, device, seconds=seconds, least=least, most=most)
             gbs = add_bandwidth(case, results, machine_gbs)
+            add_floor(results)
             report["cases"].append(
                 {
                     "op": op,
@@ -170,6 +188,9 @@ def run(
             del case
     report["seconds"] = time.perf_counter() - started
     report["load_average"] = {"start": load, "end": _load()}
+    if peers:
+        report["side_by_side"] = side_by_side.rows(report)
+        show(f"{side_by_side.render(report)}\n")
     _save(report, save)
     for failure in report["failures"]:
         print(f"fastalign bench: {failure}", file=sys.stderr)
@@ -214,7 +235,7 @@ def render(results: list[Result]) -> str:
     for r in results:
         if r.ms is None:
             rows.append(
-                [r.name, r.status if r.status != "ok" else "n/a", "", "", "", "", r.message[:90]]
+                [r.name, r.status if r.status != "ok" else "n/a", "", "", "", "", "", r.message[:90]]
                 + ["", ""] * graphs
             )
             continue
@@ -223,8 +244,9 @@ def render(results: list[Result]) -> str:
                 r.name,
                 f"{r.ms:.3f}",
                 f"{r.ms / own:.2f}" if own else "",
-                f"{r.gbs:.1f}",
+                "" if r.gbs is None else f"{r.gbs:.1f}",
                 "" if r.share is None else f"{r.share:.0%}",
+                "" if r.floor is None else f"{r.floor:.0%}",
                 "" if r.error is None else f"{r.error:.1e}",
                 "" if r.extra_mb is None else f"{r.extra_mb:.1f}",
                 *[f"{ms:.4f}" if ms is not None else "" for ms in (r.graph_ms, r.host_ms) if graphs],
@@ -232,7 +254,8 @@ def render(results: list[Result]) -> str:
         )
     lines = [
         table(
-            ["", "ms", "x", "GB/s", "of read", "max error", "extra MB"] + ["graph ms", "host ms"] * graphs,
+            ["", "ms", "x", "GB/s", "of read", "of floor", "max error", "extra MB"]
+            + ["graph ms", "host ms"] * graphs,
             rows,
         )
     ]

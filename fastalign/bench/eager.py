@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BETA = 0.1  # of the preference loss that is measured
+CLIP, KL_COEF = 0.2, 0.04  # of the policy losses
 
 
 def log_softmax_gather(logits: Tensor, labels: Tensor) -> Tensor:
@@ -69,11 +70,27 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def ppo_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float = CLIP
 ) -> Tensor:
     ratio = torch.exp(logprobs - old_logprobs)
     loss = torch.maximum(-advantages * ratio, -advantages * torch.clamp(ratio, 1.0 - clip, 1.0 + clip))
     return torch.where(mask, loss, 0.0).sum() / mask.sum()
+
+
+def dpo_loss_of_sums(sums: Tensor, ref_sums: Tensor) -> Tensor:
+    """`sums` [2P]: the chosen responses, then the rejected ones. A sum over the pairs."""
+    chosen, rejected = (sums - ref_sums).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).sum()
+
+
+def grpo_loss(
+    logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    """Padded: [S, L], `advantages` [S]. A sum over the sequences of the mean over their tokens."""
+    ratio, advantages = torch.exp(logprobs - old_logprobs), advantages.unsqueeze(-1)
+    loss = torch.maximum(-advantages * ratio, -advantages * torch.clamp(ratio, 1.0 - CLIP, 1.0 + CLIP))
+    loss = loss + KL_COEF * k3(logprobs, ref_logprobs)
+    return ((loss * mask).sum(-1) / mask.sum(-1)).sum()
 
 
 def gae_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@ memory of one call."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import statistics
@@ -37,7 +38,8 @@ ATTEMPTS, LEAST_SAMPLES = 3, 3
 class Result:
     """One line of the table. `status`: "ok", "wrong" (no number is given), "disturbed" (too few samples are
     of the op) or "n/a"; `message` says why. `error`: largest absolute error against fp64 on the sampled rows.
-    `gbs`: the op's least traffic over the time; `share`: of the read-only bandwidth. `extra_mb`: peak memory
+    `gbs`: the op's least traffic over the time; `share`: of the read-only bandwidth; `floor`: what the
+    case's floor takes (the plain read where it has no other) over the time. `extra_mb`: peak memory
     of a call beyond what was there before it, results included.
 
     `ms`: the median of `samples` samples, without the `set_aside` ones that `timing.disturbed` names;
@@ -53,6 +55,7 @@ class Result:
     samples: int = 0
     gbs: float | None = None
     share: float | None = None
+    floor: float | None = None
     error: float | None = None
     extra_mb: float | None = None
     set_aside: int = 0
@@ -145,12 +148,21 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
+        _give_back()
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _status("VmRSS")
         call()
         return max(0, _status("VmHWM") - before)
     except OSError:
         return None
+
+
+def _give_back() -> None:
+    """What was freed goes back to the system where the C library keeps it: a call that lives on it would seem
+    to need nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status(key: str) -> int:
@@ -325,7 +337,16 @@ def add_bandwidth(case: Case, results: list[Result], machine_gbs: float) -> floa
         reader.gbs = sum(x.nbytes for x in case.inputs[0][: case.read]) / reader.ms / 1e6
     gbs = machine_gbs if reader is None else reader.gbs
     for result in results:
-        if result.ms and result.kind != "read":
+        if result.ms and result.kind != "read" and case.traffic:
             result.gbs = case.traffic / result.ms / 1e6
             result.share = result.gbs / gbs
     return gbs
+
+
+def add_floor(results: list[Result]) -> None:
+    """Fill in the share of the floor."""
+    floors = {r.kind: r.ms for r in results if r.kind in ("read", "floor") and r.ms}
+    least = floors.get("floor", floors.get("read"))
+    for result in results:
+        if result.ms and least and result.kind not in ("read", "floor"):
+            result.floor = least / result.ms

@@ -49,10 +49,27 @@ class Head(NamedTuple):
         return f"{self.rows} x {self.hidden} x {self.vocab} {self.dtype}"
 
 
+class Step(NamedTuple):
+    """A training step on `sequences` responses of up to `length` tokens with their prompts, of a random Llama."""
+
+    sequences: int
+    length: int
+    layers: int
+    hidden: int
+    vocab: int
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.sequences} sequences of up to {self.length} tokens, {self.layers} layers x {self.hidden}, "
+            f"vocabulary {self.vocab}, {self.dtype}"
+        )
+
+
 PACKED_OPS = ("sequence_sum", "preference_loss", "listwise_loss", "kl_estimate")
 
 
-Shape = Rows | Pairs | Sequences | Head
+Shape = Rows | Pairs | Sequences | Head | Step
 
 
 HEAD_OPS = ("linear_token_logprobs", "linear_token_logprobs_backward", "linear_token_logprobs_frozen")
@@ -132,3 +149,20 @@ SHAPES = {
     ),
 }
 OPS = tuple(SHAPES["cpu"])
+
+# Whole steps, and the side by side with other packages (`fastalign bench --peers`), which has them too.
+STEPS = {
+    "cpu": Step(16, 256, 4, 256, 32000),
+    "cpu-quick": Step(8, 96, 2, 128, 16000),
+    "cuda": Step(32, 2048, 8, 2048, 128256, "bfloat16"),
+    "cuda-quick": Step(16, 512, 4, 1024, 128256, "bfloat16"),
+    "tiny": Step(4, 12, 1, 16, 50),
+}
+STEP_OPS = ("dpo_step", "grpo_step")
+PEER_OPS = (
+    "token_logprobs", "token_logprobs_entropy", "token_logprobs_backward", *HEAD_OPS, "preference_loss", "policy_loss", "gae", *STEP_OPS,
+)  # fmt: skip
+
+
+def shapes_of(suite: str, op: str) -> tuple[Shape, ...]:
+    return (STEPS[suite],) if op in STEP_OPS else SHAPES[suite][op]

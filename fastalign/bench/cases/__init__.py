@@ -14,9 +14,10 @@ import fastalign
 from fastalign.bench.cases import head as head_cases
 from fastalign.bench.cases import packed as packed_cases
 from fastalign.bench.cases import rows as row_cases
-from fastalign.bench.cases.case import Case, Contestant, backward_of, no_grad
+from fastalign.bench.cases import steps as step_cases
+from fastalign.bench.cases.case import Case, Contestant
 from fastalign.bench.peers import PEERS
-from fastalign.bench.shapes import SHAPES, Shape
+from fastalign.bench.shapes import OPS, STEP_OPS, Shape
 
 
 def make_case(
@@ -37,12 +38,14 @@ def make_case(
     others = [
         c
         for c in case.contestants
-        if c.kind in ("read", "floor", "eager") or (c.kind == "compiled" and compile)
+        if c.kind in ("read", "floor", "eager", "peer") or (c.kind == "compiled" and compile)
     ]
-    wrap = _WRAPPED.get(op, no_grad)
     for peer in PEERS.get(op, ()):
         try:
-            others.append(Contestant(peer.name, wrap(peer.load()), "peer", peer.overwrites))
+            run = case.of_peer(peer.load())
+            if peer.on_gpu_only and device.type == "cpu":
+                raise RuntimeError("installed; its kernels are Triton's, which need a GPU")
+            others.append(Contestant(peer.name, run, "peer", peer.overwrites))
         except (
             ImportError,
             RuntimeError,
@@ -82,12 +85,8 @@ _PUBLIC = {
     "linear_token_logprobs": "token_logprobs",
     "linear_token_logprobs_backward": "token_logprobs",
     "linear_token_logprobs_frozen": "token_logprobs",
-}
-# How a peer's function is called, where not without gradients.
-_WRAPPED = {
-    "token_logprobs_backward": backward_of,
-    "linear_token_logprobs_backward": head_cases.differentiated,
-    "linear_token_logprobs_frozen": head_cases.differentiated,
+    "dpo_step": "token_logprobs",
+    "grpo_step": "token_logprobs",
 }
 _MAKERS = {
     "token_logprobs": row_cases.logprobs,
@@ -104,5 +103,7 @@ _MAKERS = {
     "kl_estimate": packed_cases.kl_estimate,
     "gae": packed_cases.gae,
     "policy_loss": packed_cases.policy_loss,
+    "dpo_step": step_cases.dpo,
+    "grpo_step": step_cases.grpo,
 }
-assert set(_MAKERS) == set(SHAPES["cpu"])
+assert set(_MAKERS) == {*OPS, *STEP_OPS}

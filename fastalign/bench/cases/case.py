@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastalign import testing
-from fastalign.bench.shapes import Rows, Shape
+from fastalign.bench.shapes import Shape
 
 
 @dataclass
@@ -37,7 +37,8 @@ class Case:
     """One op at one shape. `inputs`: several sets, taken in turns so that no cache serves the next run.
     `traffic`: the bytes that the op must move at least. `truth`, `baseline`: sampled results in fp64 and by
     plain PyTorch in fp32; `sample` picks the same from a contestant's output; `scale`: the magnitude that
-    rounding errors refer to (None: of the truth). `read`: how many of the inputs the plain read goes over."""
+    rounding errors refer to (None: of the truth). `read`: how many of the inputs the plain read goes over.
+    `of_peer`: what makes a run of another package's function (peers.py)."""
 
     op: str
     shape: Shape
@@ -50,6 +51,7 @@ class Case:
     scale: Tensor | None = None
     read: int = 1
     missing: dict[str, str] = field(default_factory=dict)
+    of_peer: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.no_grad()
 
     def error(self, output: Tensor) -> float:
         return float((self.sample(output).detach().double().cpu() - self.truth.cpu()).abs().max())
@@ -67,11 +69,7 @@ class Case:
             except AssertionError as error:
                 return str(error)
             return None
-        coarse = (
-            torch.bfloat16
-            if isinstance(self.shape, Rows) and self.shape.dtype == "bfloat16"
-            else torch.float32
-        )
+        coarse = getattr(torch, getattr(self.shape, "dtype", "float32"))
         size = max(
             1.0, float(self.truth.abs().max()), 0.0 if self.scale is None else float(self.scale.abs().max())
         )

@@ -117,6 +117,7 @@ def _backward(shape: Head, hidden: Tensor, weight: Tensor, labels: Tensor, op: s
         *grads,
         sample=sample,
         scale=scale,
+        of_peer=differentiated,
     )
 
 

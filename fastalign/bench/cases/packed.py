@@ -137,6 +137,11 @@ def gae(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
 
         return run
 
+    def of_peer(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        if shape.length > MOST_STEPS:
+            raise RuntimeError(f"not run beyond {MOST_STEPS} steps")
+        return no_grad(padded(function, torch.ones(shape.sequences, shape.length, device=device)))
+
     looped, masked = "loop over time steps", "loop over time steps, masked"
     if shape.length <= MOST_STEPS:
         plain, missing = padded(eager.gae_loop), {}
@@ -166,6 +171,7 @@ def gae(shape: Sequences, device: torch.device, cache_bytes: int) -> Case:
         sample=torch.stack,
         scale=scale,
         missing=missing,
+        of_peer=of_peer,
     )
 
 
@@ -213,4 +219,5 @@ def policy_loss(shape: Sequences, device: torch.device, cache_bytes: int) -> Cas
         baseline[clear],
         sample=lambda g: g[clear],
         scale=scale,
+        of_peer=gradient_of,
     )

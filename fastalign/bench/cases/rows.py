@@ -124,6 +124,7 @@ def logprobs_backward(shape: Rows, device: torch.device, cache_bytes: int) -> Ca
         *grads,
         sample=lambda x: x[sampled],
         scale=scale,
+        of_peer=backward_of,
     )
 
 
