@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -243,14 +244,74 @@ def test_failing_nvcc_is_not_silent(tmp_path):
     )
 
 
-def test_sdist_holds_the_sources(tmp_path):
-    source = copy_of_sources(tmp_path)
-    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=source, check=True, capture_output=True)
-    (archive,) = (source / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(sdist, wheel) of `python -m build`, which makes the wheel of the sdist; in the compiler's place a program
+    that hands out the extension as it is built already. benchmarks/check_wheel.sh compiles."""
+    folder = tmp_path_factory.mktemp("built")
+    compiler = folder / "bin" / "g++"
+    compiler.parent.mkdir()
+    give = f'case "$*" in *-shared*) cp {_C.__file__} "$last";; *) : > "$last";; esac'
+    compiler.write_text(f"#!/bin/sh\nfor last; do :; done\n{give}\n")
+    compiler.chmod(0o755)
+    env = {**os.environ, "PATH": f"{compiler.parent}:{os.environ['PATH']}", "FASTALIGN_CUDA": "0"}
+    env.pop("FASTALIGN_EXTENSION", None)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist")]
+    done = subprocess.run(
+        [*command, str(copy_of_sources(folder))], env=env, cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (sdist,), (wheel,) = ((folder / "dist").glob(kind) for kind in ("*.tar.gz", "*.whl"))
+    return sdist, wheel
+
+
+def test_sdist_holds_the_sources(built):
+    with tarfile.open(built[0]) as tar:
         inside = {name.split("/", 1)[-1] for name in tar.getnames()}
     missing = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()} - inside
     assert not missing and {"setup.py", "pyproject.toml", "LICENSE", "fastalign/__init__.py"} <= inside
+
+
+def test_wheel_holds_the_extension_and_needs_torch_alone(built):
+    wheel = built[1]
+    assert re.fullmatch(rf"fastalign-{re.escape(fa.__version__)}-cp3\d+-cp3\d+-linux_\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (info,) = {n.split("/")[0] for n in names if ".dist-info/" in n}
+        assert {n.split("/")[0] for n in names} == {"fastalign", info}
+        assert archive.read(f"fastalign/{Path(_C.__file__).name}") == Path(_C.__file__).read_bytes()
+        metadata, points = (archive.read(f"{info}/{n}").decode() for n in ("METADATA", "entry_points.txt"))
+    kept = {
+        f"fastalign/{p.relative_to(ROOT / 'fastalign').as_posix()}" for p in (ROOT / "fastalign").rglob("*.*")
+    }
+    assert {n for n in kept if "__pycache__" not in n and not n.endswith(".so")} <= names
+    needed = [
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line
+    ]
+    assert needed == ["Requires-Dist: torch>=2.6"] and "fastalign = fastalign.cli.main:main" in points
+
+
+def test_wheel_is_installed_without_a_compiler(built, tmp_path):
+    """What benchmarks/check_wheel.py finds, in a folder of its own beside this torch."""
+    target = tmp_path / "site"
+    output_of(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-compile",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        target,
+        built[1],
+    )
+    code = f"import runpy, sysconfig; sysconfig.get_path = lambda name: {str(target)!r}\n"
+    code += f"runpy.run_path({str(ROOT / 'benchmarks' / 'check_wheel.py')!r})"
+    env = {"PYTHONPATH": str(target), "PATH": str(tmp_path), "FASTALIGN_BACKEND": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and f"fastalign {fa.__version__} beside torch" in done.stdout, done.stderr
 
 
 def test_what_is_installed_holds_every_file(tmp_path):
