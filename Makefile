@@ -25,7 +25,8 @@ test: .venv-test/ready
 .venv-test/ready: FORCE
 # For the ahead-of-time stage, beside the pinned one; tests/run_all.py says what each is for. 3.3.1 has no wheels for Python 3.14.
 .venv-test/ready: TRITONS = 3.6.0 3.3.1
-# Trainers whose functions the adapters are compared with, without what they depend on; tests/run_all.py puts them in front of the path.
+# Trainers whose functions the adapters are compared with, without what they depend on; all of them are plain Python, whatever their wheels are named after.
+# tests/run_all.py puts them in front of the path.
 .venv-test/ready: TRAINERS = verl==0.9.1 openrlhf==0.11.2 llamafactory==0.9.5 trl==0.18.0
 
 # No isolation and no torch in the build: one torch, the one that constraints.txt names, and packages are installed while the compilers work.
@@ -47,7 +48,8 @@ packages:
 	  $(VENV)/bin/python -m pip install --quiet --no-compile --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
 	done
 	@if [ -n "$(TRAINERS)" ]; then \
-	  $(VENV)/bin/python -m pip install --quiet --no-compile --no-deps --only-binary :all: --target $(VENV)/trainers $(TRAINERS); \
+	  $(VENV)/bin/python -m pip install --quiet --no-compile --no-deps --only-binary :all: --ignore-requires-python --python-version 3.11 \
+	    --platform manylinux1_x86_64 --target $(VENV)/trainers $(TRAINERS); \
 	fi
 
 clean:

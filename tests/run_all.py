@@ -125,6 +125,7 @@ def check_trainers():
             every = " ".join(f"{n}=={v}" for n, v in TRAINERS.items())
             sys.exit(
                 f"the stage trainers needs {name} {version}, found {found}: python -m pip install --no-deps "
+                f"--only-binary :all: --ignore-requires-python --python-version 3.11 --platform manylinux1_x86_64 "
                 f"--target {folder} {every}; the stage puts that folder in front of the path"
             )
 

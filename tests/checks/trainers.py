@@ -4,16 +4,19 @@ import besides and the tested functions do not use is made up here, by name: no 
 
 from __future__ import annotations
 
+import enum
 import importlib.abc
 import importlib.machinery
 import os
 import re
 import sys
+import typing
 from pathlib import Path
 from types import ModuleType
 
 import run_all
 import torch
+import typing_extensions
 
 os.environ["TORCHDYNAMO_DISABLE"] = (
     "1"  # of a function of OpenRLHF's that is compiled: it is run as it stands
@@ -79,8 +82,21 @@ def add_entry_points(folder):
     sys.path.append(str(folder))
 
 
+def newer_python():
+    """What Python 3.10 lacks, which LLaMA-Factory no longer takes."""
+    if not hasattr(typing, "Self"):
+        typing.Self = typing_extensions.Self
+    if not hasattr(enum, "StrEnum"):
+
+        class StrEnum(str, enum.Enum):
+            __str__ = str.__str__
+
+        enum.StrEnum = StrEnum
+
+
 def make_up():
     """To be called before a trainer is imported."""
+    newer_python()
     run_all.check_trainers()
     sys.meta_path.insert(0, MadeUpModules())
 

@@ -53,6 +53,13 @@ def head_cpu(name):
     return runpy.run_path(str(ROOT / "benchmarks" / "head_table.py"))["table"](report)
 
 
+def adapter_functions():
+    """Functions of other trainers beside ours, from the committed file."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "2026-11-28-adapter-functions.json").read_text())
+    folder = ROOT / "benchmarks" / "adapters"
+    return runpy.run_path(str(folder / "functions_table.py"))["table"](report["functions"])
+
+
 LOSSES = ROOT / "docs" / "losses.md"
 HEAD = ROOT / "docs" / "fused_head.md"
 TABLES = {
@@ -63,6 +70,7 @@ TABLES = {
     "head_memory": (README, lambda: head_memory("table")),
     "head_cpu": (HEAD, lambda: head_cpu("2026-11-28-head-cpu-epyc-2-threads.json")),
     "head_frozen": (HEAD, lambda: head_cpu("2026-11-28-head-frozen-cpu-epyc-2-threads.json")),
+    "adapter_functions": (ROOT / "docs" / "adapters.md", adapter_functions),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
     "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
     "methods": (ROOT / "docs" / "methods.md", methods.markdown),
