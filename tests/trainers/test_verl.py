@@ -125,7 +125,22 @@ def test_gae_everywhere(draw, ragged, gamma, lam):
     )
 
 
-@pytest.mark.parametrize("name", [name.removeprefix("fastalign_") for name in advantages.ESTIMATORS])
+def test_gae_by_its_name(draw, ragged):
+    config = core.AlgoConfig(gamma=0.9, lam=0.8)
+    args = {"token_level_rewards": draw(5, 9), "values": draw(5, 9), "response_mask": ragged.float()}
+    theirs = core.get_adv_estimator_fn("gae")(**args, gamma=0.9, lam=0.8)
+    ours = core.get_adv_estimator_fn("fastalign_gae")
+    same(ours(**args, config=config), theirs)
+    same(ours(**args, gamma=0.9, lam=0.8), theirs)
+    for missing in ({"values": None, "config": config}, {"gamma": 0.9}):
+        with pytest.raises(ValueError, match="everywhere with adv_estimator=gae runs ours"):
+            ours(**{**args, **missing})
+
+
+GROUPS = [name.removeprefix("fastalign_") for name in advantages.ESTIMATORS if name != "fastalign_gae"]
+
+
+@pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("by_std", [True, False])
 def test_estimators(draw, ragged, name, by_std):
     """Groups of two, of three and of one, in any order."""

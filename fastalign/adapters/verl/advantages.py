@@ -32,6 +32,26 @@ def compute_gae_advantage_return(
     return fa.whiten(advantages, moments=out.moments).to(dtype), returns.to(dtype)
 
 
+def gae(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    values: Tensor | None = None,
+    gamma: Any = None,
+    lam: Any = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """GAE for trainers that give values to what the registry has; verl's own does to its `gae` alone. gamma, lam:
+    None: algorithm.gamma, algorithm.lam."""
+    if values is None or (config is None and (gamma is None or lam is None)):
+        raise ValueError(
+            "adv_estimator=fastalign_gae needs values, gamma and lam, and verl gives values to its own gae alone: "
+            "VERL_USE_EXTERNAL_MODULES=fastalign.adapters.verl.everywhere with adv_estimator=gae runs ours in its place"
+        )
+    gamma, lam = (config.gamma if gamma is None else gamma, config.lam if lam is None else lam)
+    return compute_gae_advantage_return(token_level_rewards, values, response_mask, gamma, lam)
+
+
 def _carried_back(x: Tensor, mask: Tensor) -> Tensor:
     """[B, T]: at tokens outside the mask the value of the next one inside, 0 behind the last."""
     columns = torch.arange(x.shape[1], device=x.device)
@@ -105,5 +125,5 @@ def reinforce_plus_plus(
 
 # adv_estimator -> function, for `register_adv_est`.
 ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    f"fastalign_{f.__name__}": f for f in (grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline)
+    f"fastalign_{f.__name__}": f for f in (gae, grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline)
 }  # fmt: skip
