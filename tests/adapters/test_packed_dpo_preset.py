@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from dpo_runs import LIMIT, make_model, make_rows, make_trainer, run, train
+from dpo_runs import LIMIT, make_model, make_rows, make_trainer, mixtral, run, train
 from peft import PromptTuningConfig
 from trl import DPOConfig, DPOTrainer
 
@@ -32,10 +32,19 @@ def test_a_preset_is_the_loss_type_that_it_is(tmp_path):
         for name in theirs[0]:
             assert ours[0][name] == pytest.approx(theirs[0][name], rel=LIMIT, abs=LIMIT), name
         assert {"loss_rewards/margins", "n_empty"} <= set(ours[0])
-    wpo = run(DPOTrainer, tmp_path, use_weighting=True, beta=0.2)
-    found = run(PackedDPOTrainer, tmp_path, **preset("wpo", beta=0.2, clamp=None))
-    assert found[0]["loss"] == pytest.approx(wpo[0]["loss"], rel=LIMIT)
-    assert found[1]["grad_norm"] == pytest.approx(wpo[1]["grad_norm"], rel=LIMIT)
+    for make, options, name, own in (
+        (dict, {"use_weighting": True, "beta": 0.2}, "wpo", {"beta": 0.2, "clamp": None}),
+        (
+            lambda: {"policy": mixtral(0), "reference": mixtral(1)},
+            {},
+            "dpo",
+            {},
+        ),  # and the loss of its router
+    ):
+        theirs = run(DPOTrainer, tmp_path, **make(), **options)
+        ours = run(PackedDPOTrainer, tmp_path, **make(), **preset(name, **own))
+        for a, b in zip(theirs[:2], ours):
+            assert [b["loss"], b["grad_norm"]] == pytest.approx([a["loss"], a["grad_norm"]], rel=LIMIT), name
 
 
 # One of every kind of preset: a KL between whole distributions, no reference, a rule with memory, numbers of
