@@ -154,7 +154,7 @@ OPS = tuple(SHAPES["cpu"])
 STEPS = {
     "cpu": Step(16, 256, 4, 256, 32000),
     "cpu-quick": Step(8, 96, 2, 128, 16000),
-    "cuda": Step(32, 2048, 8, 2048, 128256, "bfloat16"),
+    "cuda": Step(16, 1024, 8, 2048, 128256, "bfloat16"),
     "cuda-quick": Step(16, 512, 4, 1024, 128256, "bfloat16"),
     "tiny": Step(4, 12, 1, 16, 50),
 }

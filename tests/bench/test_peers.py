@@ -20,10 +20,11 @@ from fastalign.bench.shapes import PEER_OPS, STEP_OPS, STEPS, Sequences, shapes_
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("op", STEP_OPS)
-def test_steps_are_right(op):
+def test_steps_are_right(op, dtype):
     """Loss and gradients of every line against fp64; ours on both backends. Padded and packed are one step."""
-    case = make_case(op, STEPS["tiny"], CPU, backends=("cpu", "reference"))
+    case = make_case(op, STEPS["tiny"]._replace(dtype=dtype), CPU, backends=("cpu", "reference"))
     results = {r.name: r for r in measure.measure(case, CPU, seconds=0, least=1, most=1, memory=False)}
     assert {"fastalign cpu", "fastalign reference", "trl's fused head, padded"} <= set(results)
     assert {r.status for r in results.values()} == {"ok"}, results

@@ -156,18 +156,20 @@ def _case(
         return value.detach()
 
     with torch.no_grad(), autocast():
-        padded.old += logprobs_of(policy, padded).float()
+        padded.old += torch.cat([logprobs_of(policy, padded.of([i])).float() for i in range(shape.sequences)])
     ends = packed.cu_seqlens[1:].long() - 1
     batch.packed_old = torch.zeros(len(packed.labels), device=device)
     rows = torch.ones_like(batch.packed_old, dtype=torch.bool).index_fill_(0, ends, False)
     batch.packed_old[rows] = padded.old[padded.attention[:, 1:].bool()]
 
-    exact = [copy.deepcopy(m).double() for m in (policy, reference)]
-    values = [with_logits(padded.of(rows), *exact) for rows in parts]
-    truth = _taken(exact[0], torch.stack(values).sum())
-    del exact
+    def in_parts(*models: Any) -> Tensor:
+        """A part of the batch at a time: there need be no room for all logits, nor for them in fp64."""
+        values = [with_logits(padded.of(rows), *models) for rows in parts]
+        return _taken(models[0], torch.stack(values).sum())
+
+    truth = in_parts(*(copy.deepcopy(m).double() for m in (policy, reference)))
     with autocast():
-        baseline = _taken(policy, with_logits(padded))
+        baseline = in_parts(policy, reference)
 
     twin = copy.deepcopy(policy)
     attention = "auto" if device.type == "cuda" else "packed"
@@ -213,7 +215,9 @@ def _case(
         )
     except (ImportError, AttributeError) as error:
         missing["trl's fused head, padded"] = str(error).splitlines()[0]
-    scale = torch.full_like(truth, float(truth.abs().max()))
+    # Under autocast it is the backbone that rounds, to its type.
+    rounding = torch.finfo(getattr(torch, shape.dtype)).eps / torch.finfo(torch.float32).eps
+    scale = torch.full_like(truth, rounding * float(truth.abs().max()))
     inputs = [(policy.get_output_embeddings().weight,)]
     return Case(op, shape, inputs, 0, contestants, truth, baseline, scale=scale, missing=missing)
 
