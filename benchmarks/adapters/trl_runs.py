@@ -1,7 +1,7 @@
 """Short runs of TRL's real trainers on tiny random models, with and without fastalign in them: what they log is compared.
 The cases are those of trl_sweep.py, and some of them run in tests/adapters/test_trl_trainers.py.
 
-`python benchmarks/adapters/trl_runs.py CASE OUT.json`, under torch.distributed.run, runs one on several ranks."""
+`python benchmarks/adapters/trl_runs.py CASE MODEL OUT.json`, under torch.distributed.run, runs one on several ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,11 +138,12 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
 # --- a run --------------------------------------------------------------------------------------------------
 
 
-def run(case: Case) -> dict[str, Any]:
-    """{"losses": of every micro-batch, "logs": what the trainer logged}, or {"error": in one line}."""
+def run(case: Case, saved: Path | None = None) -> dict[str, Any]:
+    """{"losses": of every micro-batch, "logs": what the trainer logged}, or {"error": in one line}. saved: the
+    model of `save`, which on several ranks only one process can write."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            trainer = build(case, Path(folder))
+            trainer = build(case, Path(folder), saved)
             losses: list[float] = []
             step = trainer.training_step
 
@@ -166,7 +167,18 @@ def _of_the_clock(name: str) -> bool:
     return any(part in name for part in OF_THE_CLOCK)
 
 
-def build(case: Case, folder: Path) -> Any:
+def save(case: Case, folder: Path) -> Path:
+    """The model and the tokenizer of a case."""
+    make_model(_kind(case)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _kind(case: Case) -> str:
+    return case.model.removeprefix("lora").strip("-") or "llama"
+
+
+def build(case: Case, folder: Path, saved: Path | None = None) -> Any:
     """The trainer of a case, TRL's own. `folder` is empty."""
     import datasets
     import torch
@@ -176,7 +188,7 @@ def build(case: Case, folder: Path) -> Any:
     package, prefix = TRAINERS[case.trainer]
     module = importlib.import_module(package)
     tokenizer = make_tokenizer()
-    lora, kind = case.model.startswith("lora"), case.model.removeprefix("lora").strip("-") or "llama"
+    lora, kind = case.model.startswith("lora"), _kind(case)
     options = {
         **COMMON,
         **PER_TRAINER.get(case.trainer, {}),
@@ -187,9 +199,7 @@ def build(case: Case, folder: Path) -> Any:
     # In rounds of initial noise: what is not learnt differs between policy and reference from the first step.
     given: dict[str, Any] = {"processing_class": tokenizer}
     if case.trainer in ("grpo", "rloo") or "model_init_kwargs" in options:
-        make_model(kind).save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        given["model"] = str(folder / "model")
+        given["model"] = str(saved or save(case, folder / "model"))
     else:
         head = "ForSequenceClassification" if case.trainer == "reward" else "ForCausalLM"
         given["model"] = make_model(
@@ -244,14 +254,15 @@ class Difference(NamedTuple):
 
 
 def compare(
-    ours: dict[str, Any], theirs: dict[str, Any], rtol: float = RTOL, atol: float = ATOL
+    ours: dict[str, Any], theirs: dict[str, Any], rtol: float = RTOL, without: Sequence[str] = ()
 ) -> Difference:
-    """Loss of every micro-batch, and every number that was logged, gradient norms among them."""
+    """Loss of every micro-batch, and every number that was logged, gradient norms among them; without the
+    metrics of these names."""
     if "error" in ours or "error" in theirs:
         same = ours.get("error") == theirs.get("error")
         kind = "both refused" if same else "different"
         return Difference(kind, 0.0 if same else math.inf, str(ours.get("error") or theirs.get("error")))
-    mine, other = _numbers(ours), _numbers(theirs)
+    mine, other = _numbers(ours, without), _numbers(theirs, without)
     if mine.keys() != other.keys():
         return Difference("different", math.inf, ", ".join(sorted(mine.keys() ^ other.keys())[:4]))
     assert any(name.endswith("grad_norm") for name in mine) and any(name.startswith("loss ") for name in mine)
@@ -260,30 +271,30 @@ def compare(
         b = other[name]
         if a == b or (math.isnan(a) and math.isnan(b)):
             continue
-        granted = atol + rtol * abs(b)
+        granted = ATOL + rtol * abs(b)
         found = abs(a - b) / granted if math.isfinite(a) and math.isfinite(b) else math.inf
         if found > worst:
             worst, at = found, f"{name}: {a:.9g} beside {b:.9g}"
     return Difference("equal" if worst <= 1 else "different", worst, at)
 
 
-def _numbers(run: dict[str, Any]) -> dict[str, float]:
+def _numbers(run: dict[str, Any], without: Sequence[str]) -> dict[str, float]:
     found = {f"loss {i}": x for i, x in enumerate(run["losses"])}
     for i, entry in enumerate(run["logs"]):
-        found |= {f"step {i} {name}": float(value) for name, value in entry.items()}
+        found |= {f"step {i} {name}": float(value) for name, value in entry.items() if name not in without}
     return found
 
 
-def both(case: Case, rtol: float = RTOL) -> tuple[Difference, dict[str, Any]]:
+def both(case: Case, rtol: float = RTOL, without: Sequence[str] = ()) -> tuple[Difference, dict[str, Any]]:
     """A case with and without ours, and TRL's own run."""
     runs = {}
     for name in ("theirs", "ours"):
         with contestant(name):
             runs[name] = run(case)
-    return compare(runs["ours"], runs["theirs"], rtol), runs["theirs"]
+    return compare(runs["ours"], runs["theirs"], rtol, without), runs["theirs"]
 
 
-def main(case: str, out: str) -> None:
+def main(case: str, saved: str, out: str) -> None:
     """Both runs of a case on this rank; the first writes what it saw."""
     import torch
 
@@ -292,7 +303,7 @@ def main(case: str, out: str) -> None:
     found: dict[str, Any] = {"ranks": int(os.environ.get("WORLD_SIZE", 1))}
     for name in ("theirs", "ours"):
         with contestant(name):
-            found[name] = run(Case(trainer, options, model))
+            found[name] = run(Case(trainer, options, model), Path(saved))
     if int(os.environ.get("RANK", 0)) == 0:
         Path(out).write_text(json.dumps(found), encoding="utf-8")
 
@@ -300,6 +311,6 @@ def main(case: str, out: str) -> None:
 if __name__ == "__main__":
     import sys
 
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,11 +1,12 @@
-"""TRL's trainers with fastalign's functions in them beside TRL's own: every loss, accumulation, models whose heads differ, LoRA,
-checkpointing, two ranks, and every field of three configs. `python benchmarks/adapters/trl_sweep.py OUT.json` runs them, writes what each gave and
-prints the table of docs/adapters.md; with words besides, only the cases whose names hold one of them. About twenty minutes
-on one core."""
+"""TRL's trainers with fastalign's functions in them beside TRL's own: every loss, accumulation, models whose heads
+differ, LoRA, checkpointing, two ranks, and every field of three configs. `python benchmarks/adapters/trl_sweep.py OUT.json`
+runs them, writes what each gave and prints the table of docs/adapters.md. With words besides, only the runs whose
+names hold one of them; the others stay as they are in the file. About twenty minutes on one core."""
 
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -13,11 +14,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trl_fields import SHARED, TABLES, Probe
-from trl_runs import Case, Difference, both, compare, contestant, run
+from trl_runs import RTOL, Case, Difference, both, compare, contestant, run, save
+from trl_table import sweep as table
 
 HERE = Path(__file__).resolve().parent
 PAIR_LOSSES = (
@@ -71,7 +74,12 @@ def two_ranks(case: Case) -> Difference:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-        command += [str(HERE / "trl_runs.py"), json.dumps(case[:3]), str(out)]
+        command += [
+            str(HERE / "trl_runs.py"),
+            json.dumps(case[:3]),
+            str(save(case, Path(folder, "model"))),
+            str(out),
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env=env, capture_output=True, check=True)
         found = json.loads(out.read_text(encoding="utf-8"))
@@ -79,10 +87,12 @@ def two_ranks(case: Case) -> Difference:
     return compare(found["ours"], found["theirs"])
 
 
-def probe(trainer: str, field: str, value: Probe) -> dict[str, Any]:
+def probe(trainer: str, field: str, value: Probe | str) -> dict[str, Any]:
     """What a field does: equal with and without ours, and whether it changes TRL's own run at all."""
+    if isinstance(value, str):
+        return {"result": "cannot reach it", "kind": "equal", "worst": 0.0, "at": value}
     base, case = value.cases(trainer, field)
-    found, theirs = both(case, **({} if value.rtol is None else {"rtol": value.rtol}))
+    found, theirs = both(case, value.rtol, value.without)
     with contestant("theirs"):
         effect = compare(theirs, run(base)).kind
     kind = {
@@ -96,51 +106,46 @@ def _said(found: Difference) -> dict[str, Any]:
     return {"kind": found.kind, "worst": float(f"{found.worst:.3g}"), "at": found.at}
 
 
-def main(out: str, only: list[str]) -> None:
+def everything() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name of a run, with its group in front -> the run."""
+    runs = {}
+    for group, each in cases().items():
+        runs |= {
+            f"{group}: {case.name}": functools.partial(lambda x: _said(both(x)[0]), case) for case in each
+        }
+    runs |= {f"two ranks: {x.name}": functools.partial(lambda x: _said(two_ranks(x)), x) for x in TWO_RANKS}
+    for trainer, fields in TABLES.items():
+        for field, value in {**SHARED, **fields}.items():
+            runs[f"fields of {trainer}: {field}"] = functools.partial(probe, trainer, field, value)
+    return runs
+
+
+def main(out: Path, words: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-
-    def wanted(name: str) -> bool:
-        return not only or any(word in name for word in only)
-
-    results: list[dict[str, Any]] = []
-
-    def add(group: str, name: str, found: dict[str, Any]) -> None:
-        results.append({"group": group, "case": name, **found})
-        print(
-            f"{group}: {name}: {found.get('result', found['kind'])}, {found['worst']} at {found['at']}",
-            flush=True,
-        )
-
-    for group, each in cases().items():
-        for case in each:
-            if wanted(f"{group}: {case.name}"):
-                add(group, case.name, _said(both(case)[0]))
-    for case in TWO_RANKS:
-        if wanted(f"two ranks: {case.name}"):
-            add("two ranks", case.name, _said(two_ranks(case)))
-    for trainer, table in TABLES.items():
-        for field, value in {**SHARED, **table}.items():
-            if wanted(f"fields: {trainer} {field}"):
-                outside = {"result": "cannot reach it", "kind": "equal", "worst": 0.0, "at": value}
-                add(
-                    f"fields of {trainer}",
-                    field,
-                    outside if isinstance(value, str) else probe(trainer, field, value),
-                )
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("trl", "torch", "transformers", "accelerate", "peft")
+    before = json.loads(out.read_text(encoding="utf-8"))["results"] if words and out.exists() else []
+    found = {f"{result['group']}: {result['case']}": result for result in before}
+    runs = everything()
+    for name, run_it in runs.items():
+        if not words or any(word in name for word in words):
+            group, case = name.split(": ", 1)
+            found[name] = {"group": group, "case": case, **run_it()}
+            print(f"{name}: {found[name]}", flush=True)
+    packages = ("trl", "torch", "transformers", "accelerate", "peft")
+    report = {
+        "date": str(datetime.date.today()),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "rtol": RTOL,
+        "results": [found[name] for name in runs if name in found],
     }
-    report = {"date": str(datetime.date.today()), "versions": versions, "rtol": 1e-4, "results": results}
-    Path(out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
-    if any(r["kind"] == "different" for r in results):
+    if any(result["kind"] == "different" for result in report["results"]):
         sys.exit(1)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2:])
