@@ -5,18 +5,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from trl_runs import RTOL, Case
+from trl_runs import GRANTED, Case
 
 
 class Probe(NamedTuple):
-    """value: not the field's default. beside: what the field needs to have an effect. rtol: granted. without:
-    metrics that are not compared."""
+    """value: not the field's default. beside: what the field needs to have an effect. granted, without: of
+    trl_runs.compare."""
 
     value: Any
     beside: dict[str, Any] = {}
     model: str = "llama"
     rollout: bool = False
-    rtol: float = RTOL
+    granted: tuple[float, float] = GRANTED
     without: tuple[str, ...] = ()
 
     def cases(self, trainer: str, field: str) -> tuple[Case, Case]:
@@ -40,7 +40,7 @@ SHARED: dict[str, Probe | str] = {
     "gradient_accumulation_steps": Probe(4), "gradient_checkpointing": Probe(True), "max_grad_norm": Probe(0.1, {"optim": "sgd"}), "weight_decay": Probe(0.1),
     "lr_scheduler_type": Probe("constant"), "optim": Probe("sgd"), "per_device_train_batch_size": Probe(6), "average_tokens_across_devices": Probe(False),
     # TRL rounds logits to bf16, and of equal ones the first is the largest: whether the label is counts in that metric.
-    "bf16": Probe(True, rtol=0.03, without=("mean_token_accuracy",)), "neftune_noise_alpha": Probe(1.0),
+    "bf16": Probe(True, granted=(0.03, 3e-3), without=("mean_token_accuracy",)), "neftune_noise_alpha": Probe(1.0),
     "use_liger_kernel": Probe(True), "learning_rate": Probe(1e-2),
     "label_smoothing_factor": Probe(0.1), "auto_find_batch_size": Probe(True), "torch_compile_backend": Probe("aot_eager"),
     "full_determinism": "how torch computes, the same for both",
@@ -59,7 +59,8 @@ DPO: dict[str, Probe | str] = {
 }  # fmt: skip
 
 KTO: dict[str, Probe | str] = {
-    "learning_rate": Probe(1e-2), "train_sampling_strategy": Probe("random"), "model_init_kwargs": Probe({"attn_implementation": "eager"}),
+    "learning_rate": Probe(1e-2), "train_sampling_strategy": Probe("random", {"loss_type": "apo_zero_unpaired"}),
+    "model_init_kwargs": Probe({"attn_implementation": "eager"}),
     "trust_remote_code": LOADING, "router_aux_loss_coef": Probe(0.5, model="experts"), "disable_dropout": Probe(False, model="dropout"),
     "dataset_num_proc": DATA, "max_length": Probe(12), "pad_to_multiple_of": Probe(16), "precompute_ref_log_probs": Probe(True),
     "precompute_ref_batch_size": Probe(2, {"precompute_ref_log_probs": True}), "loss_type": Probe("apo_zero_unpaired"), "beta": Probe(0.4),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_fields import SHARED, TABLES, Probe
-from trl_runs import RTOL, Case, Difference, both, compare, contestant, run, save
+from trl_runs import GRANTED, Case, Difference, both, compare, contestant, run, save
 from trl_table import sweep as table
 
 HERE = Path(__file__).resolve().parent
@@ -92,7 +92,7 @@ def probe(trainer: str, field: str, value: Probe | str) -> dict[str, Any]:
     if isinstance(value, str):
         return {"result": "cannot reach it", "kind": "equal", "worst": 0.0, "at": value}
     base, case = value.cases(trainer, field)
-    found, theirs = both(case, value.rtol, value.without)
+    found, theirs = both(case, value.granted, value.without)
     with contestant("theirs"):
         effect = compare(theirs, run(base)).kind
     kind = {
@@ -136,7 +136,7 @@ def main(out: Path, words: list[str]) -> None:
     report = {
         "date": str(datetime.date.today()),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "rtol": RTOL,
+        "granted": GRANTED,
         "results": [found[name] for name in runs if name in found],
     }
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

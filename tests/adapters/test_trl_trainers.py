@@ -29,9 +29,9 @@ CASES = [
     for case in (
         Case("dpo", {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [0.5, 0.3, 0.2], **FOUR}),
         Case("dpo", {"use_weighting": True, "gradient_checkpointing": True}, "lora-softcap"),
-        Case("kto", FOUR, "bias"),
+        Case("kto", model="bias"),
         Case("grpo", {"beta": 0.1, "num_iterations": 2, "temperature": 0.7, "entropy_coef": 0.1, "top_entropy_quantile": 0.6}),
-        Case("sft", FOUR, "scale"), Case("cpo"), Case("tpo"), Case("distillation", {"temperature": 0.8}),
+        Case("sft", model="scale"), Case("cpo"), Case("tpo"), Case("distillation", {"temperature": 0.8}),
     )
 ]  # fmt: skip
 

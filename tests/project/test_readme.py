@@ -60,6 +60,12 @@ def adapter_functions():
     return runpy.run_path(str(folder / "functions_table.py"))["table"](report["functions"])
 
 
+def trl_sweep():
+    """TRL's trainers with and without ours, from the committed file."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "2026-11-28-trl-sweep.json").read_text())
+    return runpy.run_path(str(ROOT / "benchmarks" / "adapters" / "trl_table.py"))["sweep"](report)
+
+
 LOSSES = ROOT / "docs" / "losses.md"
 HEAD = ROOT / "docs" / "fused_head.md"
 TABLES = {
@@ -71,6 +77,7 @@ TABLES = {
     "head_cpu": (HEAD, lambda: head_cpu("2026-11-28-head-cpu-epyc-2-threads.json")),
     "head_frozen": (HEAD, lambda: head_cpu("2026-11-28-head-frozen-cpu-epyc-2-threads.json")),
     "adapter_functions": (ROOT / "docs" / "adapters.md", adapter_functions),
+    "trl_sweep": (ROOT / "docs" / "adapters.md", trl_sweep),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
     "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
     "methods": (ROOT / "docs" / "methods.md", methods.markdown),
