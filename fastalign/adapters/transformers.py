@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastalign
 from fastalign.adapters.common import Adapter, AdapterError
+from fastalign.adapters.padded import boundaries
 from fastalign.adapters.preset import PresetLoss, placed
 
 __all__ = ["ADAPTER", "PairCollator", "PairLabels", "pair_labels", "preference", "sft", "with_reference"]
@@ -107,8 +108,7 @@ def pair_labels(
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}; legal: [2 P, T], or [1, N] with cu_seqlens"
             )
-        count, width = labels.shape
-        ends = torch.arange(count + 1, dtype=torch.int32, device=labels.device) * width
+        count, ends = labels.shape[0], boundaries(labels)
     else:
         ends, count = cu_seqlens.to(torch.int32), len(cu_seqlens) - 1
     if count % 2:
