@@ -102,7 +102,7 @@ GRPO: dict[str, Probe | str] = {
     "vllm_importance_sampling_mode": Probe("token_mask", {"vllm_importance_sampling_clip_max": 1.2}, rollout=True),
     "vllm_importance_sampling_clip_max": Probe(1.05, {"vllm_importance_sampling_mode": "token_truncate"}, rollout=True),
     "vllm_importance_sampling_clip_min": Probe(0.9, MASKED, rollout=True),
-    "off_policy_mask_threshold": Probe(0.0001, TWICE), "use_bias_correction_kl": Probe(True, {**TWICE, "beta": 2.0, "learning_rate": 3e-2}),
+    "off_policy_mask_threshold": Probe(0.0001, TWICE), "use_bias_correction_kl": Probe(False, {**TWICE, "beta": 2.0, "learning_rate": 3e-2}),
     "log_completions": LOGGING, "log_multimodal": LOGGING, "num_completions_to_print": LOGGING, "log_unique_prompts": LOGGING,
     "log_completions_hub_repo": LOGGING, "use_transformers_continuous_batching": GENERATION, "transformers_continuous_batching_config": GENERATION,
     "use_transformers_paged": GENERATION, "vllm_importance_sampling_cap": "deprecated name of vllm_importance_sampling_clip_max",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
@@ -106,12 +107,21 @@ def test_a_wrong_function_is_found(index, where, wrong):
     assert found.kind == "different" and found.worst > 1 and found.at
 
 
-def test_every_field_of_the_configs_is_in_the_sweep():
-    """A field that TRL adds must be given a value to try, or a reason."""
-    for trainer, table in trl_fields.TABLES.items():
-        assert sorted(trl_fields.own_fields(trainer)) == sorted(table)
-        for field, probe in table.items():
-            assert isinstance(probe, str) or probe.cases(trainer, field)[1].options[field] == probe.value
+@pytest.mark.parametrize("trainer", trl_fields.TABLES)
+def test_every_field_of_the_configs_is_in_the_sweep(trainer):
+    """A field that TRL adds must be given a value to try, another than its default, or a reason."""
+    fields = getattr(trl, f"{trainer.upper()}Config").__dataclass_fields__
+    table = trl_fields.TABLES[trainer]
+    assert sorted(trl_fields.own_fields(trainer)) == sorted(table)
+    for field, probe in {**trl_fields.SHARED, **table}.items():
+        if isinstance(probe, trl_fields.Probe):
+            usual = {
+                field: fields[field].default,
+                **trl_runs.COMMON,
+                **trl_runs.PER_TRAINER.get(trainer, {}),
+            }[field]
+            without, tried = (case.options.get(field) for case in probe.cases(trainer, field))
+            assert without is None and tried == probe.value != usual, field
 
 
 # --- what the head is given ---------------------------------------------------------------------------------

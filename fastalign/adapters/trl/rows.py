@@ -46,7 +46,6 @@ def selective_log_softmax_and_entropy(
         check_shape("index", index, tuple(logits.shape[:-1]))
         check_same_device("row_mask", row_mask, "logits", logits)
         kept = row_mask != 0
-        index = index.masked_fill(~kept, 0)
     stats = fastalign.token_stats(
         logits, index, outputs=("logprob", "entropy"), mask=kept, temperature=temperature,
         ignore_index=NO_LABEL,
