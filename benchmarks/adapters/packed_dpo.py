@@ -99,7 +99,7 @@ def one(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     datasets.disable_progress_bars()
     times: list[float] = []
-    kept = {"real": 0, "padded": 0}
+    batches: list[dict[str, int]] = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -121,21 +121,22 @@ def one(arguments: argparse.Namespace) -> None:
                 logging_steps=1, report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
                 dataloader_pin_memory=False, seed=arguments.seed,
             ),
-            train_dataset=rows.shuffle(seed=arguments.seed).select(range(2 * arguments.pairs)),
+            train_dataset=rows,
         )  # fmt: skip
         collate = trainer.data_collator
 
         def counted(examples: list[Any]) -> Any:
             batch = collate(examples)
-            kept["real"], kept["padded"] = int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
+            mask = batch["attention_mask"]
+            batches.append({"tokens": int(mask.sum()), "padded_tokens": mask.numel(), "sequences": len(mask)})
             return batch
 
         trainer.data_collator = counted
         trainer.add_callback(Clock())
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry][1]
-    found = {"seconds": times[1], "loss": logged["loss"], "grad_norm": logged["grad_norm"], "tokens": kept["real"],
-             "padded_tokens": kept["padded"]}  # fmt: skip
+    step = {"seconds": times[1], "loss": logged["loss"], "grad_norm": logged["grad_norm"]}
+    found = step | batches[1]  # the loader is a batch ahead
     arguments.out.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -181,7 +182,7 @@ def table(report: dict[str, Any]) -> str:
     """Medians."""
     first = report["runs"]["TRL"][0]
     lines = [
-        f"{report['shape']['pairs']} pairs, {first['tokens']:,} tokens, {first['padded_tokens']:,} with padding",
+        f"{first['sequences'] // 2} pairs, {first['tokens']:,} tokens, {first['padded_tokens']:,} with padding",
         "", "| | seconds | peak MiB | loss | gradient norm |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, runs in report["runs"].items():
