@@ -5,7 +5,7 @@
 #   benchmarks/check_wheel.sh [DIR]       DIR: made, and keeps sdist and wheel; default: a temporary directory, removed at the end
 #
 # PYTHON: the interpreter, with the packages build, setuptools, pybind11 and ninja. TORCH: versions of torch; default: the one of constraints.txt.
-# FASTALIGN_CUDA, FASTALIGN_ARCHS: as for any build.
+# FASTALIGN_CUDA, FASTALIGN_ARCHS: as for any build. WHEEL: a wheel that is there already; nothing is built then.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
@@ -16,13 +16,17 @@ if [ -n "${1:-}" ]; then
   [ ! -e "$out" ] || { echo "check_wheel.sh: error: $out exists; name a directory that does not" >&2; exit 2; }
 fi
 
-echo "-- building sdist and wheel"
-mkdir "$work/source"
-for name in setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc fastalign; do cp -r "$root/$name" "$work/source"; done
-find "$work/source" \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
-"$python" -m build --no-isolation --outdir "$out" "$work/source" > "$work/log" 2>&1 || { tail -40 "$work/log" >&2; exit 1; }
-wheel=$(ls "$out"/*.whl)
-ls -l "$out"
+build() {
+  echo "-- building sdist and wheel"
+  mkdir "$work/source"
+  for name in setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc fastalign; do cp -r "$root/$name" "$work/source"; done
+  find "$work/source" \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
+  "$python" -m build --no-isolation --outdir "$out" "$work/source" > "$work/log" 2>&1 || { tail -40 "$work/log" >&2; exit 1; }
+  ls -l "$out"
+}
+
+[ -n "${WHEEL:-}" ] || build
+wheel=${WHEEL:-$(ls "$out"/*.whl)}
 
 for version in ${TORCH:-$(sed -n 's/^torch==//p' "$root/constraints.txt")}; do
   echo "-- beside torch $version, without a compiler"

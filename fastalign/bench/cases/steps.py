@@ -206,7 +206,7 @@ def _case(
     contestants = [
         Contestant("fastalign", ours, "ours"),
         Contestant("padded, all logits, log_softmax.gather", plain, "eager"),
-        Contestant("packed backbones and the head's products alone", floor, "floor"),
+        Contestant("backbones and the head's products alone", floor, "floor"),
     ]
     missing = {}
     try:
