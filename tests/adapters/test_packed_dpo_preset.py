@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 import fastalign
 from fastalign.adapters import AdapterError
+from fastalign.adapters.preset import PresetLoss
 from fastalign.adapters.trl import PackedDPOTrainer, refusals
 
 
@@ -63,9 +64,11 @@ def test_presets_of_every_kind_train_and_evaluate(tmp_path, name):
     """Against `preference_loss` on each sequence alone."""
     options = kinds()[name]
     rows = [{**row, "gamma_ext": 0.1 * i} for i, row in enumerate(make_rows(8))]
+    lone = name in ("simpo", "sft")
     trainer = make_trainer(
         PackedDPOTrainer,
         tmp_path,
+        reference=None if lone else "other",
         rows=rows,
         max_steps=1,
         evaluate=True,
@@ -88,8 +91,7 @@ def test_presets_of_every_kind_train_and_evaluate(tmp_path, name):
     )
     assert any("eval_loss" in record for record in log)
     assert ("rewards/margins" in log[0]) == (name != "sft")
-    if not loss.needs_reference:
-        assert trainer.ref_model is None
+    assert (trainer.ref_model is None) == lone == (not loss.needs_reference)
 
 
 def alone(loss, batch, policy, reference):
@@ -212,7 +214,7 @@ def test_a_model_whose_sequences_cannot_be_kept_apart_is_refused(tmp_path):
         make_trainer(PackedDPOTrainer, tmp_path, policy=transformers.MambaForCausalLM(config))
 
 
-def test_models_that_are_in_pieces_and_processors_of_images_are_refused():
+def test_arguments_that_do_not_fit_are_refused():
     spread = torch.nn.Module()
     spread.hf_device_map = {"a": 0, "b": "cpu"}
     with pytest.raises(AdapterError, match="model is spread over 0, cpu; legal: one device"):
@@ -220,3 +222,9 @@ def test_models_that_are_in_pieces_and_processors_of_images_are_refused():
     processor = object.__new__(transformers.ProcessorMixin)
     with pytest.raises(AdapterError, match="processing_class is of a vision model"):
         refusals.check_inputs({"processing_class": processor}, None)
+    with pytest.raises(AdapterError, match="args is of the type TrainingArguments; legal: trl.DPOConfig"):
+        refusals.check_inputs({"args": object.__new__(transformers.TrainingArguments)}, None)
+    with pytest.raises(
+        AdapterError, match="ref_model is given, and preset='simpo' has no reference; legal: None"
+    ):
+        refusals.check_inputs({"ref_model": torch.nn.Module()}, PresetLoss("simpo", {}))

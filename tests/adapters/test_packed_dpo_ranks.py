@@ -38,6 +38,7 @@ def rank_of_two(rank, port, folder, results):
         found[f"{name}, weights"] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     options = {
         "given": {"preset": "simpo"},
+        "reference": None,
         "ddp_backend": "gloo",
         "per_device_train_batch_size": 2,
         "max_steps": 1,
@@ -73,7 +74,7 @@ def test_two_ranks_log_and_learn_what_trl_does(tmp_path):
     # A preset's metrics are of both ranks, as if one had all pairs.
     whole = train(
         make_trainer(
-            PackedDPOTrainer, tmp_path, per_device_train_batch_size=4, max_steps=1, given={"preset": "simpo"}
+            PackedDPOTrainer, tmp_path, per_device_train_batch_size=4, max_steps=1, reference=None, given={"preset": "simpo"}
         )
     )  # fmt: skip
     for name, value in whole[0].items():

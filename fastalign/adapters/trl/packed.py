@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PretrainedConfig, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
 import fastalign
@@ -40,7 +40,7 @@ class PackedDPOTrainer(DPOTrainer):
         others: DPOTrainer's own.
 
     With a preset the metrics are those of `PreferenceOutput.metrics()` under TRL's names, and TRL's of tokens. A
-    loss without a reference runs none.
+    loss without a reference loads and runs none.
 
     Raises:
         AdapterError, a RuntimeError: another TRL than the one that this was tested with; an option that packed
@@ -58,8 +58,8 @@ class PackedDPOTrainer(DPOTrainer):
         version = ADAPTER.installed()
         if version is None or not ADAPTER.tested(version):
             raise AdapterError(f"trl is {version}; PackedDPOTrainer was tested with {ADAPTER.versions}")
-        given = _SIGNATURE.bind(self, *args, **kwargs).arguments
-        config = given.get("args")
+        bound = _SIGNATURE.bind(self, *args, **kwargs)
+        given, config = bound.arguments, bound.arguments.get("args")
         if preset is None and preset_options is not None:
             raise AdapterError("preset_options are options of a preset; give preset, too")
         self.preset = None if preset is None else PresetLoss(preset, preset_options or {})
@@ -68,8 +68,10 @@ class PackedDPOTrainer(DPOTrainer):
             check_config(config, self.preset)
         self._forwards: dict[int, PackedForward] = {}
         self._passes: list[Pass] | None = None
+        if self.preset is not None and not self.preset.needs_reference:
+            given["ref_model"] = _NoReference()  # None would make TRL load one
         with _unwarned(config):
-            super().__init__(*args, **kwargs)
+            super().__init__(*bound.args[1:], **bound.kwargs)
         self.padding_free = True
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # by accelerate's own configuration
             raise AdapterError(
@@ -190,6 +192,17 @@ class PackedDPOTrainer(DPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.preset is not None and self.preset.rules:
             self.preset.load_state_dict(torch.load(Path(checkpoint) / RULES_FILE, weights_only=True))
+
+
+class _NoReference(torch.nn.Module):
+    """What TRL's constructor takes for a reference, where the loss has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PretrainedConfig()
+
+    def forward(self) -> None:
+        raise TypeError("this loss has no reference")
 
 
 def _base(model: Any) -> Any:

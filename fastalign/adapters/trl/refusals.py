@@ -100,6 +100,11 @@ def _check_beside(config: DPOConfig, preset: PresetLoss) -> None:
 
 def check_inputs(given: Mapping[str, Any], preset: PresetLoss | None) -> None:
     """The other arguments of DPOTrainer."""
+    config = given.get("args")
+    if config is not None and not isinstance(config, DPOConfig):
+        raise AdapterError(f"args is of the type {type(config).__name__}; legal: trl.DPOConfig")
+    if preset is not None and not preset.needs_reference and given.get("ref_model") is not None:
+        raise AdapterError(f"ref_model is given, and preset={preset.name!r} has no reference; legal: None")
     if isinstance(given.get("processing_class"), ProcessorMixin):
         raise AdapterError("processing_class is of a vision model; PackedDPOTrainer takes text alone")
     for what, model in (("model", given.get("model")), ("ref_model", given.get("ref_model"))):
