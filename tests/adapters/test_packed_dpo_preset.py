@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 
 import pytest
 import torch
@@ -152,6 +154,9 @@ CHECKED = {"truncation_mode", "pad_to_multiple_of"}
 def test_every_field_of_the_config_is_known():
     own = set(DPOConfig.__annotations__)
     assert own == BY_TRL | CHECKED
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(refusals.LOSS_TYPES)
+    assert set(re.findall(r'f_divergence_type == "(\w+)"', source)) == set(refusals.DIVERGENCES)
     assert set(refusals.REFUSED) <= {field.name for field in dataclasses.fields(DPOConfig)}
 
 
