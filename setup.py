@@ -106,6 +106,14 @@ def cuda_archs():
     return archs
 
 
+def cuda_targets(archs):
+    """What nvcc is told: machine code for each, and PTX for later GPUs. The kernels ask for nothing newer than
+    compute capability 9.0, so from there on all share one run of the compiler's first half."""
+    virtual = [a if not a.isdigit() or int(a) < 90 else "90" for a in archs]
+    targets = [f"-gencode=arch=compute_{v},code=sm_{a}" for v, a in zip(virtual, archs)]
+    return [*targets, f"-gencode=arch=compute_{virtual[-1]},code=compute_{virtual[-1]}"]
+
+
 def cuda_compiler_version(nvcc):
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     return "nvcc " + re.search(r"release [\d.]+, V([\d.]+)", text).group(1)
@@ -137,8 +145,7 @@ def ninja_file(output, nvcc, cuda_sources, *, headers=None, cpu=True, cuda_flags
     rules = compile_rule("cxx", f"g++ {CXX_FLAGS} $flags {include} -MMD -MF $out.d")
     if nvcc:
         archs = cuda_archs()
-        targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-        targets += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+        targets = " ".join(cuda_targets(archs))
         defines += f" -DFA_WITH_CUDA {literal('FA_CUDA_ARCHS', ';'.join(archs))} {literal('FA_CUDA_COMPILER', cuda_compiler_version(nvcc))}"
         link = f"{nvcc} {NVCC_LINK_FLAGS}"
         rules += compile_rule("cuda", f"{nvcc} {NVCC_FLAGS} {targets} {cuda_flags} {include} -MD -MF $out.d")

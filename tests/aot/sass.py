@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -104,8 +105,8 @@ def objects() -> list[Path]:
 
 def compile_all() -> list[Path]:
     """Objects of all .cu files for all of ARCHS, with the flags that setup.py ships."""
-    flags = re.search(r'^NVCC_FLAGS = "(.+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)[1].split()
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="fastalign_setup")
+    flags, targets = build["NVCC_FLAGS"].split(), build["cuda_targets"](ARCHS)
     headers = [p.read_text() for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh")]
     compiler = nvcc()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
