@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 import fastalign as fa
 from fastalign.policy.groups import KINDS, dynamic_sampling_mask, group_advantages, overlong_penalty
@@ -208,38 +208,24 @@ def test_errors_name_themselves():
             call()
 
 
-def _rank(rank, port, failures):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        mine = (
-            slice(0, 5) if rank == 0 else slice(5, None)
-        )  # groups span both ranks, which hold different numbers of sequences
-        for kind in KINDS:
-            rewards = torch.tensor(REWARDS)
-            whole = group_advantages(rewards, torch.tensor(GROUPS), kind=kind, **own(kind, rewards))
-            part = group_advantages(
-                rewards[mine],
-                torch.tensor(GROUPS[mine]),
-                kind=kind,
-                **own(kind, rewards, mine),
-                group=dist.group.WORLD,
-            )
-            for name in ("advantages", "valid", "informative"):
-                assert torch.equal(getattr(part, name), getattr(whole, name)[mine]), (kind, name)
-            assert torch.equal(part.frac_zero_std, whole.frac_zero_std)
-    except Exception as error:  # of a process of its own: the test reads it from the queue
-        failures.put(f"rank {rank}: {error!r}")
-    finally:
-        dist.destroy_process_group()
+def _rank(rank):
+    mine = (
+        slice(0, 5) if rank == 0 else slice(5, None)
+    )  # groups span both ranks, which hold different numbers of sequences
+    for kind in KINDS:
+        rewards = torch.tensor(REWARDS)
+        whole = group_advantages(rewards, torch.tensor(GROUPS), kind=kind, **own(kind, rewards))
+        part = group_advantages(
+            rewards[mine],
+            torch.tensor(GROUPS[mine]),
+            kind=kind,
+            **own(kind, rewards, mine),
+            group=dist.group.WORLD,
+        )
+        for name in ("advantages", "valid", "informative"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[mine]), (kind, name)
+        assert torch.equal(part.frac_zero_std, whole.frac_zero_std)
 
 
 def test_groups_across_ranks():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    failures = mp.get_context("spawn").Queue()
-    mp.spawn(_rank, (port, failures), nprocs=2)
-    assert failures.empty(), failures.get()
+    on_ranks(2, _rank)

@@ -4,12 +4,11 @@ gloo processes."""
 from __future__ import annotations
 
 import math
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 import fastalign as fa
 from fastalign.testing import assert_close, make_batch
@@ -317,8 +316,7 @@ def _rollout():
     return rewards, values, torch.rand(20, generator=generator) < 0.8, [0, 3, 9, 20]
 
 
-def _worker(rank, port, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank):
     group = dist.group.WORLD
     rewards, values, mask, cu = _rollout()
     here = slice(cu[0], cu[2]) if rank == 0 else slice(cu[2], cu[3])
@@ -330,17 +328,11 @@ def _worker(rank, port, results):
         out.advantages, mask[here] & (rank == 0), group=group
     )  # rank 1 has nothing to whiten
     kl, count = fa.mean_sequence_kl(rewards[here], values[here], local, mask=mask[here], group=group)
-    results[rank] = (whitened, by_moments, one_sided, float(kl), float(count))
-    dist.destroy_process_group()
+    return whitened, by_moments, one_sided, float(kl), float(count)
 
 
 def test_whitening_over_ranks_is_that_of_the_whole_rollout():  # row 44
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    manager = mp.get_context("spawn").Manager()
-    results = manager.dict()
-    mp.spawn(_worker, (port, results), nprocs=2)
+    results = on_ranks(2, _worker)
     rewards, values, mask, cu = _rollout()
     cu_seqlens = torch.tensor(cu, dtype=torch.int32)
     out = fa.gae(rewards, values, cu_seqlens, mask=mask)

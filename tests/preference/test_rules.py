@@ -4,12 +4,11 @@ evaluation mode, one and many pairs."""
 from __future__ import annotations
 
 import math
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 import fastalign as fa
 from fastalign import losses
@@ -335,8 +334,8 @@ def test_bad_mixtures():
 # --- ranks --------------------------------------------------------------------------------------------------
 
 
-def _worker(rank, port, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank):
+    found = {}
     group = dist.group.WORLD
     whole = make_batch(8, dtype=torch.float64, noise=0.5)
     cut = int(whole.packed.cu_seqlens[8])
@@ -352,17 +351,13 @@ def _worker(rank, port, results):
         ("bco", fa.BCODelta(group=group)),
     ):
         total = call(part, loss=name, state=rule, reduction="sum").loss
-        results[f"{name}{rank}"] = float(total)
-    dist.destroy_process_group()
+        found[name] = float(total)
+    return found
 
 
 def test_two_ranks_equal_one():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    results = mp.get_context("spawn").Manager().dict()
-    mp.spawn(_worker, (port, results), nprocs=2)
+    results = on_ranks(2, _worker)
     whole = make_batch(8, dtype=torch.float64, noise=0.5)
     for name, rule in (("beta_dpo", fa.BetaDPO()), ("alpha_dpo", fa.AlphaDPO()), ("bco", fa.BCODelta())):
         want = float(call(whole, loss=name, state=rule, reduction="sum").loss)
-        assert abs(results[f"{name}0"] + results[f"{name}1"] - want) < 1e-9, name
+        assert abs(results[0][name] + results[1][name] - want) < 1e-9, name

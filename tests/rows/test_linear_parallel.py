@@ -3,12 +3,10 @@ ranks have."""
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 import fastalign as fa
 
@@ -169,11 +167,9 @@ class WithHead(torch.nn.Module):
         ).sum()
 
 
-def _work(rank, port, results):
+def _work(rank):
     from torch.distributed.device_mesh import DeviceMesh
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
     groups = {world: dist.new_group(range(world)) for world in (2, 4)}
     meshes = {world: DeviceMesh("cpu", list(range(world))) for world in (2, 3)}
     found = {}
@@ -185,19 +181,13 @@ def _work(rank, port, results):
     ):
         if rank < world:
             found[name] = work(rank, world, where)
-    results[rank] = found
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks():
     """What four processes found, each of them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    results = mp.get_context("spawn").Manager().dict()
-    mp.spawn(_work, (port, results), nprocs=4)
-    return [results[rank] for rank in range(4)]
+    return on_ranks(4, _work)
 
 
 def close(a, b):

@@ -3,17 +3,14 @@ rank."""
 
 from __future__ import annotations
 
-import socket
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 import fastalign as fa
 
 
-def _worker(rank, port, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank):
     group = dist.group.WORLD
     x, mask, cu = _data()
     # Rank 0 holds the first tokens of both sequences, rank 1 the rest of the first only (nothing of the
@@ -24,8 +21,7 @@ def _worker(rank, port, results):
     sums = fa.sequence_sum(local, local_cu, mask=mask[keep], mean=True, group=group)
     loss = torch.nn.functional.softplus(-(sums[0] - sums[1]))
     loss.backward()
-    results[rank] = (float(loss), local.grad, float(fa.global_denominator(mask[keep], group)))
-    dist.destroy_process_group()
+    return float(loss), local.grad, float(fa.global_denominator(mask[keep], group))
 
 
 def _data():
@@ -38,12 +34,7 @@ def _data():
 
 
 def test_sequence_parallel_sums():  # C2, C3
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    manager = mp.get_context("spawn").Manager()
-    results = manager.dict()
-    mp.spawn(_worker, (port, results), nprocs=2)
+    results = on_ranks(2, _worker)
     x, mask, cu = _data()
     x.requires_grad_()
     sums = fa.sequence_sum(x, cu, mask=mask, mean=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 import fastalign as fa
 from fastalign import losses
@@ -227,23 +226,17 @@ def test_what_nothing_was_seen_of_is_left_out():
     assert sums.means() == {"number": 0.0, "seen": 0.5}
 
 
-def _worker(rank, port, results):
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
+def _worker(rank):
     x = packed()
     with fa.use_backend("reference"):
         own = [policy(x, part, "ppo") for part in ([[0, 1], [2]], [[3], [4, 5]])[rank]]
         extremes = dict(zip(("low", "high"), extremes_of(x["lp"][:3] if rank else x["lp"][3:3])))
         found = merge_metrics(*own, extremes, group=dist.group.WORLD)
-    results[rank] = {name: (type(metric).__name__, float(metric)) for name, metric in found.items()}
-    dist.destroy_process_group()
+    return {name: (type(metric).__name__, float(metric)) for name, metric in found.items()}
 
 
 def test_over_ranks():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    results = mp.get_context("spawn").Manager().dict()
-    mp.spawn(_worker, (port, results), nprocs=2)
+    results = on_ranks(2, _worker)
     x = packed()
     with fa.use_backend("reference"):
         whole = policy(x, list(range(6)), "ppo")
