@@ -59,9 +59,8 @@ def _preference(**options):
 MIXTURE = [("dpo", 1.0), ("sft", 0.5), ("simpo", 0.25)]
 
 
-@pytest.mark.parametrize("through", ["eager", "aot_eager"])
-def test_mixture(through):
-    _as_eager(lambda: _preference(loss=MIXTURE), through)
+def test_mixture():
+    _as_eager(lambda: _preference(loss=MIXTURE), "aot_eager")
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
@@ -85,7 +84,7 @@ def test_rule_with_a_memory(name):
         rules.append(RULES[name]())
         return _preference(loss=name, state=rules[-1])
 
-    _as_eager(make, "aot_eager" if name == "beta_dpo" else "eager", free=2)
+    _as_eager(make, free=2)
     first, second = (r.state_dict() for r in rules)
     assert first.keys() == second.keys() and first.get("steps", 3) == second.get("steps", 3) == 3
     for key in first.keys() - {"steps"}:
@@ -168,8 +167,7 @@ class _Head(torch.nn.Module):
                 _all_losses(logprobs, ref, cu, mask))  # fmt: skip
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_with_any_number_of_tokens_and_sequences(strict):
+def test_export_with_any_number_of_tokens_and_sequences():
     def inputs(sequences, length):
         _, ref, cu, mask = _batch(sequences, length)
         return torch.randn(len(ref), 6), torch.arange(len(ref)) % 11, ref, cu, mask
@@ -177,7 +175,7 @@ def test_export_with_any_number_of_tokens_and_sequences(strict):
     tokens = {0: Dim("tokens", min=8)}
     model = _Head()
     program = export(
-        model, inputs(6, 5), dynamic_shapes=(tokens, tokens, tokens, {0: Dim.AUTO}, tokens), strict=strict
+        model, inputs(6, 5), dynamic_shapes=(tokens, tokens, tokens, {0: Dim.AUTO}, tokens), strict=False
     )
     for shape in ((8, 7), (4, 3)):
         batch = inputs(*shape)

@@ -3,7 +3,6 @@ copy of the package, and the copy trains by the command line."""
 
 import json
 
-import pytest
 from project.copies import Copy
 from tiny import make_rows, write_jsonl
 
@@ -76,51 +75,56 @@ ROWS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "method, source, metric",
-    [("likelihood", OFFLINE, "logps/chosen"), ("raft", ONLINE, "best"), ("cispo_loo", GRADIENT, "frac_kept")],
-)
-def test_a_method_is_one_file_and_one_row(method, source, metric, tmp_path, model_dir):
-    copy, online = Copy(tmp_path), "Online" in ROWS[method]
-    copy.create(f"fastalign/train/methods/{method}.py", source)
-    row = f'    "{method}": {ROWS[method]},\n'
-    copy.after("fastalign/train/methods/__init__.py", "METHODS: dict[str, Row] = {\n", row)
-    assert len(copy.files) == copy.edits == 2
+METHODS = {
+    "likelihood": (OFFLINE, "logps/chosen"), "raft": (ONLINE, "best"), "cispo_loo": (GRADIENT, "frac_kept"),
+}  # fmt: skip
+# Every command line in one process; their exit codes go to a file.
+COMMANDS = """
+import json, pathlib
+from fastalign.cli.main import main
+codes = []
+for words in {commands}:
+    try:
+        codes.append(main(words))
+    except SystemExit as stop:  # of --help
+        codes.append(stop.code)
+pathlib.Path("codes.json").write_text(json.dumps(codes))
+"""
 
-    write_jsonl(
-        tmp_path / "data.jsonl",
-        [{"prompt": row["prompt"]} for row in make_rows(4)] if online else make_rows(4),
-    )
+
+def test_a_method_is_one_file_and_one_row(tmp_path, model_dir):
+    copy = Copy(tmp_path)
+    for count, (method, (source, _)) in enumerate(METHODS.items(), 1):
+        copy.create(f"fastalign/train/methods/{method}.py", source)
+        row = f'    "{method}": {ROWS[method]},\n'
+        copy.after("fastalign/train/methods/__init__.py", "METHODS: dict[str, Row] = {\n", row)
+        assert len(copy.files) == count + 1 and copy.edits == 2 * count
+
+    write_jsonl(tmp_path / "pairs.jsonl", make_rows(4))
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in make_rows(4)])
     (tmp_path / "rewards.py").write_text(
         "def length(completions):\n    return [float(len(c)) for c in completions]\n"
     )
-    own = ["--reward", "rewards:length", "--max-new-tokens", "4"] if online else []
-    words = [
-        "train",
-        method,
-        "--model",
-        str(model_dir),
-        "--data",
-        "data.jsonl",
-        "--output",
-        "out",
-        "--max-steps",
-        "1",
-        *own,
-    ]
-
-    def fastalign(*words):
-        return copy.run(
-            f"import sys; from fastalign.cli.main import main; sys.exit(main({words}))", OMP_NUM_THREADS="1"
-        )
-
-    assert f"  command  fastalign train {method} --model" in fastalign("train", method, "--help")
-    fastalign(*words, "--no-tensorboard", "--no-progress", "--device", "cpu")
-    record = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert (
-        record["step"] == 1
-        and metric in record
-        and record["loss"] == record["loss"]
-        and record["grad_norm"] > 0
-    )
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    commands = []
+    for method in METHODS:
+        online = "Online" in ROWS[method]
+        data = [
+            "--data",
+            "prompts.jsonl" if online else "pairs.jsonl",
+            "--output",
+            method,
+            "--max-steps",
+            "1",
+        ]
+        own = ["--reward", "rewards:length", "--max-new-tokens", "4"] if online else []
+        quiet = ["--no-tensorboard", "--no-progress", "--device", "cpu"]
+        train = ["train", method]
+        commands += [[*train, "--help"], [*train, "--model", str(model_dir), *data, *own, *quiet]]
+    said = copy.run(COMMANDS.format(commands=commands), OMP_NUM_THREADS="1")
+    assert json.loads((tmp_path / "codes.json").read_text()) == [0] * len(commands)
+    for method, (_, metric) in METHODS.items():
+        assert f"  command  fastalign train {method} --model" in said
+        record = json.loads((tmp_path / method / "metrics.jsonl").read_text().splitlines()[-1])
+        assert record["step"] == 1 and metric in record
+        assert record["loss"] == record["loss"] and record["grad_norm"] > 0
+        assert (tmp_path / method / "model.safetensors").exists()
