@@ -344,7 +344,7 @@ def test_batch_invariance_and_alignment(backend, device, slow_backend, vocab, dt
 
     want = run(row.unsqueeze(0), label)
     # elements of misalignment, and rows with those before it
-    for before in (1, 3, 8) if slow_backend else (0, 1, 2, 3, 5, 7, 8):
+    for before in (1, 8) if slow_backend else (0, 1, 2, 3, 5, 7, 8):
         for rows in (1, 3)[before % 2 :] if slow_backend else (1, 3):
             buffer = torch.randn(before + rows * vocab, device=device).to(dtype)
             logits = buffer[before:].view(rows, vocab)

@@ -271,7 +271,8 @@ def test_far_rows(backend, device, slow_backend, scale):
     labels = torch.tensor([0, 6, 13, 29, 64, 96], device=device)
     spec = spec_of(x, labels, ref, logit_scale=scale)
     want, _ = one_pass(x, labels, ref, ALL, logit_scale=scale)
-    for cuts in ((1, 2, 3), (30,), tuple(range(1, VOCAB, 7)))[: 1 if slow_backend and scale != 1 else 3]:
+    every = ((1, 2, 3), (30,), tuple(range(1, VOCAB, 7)))
+    for cuts in every[1:2] if slow_backend and scale != 1 else every[: 2 if slow_backend else 3]:
         got = finish(spec, merge(pushed(spec, x, ref, cuts)))
         for name in ALL:
             size = torch.nan_to_num(want[name].double().abs(), posinf=0.0, neginf=0.0).clamp(min=8.0)
@@ -283,6 +284,8 @@ def test_far_rows(backend, device, slow_backend, scale):
 @pytest.mark.parametrize("step", range(4))
 def test_neighbours_among_far_logits_are_no_equals(backend, device, slow_backend, step):
     """About 2^29.5 and the next float: fl(u c) may be one number, their odds are e^64."""
+    if slow_backend and step in (1, 2):
+        return  # the sums of two steps cover rounding up and down
     low = float(torch.tensor(2.0**29.5) + 64.0 * step)
     x = torch.tensor([[low] * 3 + [low + 64.0] * 2, [-low - 64.0] * 3 + [-low] * 2], device=device)
     labels = torch.tensor([4, 4], device=device)
@@ -387,7 +390,7 @@ def test_states_without_reference_have_none(backend, device):
 def test_order_and_number_of_parts_do_not_matter_beyond_rounding(backend, device, slow_backend):
     x, ref = make(device=device)
     spec = spec_of(x, LABELS.to(device), ref)
-    parts = pushed(spec, x, ref, tuple(range(8, VOCAB, 24 if slow_backend else 8)))
+    parts = pushed(spec, x, ref, tuple(range(8, VOCAB, 40 if slow_backend else 8)))
     first, other = merge(parts), merge(parts[::-1])
     for name, want in finish(spec, first).items():
         assert_close(finish(spec, other)[name], want.double(), what=name, scale=16.0)
