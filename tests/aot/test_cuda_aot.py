@@ -19,6 +19,12 @@ def arch(request, kernels):
     return [k for k in kernels if k.arch == request.param]
 
 
+@pytest.fixture(params=sass.READ, ids="sm_{}".format)
+def read(request, kernels):
+    """Kernels with their code."""
+    return [k for k in kernels if k.arch == request.param]
+
+
 def test_every_kernel_is_there(arch):
     names = {re.sub("<.*", "", k.name) for k in arch}
     assert names == {
@@ -63,8 +69,8 @@ def test_registers_and_shared_memory(arch):
         assert k.registers <= bound, f"{k.name} takes {k.registers} registers"
 
 
-def test_streaming_kernels_move_16_bytes_at_a_time(arch):
-    for k in arch:
+def test_streaming_kernels_move_16_bytes_at_a_time(read):
+    for k in read:
         fused = "token_stats_fused" in k.name
         if not fused and re.match("token_stats|scale_rows", k.name):
             wide = k.count(r"LDG\.E\.128")
@@ -80,13 +86,13 @@ def test_streaming_kernels_move_16_bytes_at_a_time(arch):
             assert k.count(r"STG\.E\.128") >= 2, f"{k.name}: {k.count(r'STG.E.128')} 16-byte stores"
 
 
-def test_one_read_is_nothing_without_clusters(arch):
-    for k in arch:
+def test_one_read_is_nothing_without_clusters(read):
+    for k in read:
         if "token_stats_fused" in k.name and k.arch == "80":
             assert len(k.code) < 100, k.name
 
 
-def test_streaming_loop_is_short(arch):
+def test_streaming_loop_is_short(read):
     """At H200 bandwidth an SM has about 15 instructions per bf16 element of a row that is read once, and
     about 23 for both sweeps over a pair of rows that is read once and written over once. One of them per
     sweep may be an exp2."""
@@ -95,7 +101,7 @@ def test_streaming_loop_is_short(arch):
         "token_stats_fwd_kernel<bf16, 113, false>": (15,), "token_stats_bwd_kernel<bf16, false, false, true>": (15, 15),
         "token_stats_fused_kernel<bf16, 48>": (11, 11), "token_stats_fused_kernel<bf16, 80>": (11, 11),
     }  # fmt: skip
-    for k in arch:
+    for k in read:
         if k.name not in bounds or "fused" in k.name and k.arch == "80":
             continue
         wide = ("LDG.E.128", "LDS.128")
@@ -111,8 +117,8 @@ def test_streaming_loop_is_short(arch):
             )
 
 
-def test_clusters_only_where_they_exist(arch):
+def test_clusters_only_where_they_exist(read):
     """sm_80 has no cluster barrier; from sm_90 on the row kernels hold one."""
-    for k in arch:
+    for k in read:
         if re.match("token_stats_(fwd|fused)", k.name):
             assert (k.count(r"UCGABAR") > 0) == (k.arch != "80"), k.name
