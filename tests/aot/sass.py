@@ -154,7 +154,9 @@ def kernels(objects: list[Path], read: tuple[str, ...] = READ) -> list[Kernel]:
         kernel.name = re.sub(r"^void |fastalign::|cuda::|\(anonymous namespace\)::", "", demangled).split(
             "("
         )[0]
-        assert kernel.code or kernel.arch not in read, f"no machine code found for {key}"
+        assert kernel.code or not read or kernel.arch and kernel.arch not in read, (
+            f"no machine code found for {key}"
+        )
     return list(found.values())
 
 
@@ -177,10 +179,10 @@ def _read_resources(path: Path, found) -> None:
 
 
 def _read_code(path: Path, arch: str, found) -> None:
-    kernel = None
-    for line in _dump(path, "-sass", "-arch", f"sm_{arch}"):
+    kernel, alone = None, path.suffix == ".cubin"  # that of one architecture, which it does not name
+    for line in _dump(path, "-sass", *(() if alone else ("-arch", f"sm_{arch}"))):
         if m := re.match(r"\s*Function : (\S+)", line):
-            kernel = found[arch, m[1]]
+            kernel = found["" if alone else arch, m[1]]
         elif (m := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(\S.*?)\s*;", line)) and kernel:
             kernel.code.append((int(m[1], 16), m[2]))
 
