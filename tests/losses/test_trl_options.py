@@ -243,17 +243,16 @@ def test_unpaired_losses_are_those_of_the_kto_trainer(loss):
     labels = torch.tensor([True, False, False, True, True, False])
     x, y = lp.clone().requires_grad_(), lp.clone().requires_grad_()
 
-    class Model:
-        training = False
-
+    class Model(torch.nn.Module):
         def __init__(self, values, other):
+            super().__init__()
             self.values, self.other = values, other
 
-        def __call__(self, **_):
+        def forward(self, **_):
             zeros = torch.zeros(6, 8)
             return SimpleNamespace(log_probs=self.values, entropy=zeros, mean_logits=zeros, is_top1=zeros > 1)
 
-    policy, reference = Model(x, kl_lp), Model(ref, kl_ref)
+    policy, reference = Model(x, kl_lp).eval(), Model(ref, kl_ref).eval()
     trainer = SimpleNamespace(
         model=policy, ref_model=reference, accelerator=Accelerator(), aux_loss_enabled=False,
         precompute_ref_logps=False, beta=0.3, calculate_KL=loss == "kto", loss_type=loss,

@@ -13,6 +13,7 @@ from trl.kernels.chunked_logprob import _use_triton
 
 import fastalign
 from fastalign.runtime.checks import check_choice
+from fastalign.runtime.function import Function
 
 # TRL's name of an optional output -> ours.
 OUTPUTS = {
@@ -145,9 +146,11 @@ def head_rows(
     return ComputedAgain.apply(rows, differentiable, values, hidden, weight, bias)
 
 
-class ComputedAgain(torch.autograd.Function):
+class ComputedAgain(Function):
     """values = rows(hidden, weight, bias), without their graph. In backward the rows are computed again, with
     it, from a head that is gathered once more, as TRL's own function does."""
+
+    names = "TRL's fused head, patched,"
 
     @staticmethod
     def forward(ctx, rows, differentiable, values, hidden, weight, bias):
