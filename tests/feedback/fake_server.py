@@ -1,5 +1,6 @@
 """A server in a thread that answers as a test wants, and what a command has written."""
 
+import contextlib
 import json
 import threading
 from collections import Counter
@@ -33,12 +34,12 @@ class FakeServer:
                     fake.now += 1
                     fake.at_once = max(fake.at_once, fake.now)
                 try:
-                    self.reply(fake.answer(body, attempt))
-                except OSError:
-                    pass  # the client has gone
+                    answer = fake.answer(body, attempt)
                 finally:
-                    with fake.lock:
+                    with fake.lock:  # before the client has the reply and may ask again
                         fake.now -= 1
+                with contextlib.suppress(OSError):  # the client has gone
+                    self.reply(answer)
 
             def reply(self, answer):
                 if answer is None:
