@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -25,6 +26,7 @@ from tiny import (
 )
 
 import fastalign as fa
+import fastalign.adapters.trl
 from fastalign.cli import main as cli
 from fastalign.train import UserError
 from fastalign.train.data import formats
@@ -87,14 +89,19 @@ def desk(tmp_path, monkeypatch):
 def test_every_block_says_what_it_is():
     for path in PAPERS:
         fences = re.findall(r"^```(.*)$", path.read_text(), re.MULTILINE)
-        assert all(kind in ("python", "sh", "json", "yaml", "text") for kind in fences[::2]) and set(
+        assert all(kind in ("python", "sh", "json", "yaml", "toml", "text") for kind in fences[::2]) and set(
             fences[1::2]
         ) <= {""}, path
 
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in PAPERS if re.search("^```(python|sh)$", p.read_text(), re.MULTILINE)],
+    # Other trainers' page: tests/adapters/test_adapters_docs.py.
+    [
+        p
+        for p in PAPERS
+        if p.stem != "adapters" and re.search("^```(python|sh)$", p.read_text(), re.MULTILINE)
+    ],
     ids=lambda p: p.stem,
 )
 def test_blocks_run(path, desk):
@@ -162,11 +169,8 @@ CALL = re.compile(r"`(?:fa|fastalign)(\.[a-z_.]+\([^`]*\))`")
 def test_calls_in_sentences(path, call):
     """With the usual names bound; an ellipsis stands for what the sentence leaves out, and only such a call
     is not run."""
-    if re.search(r"\.\.\.(?!\w)", call):
-        function = call.split("(")[0].strip(".").split(".")
-        assert callable(
-            getattr(fa, function[0]) if len(function) == 1 else getattr(getattr(fa, function[0]), function[1])
-        )
+    if re.search(r"\.\.\.(?!\w)", call) or call.startswith(".adapters."):
+        assert callable(functools.reduce(getattr, call.split("(")[0].strip(".").split("."), fa))
         return
     tokens = 8
     names = {
