@@ -40,6 +40,10 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def render(report: dict[str, Any]) -> str:
+    return f"side by side\n{beside(report)}{absent(report)}"
+
+
+def beside(report: dict[str, Any]) -> str:
     """`times`: of the fastest other, over ours. MB: peak memory of a call, and that of the leanest other."""
 
     def megabytes(value: float | None) -> str:
@@ -59,7 +63,7 @@ def render(report: dict[str, Any]) -> str:
         for r in report["side_by_side"]
     ]
     head = ["", "fastalign ms", "of floor", "fastest other", "ms", "times", "MB", "least MB of others"]
-    return f"side by side\n{table(head, lines)}{absent(report)}"
+    return table(head, lines)
 
 
 def absent(report: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastalign as fa
+from fastalign.bench import side_by_side
 from fastalign.pipeline import methods
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +67,18 @@ def trl_sweep():
     return runpy.run_path(str(ROOT / "benchmarks" / "adapters" / "trl_table.py"))["sweep"](report)
 
 
+def adapter_step(file, result, function):
+    """A step of TRL's trainers with and without ours, from the committed file."""
+    report = json.loads((ROOT / "benchmarks" / "results" / result).read_text())
+    return runpy.run_path(str(ROOT / "benchmarks" / "adapters" / file))[function](report)
+
+
+def peers():
+    """Ours beside the fastest other, whoever is faster, from the committed file."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "2026-11-28-peers-cpu.json").read_text())
+    return side_by_side.beside(report)
+
+
 LOSSES = ROOT / "docs" / "losses.md"
 HEAD = ROOT / "docs" / "fused_head.md"
 TABLES = {
@@ -76,6 +89,12 @@ TABLES = {
     "head_memory": (README, lambda: head_memory("table")),
     "head_cpu": (HEAD, lambda: head_cpu("2026-11-28-head-cpu-epyc-2-threads.json")),
     "head_frozen": (HEAD, lambda: head_cpu("2026-11-28-head-frozen-cpu-epyc-2-threads.json")),
+    "trl_step": (README, lambda: adapter_step("trl_table.py", "2026-11-28-trl-step.json", "step")),
+    "packed_dpo": (
+        ROOT / "docs" / "adapters.md",
+        lambda: adapter_step("packed_dpo.py", "2026-11-28-packed-dpo.json", "table"),
+    ),
+    "peers": (README, peers),
     "adapter_functions": (ROOT / "docs" / "adapters.md", adapter_functions),
     "trl_sweep": (ROOT / "docs" / "adapters.md", trl_sweep),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
