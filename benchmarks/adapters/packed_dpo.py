@@ -42,7 +42,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--one", nargs=2, metavar=("CONTESTANT", "FOLDER"), help="this process is a contestant"
     )
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if not arguments.data.is_file():
+        parser.error(f"--data {arguments.data}: there is no such file")
+    return arguments
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:

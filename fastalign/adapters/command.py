@@ -11,11 +11,15 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="fastalign adapters", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False
     )
+    legal = ", ".join(adapters.NAMES)
     parser.add_argument(
-        "trainer", nargs="*", choices=[*adapters.NAMES, []], metavar="TRAINER",
-        help=f"only these; default: all; legal: {', '.join(adapters.NAMES)}",
-    )  # fmt: skip
-    for name in parser.parse_args(argv).trainer or adapters.NAMES:
+        "trainer", nargs="*", metavar="TRAINER", help=f"only these; default: all; legal: {legal}"
+    )
+    chosen = parser.parse_args(argv).trainer
+    for name in chosen:
+        if name not in adapters.NAMES:
+            parser.error(f"there is no adapter for {name!r}; legal: {legal}")
+    for name in chosen or adapters.NAMES:
         print("\n".join(describe(adapters.adapter(name))))
     return 0
 

@@ -105,6 +105,11 @@ def test_the_command_says_what_is_installed(capsys):
     assert cli.main(["adapters"]) == 0
     said = capsys.readouterr().out
     assert all(f"{name}: " in said for name in adapters.NAMES)
+    assert cli.main(["adapters", "trl"]) == 0
+    assert "verl: " not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["adapters", "tlr"])
+    assert "there is no adapter for 'tlr'; legal: trl, verl, " in capsys.readouterr().err
 
 
 def test_an_inherited_method_is_the_class_s_own_while_it_is_patched(trainer):
