@@ -3,7 +3,7 @@ libraries.
 
 FASTALIGN_EXTENSION=1|0      compile fastalign/_C (default), or install the Python part alone: its backends are the reference and Triton
 FASTALIGN_CUDA=auto|0|1      compile the .cu files: where nvcc is found and torch or a GPU can use them (default), never, or fail without nvcc
-FASTALIGN_ARCHS="80;90;100"  compute capabilities to compile for; the last one also as PTX, for later GPUs
+FASTALIGN_ARCHS="80;90;100"  compute capabilities to compile for; PTX for later GPUs goes along
 """
 
 import os

@@ -14,14 +14,15 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from process import measured
+from trl_table import packed as table
 
 CONTESTANTS = {
     "TRL": "padded",
@@ -143,20 +144,6 @@ def one(arguments: argparse.Namespace) -> None:
     arguments.out.write_text(json.dumps(found), encoding="utf-8")
 
 
-def measured(name: str, folder: Path, words: list[str], threads: int) -> dict[str, Any]:
-    """One process."""
-    out = folder / "out.json"
-    command = [sys.executable, __file__, str(out), *words, "--one", name, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with open(folder / "log", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            log.seek(0)
-            sys.exit(f"packed_dpo: {name} failed:\n{log.read()[-2000:]}")
-    return {**json.loads(out.read_text(encoding="utf-8")), "peak_mib": usage.ru_maxrss / 1024}
-
-
 def main(words: list[str]) -> None:
     arguments = parse(words)
     if arguments.one:
@@ -171,7 +158,7 @@ def main(words: list[str]) -> None:
         lengths = prepare(arguments, Path(made))
         for turn in range(arguments.repeats):
             for name in list(CONTESTANTS)[:: 1 if turn % 2 == 0 else -1]:
-                runs[name].append(measured(name, Path(made), passed, arguments.threads))
+                runs[name].append(measured(__file__, passed, [name, made], arguments.threads))
     versions = {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers")}
     report = {
         "date": str(datetime.date.today()), "machine": machine()["processor"], "versions": versions,
@@ -179,21 +166,6 @@ def main(words: list[str]) -> None:
     }  # fmt: skip
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
-
-
-def table(report: dict[str, Any]) -> str:
-    """Medians."""
-    first = report["runs"]["TRL"][0]
-    lines = [
-        f"{first['sequences'] // 2} pairs, {first['tokens']:,} tokens, {first['padded_tokens']:,} with padding",
-        "", "| | seconds | peak MiB | loss | gradient norm |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    for name, runs in report["runs"].items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        lines.append(
-            f"| {name} | {middle['seconds']:.2f} | {middle['peak_mib']:,.0f} | {middle['loss']:.5f} | {middle['grad_norm']:.4f} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

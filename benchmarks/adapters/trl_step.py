@@ -9,15 +9,14 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from process import measured
 from trl_runs import contestant
 from trl_table import step as table
 
@@ -136,21 +135,6 @@ def make_tokenizer(vocab: int) -> Any:
 # --- all of them --------------------------------------------------------------------------------------------
 
 
-def measured(name: str, who: str, words: list[str], threads: int) -> dict[str, float]:
-    """One process."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out.json")
-        command = [sys.executable, __file__, str(out), *words, "--one", name, who]
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
-        with open(Path(folder, "log"), "w+", encoding="utf-8") as log:
-            process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                log.seek(0)
-                sys.exit(f"trl_step: {name}, {who} failed:\n{log.read()[-2000:]}")
-        return {**json.loads(out.read_text(encoding="utf-8")), "peak_mib": usage.ru_maxrss / 1024}
-
-
 def main(words: list[str]) -> None:
     arguments = parse(words)
     if arguments.one:
@@ -165,7 +149,7 @@ def main(words: list[str]) -> None:
     for turn in range(arguments.repeats):
         for name in STEPS:
             for who in CONTESTANTS if turn % 2 == 0 else CONTESTANTS[::-1]:
-                for what, value in measured(name, who, passed, arguments.threads).items():
+                for what, value in measured(__file__, passed, [name, who], arguments.threads).items():
                     steps[name][who][what].append(value)
     versions = {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers")}
     report = {

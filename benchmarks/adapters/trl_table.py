@@ -1,8 +1,9 @@
-"""The tables of docs/adapters.md from the files that trl_sweep.py and trl_step.py have written."""
+"""The tables of docs/adapters.md from the files that trl_sweep.py, trl_step.py and packed_dpo.py have written."""
 
 from __future__ import annotations
 
 import collections
+import statistics
 from typing import Any
 
 
@@ -48,5 +49,20 @@ def step(report: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {seconds['theirs']:.1f} s | {seconds['ours']:.1f} s | {seconds['ours'] / seconds['theirs']:.2f} | "
             f"{peak['theirs']:,.0f} MiB | {peak['ours']:,.0f} MiB | {peak['ours'] / peak['theirs']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def packed(report: dict[str, Any]) -> str:
+    """A DPO step padded, padded with our rows, and packed; medians."""
+    first = report["runs"]["TRL"][0]
+    lines = [
+        f"{first['sequences'] // 2} pairs, {first['tokens']:,} tokens, {first['padded_tokens']:,} with padding",
+        "", "| | seconds | peak MiB | loss | gradient norm |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, runs in report["runs"].items():
+        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        lines.append(
+            f"| {name} | {middle['seconds']:.2f} | {middle['peak_mib']:,.0f} | {middle['loss']:.5f} | {middle['grad_norm']:.4f} |"
         )
     return "\n".join(lines)

@@ -106,7 +106,7 @@ def compute_preference_loss(
     if not self.finetuning_args.use_ref_model:
         alone = {"orpo": self.odds_ratio_loss, "simpo": self.simpo_loss}
         if self.loss_type not in alone:
-            raise NotImplementedError(
+            raise NotImplementedError(  # as LLaMA-Factory's own does
                 f"Unknown loss type: {self.loss_type}; without a reference: {', '.join(alone)}"
             )
         return alone[self.loss_type](*sums), *((self.beta * x).detach() for x in sums)

@@ -73,7 +73,7 @@ def compute_approx_kl(
         from openrlhf.models.utils import KL_IS_WEIGHT_CLIP
 
         slope = (new - log_probs_old.float()).exp().clamp(max=KL_IS_WEIGHT_CLIP).detach() * slope
-    return value + slope - slope.detach()
+    return padded.with_slope_of(value, slope)
 
 
 def _aggregation(
@@ -172,10 +172,8 @@ def value_loss(
     mask, options, count = _aggregation(
         self.token_level_loss, action_mask, values, batch_num_tokens, global_batch_size
     )
-    out = fa.value_loss(
-        values.to(padded.common_dtype(*tensors)).flatten(), old_values.flatten(), returns.flatten(), cu_seqlens=padded.boundaries(mask),
-        mask=mask.flatten(), clip=self.clip_eps, **options,
-    )  # fmt: skip
+    own = padded.common_dtype(*tensors)
+    out = padded.value_loss(own, values, old_values, returns, mask, self.clip_eps, **options)
     return (out.loss if count is None else out.loss * dp_size).to(dtype)
 
 

@@ -38,6 +38,21 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def with_slope_of(value: Tensor, other: Tensor) -> Tensor:
+    """The value of the one, which has no graph, to the bit, and the gradient of the other."""
+    return other - other.detach() + value
+
+
+def value_loss(
+    dtype: torch.dtype, values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None, **options: Any
+) -> Any:  # fmt: skip
+    """`fastalign.value_loss` of [B, T] tensors, computed in dtype."""
+    return fa.value_loss(
+        values.to(dtype).flatten(), old_values.flatten(), returns.flatten(), cu_seqlens=boundaries(mask),
+        mask=mask.flatten(), clip=clip, **options,
+    )  # fmt: skip
+
+
 def clip_options(
     preset: PolicyPreset, low: float, high: float, dual_clip: float | None = None
 ) -> dict[str, float]:

@@ -120,8 +120,8 @@ def run_cell(config: ArenaConfig, start: Start, cell: Cell, work: Path) -> dict[
             policy = start.copy()
         folder = work / f"stage-{index}"
         groups = _groups(config, start, stage, policy, began, cell.seed)
-        judge_of = OwnJudge(policy, start.sft) if stage.judges_itself else annotator
-        learnt += run_stage(config, start, cell, stage, policy, groups, annotator, judge_of, folder, given)
+        who = OwnJudge(policy, start.sft) if stage.judges_itself else annotator
+        learnt += run_stage(config, start, cell, stage, policy, groups, who, folder, given)
         began += 0.0 if "reward_model" in given else stage.share  # that model's labels are counted with it
         given = {stage.gives: str(folder)} if stage.gives else {}
         parts += [policy] if cell.entry.merge else []
@@ -153,7 +153,7 @@ def _groups(
 
 def run_stage(
     config: ArenaConfig, start: Start, cell: Cell, stage: Stage, policy: torch.nn.Module,
-    groups: list[list[Sample]], annotator: Annotator, judge: Judge, work: Path, given: dict[str, str],
+    groups: list[list[Sample]], judge: Judge, work: Path, given: dict[str, str],
 ) -> int:  # fmt: skip
     """Train the policy in place, or into `work` what the stage gives instead; how many examples the data
     have (of online methods: prompts)."""
@@ -163,7 +163,7 @@ def run_stage(
             prompts = [
                 {"prompt": p} for p in review_task.make_prompts(config.responses(), seeds(cell.seed)[7])
             ]
-            reward = None if "reward_model" in given else annotator.reward
+            reward = None if "reward_model" in given else judge.reward
             texts = None
             if settings.ptx_coef:
                 corpus = review_task.make_reviews(config.responses(), seeds(cell.seed)[1])

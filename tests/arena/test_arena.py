@@ -270,7 +270,28 @@ def test_cells_run_in_processes_give_the_same_files(config, results, tmp_path, c
     times = {"seconds": 0, "core_seconds": 0}
     assert found["dpo"] | times == here["dpo"] | times and not (tmp_path / contest.WORK).exists()
     assert "resource_tracker" not in capfd.readouterr().err
-    assert all(torch.get_num_threads() == 1 for _ in found)
+
+
+def threads(piece):
+    return torch.get_num_threads()
+
+
+def test_a_single_worker_is_this_process_with_one_thread_for_a_while():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert [done[1] for done in workers.each(threads, [0, 1], 1)] == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_own_coefficients_come_before_the_frontiers_and_the_longest_of_a_seed_first():
+    dpo, ppo = ENTRIES["dpo"], ENTRIES["ppo"]
+    cells = [Cell(e, seed, beta) for seed in (0, 1) for e in (dpo, ppo) for beta in (e.grid[0], e.beta)]
+    names = [cell.name for cell in sorted(cells, key=contest._turn)]
+    assert names[:4] == ["ppo-seed0-0.03", "dpo-seed0-0.5", "ppo-seed1-0.03", "dpo-seed1-0.5"]
+    assert not any(cell.beta == cell.entry.beta for cell in sorted(cells, key=contest._turn)[4:])
 
 
 def fail_or_die(what, piece):

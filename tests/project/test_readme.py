@@ -61,16 +61,10 @@ def adapter_functions():
     return runpy.run_path(str(folder / "functions_table.py"))["table"](report["functions"])
 
 
-def trl_sweep():
+def trl_table(what, result):
     """TRL's trainers with and without ours, from the committed file."""
-    report = json.loads((ROOT / "benchmarks" / "results" / "2026-11-28-trl-sweep.json").read_text())
-    return runpy.run_path(str(ROOT / "benchmarks" / "adapters" / "trl_table.py"))["sweep"](report)
-
-
-def adapter_step(file, result, function):
-    """A step of TRL's trainers with and without ours, from the committed file."""
     report = json.loads((ROOT / "benchmarks" / "results" / result).read_text())
-    return runpy.run_path(str(ROOT / "benchmarks" / "adapters" / file))[function](report)
+    return runpy.run_path(str(ROOT / "benchmarks" / "adapters" / "trl_table.py"))[what](report)
 
 
 def peers():
@@ -81,6 +75,7 @@ def peers():
 
 LOSSES = ROOT / "docs" / "losses.md"
 HEAD = ROOT / "docs" / "fused_head.md"
+ADAPTERS = ROOT / "docs" / "adapters.md"
 TABLES = {
     "ops": (README, ops_table),
     "demo_ppo": (README, lambda: seeds_table("2026-11-28-demo-ppo-seeds-0-1-2-3.json")),
@@ -89,14 +84,11 @@ TABLES = {
     "head_memory": (README, lambda: head_memory("table")),
     "head_cpu": (HEAD, lambda: head_cpu("2026-11-28-head-cpu-epyc-2-threads.json")),
     "head_frozen": (HEAD, lambda: head_cpu("2026-11-28-head-frozen-cpu-epyc-2-threads.json")),
-    "trl_step": (README, lambda: adapter_step("trl_table.py", "2026-11-28-trl-step.json", "step")),
-    "packed_dpo": (
-        ROOT / "docs" / "adapters.md",
-        lambda: adapter_step("packed_dpo.py", "2026-11-28-packed-dpo.json", "table"),
-    ),
+    "trl_step": (README, lambda: trl_table("step", "2026-11-28-trl-step.json")),
+    "packed_dpo": (ADAPTERS, lambda: trl_table("packed", "2026-11-28-packed-dpo.json")),
     "peers": (README, peers),
-    "adapter_functions": (ROOT / "docs" / "adapters.md", adapter_functions),
-    "trl_sweep": (ROOT / "docs" / "adapters.md", trl_sweep),
+    "adapter_functions": (ADAPTERS, adapter_functions),
+    "trl_sweep": (ADAPTERS, lambda: trl_table("sweep", "2026-11-28-trl-sweep.json")),
     "losses": (LOSSES, lambda: fa.losses.available().markdown()),
     "listwise": (LOSSES, lambda: fa.losses.available_listwise().markdown()),
     "methods": (ROOT / "docs" / "methods.md", methods.markdown),

@@ -68,10 +68,8 @@ def compute_value_loss(
         loss_agg_mode, mask, dp_size=dp_size, batch_num_tokens=batch_num_tokens,
         global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
     )  # fmt: skip
-    out = fa.value_loss(
-        vpreds.to(padded.common_dtype(vpreds, returns, values)).flatten(), values.flatten(), returns.flatten(), cu_seqlens=padded.boundaries(mask),
-        mask=mask.flatten(), clip=cliprange_value, **options,
-    )  # fmt: skip
+    own = padded.common_dtype(vpreds, returns, values)
+    out = padded.value_loss(own, vpreds, values, returns, mask, cliprange_value, **options)
     clipped = out.metrics()["val/clipfrac"]
     return (out.loss * dp_size).to(dtype), (clipped.sum / clipped.count.clamp(min=1)).float()
 
@@ -90,7 +88,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
         logprob, ref_logprob = torch.broadcast_tensors(logprob, ref_logprob)
     name = kl_penalty.removesuffix("+")
     if name not in _ESTIMATES or kl_penalty.endswith("++"):
-        raise NotImplementedError(
+        raise NotImplementedError(  # as verl's own does, and callers may expect
             f"kl_penalty={kl_penalty!r} is no estimate from the tokens' log-probs; legal: {', '.join(_ESTIMATES)}, "
             "each also with a + behind it"
         )
@@ -99,7 +97,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
         return fa.kl_estimate(logprob, ref_logprob, kind, clamp=clamp).to(dtype)
     slope = fa.kl_estimate(logprob, ref_logprob, "k2")
     value = fa.kl_estimate(logprob.detach(), ref_logprob.detach(), kind, clamp=clamp)
-    return (slope - slope.detach() + value).to(dtype)
+    return padded.with_slope_of(value, slope).to(dtype)
 
 
 def policy_loss(

@@ -42,7 +42,7 @@ WAITING: dict[str, Callable[[ModuleType], None]] = {
 def _register(name: str, module: ModuleType) -> None:
     try:
         WAITING.pop(name)(module)
-    except Exception as error:
+    except Exception as error:  # verl must start without what we cannot register, and says nothing itself
         warnings.warn(f"fastalign is not registered with {name}: {error}", stacklevel=2)
 
 
