@@ -4,8 +4,8 @@ but its package imports ray and others at once.
     pip install --no-deps --target DIR verl==0.9.1
     python benchmarks/peers_with_verl.py DIR [options of fastalign bench]
 
-What verl imports and is not installed here is made up, as in the tests of the adapters (tests/checks/trainers.py); no
-function that is timed uses it, and each result is held to fp64 as ever."""
+What verl imports and is not installed here is made up, as in the tests of the adapters
+(tests/checks/trainers.py); no function that is timed uses it, and each result is held to fp64 as ever."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Calls of functions of verl, OpenRLHF and LLaMA-Factory, and of those that take their place: a random ragged batch, random options. See
-functions_sweep.py."""
+"""Calls of functions of verl, OpenRLHF and LLaMA-Factory, and of those that take their place: a random ragged
+batch, random options. See functions_sweep.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Call(NamedTuple):
 
 
 class Batch:
-    """A batch [B, T] of one random number: a mask with holes and rows that may be empty, log-probs near and far."""
+    """A batch [B, T] of one random number: a mask with holes and rows that may be empty, log-probs near and
+    far."""
 
     def __init__(self, seed: int):
         self.pick, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -115,7 +116,8 @@ def verl_cases(batch: Batch) -> dict[str, Call]:
 
     low, high = batch.one_of(0.2, 0.0, 0.9, None), batch.one_of(0.2, 0.28, 4.0, None)
     actor = core.ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio=0.3, clip_ratio_low=low, clip_ratio_high=high,
+        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio=0.3, clip_ratio_low=low,
+        clip_ratio_high=high,
         clip_ratio_c=batch.one_of(3.0, 1.2), tau_pos=batch.one_of(1.0, 0.5), tau_neg=batch.one_of(1.05, 2.0),
     )  # fmt: skip
     actor.global_batch_info.update(counts)
@@ -128,12 +130,14 @@ def verl_cases(batch: Batch) -> dict[str, Call]:
         ("sapo", "sapo"),
     ):
         args = {
-            "old_log_prob": batch.old, "log_prob": batch.new, "response_mask": mask, "config": actor, "rollout_is_weights": weights,
+            "old_log_prob": batch.old, "log_prob": batch.new, "response_mask": mask, "config": actor,
+            "rollout_is_weights": weights,
             "advantages": batch.advantages if ours == "gspo_token" else batch.token_advantages,
             "loss_agg_mode": "seq-mean-token-mean" if ours == "sapo" else mode,
         }  # fmt: skip
         cases[f"fastalign_{ours}"] = Call(
-            {"loss_agg_mode": mode, "clip_ratio_low": low, "clip_ratio_high": high, "weighted": weights is not None, **counts},
+            {"loss_agg_mode": mode, "clip_ratio_low": low, "clip_ratio_high": high,
+                "weighted": weights is not None, **counts},
             lambda ours=ours, args=args: core.get_policy_loss_fn(f"fastalign_{ours}")(**args)[0],
             lambda theirs=theirs, args=args: core.get_policy_loss_fn(theirs)(**args)[0], (batch.new,),
         )  # fmt: skip
@@ -174,9 +178,12 @@ def openrlhf_cases(batch: Batch) -> dict[str, Call]:
         {}, {"dp_size": 3}, {"dp_size": 2, "batch_num_tokens": 31.0, "global_batch_size": 7.0}
     )
     options = {
-        "clip_eps_low": batch.one_of(0.2, 0.9), "clip_eps_high": batch.one_of(0.2, 3.0), "dual_clip": batch.one_of(None, 1.5),
-        "token_level_loss": batch.one_of(True, False), "policy_loss_type": batch.one_of("ppo", "gspo"), "is_correction_level": level,
-        "is_correction_mode": mode, "is_correction_gating": gating, "is_correction_threshold": (0.5, 2.0) if gating == "ratio" else (0.0, 0.1),
+        "clip_eps_low": batch.one_of(0.2, 0.9), "clip_eps_high": batch.one_of(0.2, 3.0),
+        "dual_clip": batch.one_of(None, 1.5),
+        "token_level_loss": batch.one_of(True, False), "policy_loss_type": batch.one_of("ppo", "gspo"),
+        "is_correction_level": level,
+        "is_correction_mode": mode, "is_correction_gating": gating,
+        "is_correction_threshold": (0.5, 2.0) if gating == "ratio" else (0.0, 0.1),
     }  # fmt: skip
     policy = losses.PolicyLoss(**options)
     mask = batch.mask.clone()
@@ -252,7 +259,8 @@ def llamafactory_cases(batch: Batch) -> dict[str, Call]:
     def trainer(**settings: Any) -> Any:
         made = object.__new__(dpo)
         vars(made).update(
-            accelerator=accelerator, reference_free=False, f_divergence_type="reverse_kl", f_divergence_params=None, use_weighting=False,
+            accelerator=accelerator, reference_free=False, f_divergence_type="reverse_kl",
+            f_divergence_params=None, use_weighting=False,
             finetuning_args=SimpleNamespace(use_ref_model=settings["loss_type"] not in ("orpo", "simpo")),
             running=importlib.import_module("trl.trainer.utils").RunningMoments(accelerator), **settings,
         )  # fmt: skip
@@ -260,7 +268,8 @@ def llamafactory_cases(batch: Batch) -> dict[str, Call]:
 
     loss_type = batch.one_of("sigmoid", "hinge", "ipo", "orpo", "simpo")
     settings = {
-        "loss_type": loss_type, "beta": batch.one_of(0.1, 0.7), "simpo_gamma": batch.one_of(0.5, 1.0), "bco_gemma": batch.one_of(0.0, 0.5),
+        "loss_type": loss_type, "beta": batch.one_of(0.1, 0.7), "simpo_gamma": batch.one_of(0.5, 1.0),
+        "bco_gemma": batch.one_of(0.0, 0.5),
         "label_smoothing": batch.one_of(0.0, 0.2) if loss_type == "sigmoid" else 0.0,
     }  # fmt: skip
     sums = [(-batch.normal(5).abs() - 0.1).to(batch.dtype) for _ in range(4)]

@@ -1,7 +1,8 @@
-"""The functions of verl, OpenRLHF and LLaMA-Factory beside those that take their place: random ragged batches, random options,
-fp32 and fp64, values, gradients and result types. `PYTHONPATH=<the trainers> python benchmarks/adapters/functions_sweep.py OUT.json [DRAWS]`
-writes what was found and prints the table of docs/adapters.md; tests/run_all.py says where the trainers are (TRAINERS).
-300 draws take about a minute on one core."""
+"""The functions of verl, OpenRLHF and LLaMA-Factory beside those that take their place: random ragged
+batches, random options, fp32 and fp64, values, gradients and result types. `PYTHONPATH=<the trainers> python
+benchmarks/adapters/functions_sweep.py OUT.json [DRAWS]` writes what was found and prints the table of
+docs/adapters.md; tests/run_all.py says where the trainers are (TRAINERS). 300 draws take about a minute on
+one core."""
 
 from __future__ import annotations
 

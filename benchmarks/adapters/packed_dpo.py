@@ -1,11 +1,11 @@
-"""Time and peak memory of a DPO step on pairs of real lengths, on the CPU: TRL's padded trainer, the same with fastalign's rows in it
-(`patch("trl")`), and PackedDPOTrainer.
+"""Time and peak memory of a DPO step on pairs of real lengths, on the CPU: TRL's padded trainer, the same
+with fastalign's rows in it (`patch("trl")`), and PackedDPOTrainer.
 
     python benchmarks/adapters/packed_dpo.py OUT.json --data PAIRS.jsonl [--pairs 8 --max-length 1024 ...]
 
-PAIRS.jsonl: TRL's preference format; the tokenizer is trained on it. Every contestant is a process of its own, in turns, whose high-water
-mark the kernel reports; model, reference, gradients and optimizer are in it. Of two steps the second is timed. TRL's defaults
-hold, gradient checkpointing among them."""
+PAIRS.jsonl: TRL's preference format; the tokenizer is trained on it. Every contestant is a process of its
+own, in turns, whose high-water mark the kernel reports; model, reference, gradients and optimizer are in it.
+Of two steps the second is timed. TRL's defaults hold, gradient checkpointing among them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     numbers = {
-        "pairs": 8, "max-length": 1024, "vocab": 32000, "hidden": 256, "layers": 4, "threads": 1, "repeats": 3, "seed": 0,
+        "pairs": 8, "max-length": 1024, "vocab": 32000, "hidden": 256, "layers": 4, "threads": 1,
+        "repeats": 3, "seed": 0,
     }  # fmt: skip
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -162,7 +163,8 @@ def main(words: list[str]) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers")}
     report = {
         "date": str(datetime.date.today()), "machine": machine()["processor"], "versions": versions,
-        "shape": shape | {"data": arguments.data.name}, "lengths": lengths, "contestants": CONTESTANTS, "runs": runs,
+        "shape": shape | {"data": arguments.data.name}, "lengths": lengths, "contestants": CONTESTANTS,
+        "runs": runs,
     }  # fmt: skip
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))

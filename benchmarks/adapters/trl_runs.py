@@ -1,7 +1,8 @@
-"""Short runs of TRL's real trainers on tiny random models, with and without fastalign in them: what they log is compared.
-The cases are those of trl_sweep.py, and some of them run in tests/adapters/test_trl_trainers.py.
+"""Short runs of TRL's real trainers on tiny random models, with and without fastalign in them: what they log
+is compared. The cases are those of trl_sweep.py, and some of them run in tests/adapters/test_trl_trainers.py.
 
-`python benchmarks/adapters/trl_runs.py CASE MODEL OUT.json`, under torch.distributed.run, runs one on several ranks."""
+`python benchmarks/adapters/trl_runs.py CASE MODEL OUT.json`, under torch.distributed.run, runs one on several
+ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ GRANTED = (1e-4, 1e-6)  # of a number, and besides
 # Logged, and of the clock.
 OF_THE_CLOCK = ("runtime", "per_second", "step_time", "flos", "time/", "profiling/")
 TRAINERS = {
-    "dpo": ("trl", "DPO"), "kto": ("trl", "KTO"), "grpo": ("trl", "GRPO"), "rloo": ("trl", "RLOO"), "sft": ("trl", "SFT"),
+    "dpo": ("trl", "DPO"), "kto": ("trl", "KTO"), "grpo": ("trl", "GRPO"), "rloo": ("trl", "RLOO"),
+    "sft": ("trl", "SFT"),
     "reward": ("trl", "Reward"), "distillation": ("trl", "Distillation"), "cpo": ("trl.experimental.cpo", "CPO"),
     "orpo": ("trl.experimental.orpo", "ORPO"), "tpo": ("trl.experimental.tpo", "TPO"),
 }  # fmt: skip
@@ -45,23 +47,29 @@ class Case(NamedTuple):
 
 
 COMMON = {
-    "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1, "report_to": [], "use_cpu": True,
-    "bf16": False, "fp16": False, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "seed": 3,
+    "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1,
+    "report_to": [], "use_cpu": True,
+    "bf16": False, "fp16": False, "gradient_checkpointing": False, "save_strategy": "no",
+    "disable_tqdm": True, "seed": 3,
     "dataloader_pin_memory": False,
 }  # fmt: skip
 PER_TRAINER = {
-    "grpo": {"num_generations": 2, "max_completion_length": 6}, "rloo": {"num_generations": 2, "max_completion_length": 6},
+    "grpo": {"num_generations": 2, "max_completion_length": 6},
+    "rloo": {"num_generations": 2, "max_completion_length": 6},
     "distillation": {"max_completion_length": 6},
 }  # fmt: skip
 SIZE = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "initializer_range": 0.2,
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "initializer_range": 0.2,
 }  # fmt: skip
 # What a head may have: a bias, a cap, a scale, ties, and the loss of a mixture of experts beside it.
 MODELS = {
     "llama": ("Llama", {}), "dropout": ("Phi", {"resid_pdrop": 0.2}), "bias": ("Phi", {}),
     "softcap": ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8}),
-    "scale": ("Cohere", {"logit_scale": 0.5}), "divided": ("Granite", {"logits_scaling": 3.0, "tie_word_embeddings": True}),
+    "scale": ("Cohere", {"logit_scale": 0.5}),
+    "divided": ("Granite", {"logits_scaling": 3.0, "tie_word_embeddings": True}),
     "experts": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1}),
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Time and peak memory of a step of TRL's DPOTrainer and GRPOTrainer, alone and with fastalign in them, on the CPU:
-`python benchmarks/adapters/trl_step.py OUT.json [--rows 16 --tokens 820 ...]`. Each contestant is a process of its own, in turns, whose
-high-water mark the kernel reports; model, reference, gradients and optimizer are in it. TRL's defaults hold (gradient
-checkpointing is on); completions of GRPO are given, so that no time of sampling is in it."""
+`python benchmarks/adapters/trl_step.py OUT.json [--rows 16 --tokens 820 ...]`. Each contestant is a process
+of its own, in turns, whose high-water mark the kernel reports; model, reference, gradients and optimizer are
+in it. TRL's defaults hold (gradient checkpointing is on); completions of GRPO are given, so that no time of
+sampling is in it."""
 
 from __future__ import annotations
 
@@ -77,8 +78,10 @@ def build(name: str, arguments: argparse.Namespace, folder: str) -> Any:
         return " ".join(f"w{draw.randrange(2, arguments.vocab)}" for _ in range(tokens))
 
     config = transformers.LlamaConfig(
-        vocab_size=arguments.vocab, hidden_size=arguments.hidden, intermediate_size=3 * arguments.hidden, num_hidden_layers=arguments.layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2 * arguments.tokens, bos_token_id=0, eos_token_id=1,
+        vocab_size=arguments.vocab, hidden_size=arguments.hidden, intermediate_size=3 * arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2 * arguments.tokens,
+        bos_token_id=0, eos_token_id=1,
         pad_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -87,21 +90,24 @@ def build(name: str, arguments: argparse.Namespace, folder: str) -> Any:
     tokenizer.save_pretrained(Path(folder, "model"))
     prompt = arguments.tokens - arguments.completion
     common = {
-        "output_dir": folder, "max_steps": 2, "logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no",
+        "output_dir": folder, "max_steps": 2, "logging_steps": 1, "report_to": [], "use_cpu": True,
+        "bf16": False, "save_strategy": "no",
         "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip
     given: dict[str, Any] = {"model": str(Path(folder, "model")), "processing_class": tokenizer}
     if name == "DPO":
         pairs = arguments.rows // 2
         rows = [
-            {"prompt": text(prompt), "chosen": " " + text(arguments.completion - 1), "rejected": " " + text(arguments.completion - 1 - i % 7)}
+            {"prompt": text(prompt), "chosen": " " + text(arguments.completion - 1),
+                "rejected": " " + text(arguments.completion - 1 - i % 7)}
             for i in range(2 * pairs)
         ]  # fmt: skip
         args = trl.DPOConfig(per_device_train_batch_size=pairs, max_length=arguments.tokens, **common)
         return trl.DPOTrainer(args=args, train_dataset=datasets.Dataset.from_list(rows), **given)
     rows = [{"prompt": text(prompt)} for _ in range(arguments.rows)]
     args = trl.GRPOConfig(
-        per_device_train_batch_size=arguments.rows, num_generations=4, max_completion_length=arguments.completion, beta=0.04, **common
+        per_device_train_batch_size=arguments.rows, num_generations=4,
+        max_completion_length=arguments.completion, beta=0.04, **common
     )  # fmt: skip
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -115,7 +121,8 @@ def build(name: str, arguments: argparse.Namespace, folder: str) -> Any:
         return [float(len(x) % 13) for x in completions]
 
     return trl.GRPOTrainer(
-        args=args, train_dataset=datasets.Dataset.from_list(rows), reward_funcs=reward, rollout_func=rollout, **given
+        args=args, train_dataset=datasets.Dataset.from_list(rows), reward_funcs=reward, rollout_func=rollout,
+        **given
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""TRL's trainers with fastalign's functions in them beside TRL's own: every loss, accumulation, models whose heads
-differ, LoRA, checkpointing, two ranks, and every field of three configs. `python benchmarks/adapters/trl_sweep.py OUT.json`
-runs them, writes what each gave and prints the table of docs/adapters.md. With words besides, only the runs whose
-names hold one of them; the others stay as they are in the file. About twenty minutes on one core."""
+"""TRL's trainers with fastalign's functions in them beside TRL's own: every loss, accumulation, models whose
+heads differ, LoRA, checkpointing, two ranks, and every field of three configs. `python
+benchmarks/adapters/trl_sweep.py OUT.json` runs them, writes what each gave and prints the table of
+docs/adapters.md. With words besides, only the runs whose names hold one of them; the others stay as they are
+in the file. About twenty minutes on one core."""
 
 from __future__ import annotations
 
@@ -24,13 +25,15 @@ from trl_table import sweep as table
 
 HERE = Path(__file__).resolve().parent
 PAIR_LOSSES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down",
     "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 GROUP_LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 TWO_RANKS = [
-    Case("dpo"), Case("kto"), Case("grpo", {"beta": 0.1}), Case("rloo"), Case("sft"), Case("cpo"), Case("distillation"),
+    Case("dpo"), Case("kto"), Case("grpo", {"beta": 0.1}), Case("rloo"), Case("sft"), Case("cpo"),
+    Case("distillation"),
     Case("dpo", model="lora"), Case("dpo", {"gradient_accumulation_steps": 4}),
 ]  # fmt: skip
 
@@ -42,10 +45,12 @@ def cases() -> dict[str, list[Case]]:
         "dpo": [
             {"loss_type": [x], **({"label_smoothing": 0.1} if x in SMOOTHED else {})} for x in PAIR_LOSSES
         ]
-        + [{"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, {"use_weighting": True}],
+        + [{"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+            {"use_weighting": True}],
         "kto": [{"loss_type": x} for x in ("kto", "apo_zero_unpaired")],
         "grpo": [{"loss_type": x, "num_iterations": 2, "temperature": 0.8} for x in GROUP_LOSSES]
-        + [{"beta": 0.1, "importance_sampling_level": "sequence"}, {"entropy_coef": 0.1, "top_entropy_quantile": 0.6}],
+        + [{"beta": 0.1, "importance_sampling_level": "sequence"},
+            {"entropy_coef": 0.1, "top_entropy_quantile": 0.6}],
         "rloo": [{}, {"beta": 0.0, "num_iterations": 2, "temperature": 0.8}],
         "sft": [{"loss_type": x} for x in ("nll", "dft")] + [{"packing": True, "max_length": 32}],
         "cpo": [{"loss_type": x} for x in ("sigmoid", "hinge", "ipo", "simpo", "alphapo")],
@@ -57,7 +62,9 @@ def cases() -> dict[str, list[Case]]:
     checkpointed = {"gradient_checkpointing": True}
     return {
         "losses": [
-            Case(trainer, {**own, **more}) for trainer, each in losses.items() for own, more in itertools.product(each, twice)
+            Case(trainer, {**own, **more})
+            for trainer, each in losses.items()
+            for own, more in itertools.product(each, twice)
         ],
         "heads": [
             Case(trainer, {"optim": "sgd"} if model == "experts" else {}, model)

@@ -13,7 +13,8 @@ def sweep(report: dict[str, Any]) -> str:
     for found in report["results"]:
         groups[found["group"]].append(found)
     lines = [
-        "| runs | cases | equal | refused by TRL too | different | largest difference, as a share of what is granted |",
+        "| runs | cases | equal | refused by TRL too | different | largest difference, as a share of what is "
+        "granted |",
         "|---|---|---|---|---|---|",
     ]
     for group, each in groups.items():
@@ -47,7 +48,8 @@ def step(report: dict[str, Any]) -> str:
         seconds = {who: min(found["seconds"]) for who, found in each.items()}
         peak = {who: min(found["peak_mib"]) for who, found in each.items()}
         lines.append(
-            f"| {name} | {seconds['theirs']:.1f} s | {seconds['ours']:.1f} s | {seconds['ours'] / seconds['theirs']:.2f} | "
+            f"| {name} | {seconds['theirs']:.1f} s | {seconds['ours']:.1f} s | "
+            f"{seconds['ours'] / seconds['theirs']:.2f} | "
             f"{peak['theirs']:,.0f} MiB | {peak['ours']:,.0f} MiB | {peak['ours'] / peak['theirs']:.2f} |"
         )
     return "\n".join(lines)
@@ -63,6 +65,7 @@ def packed(report: dict[str, Any]) -> str:
     for name, runs in report["runs"].items():
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         lines.append(
-            f"| {name} | {middle['seconds']:.2f} | {middle['peak_mib']:,.0f} | {middle['loss']:.5f} | {middle['grad_norm']:.4f} |"
+            f"| {name} | {middle['seconds']:.2f} | {middle['peak_mib']:,.0f} | {middle['loss']:.5f} | "
+            f"{middle['grad_norm']:.4f} |"
         )
     return "\n".join(lines)

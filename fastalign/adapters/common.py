@@ -184,7 +184,8 @@ class Adapter:
             return owner, name, vars(owner)[name]
         except (ImportError, AttributeError, KeyError) as error:
             raise AdapterError(
-                f"{self.distribution} {version} has no {seam.where.replace(':', '.')} ({error}); nothing was patched"
+                f"{self.distribution} {version} has no {seam.where.replace(':', '.')} ({error}); nothing was "
+                "patched"
             ) from error
 
     def _importers(self, value: Any) -> list[tuple[ModuleType, str]]:

@@ -22,7 +22,8 @@ ADAPTER = Adapter(
     "llamafactory",
     ">=0.9.5,<0.10",
     seams=(
-        Seam("llamafactory.train.trainer_utils:get_batch_logps", f"{_HERE}:get_batch_logps", "one pass, without a [B, T, V] temporary"),
+        Seam("llamafactory.train.trainer_utils:get_batch_logps", f"{_HERE}:get_batch_logps",
+            "one pass, without a [B, T, V] temporary"),
         Seam(f"{_DPO}.compute_preference_loss", f"{_HERE}:compute_preference_loss",
              "one launch; pref_loss holds with every TRL (from 0.20 on LLaMA-Factory's own takes hinge and ipo for sigmoid)"),
         Seam(f"{_DPO}.odds_ratio_loss", f"{_HERE}:odds_ratio_loss", "one launch"),
@@ -36,9 +37,10 @@ ADAPTER = Adapter(
 def get_batch_logps(
     logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, ld_alpha: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """[B, T, V], [B, T] -> (sums of log-probs [B], in the logits' dtype or with ld_alpha at least fp32; numbers of scored tokens [B]). The labels are
-    shifted, not the logits, whose gradient then is of their own size. ld_alpha: beyond the shorter response of the
-    pair (row i and i + B / 2) log-probs count ld_alpha times."""
+    """[B, T, V], [B, T] -> (sums of log-probs [B], in the logits' dtype or with ld_alpha at least fp32;
+    numbers of scored tokens [B]). The labels are shifted, not the logits, whose gradient then is of their own
+    size. ld_alpha: beyond the shorter response of the pair (row i and i + B / 2) log-probs count ld_alpha
+    times."""
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must have the same batch and length"
@@ -87,7 +89,8 @@ def bco_loss(
     ratios = (chosen_logps - reference_chosen_logps, rejected_logps - reference_rejected_logps)
     self.running.update((self.beta * torch.cat(ratios)).mean().detach())
     return _losses(
-        chosen_logps, rejected_logps, reference_chosen_logps, reference_rejected_logps, loss="bco_pair", beta=self.beta,
+        chosen_logps, rejected_logps, reference_chosen_logps, reference_rejected_logps, loss="bco_pair",
+        beta=self.beta,
         delta=torch.as_tensor(self.running.mean, dtype=torch.float32, device=chosen_logps.device),
     )  # fmt: skip
 
@@ -119,7 +122,8 @@ def compute_preference_loss(
         loss = {"loss": "ipo", "tau": self.beta}
     else:
         raise ValueError(
-            f"pref_loss={self.loss_type} is no loss of the trl that LLaMA-Factory takes; legal: sigmoid, hinge, ipo, orpo, simpo"
+            f"pref_loss={self.loss_type} is no loss of the trl that LLaMA-Factory takes; legal: sigmoid, "
+            "hinge, ipo, orpo, simpo"
         )
     losses = _losses(*sums, *ref, **loss)
     if self.bco_gemma > 1e-6:
@@ -136,8 +140,8 @@ def kto_loss(
     reference_rejected_logps: Tensor,
     reference_KL_logps: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses, the desirable responses' first; their rewards; those of the others; the KL that they are compared with), by
-    pref_beta, kto_chosen_weight and kto_rejected_weight."""
+    """(losses, the desirable responses' first; their rewards; those of the others; the KL that they are
+    compared with), by pref_beta, kto_chosen_weight and kto_rejected_weight."""
     policy = torch.cat([policy_chosen_logps, policy_rejected_logps])
     ref = torch.cat([reference_chosen_logps, reference_rejected_logps])
     chosen = policy_chosen_logps.shape[0]

@@ -44,7 +44,8 @@ def with_slope_of(value: Tensor, other: Tensor) -> Tensor:
 
 
 def value_loss(
-    dtype: torch.dtype, values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None, **options: Any
+    dtype: torch.dtype, values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None,
+    **options: Any
 ) -> Any:  # fmt: skip
     """`fastalign.value_loss` of [B, T] tensors, computed in dtype."""
     return fa.value_loss(
@@ -75,9 +76,9 @@ def policy_loss(
     is_weight: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`fastalign.policy_loss` of [B, T] tensors, or of packed ones with cu_seqlens, in the dtype of their arithmetic,
-    and three numbers on the device: clipfrac, clipfrac_lower (the dual clip's) and kl (mean of old - new), over
-    the scored tokens.
+    """`fastalign.policy_loss` of [B, T] tensors, or of packed ones with cu_seqlens, in the dtype of their
+    arithmetic, and three numbers on the device: clipfrac, clipfrac_lower (the dual clip's) and kl (mean of
+    old - new), over the scored tokens.
 
     A loss with one ratio per sequence is a function of one advantage per sequence. It is linear in those of
     one sign, so that advantages that vary within a sequence are two: the means of its positive and of its

@@ -16,7 +16,8 @@ from fastalign.adapters.common import Adapter
 ADAPTER = Adapter(
     "prime_rl", "prime-rl", "",
     registers=(
-        'a policy loss: trainer.loss.type="custom", trainer.loss.import_path="fastalign.adapters.prime_rl.policy_loss", '
+        'a policy loss: trainer.loss.type="custom", '
+        'trainer.loss.import_path="fastalign.adapters.prime_rl.policy_loss", '
         "its name and options in trainer.loss.kwargs",
     ),
 )  # fmt: skip
@@ -29,8 +30,8 @@ def policy_loss(inputs: Any, *, loss: str = "ppo", **options: Any) -> Any:
     Args:
         loss: a policy loss of fastalign with a ratio per token, or none. The others need to know where
             sequences begin, which prime-rl's inputs do not say.
-        options: as in `fastalign.policy_loss`: clip_low, clip_high, dual_clip, tau_pos, ...; with kl_coef the KL to ref_logprobs.
-            aggregation and num_items are prime-rl's own.
+        options: as in `fastalign.policy_loss`: clip_low, clip_high, dual_clip, tau_pos, ...; with kl_coef the
+            KL to ref_logprobs. aggregation and num_items are prime-rl's own.
     """
     preset = fa.policy_losses.get(loss)
     if preset.needs_lengths and preset.ratio != "token":

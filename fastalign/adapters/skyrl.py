@@ -20,7 +20,8 @@ from fastalign.losses.policy import PRESETS
 ADAPTER = Adapter(
     "skyrl", "skyrl", "",
     registers=(
-        "policy losses, after fastalign.adapters.skyrl.register(): trainer.algorithm.policy_loss_type=fastalign_NAME",
+        "policy losses, after fastalign.adapters.skyrl.register(): "
+        "trainer.algorithm.policy_loss_type=fastalign_NAME",
     ),
 )  # fmt: skip
 

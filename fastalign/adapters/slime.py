@@ -20,7 +20,8 @@ from fastalign.losses.policy import PRESETS
 ADAPTER = Adapter(
     "slime", "slime", "",
     registers=(
-        "policy losses: --loss-type custom_loss --custom-loss-function-path fastalign.adapters.slime.NAME, such as dapo, gspo, cispo",
+        "policy losses: --loss-type custom_loss --custom-loss-function-path fastalign.adapters.slime.NAME, "
+        "such as dapo, gspo, cispo",
     ),
 )  # fmt: skip
 

@@ -26,7 +26,8 @@ ADAPTER = Adapter(
     distribution="transformers",
     versions=">=5.23,<5.24",
     registers=(
-        "fastalign.adapters.transformers.preference: a preference loss, Trainer(compute_loss_func=preference(...))",
+        "fastalign.adapters.transformers.preference: a preference loss, "
+        "Trainer(compute_loss_func=preference(...))",
         "fastalign.adapters.transformers.sft: the token loss, Trainer(compute_loss_func=sft())",
     ),
 )
@@ -230,11 +231,13 @@ class preference:
         preset = self.preset
         if preset.needs_reference and labels.reference is None:
             raise AdapterError(
-                f"loss={preset.name!r} needs {' and '.join(REFERENCE)} beside the labels; with_reference makes them"
+                f"loss={preset.name!r} needs {' and '.join(REFERENCE)} beside the labels; with_reference "
+                "makes them"
             )
         if preset.needs_reference and preset.needs_tokens:
             raise AdapterError(
-                f"loss={preset.name!r} needs the reference's log-probs token by token; labels have one number per response"
+                f"loss={preset.name!r} needs the reference's log-probs token by token; labels have one number "
+                "per response"
             )
         missing = [name for name in preset.columns if name not in labels.per_pair]
         if missing:
@@ -251,7 +254,8 @@ class preference:
             return None  # a step is this batch: it counts for itself
         if plain:
             raise AdapterError(
-                "num_items_in_batch is of the labels of several batches, which says nothing of pairs: labels must be "
+                "num_items_in_batch is of the labels of several batches, which says nothing of pairs: labels "
+                "must be "
                 "PairLabels (PairCollator, pair_labels)"
             )
         raise AdapterError(

@@ -73,8 +73,9 @@ class Stage:
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A method in the arena. `shown`: in table and picture. `beta`: its coefficient, None: it has none.
-    `expected`: why it need not raise the gold reward here, said where it does not. `recipe`: the shipped recipe
-    that has its paper, where no row of a table has it. `merge`: how the policies of its stages are merged into one (options of `merge_weights`)."""
+    `expected`: why it need not raise the gold reward here, said where it does not. `recipe`: the shipped
+    recipe that has its paper, where no row of a table has it. `merge`: how the policies of its stages are
+    merged into one (options of `merge_weights`)."""
 
     name: str
     shown: str

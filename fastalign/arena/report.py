@@ -104,7 +104,8 @@ def rows(
 
 def as_table(found: Sequence[Mapping[str, Any]], sft: Mapping[str, float]) -> str:
     """The table, SFT first."""
-    headers = ["method", "family", "coefficient", "gold reward", "gain", "KL to SFT", "length", "wins", "core s", "gain > 2 s.e.?"]  # fmt: skip
+    headers = ["method", "family", "coefficient", "gold reward", "gain", "KL to SFT", "length", "wins",
+        "core s", "gain > 2 s.e.?"]  # fmt: skip
     lines = [["SFT", "", "", f"{sft['gold_reward']:.3f}", "", "", f"{sft['length']:.1f}", "", "", ""]]
     for row in found:
         if "gain" not in row:
@@ -271,7 +272,8 @@ code { background: #f4f4f4; padding: 0 .2rem } tr.no td { background: #fdf1ec }"
 
 
 def as_page(
-    found: Sequence[Mapping[str, Any]], words: str, texts: Sequence[str], entries: Sequence[Entry], pictures: Sequence[Path]
+    found: Sequence[Mapping[str, Any]], words: str, texts: Sequence[str], entries: Sequence[Entry],
+    pictures: Sequence[Path]
 ) -> str:  # fmt: skip
     """One HTML page that needs no other file. `words`: the table, as Markdown."""
     head, _, *body = ([cell.strip() for cell in row.strip("|").split("|")] for row in words.splitlines())
@@ -295,8 +297,10 @@ def as_page(
     paragraphs = [f"<p>{html.escape(text)}</p>" for text in texts]
     points = _frontier_table(found)
     return "\n".join([
-        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8"><title>fastalign arena</title>', f"<style>{_STYLE}</style></head><body>",
-        "<h1>Every method on one task, from one SFT model, on one budget</h1>", *images[:1], *paragraphs, "<table>", *lines, "</table>",
+        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8"><title>fastalign arena</title>',
+        f"<style>{_STYLE}</style></head><body>",
+        "<h1>Every method on one task, from one SFT model, on one budget</h1>", *images[:1], *paragraphs,
+        "<table>", *lines, "</table>",
         *(["<h2>Frontiers</h2>", *images[1:], points] if points else []),
         "<h2>The methods</h2>", f"<p>{html.escape(NOTATION)}.</p>", *sections, "</body></html>", "",
     ])  # fmt: skip
@@ -307,7 +311,8 @@ def _frontier_table(found: Sequence[Mapping[str, Any]]) -> str:
     for row in found:
         for point in row["frontier"] if len(row["frontier"]) > 1 else ():
             numbers = (
-                f"{point['beta']:g}", f"{point['gold_reward']:.3f}", f"{point['gain']:+.3f} ± {point['gain_se']:.3f}",
+                f"{point['beta']:g}", f"{point['gold_reward']:.3f}",
+                f"{point['gain']:+.3f} ± {point['gain_se']:.3f}",
                 f"{point['kl_k3']:.2f} ± {point['kl_k3_se']:.2f}",
             )  # fmt: skip
             cells = "".join(f'<td class="n">{number}</td>' for number in numbers)

@@ -60,7 +60,8 @@ class ArenaConfig(Settings):
     heads: int = setting(4, "its attention heads", POSITIVE)
     max_new_tokens: int = setting(72, "longest response of online methods in tokens", POSITIVE, NOT_BELOW_0)
     workers: int | None = setting(
-        None, "methods that are trained at once, each on one thread, which changes no number; default: one per core",
+        None,
+        "methods that are trained at once, each on one thread, which changes no number; default: one per core",
         POSITIVE,
     )  # fmt: skip
     progress: bool = setting(True, "show a progress bar on a terminal")

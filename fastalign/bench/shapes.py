@@ -160,7 +160,8 @@ STEPS = {
 }
 STEP_OPS = ("dpo_step", "grpo_step")
 PEER_OPS = (
-    "token_logprobs", "token_logprobs_entropy", "token_logprobs_backward", *HEAD_OPS, "preference_loss", "policy_loss", "gae", *STEP_OPS,
+    "token_logprobs", "token_logprobs_entropy", "token_logprobs_backward", *HEAD_OPS, "preference_loss",
+    "policy_loss", "gae", *STEP_OPS,
 )  # fmt: skip
 
 

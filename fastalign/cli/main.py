@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         if missing not in TRAIN_EXTRA:
             raise
         print(
-            f"fastalign {command}: error: it needs {missing}, which is not installed: pip install 'fastalign[train]'",
+            f"fastalign {command}: error: it needs {missing}, which is not installed: pip install "
+            "'fastalign[train]'",
             file=sys.stderr,
         )
         return 2

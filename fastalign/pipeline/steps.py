@@ -22,8 +22,8 @@ from fastalign.train.online_config import OnlineConfig
 
 class Step(NamedTuple):
     """`config`: a dataclass, whose `output` the run fills in. `home`: "module:function", called with it.
-    `makes`: policy, scorer (a reward model) or data. `models`, `data`, `files`: settings that name such, or another
-    file or folder. `goes_on`: a command that goes on by itself where it was stopped."""
+    `makes`: policy, scorer (a reward model) or data. `models`, `data`, `files`: settings that name such, or
+    another file or folder. `goes_on`: a command that goes on by itself where it was stopped."""
 
     config: type
     home: str

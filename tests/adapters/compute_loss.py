@@ -1,4 +1,5 @@
-"""Runs of transformers' Trainer with a compute_loss_func: what it logs of its first step, and that step's gradient."""
+"""Runs of transformers' Trainer with a compute_loss_func: what it logs of its first step, and that step's
+gradient."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The Python of docs/adapters.md that needs no other trainer than TRL runs as it is printed; of the rest every name
-of ours is there. (transformers' example: test_transformers.py; commands and tables: the tests of each trainer.)"""
+"""The Python of docs/adapters.md that needs no other trainer than TRL runs as it is printed; of the rest
+every name of ours is there. (transformers' example: test_transformers.py; commands and tables: the tests of
+each trainer.)"""
 
 from __future__ import annotations
 

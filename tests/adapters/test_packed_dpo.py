@@ -19,18 +19,22 @@ def _one_thread(one_thread):
 # What spans TRL's losses, divergences, weights and masks; benchmarks/adapters/packed_dpo_parity.py runs all.
 SPAN = {
     "three losses, accumulated": {
-        "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "gradient_accumulation_steps": 4,
+        "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0],
+        "gradient_accumulation_steps": 4,
         "per_device_train_batch_size": 2, "max_steps": 1,
     },
     "lengths from a cut prompt": {
-        "loss_type": ["ipo", "sigmoid_norm"], "max_length": 7, "truncation_mode": "keep_end", "f_divergence_type": "js_divergence",
+        "loss_type": ["ipo", "sigmoid_norm"], "max_length": 7, "truncation_mode": "keep_end",
+        "f_divergence_type": "js_divergence",
     },
     "tails, weights, checkpointing": {
-        "loss_type": ["robust"], "label_smoothing": 0.1, "ld_alpha": 0.3, "use_weighting": True, "gradient_checkpointing": True,
+        "loss_type": ["robust"], "label_smoothing": 0.1, "ld_alpha": 0.3, "use_weighting": True,
+        "gradient_checkpointing": True,
     },
     "sorted, precomputed": {"loss_type": ["aot"], "precompute_ref_log_probs": True, "padding_free": True},
     "a reference that moves": {
-        "loss_type": ["discopop"], "discopop_tau": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 1, "beta": 0.4,
+        "loss_type": ["discopop"], "discopop_tau": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 1,
+        "beta": 0.4,
     },
 }  # fmt: skip
 

@@ -56,7 +56,8 @@ def kinds():
     rule = fastalign.BetaDPO()
     mixture = [("dpo", 0.5), (fastalign.losses.get("cpo"), 0.5)]
     return {
-        "tdpo2": preset("tdpo2"), "simpo": preset("simpo", gamma=0.3), "ld_dpo": preset("ld_dpo"), "sft": preset("sft"),
+        "tdpo2": preset("tdpo2"), "simpo": preset("simpo", gamma=0.3), "ld_dpo": preset("ld_dpo"),
+        "sft": preset("sft"),
         "beta_dpo": preset("beta_dpo", state=rule), "odpo": preset("odpo"), "mixture": preset(mixture),
     }  # fmt: skip
 
@@ -169,7 +170,8 @@ def test_every_field_of_the_config_is_known():
         ({"use_liger_kernel": True}, "use_liger_kernel=True"),
         ({"loss_type": ["sigmoid", "no"]}, "loss_type='no' is unknown; legal: sigmoid"),
         ({"f_divergence_type": "no"}, "f_divergence_type='no' is unknown; legal: reverse_kl"),
-        ({"loss_type": ["ipo", "hinge"], "use_weighting": True}, "use_weighting=True with loss_type='hinge': TRL writes"),
+        ({"loss_type": ["ipo", "hinge"], "use_weighting": True},
+            "use_weighting=True with loss_type='hinge': TRL writes"),
         ({"ld_alpha": 1.5}, r"ld_alpha=1.5 must be None or in \[0, 1\]"),
         ({"truncation_mode": "no"}, "truncation_mode='no' is unknown; legal: keep_start"),
         *(
@@ -180,7 +182,8 @@ def test_every_field_of_the_config_is_known():
                 "discopop_tau": 0.3,
             }.items()
         ),
-        ({"precompute_ref_log_probs": True, **preset("simpo")}, "precompute_ref_log_probs=True: .* has no reference"),
+        ({"precompute_ref_log_probs": True, **preset("simpo")},
+            "precompute_ref_log_probs=True: .* has no reference"),
         ({"sync_ref_model": True, **preset("cpo")}, "sync_ref_model=True: .* has no reference"),
         ({"precompute_ref_log_probs": True, **preset("tdpo1")}, "precompute_ref_log_probs=True keeps one number"),
         (preset("no"), "preset: loss='no' is unknown; legal: "),
@@ -192,8 +195,10 @@ def test_every_field_of_the_config_is_known():
         (preset([("dpo", 1.0), ("odpo", 1.0)]), "one number per pair, which a mixture cannot share"),
         (preset("odpo"), "train_dataset has no column 'gamma_ext'"),
         ({"given": {"preset_options": {"beta": 0.1}}}, "preset_options are options of a preset"),
-        ({"given": {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")}}, "prompt learning"),
-        ({"rows": [{"image": 0, "prompt": "a", "chosen": "b", "rejected": "c"}]}, "train_dataset has the column 'image'"),
+        ({"given": {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")}},
+            "prompt learning"),
+        ({"rows": [{"image": 0, "prompt": "a", "chosen": "b", "rejected": "c"}]},
+            "train_dataset has the column 'image'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_before_any_work(tmp_path, monkeypatch, options, words):

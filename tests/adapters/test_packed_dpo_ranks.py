@@ -74,7 +74,8 @@ def test_two_ranks_log_and_learn_what_trl_does(tmp_path):
     # A preset's metrics are of both ranks, as if one had all pairs.
     whole = train(
         make_trainer(
-            PackedDPOTrainer, tmp_path, per_device_train_batch_size=4, max_steps=1, reference=None, given={"preset": "simpo"}
+            PackedDPOTrainer, tmp_path, per_device_train_batch_size=4, max_steps=1, reference=None,
+            given={"preset": "simpo"}
         )
     )  # fmt: skip
     for name, value in whole[0].items():

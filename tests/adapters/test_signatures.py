@@ -84,7 +84,8 @@ def test_skyrl(monkeypatch, draw):
     rollout = old + 0.5 * draw(5, 9)
     for tis in (None, "token"):
         config = SimpleNamespace(
-            eps_clip_low=0.1, eps_clip_high=0.25, clip_ratio_c=1.5, off_policy_correction=SimpleNamespace(tis_ratio_type=tis),
+            eps_clip_low=0.1, eps_clip_high=0.25, clip_ratio_c=1.5,
+            off_policy_correction=SimpleNamespace(tis_ratio_type=tis),
             sapo=SimpleNamespace(tau_pos=1.3, tau_neg=0.8),
             cispo=SimpleNamespace(cispo_eps_clip_low=0.3, cispo_eps_clip_high=0.4, cispo_anchor="old"),
         )  # fmt: skip
@@ -170,7 +171,8 @@ def test_prime_rl(monkeypatch, draw):
     out = loss(inputs, kl_coef=0.1, kl_kind="k2")
     same(out.loss, (clipped(ratio, advantages, 0.2, 0.2) + 0.05 * (new - ref) ** 2)[mask].sum(), new)
     for options, message in (
-        ({"loss": "gspo"}, "one ratio per sequence, .* legal: ppo, "), ({"aggregation": "token_mean"}, "prime-rl sums over the tokens"),
+        ({"loss": "gspo"}, "one ratio per sequence, .* legal: ppo, "),
+        ({"aggregation": "token_mean"}, "prime-rl sums over the tokens"),
         ({"clip": 3}, "clip"),
     ):  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=message):
@@ -211,7 +213,8 @@ def batch(monkeypatch, draw):
 
 
 def arguments(**changes):
-    given = {"eps_clip": 0.1, "eps_clip_high": 0.25, "eps_clip_c": None, "entropy_coef": 0.0, "use_kl_loss": False, "kl_loss_coef": 0.0,
+    given = {"eps_clip": 0.1, "eps_clip_high": 0.25, "eps_clip_c": None, "entropy_coef": 0.0,
+        "use_kl_loss": False, "kl_loss_coef": 0.0,
              "kl_loss_type": "k3", "use_rollout_logprobs": False, "rollout_temperature": 0.9}  # fmt: skip
     return SimpleNamespace(**{**given, **changes})
 

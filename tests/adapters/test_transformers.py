@@ -1,5 +1,5 @@
-"""fastalign as compute_loss_func of transformers' Trainer: the loss of a step does not depend on how it is cut into
-micro-batches, and it is the loss itself."""
+"""fastalign as compute_loss_func of transformers' Trainer: the loss of a step does not depend on how it is
+cut into micro-batches, and it is the loss itself."""
 
 from __future__ import annotations
 

@@ -95,10 +95,14 @@ def transformed(x, weight, bias, scale, cap, temperature):
 
 # Every two options meet.
 HEADS = [
-    (torch.float32, True, None, 1.0, 1.0, STATISTICS, "both"), (torch.float32, False, 2.0, 0.5, 0.7, ("entropy",), "both"),
-    (torch.bfloat16, False, None, 0.5, 0.7, STATISTICS, "both"), (torch.bfloat16, True, 2.0, 1.0, 1.0, ("log_probs",), "logprob"),
-    (torch.float32, True, 2.0, 1.0, 0.7, ("is_top1", "mean_logits"), "logprob"), (torch.float32, False, None, 1.0, 1.0, ("entropy",), "entropy"),
-    (torch.bfloat16, True, None, 1.0, 0.7, ("log_sum_sq_probs", "entropy"), "logprob"), (torch.float16, True, 2.0, 0.5, 1.0, STATISTICS, "entropy"),
+    (torch.float32, True, None, 1.0, 1.0, STATISTICS, "both"),
+    (torch.float32, False, 2.0, 0.5, 0.7, ("entropy",), "both"),
+    (torch.bfloat16, False, None, 0.5, 0.7, STATISTICS, "both"),
+    (torch.bfloat16, True, 2.0, 1.0, 1.0, ("log_probs",), "logprob"),
+    (torch.float32, True, 2.0, 1.0, 0.7, ("is_top1", "mean_logits"), "logprob"),
+    (torch.float32, False, None, 1.0, 1.0, ("entropy",), "entropy"),
+    (torch.bfloat16, True, None, 1.0, 0.7, ("log_sum_sq_probs", "entropy"), "logprob"),
+    (torch.float16, True, 2.0, 0.5, 1.0, STATISTICS, "entropy"),
 ]  # fmt: skip
 
 
@@ -122,7 +126,9 @@ def test_head(ours, dtype, with_bias, cap, scale, temperature, outputs, upstream
     compare(called(ours["head"]), called(THEIRS["head"]), exact, tensors, weights)
 
 
-@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize("types",
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16)])  # fmt: skip
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_head_of_another_type_is_multiplied_in_theirs(ours, types, autocast):
     """Operands are rounded to the type of hidden, under autocast to its, also in backward; not the logits."""
@@ -178,16 +184,20 @@ def test_frozen_head(ours, upstream):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(VOCAB, WIDTH, dtype=torch.int8)}, "lm_head.weight is torch.int8, of a quantised head; legal: "),
-        ({"weight": torch.zeros(VOCAB, WIDTH).to(torch.float8_e4m3fn)}, "lm_head.weight is torch.float8_e4m3fn, of a quant"),
-        ({"outputs": ("entropie",)}, "outputs='entropie' is unknown; legal: log_probs"), ({"logit_scale": 0.0}, "logit_scale"),
+        ({"weight": torch.zeros(VOCAB, WIDTH, dtype=torch.int8)},
+            "lm_head.weight is torch.int8, of a quantised head; legal: "),
+        ({"weight": torch.zeros(VOCAB, WIDTH).to(torch.float8_e4m3fn)},
+            "lm_head.weight is torch.float8_e4m3fn, of a quant"),
+        ({"outputs": ("entropie",)}, "outputs='entropie' is unknown; legal: log_probs"),
+        ({"logit_scale": 0.0}, "logit_scale"),
         ({"temperature": 0.0}, "temperature"), ({"targets": torch.full((ROWS,), VOCAB)}, "labels"),
     ],
 )  # fmt: skip
 def test_what_the_head_cannot_honour_is_refused(ours, change, message):
     call = {
         "hidden": torch.zeros(ROWS, WIDTH), "weight": torch.zeros(VOCAB, WIDTH), "bias": None,
-        "targets": torch.zeros(ROWS, dtype=torch.int64), "temperature": 1.0, "chunk_size": CHUNK, "final_logit_softcapping": None,
+        "targets": torch.zeros(ROWS, dtype=torch.int64), "temperature": 1.0, "chunk_size": CHUNK,
+        "final_logit_softcapping": None,
         "logit_scale": 1.0, "outputs": (),
     }  # fmt: skip
     with pytest.raises((ValueError, TypeError, IndexError)) as error:
@@ -196,7 +206,8 @@ def test_what_the_head_cannot_honour_is_refused(ours, change, message):
 
 
 DIVERGENCES = [
-    (torch.float32, 0.0, True, None, 1.0, 1.0), (torch.float32, 1.0, False, 2.0, 0.5, 0.7), (torch.bfloat16, 1.0, True, None, 1.0, 0.7),
+    (torch.float32, 0.0, True, None, 1.0, 1.0), (torch.float32, 1.0, False, 2.0, 0.5, 0.7),
+    (torch.bfloat16, 1.0, True, None, 1.0, 0.7),
     (torch.bfloat16, 0.0, False, 2.0, 0.5, 1.0), (torch.float32, 0.3, True, 2.0, 0.5, 0.7),
 ]  # fmt: skip
 
@@ -218,7 +229,8 @@ def test_divergence(ours, dtype, beta, with_bias, cap, scale, temperature):
 
     def exact(x, w, b):
         z, zt = (
-            transformed(*(None if y is None else y.double() for y in side), scale, cap, temperature).log_softmax(-1)
+            transformed(*(None if y is None else y.double() for y in side), scale, cap,
+                temperature).log_softmax(-1)
             for side in ((x, w, b), (*teacher, biases[1]))
         )  # fmt: skip
         entropy = -(z.exp() * z).sum(-1).detach()
@@ -229,7 +241,8 @@ def test_divergence(ours, dtype, beta, with_bias, cap, scale, temperature):
         return beta * (zt.exp() * (zt - m)).sum(-1) + (1 - beta) * (z.exp() * (z - m)).sum(-1), entropy
 
     compare(
-        called(ours["divergence"]), called(THEIRS["divergence"]), exact, [*student, biases[0]], [normal(ROWS, dtype=torch.float64)],
+        called(ours["divergence"]), called(THEIRS["divergence"]), exact, [*student, biases[0]],
+        [normal(ROWS, dtype=torch.float64)],
     )  # fmt: skip
 
 
@@ -265,7 +278,8 @@ def test_selective_log_softmax(ours, dtype, several, temperature, masked):
         return found if mask is None else found * mask
 
     compare(
-        lambda x: ours["selective"](x, index, temperature, mask), lambda x: THEIRS["selective"](x, index, temperature, mask), exact,
+        lambda x: ours["selective"](x, index, temperature, mask),
+        lambda x: THEIRS["selective"](x, index, temperature, mask), exact,
         [logits], [normal(*index.shape, dtype=torch.float64)],
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
-"""TRL's real trainers with fastalign in them: a selection of benchmarks/adapters/trl_sweep.py, by its code. Loss, gradient norm
-and every logged metric are those of TRL alone; a wrong function in the same place is found."""
+"""TRL's real trainers with fastalign in them: a selection of benchmarks/adapters/trl_sweep.py, by its code.
+Loss, gradient norm and every logged metric are those of TRL alone; a wrong function in the same place is
+found."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ CASES = [
         Case("dpo", {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [0.5, 0.3, 0.2], **FOUR}),
         Case("dpo", {"use_weighting": True, "gradient_checkpointing": True}, "lora-softcap"),
         Case("kto", model="bias"),
-        Case("grpo", {"beta": 0.1, "num_iterations": 2, "temperature": 0.7, "entropy_coef": 0.1, "top_entropy_quantile": 0.6}),
+        Case("grpo",
+            {"beta": 0.1, "num_iterations": 2, "temperature": 0.7, "entropy_coef": 0.1,
+                "top_entropy_quantile": 0.6}),
         Case("sft", model="scale"), Case("cpo"), Case("tpo"), Case("distillation", {"temperature": 0.8}),
     )
 ]  # fmt: skip
@@ -98,7 +101,8 @@ HEAD = "trl.kernels.chunked_logprob:ChunkedLogProbFunction"
 
 @pytest.mark.parametrize(
     ("index", "where", "wrong"),
-    [(0, HEAD, Shifted), (3, HEAD, Hot), (3, HEAD, NoGradient), (0, HEAD, OtherMean), (5, "trl.trainer.utils:selective_log_softmax", next_row)],
+    [(0, HEAD, Shifted), (3, HEAD, Hot), (3, HEAD, NoGradient), (0, HEAD, OtherMean),
+        (5, "trl.trainer.utils:selective_log_softmax", next_row)],
 )  # fmt: skip
 def test_a_wrong_function_is_found(index, where, wrong):
     seam = Seam(where, f"{__name__}:{wrong.__name__}", "wrong")

@@ -25,7 +25,8 @@ METHODS_RUN = ("dpo", "rto", "online_dpo")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return ArenaConfig(
-        output=str(tmp_path_factory.mktemp("arena")), method=METHODS_RUN, steps=2, responses_per_step=16, judged=8, sft_steps=60,
+        output=str(tmp_path_factory.mktemp("arena")), method=METHODS_RUN, steps=2, responses_per_step=16,
+        judged=8, sft_steps=60,
         hidden=32, layers=1, heads=2, max_new_tokens=12, workers=1, progress=False,
     )  # fmt: skip
 
@@ -224,7 +225,8 @@ def test_a_policy_rates_by_its_implicit_reward(config, results):
         ids = torch.tensor([one.prompt + one.completion])
         with torch.no_grad():
             truth = [
-                model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(one.prompt) - 1 :].sum()
+                model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1,
+                    ids[0, 1:, None])[len(one.prompt) - 1 :].sum()
                 for model in (policy, start.sft)
             ]  # fmt: skip
         assert value == pytest.approx(float(truth[0] - truth[1]), abs=1e-3) and value != 0

@@ -16,9 +16,12 @@ from fastalign.arena.settings import ArenaConfig
 
 def cell(name, seed, beta, gain, kl=1.0, se=0.01):
     return {
-        "entry": name, "seed": seed, "beta": beta, "gold_reward": 0.5 + gain, "gold_reward_se": 0.02, "gain": gain, "gain_se": se,
-        "kl_k1": kl, "kl_k1_se": 0.3, "kl_k3": kl, "kl_k3_se": 0.1, "length": 40.0, "length_se": 1.0, "win_rate": 0.7,
-        "win_rate_se": 0.03, "finished": 1.0, "labels": 10, "examples": 5, "seconds": 2.0, "core_seconds": 1.5, "definition": [],
+        "entry": name, "seed": seed, "beta": beta, "gold_reward": 0.5 + gain, "gold_reward_se": 0.02,
+        "gain": gain, "gain_se": se,
+        "kl_k1": kl, "kl_k1_se": 0.3, "kl_k3": kl, "kl_k3_se": 0.1, "length": 40.0, "length_se": 1.0,
+        "win_rate": 0.7,
+        "win_rate_se": 0.03, "finished": 1.0, "labels": 10, "examples": 5, "seconds": 2.0,
+        "core_seconds": 1.5, "definition": [],
     }  # fmt: skip
 
 
@@ -33,8 +36,10 @@ def test_errors_are_over_seeds_and_of_one_seed_over_its_samples():
 @pytest.mark.parametrize(
     ("gain", "error", "kl", "said"),
     [
-        (0.3, 0.1, 1.0, "raises it"), (0.2, 0.1, 1.0, "does not"), (-0.3, 0.1, 1.0, "does not"), (0.0, 0.0, 0.0, "does not"),
-        (0.3, 0.1, 15.0, "raises it"), (0.3, 0.1, 15.1, "KL beyond the bound"), (float("nan"), 0.1, 1.0, "does not"),
+        (0.3, 0.1, 1.0, "raises it"), (0.2, 0.1, 1.0, "does not"), (-0.3, 0.1, 1.0, "does not"),
+        (0.0, 0.0, 0.0, "does not"),
+        (0.3, 0.1, 15.0, "raises it"), (0.3, 0.1, 15.1, "KL beyond the bound"),
+        (float("nan"), 0.1, 1.0, "does not"),
         (0.3, 0.1, float("nan"), "KL beyond the bound"),
     ],
 )  # fmt: skip

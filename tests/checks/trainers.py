@@ -22,7 +22,8 @@ os.environ["TORCHDYNAMO_DISABLE"] = (
     "1"  # of a function of OpenRLHF's that is compiled: it is run as it stands
 )
 MADE_UP = (
-    "accelerate", "aiohttp", "codetiming", "datasets", "deepspeed", "flash_attn", "omegaconf", "orjson", "peft", "pylatexenc", "ray", "tensordict",
+    "accelerate", "aiohttp", "codetiming", "datasets", "deepspeed", "flash_attn", "omegaconf", "orjson",
+    "peft", "pylatexenc", "ray", "tensordict",
     "torchaudio", "torchdata", "torchvision", "transformers", "vllm", "wandb",
 )  # fmt: skip
 NOT_MADE_UP = ("flash_attn.ops",)  # where it is found, log-probs are its

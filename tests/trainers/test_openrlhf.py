@@ -53,8 +53,10 @@ def test_approx_kl(draw, kind, unbiased, sampled):
 COUNTS = ({}, {"dp_size": 2, "batch_num_tokens": 31.0, "global_batch_size": 7.0}, {"dp_size": 3})
 # level, mode, gating, threshold
 CORRECTIONS = [
-    ("off", "mask", "ratio", (0.5, 5.0)), ("token", "mask", "ratio", (0.5, 2.0)), ("token", "clip", "ratio", (0.5, 2.0)),
-    ("token", "mask", "binary_kl", (0.0, 0.05)), ("token", "mask", "tv", (0.0, 0.1)), ("seq", "mask", "ratio", (0.8, 1.3)),
+    ("off", "mask", "ratio", (0.5, 5.0)), ("token", "mask", "ratio", (0.5, 2.0)),
+    ("token", "clip", "ratio", (0.5, 2.0)),
+    ("token", "mask", "binary_kl", (0.0, 0.05)), ("token", "mask", "tv", (0.0, 0.1)),
+    ("seq", "mask", "ratio", (0.8, 1.3)),
     ("seq", "mask", "binary_kl", (0.0, 0.05)), ("seq", "mask", "tv", (0.0, 0.1)),
 ]  # fmt: skip
 

@@ -163,14 +163,16 @@ def test_estimators(draw, ragged, name, by_std):
 
 # Ours -> verl's name for it, where verl has it. It aggregates the last two in one way, whatever the config says.
 PEERS = {
-    "ppo": "vanilla", "grpo": "vanilla", "dr_grpo": "vanilla", "dapo": "vanilla", "gspo_token": "gspo", "cispo": "cispo", "reinforce": "gpg",
+    "ppo": "vanilla", "grpo": "vanilla", "dr_grpo": "vanilla", "dapo": "vanilla", "gspo_token": "gspo",
+    "cispo": "cispo", "reinforce": "gpg",
     "sapo": "sapo", "gmpo": "geo_mean",
 }  # fmt: skip
 
 
 def actor_config(counts):
     config = core.ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio=0.3, clip_ratio_low=0.1, clip_ratio_high=0.25,
+        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio=0.3, clip_ratio_low=0.1,
+        clip_ratio_high=0.25,
         clip_ratio_c=1.5, tau_pos=1.3, tau_neg=0.8,
     )  # fmt: skip
     config.global_batch_info.update(counts)

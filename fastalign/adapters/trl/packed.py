@@ -1,4 +1,5 @@
-"""`PackedDPOTrainer`: TRL's DPOTrainer without padding, with TRL's losses or any preference preset of fastalign."""
+"""`PackedDPOTrainer`: TRL's DPOTrainer without padding, with TRL's losses or any preference preset of
+fastalign."""
 
 from __future__ import annotations
 

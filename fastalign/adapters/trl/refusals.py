@@ -23,7 +23,8 @@ UNWEIGHTED = (
 )  # TRL's in-place product with the weights fails: of a relu, of an expanded scalar
 # Fields that say what a loss_type is. A preset has options of its own.
 OF_LOSS_TYPE = (
-    "loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "beta",
+    "loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
+    "label_smoothing", "beta",
     "use_weighting", "discopop_tau",
 )  # fmt: skip
 # Field -> why packed sequences cannot honour it. Refused where it is set to anything but nothing.

@@ -27,7 +27,8 @@ ADAPTER = Adapter(
         ),
         Seam(
             f"{_FUNCTIONS}:entropy_from_logits_with_chunking",
-            "fastalign.adapters.verl.rows:entropy_from_logits_with_chunking", "the same; nothing is left to be chunked",
+            "fastalign.adapters.verl.rows:entropy_from_logits_with_chunking",
+            "the same; nothing is left to be chunked",
         ),
         Seam(
             "verl.utils.kernel.linear_cross_entropy:linear_cross_entropy",

@@ -25,7 +25,8 @@ def compute_gae_advantage_return(
     dtype = common_dtype(token_level_rewards, values, response_mask)
     mask = response_mask.bool()
     out = fa.gae(
-        token_level_rewards.flatten(), values.flatten(), boundaries(mask), mask=mask.flatten(), gamma=gamma, lam=lam
+        token_level_rewards.flatten(), values.flatten(), boundaries(mask), mask=mask.flatten(), gamma=gamma,
+        lam=lam
     )  # fmt: skip
     advantages = _carried_back(out.advantages.view(mask.shape), mask)
     returns = advantages + values.detach()
@@ -46,7 +47,8 @@ def gae(
     if values is None or (config is None and (gamma is None or lam is None)):
         raise ValueError(
             "adv_estimator=fastalign_gae needs values, gamma and lam, and verl gives values to its own gae alone: "
-            "VERL_USE_EXTERNAL_MODULES=fastalign.adapters.verl.everywhere with adv_estimator=gae runs ours in its place"
+            "VERL_USE_EXTERNAL_MODULES=fastalign.adapters.verl.everywhere with adv_estimator=gae runs ours in "
+            "its place"
         )
     gamma, lam = (config.gamma if gamma is None else gamma, config.lam if lam is None else lam)
     return compute_gae_advantage_return(token_level_rewards, values, response_mask, gamma, lam)

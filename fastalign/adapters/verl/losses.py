@@ -89,7 +89,8 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     name = kl_penalty.removesuffix("+")
     if name not in _ESTIMATES or kl_penalty.endswith("++"):
         raise NotImplementedError(  # as verl's own does, and callers may expect
-            f"kl_penalty={kl_penalty!r} is no estimate from the tokens' log-probs; legal: {', '.join(_ESTIMATES)}, "
+            f"kl_penalty={kl_penalty!r} is no estimate from the tokens' log-probs; legal: "
+            f"{', '.join(_ESTIMATES)}, "
             "each also with a + behind it"
         )
     kind, clamp = _ESTIMATES[name]

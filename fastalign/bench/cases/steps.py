@@ -51,7 +51,8 @@ def grpo(shape: Step, device: torch.device, cache_bytes: int) -> Case:
 
     def packed_loss(logprobs: Tensor, ref: Tensor, batch: Any, of: Batch) -> Tensor:
         return fastalign.policy_loss(
-            logprobs, of.packed_old, of.padded.advantages, cu_seqlens=batch.cu_seqlens, mask=batch.mask, ref_logprobs=ref,
+            logprobs, of.packed_old, of.padded.advantages, cu_seqlens=batch.cu_seqlens, mask=batch.mask,
+            ref_logprobs=ref,
             loss="grpo", clip_low=eager.CLIP, clip_high=eager.CLIP, kl_coef=eager.KL_COEF, kl_kind="k3",
         ).loss  # fmt: skip
 
@@ -98,7 +99,8 @@ def _batch(shape: Step, device: torch.device) -> Batch:
     # Some tokens beyond either bound of the clip and none next to it, where two precisions may disagree.
     moved = 0.1 * torch.rand(mask.shape, generator=generator)
     moved += 0.4 * torch.randint(-1, 2, mask.shape, generator=generator)
-    padded = Padded(padded_ids, pad([torch.ones_like(x) for x in ids], batch_first=True), padded_ids[:, 1:], mask, moved,
+    padded = Padded(padded_ids, pad([torch.ones_like(x) for x in ids], batch_first=True), padded_ids[:, 1:],
+        mask, moved,
                     torch.randn(shape.sequences, generator=generator))  # fmt: skip
     return Batch(
         Padded(*(x.to(device) for x in vars(padded).values())),
@@ -113,8 +115,10 @@ def _models(shape: Step, device: torch.device) -> tuple[Any, Any]:
 
     heads = max(2, shape.hidden // 64)
     config = LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=4 * shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=shape.length, bos_token_id=0, eos_token_id=1,
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=4 * shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=shape.length,
+        bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -174,7 +178,8 @@ def _case(
     twin = copy.deepcopy(policy)
     attention = "auto" if device.type == "cuda" else "packed"
     lm = PackedCausalLM(
-        twin, head="fused", device=device.type, dtype=shape.dtype, attention=attention, lengths=Lengths(shape.length, len(packed.labels))
+        twin, head="fused", device=device.type, dtype=shape.dtype, attention=attention,
+        lengths=Lengths(shape.length, len(packed.labels))
     )  # fmt: skip
     ref_lm = lm.frozen_copy()
     ref_lm.model.load_state_dict(reference.state_dict())
