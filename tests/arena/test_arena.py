@@ -233,21 +233,21 @@ def test_a_policy_rates_by_its_implicit_reward(config, results):
 
 
 def test_parts_from_the_same_start_are_merged(config, results, monkeypatch):
-    """Linear, of two parts that are the same run: what the run alone gives."""
+    """Linear: the mean of what each part alone comes to."""
     start = cell.open_start(config.output_dir(), 0)
-    stage = dataclasses.replace(ENTRIES["dpo"].stages[0], from_sft=True)
-    one = dataclasses.replace(ENTRIES["dpo"], stages=(stage,))
-    two = dataclasses.replace(one, stages=(stage, stage), merge={"method": "linear"})
+    first = dataclasses.replace(ENTRIES["dpo"].stages[0], from_sft=True)
+    second = dataclasses.replace(first, rate=2 * first.rate)
     trained = []
     monkeypatch.setattr(
         cell, "judge", lambda policy, *a: trained.append(policy) or {"rewards": start.judged["rewards"]}
     )
     monkeypatch.setattr(cell, "Annotator", lambda noise, seed, scores: Annotator(0.0, seed, scores))
-    for entry in (one, two):
+    for stages, merge in (((first,), {}), ((second,), {}), ((first, second), {"method": "linear"})):
+        entry = dataclasses.replace(ENTRIES["dpo"], stages=stages, merge=merge)
         cell.run_cell(config, start, Cell(entry, 0, 0.5), config.output_dir() / "work")
-    for a, b, s in zip(*(model.parameters() for model in (*trained, start.sft))):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
-        assert not torch.equal(a, s)
+    for a, b, merged in zip(*(model.parameters() for model in trained)):
+        torch.testing.assert_close(merged, (a + b) / 2, rtol=0, atol=1e-6)
+        assert not torch.equal(a, b)
 
 
 def test_reward_models_labels_are_a_part_of_the_budget(config, results, monkeypatch):
@@ -278,11 +278,12 @@ def threads(piece):
     return torch.get_num_threads()
 
 
-def test_a_single_worker_is_this_process_with_one_thread_for_a_while():
+def test_a_worker_has_one_thread_and_this_process_only_for_a_while():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         assert [done[1] for done in workers.each(threads, [0, 1], 1)] == [1, 1]
+        assert [done[1] for done in workers.each(threads, [0, 1], 2)] == [1, 1]  # and so has every other
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -332,3 +332,17 @@ def copy_of_sources(folder):
     for name in ("csrc", "fastalign"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return target
+
+
+def test_what_is_newer_than_9_0_shares_the_ptx_of_9_0():
+    """Architectures of their own kind (90a, 100f) and older ones have their own."""
+    targets = SETUP["cuda_targets"]
+    assert targets(["80", "90", "100"]) == [
+        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=sm_100", "-gencode=arch=compute_90,code=compute_90",
+    ]  # fmt: skip
+    assert targets(["89", "90a", "120"])[:2] == [
+        "-gencode=arch=compute_89,code=sm_89", "-gencode=arch=compute_90a,code=sm_90a",
+    ]  # fmt: skip
+    assert targets(["100f"])[-1] == "-gencode=arch=compute_100f,code=compute_100f"
+    assert targets(["89"])[-1] == "-gencode=arch=compute_89,code=compute_89"
